@@ -1,0 +1,132 @@
+"""Every key with its default. A recipe calls `get_config()` and states only what differs.
+
+The values here are a complete, middling model of the procedural world; recipes say what was run and what it reached.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    config = ConfigDict()
+    config.seed = 0
+    config.checkpoint_every = 500  # steps
+    config.log_every = 50  # steps
+    config.preview_every = 1000  # steps; 0 for none
+    config.compute_dtype = "float32"  # or "bfloat16"; parameters and optimiser are always float32
+    config.compilation_cache = ""  # folder of the persistent compilation cache; "" for none
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, sequence=1, tensor=1))  # -1 takes the devices that are left
+
+    # ------------------------------------------------------------------------------------------------------- data
+    data = config.data = ConfigDict()
+    data.source = "world"  # "world", "files" or "tfds"
+    data.path = ""  # files: the folder; tfds: the data_dir
+    data.frames = 17  # frames a clip, 1 + f_t * (T - 1)
+    data.size = 32  # pixels, height and width
+    data.fps = 8  # frames a second
+    data.sample_rate = 8000  # Hz
+    data.text_length = 128  # byte tokens
+    data.threads = 1
+    data.prefetch = 4  # batches
+    data.world = ConfigDict(  # see data/world.py
+        dict(objects=(0.5, 0.35, 0.15), gravity=0.2, occluder=0.2, leave=0.2, pan=0.2, light=0.2)
+    )
+    data.files = ConfigDict(dict(held_out=0.2))  # share of each video's end kept from training
+    data.tfds = ConfigDict(dict(name="", split="train", video_key="video", audio_key="", caption_key="caption"))
+
+    # ------------------------------------------------------------------------------------------- the four stages
+    def optimiser(**different):
+        base = dict(
+            steps=2000,
+            batch_size=16,  # clips, over all devices
+            learning_rate=1e-3,  # peak, after warm-up; cosine decay to zero
+            warmup_steps=100,
+            weight_decay=0.0,
+            beta2=0.99,
+            clip_norm=1.0,  # global gradient norm
+            ema=0.999,  # decay a step, ramped up at the start
+        )
+        return ConfigDict({**base, **different})
+
+    vae = config.video_autoencoder = optimiser()
+    vae.kl_weight = 1e-4  # on the KL a pixel
+    vae.model = ConfigDict(
+        dict(
+            patch=4,
+            channels=(64, 96, 128),
+            space_strides=(1, 1),
+            time_strides=(2, 2),
+            blocks=(1, 1, 1),  # residual blocks a level
+            middle_blocks=2,
+            latent_channels=16,
+            groups=8,
+        )
+    )
+
+    audio = config.audio_autoencoder = optimiser()
+    audio.kl_weight = 1e-4  # on the KL a sample
+    audio.stft_weight = 0.1
+    audio.stft_windows = (64, 256, 1024)  # samples
+    audio.model = ConfigDict(
+        dict(patch=10, channels=(32, 64, 128), strides=(5, 5), blocks=(1, 1, 1), latent_channels=16, groups=8)
+    )
+
+    clip = config.clip = optimiser(batch_size=64, weight_decay=0.01)
+    clip.model = ConfigDict(
+        dict(
+            text=ConfigDict(dict(width=128, layers=3, heads=4)),
+            video=ConfigDict(dict(patch=4, channels=(64, 128, 128), groups=8)),
+            embedding=128,
+        )
+    )
+
+    denoiser = config.denoiser = optimiser(steps=20000, batch_size=32)
+    denoiser.text_dropout = 0.1  # share of examples trained on the null text
+    denoiser.cached_clips = 0  # clips encoded once, before training, and reused; 0 encodes every batch afresh
+    denoiser.statistics_clips = 256  # clips measured to scale latents to unit variance
+    denoiser.diffusion = ConfigDict(
+        dict(
+            schedule="cosine",
+            log_snr_min=-12.0,
+            log_snr_max=12.0,
+            shift=1.0,
+            target="v",
+            weighting="sigmoid",
+            min_snr_gamma=5.0,
+            sigmoid_bias=-1.0,
+            loss_weights=ConfigDict(dict(video=1.0, audio=1.0)),
+            patterns=ConfigDict(  # share of the batch trained on each pattern of noise levels
+                dict(
+                    same=0.6,
+                    per_modality=0.1,
+                    per_frame=0.05,
+                    video_given=0.05,
+                    audio_given=0.05,
+                    image_given=0.05,
+                    first_given=0.05,
+                    ends_given=0.025,
+                    pyramid=0.025,
+                )
+            ),
+        )
+    )
+    denoiser.model = ConfigDict(
+        dict(
+            channels=(96, 192),  # per level; space halves between levels
+            blocks=(2, 2),  # residual blocks a level, on the way down and again up
+            attention=(False, True),  # self- and cross-attention at this level
+            exchange=(False, True),  # sound and picture attend to each other at this level
+            time_strides=(1,),  # time halving between levels
+            factorised=True,
+            head_dim=32,
+            embedding=256,  # noise level and temporal position
+            groups=8,
+        )
+    )
+
+    # ------------------------------------------------------------------------------------------ sample, evaluate
+    config.sample = ConfigDict(
+        dict(method="dpmpp_2m", steps=32, guidance=4.0, rescale=0.0, interval=(-12.0, 12.0), spacing="time")
+    )
+    config.evaluate = ConfigDict(dict(clips=64, prompts=32, batch_size=16))
+    config.lock()
+    return config

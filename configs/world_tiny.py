@@ -1,0 +1,34 @@
+"""The demo: one or two shapes in a plain box, small enough to train on a laptop CPU. Gives the reference weights.
+
+python -m vdm_jax.train --config=configs/world_tiny.py --workdir=runs/world_tiny
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.unlock()
+
+    config.data.world = dict(objects=(0.65, 0.35), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0)
+
+    vae = config.video_autoencoder
+    vae.update(steps=3000, batch_size=8, learning_rate=2e-3, kl_weight=1e-3)
+    vae.model.update(channels=(48, 64, 96), blocks=(0, 1, 1), middle_blocks=1, latent_channels=12)
+
+    audio = config.audio_autoencoder
+    audio.update(steps=2000, batch_size=8, learning_rate=2e-3, kl_weight=1e-4)
+    audio.model.update(patch=50, channels=(64, 128), strides=(5,), blocks=(1, 1))
+
+    clip = config.clip
+    clip.update(steps=1200, batch_size=64)
+    clip.model.text.update(width=96, layers=2, heads=3)
+    clip.model.video.update(channels=(48, 64, 96))
+    clip.model.embedding = 96
+
+    denoiser = config.denoiser
+    denoiser.update(steps=10000, batch_size=16, cached_clips=8192)
+    denoiser.model.update(channels=(64, 128), blocks=(1, 2), embedding=128)
+
+    config.lock()
+    return config

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Lint, format check and test suite in a .venv of its own.
+set -euo pipefail
+
+usage() {
+    cat <<'EOF'
+usage: launch/test.sh [--no-peers] [pytest arguments]
+
+Sets up .venv at the top of the repository (quick the second time), then runs ruff and pytest on the CPU.
+
+  --no-peers   leave out PyTorch and diffusers; the tests that compare with them are skipped
+  --help       this text
+
+Other arguments go to pytest:    launch/test.sh -k samplers
+One process, with output:        launch/test.sh -n 0 -s
+A certain Python:                PYTHON=python3.12 launch/test.sh
+EOF
+}
+
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+extras=(test peers)
+arguments=()
+for argument in "$@"; do
+    case "$argument" in
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        --no-peers) extras=(test) ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+
+cd "$ROOT"
+ensure_venv "${extras[@]}"
+export JAX_PLATFORMS=cpu
+
+"$PY" -m ruff check .
+"$PY" -m ruff format --check .
+# A worker a core, at most 8: each holds its own JAX. Work is stolen rather than dealt, as a few tests take long.
+exec "$PY" -m pytest -n auto --maxprocesses 8 --dist worksteal ${arguments[@]+"${arguments[@]}"}

@@ -1,0 +1,41 @@
+"""Packaging: `pip install -e .`, or with what the tests need `pip install -e ".[test,peers]"`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="vdm_jax",
+    version="0.1.0",
+    description="Text to video with sound in JAX: every part is trained from scratch by this code.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vdm_jax", "vdm_jax.*"]),
+    package_data={"vdm_jax": ["reference/*.safetensors", "reference/*.json"]},
+    install_requires=[
+        "absl-py",
+        "array-record",  # tensorflow-datasets reads this format without TensorFlow
+        "av",  # wheels with libx264 and AAC: no ffmpeg binary is needed
+        "chex",
+        "etils[epath]",
+        "flax>=0.11.2",
+        "grain>=0.2.18",
+        "jax>=0.7.2",
+        "ml-collections",
+        "numpy",
+        "optax",
+        "orbax-checkpoint>=0.12",
+        "pillow",
+        "safetensors",
+        "scipy",
+        "tensorboardX",
+        "tensorflow-datasets",
+        "tqdm",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "test": ["pytest", "pytest-xdist", "ruff"],
+        # What the tests compare with. Pinned, because the comparison is with one implementation.
+        "peers": ["torch==2.13.0", "diffusers"],
+        "notebooks": ["nbmake", "ipykernel", "jupyterlab", "matplotlib"],
+    },
+)

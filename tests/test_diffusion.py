@@ -1,0 +1,382 @@
+"""Diffusion maths against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from vdm_jax import diffusion
+from vdm_jax.errors import UserError
+
+
+def make_config(**different):
+    base = dict(
+        schedule="cosine",
+        log_snr_min=-12.0,
+        log_snr_max=12.0,
+        shift=1.0,
+        target="v",
+        weighting="uniform",
+        min_snr_gamma=5.0,
+        sigmoid_bias=-1.0,
+        patterns=dict(same=1.0),
+        loss_weights=dict(video=1.0, audio=0.5),
+    )
+    return ConfigDict({**base, **different})
+
+
+def latents(batch=16, frames=5, seed=0):
+    keys = jax.random.split(jax.random.key(seed))
+    return {
+        "video": jax.random.normal(keys[0], (batch, frames, 2, 2, 3)),
+        "audio": jax.random.normal(keys[1], (batch, 4 * frames, 2)),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Schedules
+
+
+@pytest.mark.parametrize("shift", [1.0, 0.5])
+@pytest.mark.parametrize("schedule", diffusion.SCHEDULES)
+def test_schedule_falls_within_bounds_and_has_a_finite_slope(schedule, shift):
+    config = make_config(schedule=schedule, shift=shift)
+    t = jnp.linspace(0, 1, 1001)
+    level, slope = jax.jvp(lambda t: diffusion.log_snr(t, config), (t,), (jnp.ones_like(t),))
+    assert level.dtype == jnp.float32 and level.shape == t.shape
+    assert (jnp.diff(level) < 0).all()
+    assert jnp.isfinite(slope).all() and (slope[1:-1] < 0).all()
+    np.testing.assert_allclose(level[0], 12.0, atol=1e-4)
+    if schedule != "linear_beta":  # DDPM stops short of pure noise
+        np.testing.assert_allclose(level[-1], -12.0, atol=1e-4)
+
+
+def test_cosine_and_sigmoid_are_the_published_curves():
+    with jax.enable_x64(True):
+        t = np.linspace(0.01, 0.99, 99)
+        config = make_config(log_snr_min=-60.0, log_snr_max=60.0)  # so wide that bounds do not act
+        alpha, _ = diffusion.alpha_sigma(diffusion.log_snr(t, config))
+        np.testing.assert_allclose(alpha, np.cos(np.pi * t / 2), rtol=1e-9)
+        config.shift = 0.25
+        shifted = diffusion.log_snr(t, config)
+        expected = -2 * np.log(np.tan(np.pi * t / 2)) + 2 * np.log(0.25)
+        np.testing.assert_allclose(shifted, expected, rtol=1e-9)
+
+        config = make_config(schedule="sigmoid", log_snr_min=-60.0, log_snr_max=60.0)
+        alpha, _ = diffusion.alpha_sigma(diffusion.log_snr(t, config))
+
+        def sigmoid(a):
+            return 1 / (1 + np.exp(-a))
+
+        expected = (sigmoid(3) - sigmoid(6 * t - 3)) / (sigmoid(3) - sigmoid(-3))
+        np.testing.assert_allclose(alpha**2, expected, rtol=1e-9)
+
+
+def test_linear_beta_is_the_product_of_one_minus_beta():
+    level = diffusion.log_snr(jnp.arange(1, 1001) / 1000, make_config(schedule="linear_beta"))
+    alpha_bar, expected = 1.0, []
+    for i in range(1000):
+        alpha_bar *= 1 - (1e-4 + (0.02 - 1e-4) * i / 999)
+        expected.append(alpha_bar)
+    alpha, sigma = diffusion.alpha_sigma(level)
+    np.testing.assert_allclose(alpha, np.sqrt(expected), atol=1e-6)
+    np.testing.assert_allclose(sigma, np.sqrt(1 - np.array(expected)), atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", diffusion.SCHEDULES)
+def test_float32_levels_are_exact_at_both_ends(schedule):
+    t = np.concatenate([np.linspace(0, 0.01, 50), np.linspace(0.99, 1, 50)]).astype(np.float32)
+    config = make_config(schedule=schedule)
+    with jax.enable_x64(True):
+        exact = np.array(diffusion.log_snr(t.astype(np.float64), config))
+    # Near t = 1 the float32 grid itself is 6e-8 wide, where cosine falls by 1256 a unit of t.
+    np.testing.assert_allclose(diffusion.log_snr(t, config), exact, atol=3e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# Noising and targets
+
+
+def test_alpha_sigma_at_extremes():
+    alpha, sigma = diffusion.alpha_sigma(jnp.array([-60.0, -12.0, 0.0, 12.0, 60.0]))
+    expected = np.exp(np.array([-60, -12, 0, 12, 60]) / 2.0)
+    np.testing.assert_allclose(alpha / sigma, expected, rtol=1e-5)
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-6)
+
+
+def test_noise_follows_only_the_level_of_its_own_frame():
+    x, eps = latents(), latents(seed=1)
+    level = {"video": jnp.zeros((16, 5)), "audio": jnp.zeros((16, 5))}
+    base = diffusion.add_noise(x, eps, level)
+    np.testing.assert_allclose(base["video"], (x["video"] + eps["video"]) / np.sqrt(2), atol=1e-6)
+    moved = diffusion.add_noise(x, eps, {**level, "audio": level["audio"].at[1, 3].set(4.0)})
+    np.testing.assert_array_equal(moved["video"], base["video"])
+    changed = np.argwhere((moved["audio"] != base["audio"]).any(-1))
+    assert changed.tolist() == [[1, token] for token in (12, 13, 14, 15)]  # the 4 tokens of frame 3
+    alpha, sigma = diffusion.alpha_sigma(4.0)
+    expected = alpha * x["audio"][1, 12:16] + sigma * eps["audio"][1, 12:16]
+    np.testing.assert_allclose(moved["audio"][1, 12:16], expected, atol=1e-6)
+    with pytest.raises(ValueError, match="want"):
+        diffusion.add_noise(x["audio"][:, :7], eps["audio"][:, :7], level["audio"])
+
+
+@pytest.mark.parametrize("target", diffusion.TARGETS)
+def test_targets_invert(target):
+    with jax.enable_x64(True):
+        levels = np.linspace(-20, 20, 41)[None]  # one frame a level
+        x, eps = (np.random.default_rng(i).normal(size=(1, 41, 3)) for i in range(2))
+        z = diffusion.add_noise(x, eps, levels)
+        prediction = diffusion.to_target(x, eps, levels, target)
+        np.testing.assert_allclose(diffusion.to_x0(prediction, z, levels, target), x, atol=1e-9)
+        np.testing.assert_allclose(diffusion.to_eps(prediction, z, levels, target), eps, atol=1e-9)
+
+
+@pytest.mark.parametrize("target", diffusion.TARGETS)
+def test_float32_conversions_stay_finite(target):
+    levels = jnp.array([[-60.0, -12.0, 12.0, 60.0]])
+    z, prediction = jnp.ones((1, 4, 2)), jnp.full((1, 4, 2), 0.5)
+    assert jnp.isfinite(diffusion.to_x0(prediction, z, levels, target)).all()
+    assert jnp.isfinite(diffusion.to_eps(prediction, z, levels, target)).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights
+
+
+def test_weights_are_the_published_ones():
+    level, slope = jnp.linspace(-8, 8, 17), jnp.linspace(1, 3, 17)
+    snr, alpha2 = np.exp(level), 1 / (1 + np.exp(-level))
+
+    def weight(**different):
+        return diffusion.loss_weight(level, slope, make_config(**different))
+
+    np.testing.assert_allclose(weight(weighting="uniform", target="noise"), 1)
+    np.testing.assert_allclose(weight(weighting="uniform", target="x0"), snr, rtol=1e-5)
+    np.testing.assert_allclose(weight(weighting="uniform", target="v"), alpha2, rtol=1e-5)
+    least = np.minimum(snr, 5)
+    np.testing.assert_allclose(weight(weighting="min_snr", target="x0"), least, rtol=1e-5)
+    np.testing.assert_allclose(weight(weighting="min_snr", target="noise"), least / snr, rtol=1e-5)
+    np.testing.assert_allclose(weight(weighting="min_snr", target="v"), least / (snr + 1), rtol=1e-5)
+    expected = slope / (1 + np.exp(level + 1))  # bias -1
+    np.testing.assert_allclose(weight(weighting="sigmoid", target="noise"), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", diffusion.SCHEDULES)
+@pytest.mark.parametrize("weighting", diffusion.WEIGHTINGS)
+def test_loss_depends_on_the_x0_error_alone(weighting, schedule):
+    z, seen = latents(), []
+    with jax.enable_x64(True):
+        z = jax.tree.map(lambda z: jnp.asarray(z, jnp.float64), z)
+        for target in diffusion.TARGETS:
+            config = make_config(
+                target=target,
+                weighting=weighting,
+                schedule=schedule,
+                patterns=dict(per_frame=1.0, first_given=1.0),
+            )
+
+            def denoise(z_t, level, cond, target=target):  # a poor guess of x0, said as `target`
+                x0 = jax.tree.map(jnp.tanh, z_t)
+                return diffusion.to_target(x0, diffusion.to_eps(x0, z_t, level, "x0"), level, target)
+
+            seen.append(diffusion.loss(denoise, jax.random.key(1), z, {}, config))
+        for (value, metrics), (first, first_metrics) in zip(seen[1:], [seen[0]] * 2):
+            np.testing.assert_allclose(value, first, rtol=1e-9)
+            for name in metrics:
+                np.testing.assert_allclose(metrics[name], first_metrics[name], rtol=1e-9)
+
+
+def test_sigmoid_weight_makes_the_loss_independent_of_the_schedule():
+    # The integral of weight over t is that of sigmoid(b - log_snr) over log_snr, for any schedule.
+    with jax.enable_x64(True):
+        t = (1 - jnp.cos(jnp.linspace(0, jnp.pi, 20001))) / 2  # denser at the steep ends
+        for schedule in ("cosine", "sigmoid"):
+            config = make_config(schedule=schedule, weighting="sigmoid", target="noise")
+            level = diffusion.log_snr(t, config)
+            slope = -jax.vmap(jax.grad(lambda t: diffusion.log_snr(t, config)))(t)  # noqa: B023
+            integral = np.trapezoid(diffusion.loss_weight(level, slope, config), t)
+            expected = np.log1p(np.exp(-1 + 12)) - np.log1p(np.exp(-1 - 12))
+            np.testing.assert_allclose(integral, expected, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Patterns
+
+
+def draw(batch=512, frames=6, seed=0, **patterns):
+    t, given = diffusion.sample_levels(jax.random.key(seed), (batch, frames), patterns)
+    t, given = jax.tree.map(np.array, t), jax.tree.map(np.array, given)
+    for name in ("video", "audio"):
+        assert t[name].shape == given[name].shape == (batch, frames)
+        assert (t[name] >= 0).all() and (t[name] <= 1).all()
+        assert (t[name][given[name]] == 0).all()
+    return t["video"], t["audio"], given["video"], given["audio"]
+
+
+def test_same_is_one_evenly_spread_level():
+    video, audio, given_video, given_audio = draw(same=1)
+    assert (video == video[:, :1]).all() and (audio == video).all()
+    assert not given_video.any() and not given_audio.any()
+    assert sorted(np.floor(video[:, 0] * 512).astype(int)) == list(range(512))  # one a stratum
+    assert (np.diff(video[:, 0]) < 0).any()  # in random order
+
+
+def test_per_modality_and_per_frame_are_independent():
+    video, audio, *_ = draw(per_modality=1)
+    assert (video == video[:, :1]).all() and (audio == audio[:, :1]).all()
+    assert abs(np.corrcoef(video[:, 0], audio[:, 0])[0, 1]) < 0.15
+    video, audio, *_ = draw(per_frame=1)
+    off_diagonal = np.corrcoef(np.concatenate([video, audio], 1).T) - np.eye(12)
+    assert abs(off_diagonal).max() < 0.2
+    np.testing.assert_allclose(video.mean(0), 0.5, atol=0.002)  # stratified in every frame
+
+
+def test_one_modality_given():
+    video, audio, given_video, given_audio = draw(video_given=1)
+    assert given_video.all() and not given_audio.any() and (audio > 0).all()
+    video, audio, given_video, given_audio = draw(audio_given=1)
+    assert given_audio.all() and not given_video.any() and (video > 0).all()
+
+
+def test_prefixes_and_ends_given():
+    _, audio, given_video, given_audio = draw(image_given=1)
+    assert given_video.sum(1).tolist() == [1] * 512 and given_video[:, 0].all()
+    assert not given_audio.any()
+    _, _, given, given_audio = draw(first_given=1)
+    assert (given == given_audio).all() and set(given.sum(1)) == {1, 2, 3, 4, 5}
+    assert (np.diff(given.astype(int), axis=1) <= 0).all()  # a prefix
+    _, _, given, given_audio = draw(ends_given=1)
+    assert (given == given_audio).all() and given[:, 0].all() and given[:, -1].all()
+    assert set(given.sum(1)) == {2, 3, 4, 5}
+    assert (np.abs(np.diff(given.astype(int), axis=1)).sum(1) == 2).all()  # one gap
+    for name in ("image_given", "first_given", "ends_given"):  # too short to give any
+        assert not draw(batch=8, frames=1, **{name: 1})[2].any()
+
+
+def test_pyramid_rises():
+    video, audio, given, given_audio = draw(pyramid=1)
+    assert (video == audio).all() and (given == given_audio).all()
+    assert (np.diff(video, axis=1) >= 0).all() and (video[:, -1] > 0).all()
+    rise = np.diff(video, axis=1)
+    inside = (video[:, :-1] > 0) & (video[:, 1:] < 1)
+    for row, ok in zip(rise, inside):
+        assert np.ptp(row[ok]) < 1e-5 if ok.any() else True  # one slope an example
+    assert given.any() and (video == 1).any()
+
+
+def test_shares_and_keys():
+    _, _, given_video, given_audio = draw(batch=100, same=3, video_given=1, audio_given=0)
+    assert given_video.all(1).sum() == 25 and not given_audio.any()
+    everything = dict.fromkeys(diffusion.PATTERNS, 1.0)
+    one, again, other = (draw(seed=seed, **everything)[0] for seed in (1, 1, 2))
+    assert (one == again).all() and (one != other).any()
+    jitted = jax.jit(lambda key: diffusion.sample_levels(key, (512, 6), everything))
+    np.testing.assert_allclose(jitted(jax.random.key(1))[0]["video"], one, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loss
+
+
+def test_loss_by_hand():
+    z, seen = latents(), {}
+    config = make_config(target="noise", patterns=dict(per_frame=1.0, ends_given=1.0))
+
+    def denoise(z_t, level, cond):
+        seen.update(z_t=z_t, level=level, cond=cond)
+        return jax.tree.map(jnp.zeros_like, z_t)  # so that the error is eps itself
+
+    value, metrics = diffusion.loss(denoise, jax.random.key(0), z, "cond", config)
+    assert seen["cond"] == "cond" and value.dtype == jnp.float32
+    means = {}
+    for name, tokens in (("video", 1), ("audio", 4)):
+        level = np.repeat(seen["level"][name], tokens, 1)
+        made = level < 12.0
+        z_t, x = np.array(seen["z_t"][name]), np.array(z[name])
+        assert 0 < made.sum() < made.size
+        np.testing.assert_array_equal(z_t[~made], x[~made])  # given frames are shown clean
+        shape = (-1,) + (1,) * (x.ndim - 2)
+        alpha, sigma = (np.reshape(a, shape) for a in diffusion.alpha_sigma(level[made]))
+        eps = (z_t[made] - alpha * x[made]) / sigma
+        means[name] = np.square(eps).mean()
+        np.testing.assert_allclose(metrics[f"loss_{name}"], means[name], rtol=1e-3)
+        assert abs(means[name] - 1) < 0.2
+    np.testing.assert_allclose(value, (means["video"] + 0.5 * means["audio"]) / 1.5, rtol=1e-3)
+
+
+def test_noise_bins_hold_their_part_of_t():
+    z = latents()
+    config = make_config(target="noise", patterns=dict(per_frame=1.0))
+
+    def denoise(z_t, level, cond):  # off by the level itself, so each bin shows its mean square
+        t = jax.tree.map(lambda level: 2 / jnp.pi * jnp.arctan(jnp.exp(-level / 2)), level)
+        eps = diffusion.to_eps(z, z_t, level, "x0")
+        return jax.tree.map(lambda t, eps: eps + diffusion.spread(t, eps), t, eps)
+
+    _, metrics = diffusion.loss(denoise, jax.random.key(0), z, {}, config)
+    for i in range(4):  # mean of t^2 over [i/4, (i+1)/4)
+        expected = ((i + 1) ** 3 - i**3) / 48
+        for name in ("video", "audio"):
+            np.testing.assert_allclose(metrics[f"eps_mse_{name}_{i}"], expected, rtol=0.1, atol=2e-3)
+
+
+def test_video_alone():
+    z = {"video": latents()["video"]}
+    identity = lambda z_t, level, cond: z_t  # noqa: E731
+    value, metrics = diffusion.loss(identity, jax.random.key(0), z, {}, make_config())
+    assert value == metrics["loss_video"] > 0
+    assert not any("audio" in name for name in metrics)
+
+
+def test_nothing_to_learn_is_no_loss():
+    config = make_config(patterns=dict(video_given=1.0), loss_weights=dict(video=1.0, audio=0.0))
+    identity = lambda z_t, level, cond: z_t  # noqa: E731
+    value, metrics = diffusion.loss(identity, jax.random.key(0), latents(), {}, config)
+    assert value == 0 and metrics["loss_video"] == 0 and metrics["loss_audio"] > 0
+    assert all(np.isnan(metrics[f"eps_mse_video_{i}"]) for i in range(4))
+
+
+@pytest.mark.parametrize("ends", [(-20.0, -19.0), (19.0, 20.0), (-12.0, 12.0)])
+@pytest.mark.parametrize("schedule", diffusion.SCHEDULES)
+def test_gradient_is_finite_at_both_extremes(schedule, ends):
+    z = latents()
+    for weighting in diffusion.WEIGHTINGS:
+        for target in diffusion.TARGETS:
+            config = make_config(
+                schedule=schedule,
+                log_snr_min=ends[0],
+                log_snr_max=ends[1],
+                weighting=weighting,
+                target=target,
+                patterns=dict.fromkeys(diffusion.PATTERNS, 1.0),
+            )
+
+            def value(scale, config=config):
+                def denoise(z_t, level, cond):
+                    return jax.tree.map(lambda z: (scale * z).astype(jnp.bfloat16), z_t)
+
+                return diffusion.loss(denoise, jax.random.key(0), z, {}, config)[0]
+
+            number, gradient = jax.value_and_grad(value)(0.3)
+            assert number.dtype == jnp.float32 and jnp.isfinite(number) and jnp.isfinite(gradient)
+
+
+@pytest.mark.parametrize(
+    "different, message",
+    [
+        (dict(schedule="cosin"), "'cosine'"),
+        (dict(target="eps"), "no target"),
+        (dict(weighting="minsnr"), "'min_snr'"),
+        (dict(patterns=dict(sames=1.0)), "'same'"),
+        (dict(patterns=dict(same=0.0)), "shares"),
+        (dict(patterns=dict(same=1.0, per_frame=-1.0)), "shares"),
+        (dict(log_snr_min=12.0), "below"),
+        (dict(shift=0.0), "positive"),
+    ],
+)
+def test_wrong_settings_are_one_clear_line(different, message):
+    with pytest.raises(UserError, match=message) as error:
+        identity = lambda z_t, level, cond: z_t  # noqa: E731
+        diffusion.loss(identity, jax.random.key(0), latents(), {}, make_config(**different))
+    assert "\n" not in str(error.value)

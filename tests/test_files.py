@@ -1,0 +1,277 @@
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from absl import logging as absl_logging
+
+from vdm_jax import media
+from vdm_jax.data import files
+from vdm_jax.data.files import Files
+from vdm_jax.errors import UserError
+
+FPS, RATE, FRAMES = 8, 8000, 9
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    lines = []
+    monkeypatch.setattr(absl_logging, "warning", lambda message, *args: lines.append(message % args))
+    return lines
+
+
+def write(path, frames, sound=True, first=0):
+    """Frame k is the grey level 3 * (first + k), and its sound a constant tone as loud as k."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    video = np.zeros((frames, 16, 16, 3), np.uint8)
+    video += (3 * (first + np.arange(frames, dtype=np.uint8)))[:, None, None, None]
+    t = np.arange(frames * 1000)
+    audio = np.repeat(np.arange(frames) / 128, 1000) * np.sin(2 * np.pi * 500 * t / RATE)
+    media.write_mp4(path, video, audio if sound else None, FPS, RATE, upscale=4)
+
+
+def open_files(folder, **settings):
+    defaults = {"frames": FRAMES, "size": 16, "fps": FPS, "sample_rate": RATE, "seed": 0}
+    return Files(folder, **{**defaults, **settings})
+
+
+def levels(item):
+    return np.round(item["video"].mean((1, 2, 3)) / 3).astype(int)
+
+
+@pytest.fixture(scope="module")
+def two_videos(tmp_path_factory):
+    """a: frames 0..49 with sound, b: frames 52..71 without."""
+    folder = tmp_path_factory.mktemp("two")
+    write(folder / "a.mp4", 50)
+    write(folder / "sub" / "b.mp4", 20, sound=False, first=52)
+    (folder / "a.txt").write_text("a gets\nbrighter\n")
+    (folder / "sub" / "b.txt").write_text("b too")
+    return folder
+
+
+@pytest.fixture
+def folder(two_videos, tmp_path):
+    return shutil.copytree(two_videos, tmp_path / "folder")
+
+
+def test_items_are_windows_with_their_sound_and_caption(folder, warnings):
+    source = open_files(folder)
+    assert len(source) == 2**31 - 1
+    seen = set()
+    for i in range(30):
+        item = source[i]
+        assert item["video"].shape == (FRAMES, 16, 16, 3) and item["video"].dtype == np.uint8
+        assert item["audio"].shape == (FRAMES * 1000,) and item["audio"].dtype == np.float32
+        level = levels(item)
+        np.testing.assert_array_equal(np.diff(level), 1)
+        seen.add(level[0])
+        assert item["caption"] == ("a gets brighter" if level[0] < 50 else "b too")
+        loudness = np.abs(item["audio"]).reshape(FRAMES, 1000)[:, 300:700].max(axis=1)
+        expected = level / 128 if level[0] < 50 else np.zeros(FRAMES)
+        np.testing.assert_allclose(loudness, expected, atol=0.03)
+    assert len(seen) > 12
+    assert [line for line in warnings if "no sound" in line] == ["1 of 2 videos: no sound, it gets silence: sub/b.mp4"]
+
+
+def test_items_depend_on_seed_and_index_alone(folder):
+    first, again, other = open_files(folder), open_files(folder), open_files(folder, seed=1)
+    order = [5, 0, 17, 10**9, 5]
+    for i, j in zip(order, sorted(order)):
+        assert first[i]["caption"]
+        assert again[j]["caption"]
+    for i in order:
+        np.testing.assert_array_equal(first[i]["video"], again[i]["video"])
+        np.testing.assert_array_equal(first[i]["audio"], again[i]["audio"])
+    assert any(levels(first[i])[0] != levels(other[i])[0] for i in range(10))
+    copy = pickle.loads(pickle.dumps(first))
+    np.testing.assert_array_equal(copy[17]["audio"], first[17]["audio"])
+    np.testing.assert_array_equal(first[-1]["video"], first[2**31 - 2]["video"])
+    with pytest.raises(IndexError):
+        open_files(folder, length=10)[10]
+
+
+def test_every_video_comes_once_an_epoch(folder):
+    write(folder / "c.mp4", 10, first=75)
+    source = open_files(folder)
+    for epoch in range(6):
+        starts = [levels(source[3 * epoch + k])[0] for k in range(3)]
+        assert sorted(np.digitize(starts, [50, 73])) == [0, 1, 2]
+
+
+def test_memory_and_seeking_give_the_same(folder):
+    cached, sought = open_files(folder), open_files(folder, cache_bytes=0)
+    some = open_files(folder, cache_bytes=30 * (16 * 16 * 3 + 4 * 1000))
+    assert [video[-1] for video in cached.videos] == [True, True]
+    assert [video[-1] for video in sought.videos] == [False, False]
+    assert [video[-1] for video in some.videos] == [False, True]
+    for i in range(12):
+        one, two = cached[i], sought[i]
+        np.testing.assert_array_equal(one["video"], two["video"])
+        np.testing.assert_allclose(one["audio"], two["audio"], atol=0.1)  # up to half a sample off
+        lag = np.correlate(one["audio"], two["audio"], "full").argmax() - (FRAMES * 1000 - 1)
+        assert lag == 0 or not one["audio"].any()
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_training_never_touches_what_is_held_out(folder, cache_bytes):
+    train = open_files(folder, held_out=0.3, cache_bytes=cache_bytes)
+    held_out = open_files(folder, held_out=0.3, cache_bytes=cache_bytes, split="held_out")
+    trained = np.concatenate([levels(train[i]) for i in range(60)])
+    kept = np.concatenate([levels(held_out[i]) for i in range(40)])
+    assert set(kept) == {*range(35, 50), *range(63, 72)}  # 15 frames of a; b keeps one window, 9
+    assert set(trained) <= {*range(35), *range(52, 63)} and {20, 62} <= set(trained)
+
+
+def test_short_videos_are_padded_and_said(tmp_path, warnings):
+    write(tmp_path / "a.mp4", 5)
+    item = open_files(tmp_path, held_out=0.0)[0]
+    np.testing.assert_array_equal(levels(item), [0, 1, 2, 3, 4, 4, 4, 4, 4])
+    assert item["caption"] == ""
+    assert np.abs(item["audio"][4200:4800]).max() > 0.02 and not item["audio"][5000:].any()
+    assert any("shorter than a window, its last frame is repeated: a.mp4" in w for w in warnings)
+    assert any("no caption" in line for line in warnings)
+    with pytest.raises(UserError, match="raise held_out"):
+        open_files(tmp_path, held_out=0.0, split="held_out")
+    write(tmp_path / "b.mp4", 30)
+    assert [v[0] for v in open_files(tmp_path, split="held_out", held_out=0.4).videos] == ["b.mp4"]
+    assert any("it is left out: a.mp4" in line for line in warnings)
+
+
+def test_metadata(folder, warnings):
+    rows = [
+        ("a.mp4", 'a, with "quotes"'),
+        ("sub/b.mp4", "b"),
+        ("sub/b.mp4", "another b"),
+        ("gone.mp4", "?"),
+    ]
+    table = "file_name,text,extra\n" + "".join(
+        f'{name},"{text.replace(chr(34), 2 * chr(34))}",1\n' for name, text in rows
+    )
+    lines = "\n".join(json.dumps({"file_name": n, "text": t, "x": [1]}) for n, t in rows) + "\n\n"
+    for name, content in (("metadata.csv", table), ("metadata.jsonl", lines)):
+        (folder / name).write_text(content)
+        source = open_files(folder)
+        captions = {source[i]["caption"] for i in range(30)}
+        assert captions == {'a, with "quotes"', "b", "another b"}
+        assert any("1 of 3 videos: broken" in w and "gone.mp4" in w for w in warnings)
+        warnings.clear()
+        (folder / name).unlink()
+
+
+def test_broken_files_are_skipped_counted_and_named(folder, warnings):
+    (folder / "x.mp4").write_bytes(b"no video")
+    (folder / "y.mp4").touch()
+    source = open_files(folder)
+    assert {source[i]["caption"] for i in range(8)} == {"a gets brighter", "b too"}
+    line = next(line for line in warnings if "broken" in line)
+    assert line.startswith("2 of 4 videos") and "x.mp4" in line and "y.mp4" in line
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_a_file_that_fails_later_is_replaced(folder, warnings, cache_bytes):
+    source = open_files(folder, cache_bytes=cache_bytes)
+    (folder / "sub" / "b.mp4").write_bytes(b"overwritten")
+    warnings.clear()
+    items = [source[i] for i in range(8)]
+    assert {item["caption"] for item in items} == {"a gets brighter"}
+    assert len(warnings) == 1 and "b.mp4" in warnings[0]
+    (folder / "a.mp4").unlink()
+    with pytest.raises(UserError, match="none of the videos"):
+        open_again = pickle.loads(pickle.dumps(source))
+        open_again[0]
+
+
+def test_unusable_folders(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.mp4").write_bytes(b"x")
+    for path, fault in [
+        (tmp_path / "absent", "not a folder"),
+        (folder / "a.mp4", "not a folder"),
+        (tmp_path / "empty", "holds no .mp4"),
+        (tmp_path / "bad", "no usable train video.*a.mp4"),
+    ]:
+        with pytest.raises(UserError, match=fault):
+            open_files(path)
+    with pytest.raises(UserError, match="held_out"):
+        open_files(folder, split="test")
+    with pytest.raises(UserError, match="share"):
+        open_files(folder, held_out=1.0)
+
+
+@pytest.mark.parametrize(
+    "name, content, fault",
+    [
+        ("metadata.csv", "file,text\na.mp4,x\n", "no column 'file_name'"),
+        ("metadata.csv", "", "no column 'file_name' or 'text'"),
+        ("metadata.csv", "file_name,text\na.mp4\n", "row 1 lacks"),
+        ("metadata.csv", 'file_name,text\na.mp4,"x\n', "after row 0"),
+        ("metadata.csv", "file_name,text\n../a.mp4,x\n", "points out"),
+        ("metadata.csv", "file_name,text\n/etc/a.mp4,x\n", "points out"),
+        ("metadata.csv", "file_name,text\nsub/../../a.mp4,x\n", "points out"),
+        ("metadata.csv", "file_name,text\nlink.mp4,x\n", "points out"),
+        ("metadata.csv", "file_name,text\na\0.mp4,x\n", "metadata.csv|no usable"),
+        ("metadata.csv", b"file_name,text\na.mp4,\xff\n", "metadata.csv"),
+        ("metadata.jsonl", '{"file_name": "a.mp4"}\n', "row 1 lacks"),
+        ("metadata.jsonl", '{"file_name": "a.mp4", "text": 3}\n', "row 1 lacks"),
+        ("metadata.jsonl", '["a.mp4", "x"]\n', "row 1 lacks"),
+        ("metadata.jsonl", "{not json\n", "after row 0"),
+        ("metadata.jsonl", "[" * 100_000, "metadata.jsonl"),
+        ("a.txt", b"\xff", "a.txt is not UTF-8"),
+        ("a.txt", "x" * 2_000_000, "a.txt is over"),
+    ],
+)
+def test_bad_metadata_is_one_clear_line(tmp_path, name, content, fault):
+    folder = tmp_path / "inside"
+    write(folder / "a.mp4", 10)
+    write(tmp_path / "a.mp4", 10)
+    if "link" in str(content):
+        (folder / "link.mp4").symlink_to(tmp_path / "a.mp4")
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=fault) as error:
+        open_files(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_both_kinds_of_metadata_and_links_out(tmp_path):
+    folder = tmp_path / "inside"
+    write(folder / "a.mp4", 10)
+    (folder / "metadata.csv").write_text("file_name,text\na.mp4,x\n")
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "x"}\n')
+    with pytest.raises(UserError, match="keep one"):
+        open_files(folder)
+    (folder / "metadata.csv").unlink()
+    (folder / "metadata.jsonl").rename(tmp_path / "metadata.jsonl")
+    (folder / "metadata.jsonl").symlink_to(tmp_path / "metadata.jsonl")
+    with pytest.raises(UserError, match="points out"):
+        open_files(folder)
+    (folder / "metadata.jsonl").unlink()
+    (tmp_path / "secret").write_text("secret")
+    (folder / "a.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="points out"):
+        open_files(folder)
+    (folder / "a.txt").unlink()
+    (folder / "b.mp4").symlink_to(folder / "a.mp4")  # inside: fine
+    assert len(open_files(folder).videos) == 2
+
+
+def test_threads_decode_a_video_once(folder, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    calls = []
+    read_video = media.read_video
+
+    def counted(path, **settings):
+        calls.append(path.name)
+        return read_video(path, **settings)
+
+    monkeypatch.setattr(files.media, "read_video", counted)
+    source = open_files(folder)
+    with ThreadPoolExecutor(8) as pool:
+        items = list(pool.map(source.__getitem__, range(40)))
+    assert sorted(calls) == ["a.mp4", "b.mp4"]
+    alone = open_files(folder)
+    for i in (0, 7, 39):
+        np.testing.assert_array_equal(items[i]["video"], alone[i]["video"])

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+from absl import logging as absl_logging
+
+from vdm_jax import text
+from vdm_jax.errors import UserError
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    lines = []
+    text._warn_truncated.cache_clear()
+    monkeypatch.setattr(absl_logging, "warning", lambda message, *args: lines.append(message % args))
+    return lines
+
+
+def test_layout_of_a_row():
+    tokens = text.encode(["ab", ""], 6)
+    assert tokens.dtype == np.int32
+    np.testing.assert_array_equal(tokens, [[1, ord("a") + 3, ord("b") + 3, 2, 0, 0], [1, 2, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(text.mask(tokens), [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
+    assert text.mask(tokens).dtype == bool
+
+
+def test_every_byte_stays_in_the_vocabulary():
+    tokens = text.encode(["\x00\x7f\u00ff\uffff\U0010ffff"], 32)
+    assert tokens.min() >= 0 and tokens.max() < text.VOCAB_SIZE == 259
+
+
+def test_round_trip(warnings):
+    texts = ["a red circle moves right", "", "ein grüner Würfel", "赤い丸", "🙂 tab\tand\nline"]
+    assert text.decode(text.encode(texts, 64)) == texts
+    assert text.decode(text.encode(["abcd"], 6)) == ["abcd"]  # exactly full
+    assert warnings == []
+    assert text.encode([], 8).shape == (0, 8)
+
+
+def test_truncation_keeps_whole_characters_and_the_end(warnings):
+    tokens = text.encode(["aé" * 4], 7)  # 12 bytes, room for 5: a é a, then the first half of é is dropped
+    assert text.decode(tokens) == ["aéa"]
+    assert tokens[0].tolist().index(text.END) == 5 and tokens[0, 6] == text.PAD
+    assert len(warnings) == 1 and "4 of its 12 bytes" in warnings[0]
+    text.encode(["aé" * 4], 7)
+    assert len(warnings) == 1  # once per text
+    text.encode(["aé" * 5], 7)
+    assert len(warnings) == 2
+
+
+def test_lone_surrogates_and_bad_lengths():
+    assert text.decode(text.encode(["a\ud800b"], 8)) == ["a?b"]
+    with pytest.raises(UserError):
+        text.encode(["a"], 1)
+    with pytest.raises(TypeError):
+        text.encode("a", 8)
+
+
+def test_decode_survives_what_a_model_could_emit():
+    assert text.decode(np.array([[1, 0xC3 + 3, 2, 50], [65 + 3, 0, 66 + 3, 0]])) == ["\ufffd", "AB"]
+
+
+def test_read_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeff# comment\r\n\r\n  a red circle \r\nzwei Würfel\n".encode())
+    assert text.read_prompts(path) == ["a red circle", "zwei Würfel"]
+
+
+@pytest.mark.parametrize(
+    "content, fault",
+    [
+        (b"", "no prompt"),
+        (b"\n# only a comment\n", "no prompt"),
+        (b"caf\xe9", "UTF-8"),
+        (b"a\0b", "NUL"),
+        (b"a" * (text.MAX_PROMPT_FILE_BYTES + 1), "over"),
+    ],
+)
+def test_read_prompts_faults(tmp_path, content, fault):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=fault) as error:
+        text.read_prompts(path)
+    assert "\n" not in str(error.value) and "prompts.txt" in str(error.value)
+
+
+def test_read_prompts_missing_or_a_folder(tmp_path):
+    for path in [tmp_path / "absent.txt", tmp_path, "a\0b"]:
+        with pytest.raises(UserError, match="cannot read"):
+            text.read_prompts(path)

@@ -1,0 +1,251 @@
+"""A folder of real videos with captions as an endless random-access source of clips.
+
+Captions come from `metadata.csv` or `metadata.jsonl` in the folder: columns `file_name`, relative
+to the folder, and `text`; others are ignored; a file in several rows has several captions. Without
+either they come from `name.txt` beside `name.mp4`, the whole text being one caption.
+"""
+
+import csv
+import functools
+import json
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from vdm_jax import media
+from vdm_jax.errors import UserError
+
+SUFFIXES = (".mp4", ".webm", ".avi", ".mov", ".mkv", ".m4v")
+MAX_TEXT_BYTES = 1_000_000  # of a name.txt
+MAX_CACHED_SECONDS = 300  # a longer video is sought in, or its first clip would take minutes
+
+
+@functools.lru_cache(maxsize=8)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def _shown(names) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
+            raise UserError(f"{path.name} is over {MAX_TEXT_BYTES} bytes: is it a caption?")
+        return " ".join(data.decode("utf-8-sig").split())
+    except OSError as error:
+        raise UserError(f"cannot read {path.name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path.name} is not UTF-8 text: save it as UTF-8") from error
+
+
+def _read_metadata(path: Path) -> list[tuple[str, str]]:
+    """metadata.csv or metadata.jsonl -> (file_name, text) pairs."""
+    pairs = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                rows = csv.DictReader(file, strict=True)
+                missing = {"file_name", "text"} - set(rows.fieldnames or ())
+                if missing:
+                    raise UserError(f"{path.name} has no column {' or '.join(map(repr, sorted(missing)))}")
+            else:
+                rows = (json.loads(line) for line in file if line.strip())
+            for number, row in enumerate(rows, 1):
+                pair = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (0, 0)
+                if not all(isinstance(value, str) for value in pair) or not pair[0]:
+                    raise UserError(f"{path.name}: row {number} lacks a file_name or a text")
+                pairs.append(pair)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path.name}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
+        fault = f"cannot read {path.name} after row {len(pairs)}: {error}"
+        raise UserError(" ".join(fault.split())) from error
+    return pairs
+
+
+def _check_inside(root: Path, name) -> None:
+    path = Path(name)
+    try:
+        inside = (root / path).resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{str(name)!r} is no usable file name: {error}") from error
+    if path.is_absolute() or ".." in path.parts or not inside:
+        raise UserError(f"{str(name)!r} points out of {root}: keep the videos inside the folder")
+
+
+def _listing(root: Path) -> dict[str, list[str]]:
+    """Relative file name -> captions, in the order of the metadata or of the names."""
+    metadata = [p for p in (root / "metadata.csv", root / "metadata.jsonl") if p.exists()]
+    captions: dict[str, list[str]] = {}
+    if len(metadata) > 1:
+        raise UserError(f"{root} holds both metadata.csv and metadata.jsonl: keep one of them")
+    if metadata:
+        _check_inside(root, metadata[0].name)
+        for name, text in _read_metadata(metadata[0]):
+            captions.setdefault(name, []).append(text)
+    else:
+        for path in sorted(root.rglob("[!.]*")):
+            if path.suffix.lower() in SUFFIXES:
+                note = path.with_suffix(".txt")
+                _check_inside(root, note.relative_to(root))
+                name = path.relative_to(root).as_posix()
+                captions[name] = [_read_text(note) if note.exists() else ""]
+    for name in captions:
+        _check_inside(root, name)
+    return captions
+
+
+class Files:
+    """Random windows of the videos in a folder, without end.
+
+    `files[i]` is determined by (seed, i): every len(videos) indices visit each video once, in an
+    order drawn for that epoch, at a random window. It returns `video` uint8 [F, h, w, 3], `audio`
+    float32 [F * sample_rate // fps] and `caption` (one of the video's, drawn at random).
+
+    Frames lie on the grid of `fps`. The last `held_out` share of every video, or one window of it
+    if that is more and the video lasts two, is the split "held_out"; windows of "train" end before
+    it. Where a split's part of a video is shorter than a window, its last frame is repeated and the
+    sound is silent from there on ("held_out" leaves such a video out, if that leaves any). A video
+    without sound gets silence, a broken one is left out, a missing caption is the empty text. All
+    this is warned of once, with names. Raises UserError if folder or metadata cannot be used.
+
+    Videos are decoded once, to their final size, and kept in memory as far as they fit into
+    `cache_bytes`; of the others just the window is decoded.
+    """
+
+    def __init__(
+        self,
+        path,
+        *,
+        frames: int,
+        size: int | tuple[int, int],
+        fps: float,
+        sample_rate: int,  # Hz
+        seed: int,
+        split: str = "train",
+        held_out: float = 0.2,
+        length: int = 2**31 - 1,
+        cache_bytes: int = 2 << 30,
+    ):
+        if split not in ("train", "held_out"):
+            raise UserError(f"no split {split!r}: use 'train' or 'held_out'")
+        if not 0 <= held_out < 1:
+            raise UserError(f"held_out is a share, at least 0 and less than 1, not {held_out}")
+        self.root = Path(path)
+        if not self.root.is_dir():
+            raise UserError(f"data path {os.fspath(path)!r} is not a folder")
+        self.frames, self.seed, self.split, self.length = frames, seed, split, length
+        self.settings = {"size": size, "fps": fps, "sample_rate": sample_rate}
+        self.samples = int(frames * sample_rate // fps)
+        self._load(_listing(self.root), held_out, cache_bytes)
+        self._clear()
+
+    def _load(self, listing: dict[str, list[str]], held_out: float, cache_bytes: int) -> None:
+        """Probes every file; self.videos becomes [(name, captions, first, end, total, cached)]."""
+        fps, (height, width) = self.settings["fps"], media.pair(self.settings["size"])
+        frame_bytes = height * width * 3 + 4 * self.samples // self.frames
+        self.videos, broken, silent, short = [], [], [], []
+        for name, captions in listing.items():
+            try:
+                info = media.probe(self.root / name)
+            except UserError as error:
+                broken.append(str(error).removeprefix("cannot read "))
+                continue
+            total = max(1, int(info["duration"] * fps + 1e-6))  # frames on the grid
+            held = int(total * held_out)
+            if held and total >= 2 * self.frames:
+                held = max(held, self.frames)
+            first, end = (0, total - held) if self.split == "train" else (total - held, total)
+            if first == end:
+                continue
+            need = total * frame_bytes
+            cached = need <= cache_bytes and info["duration"] <= MAX_CACHED_SECONDS
+            cache_bytes -= need * cached
+            self.videos.append((name, captions, first, end, total, cached))
+            silent += [] if info["has_audio"] else [name]
+            short += [name] if end - first < self.frames else []
+        fate = "its last frame is repeated"
+        if self.split == "held_out" and len(short) < len(self.videos):
+            self.videos = [video for video in self.videos if video[0] not in short]
+            fate = "it is left out"
+        unnamed = [name for name, captions, *_ in self.videos if not any(captions)]
+        for names, text in (
+            (broken, "broken, it is left out"),
+            (short, f"its {self.split} part is shorter than a window, {fate}"),
+            (silent, "no sound, it gets silence"),
+            (unnamed, "no caption, it gets the empty text"),
+        ):
+            if names:
+                logging.warning("%d of %d videos: %s: %s", len(names), len(listing), text, _shown(names))
+        if not self.videos:
+            what = f"no usable {self.split} video in {os.fspath(self.root)!r}"
+            if broken:
+                raise UserError(f"{what}: {_shown(broken)}")
+            if listing:
+                raise UserError(f"{what}: raise held_out ({held_out:g}) or add longer videos")
+            raise UserError(f"{what}: it holds no {', '.join(SUFFIXES)} file")
+
+    def _clear(self) -> None:
+        self._cache, self._warned, self._lock = {}, set(), threading.Lock()
+
+    def __getstate__(self):  # for worker processes: neither the lock nor the decoded videos travel
+        return {k: v for k, v in self.__dict__.items() if k not in ("_cache", "_warned", "_lock")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._clear()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> dict:
+        if not -self.length <= i < self.length:
+            raise IndexError(i)
+        i = int(i) % self.length
+        epoch, place = divmod(i, len(self.videos))
+        order = _order(self.seed, epoch, len(self.videos))
+        where, which = np.random.default_rng([self.seed, i]).random(2)
+        for turn in range(len(order)):  # another one stands in for a file that fails after all
+            name, captions, first, end, total, cached = self.videos[order[place - turn]]
+            start = first + int(where * (max(0, end - first - self.frames) + 1))
+            count = min(self.frames, end - start)
+            try:
+                video, audio = self._window(name, start, count, total if cached else None)
+            except UserError as error:
+                if name not in self._warned:
+                    self._warned.add(name)
+                    logging.warning("%s; another video stands in for it", error)
+                continue
+            video = np.concatenate([video, video[-1:].repeat(self.frames - count, axis=0)])
+            audio = np.pad(audio[: self.samples], (0, max(0, self.samples - len(audio))))
+            return {"video": video, "audio": audio, "caption": captions[int(which * len(captions))]}
+        raise UserError(f"none of the videos in {os.fspath(self.root)!r} can be read any more")
+
+    def _window(self, name: str, start: int, frames: int, total: int | None):
+        """Frames [start, start + frames) of the grid with their sound; total: decode all, once."""
+        if total is None:
+            at = start / self.settings["fps"]
+            return media.read_video(self.root / name, start=at, frames=frames, **self.settings)[:2]
+        with self._lock:  # threads that want the same video decode it once
+            if name not in self._cache:
+                try:
+                    clip = media.read_video(self.root / name, frames=total, **self.settings)
+                    self._cache[name] = clip[:2]
+                except UserError as error:
+                    self._cache[name] = error
+            entry = self._cache[name]
+        if isinstance(entry, UserError):
+            raise entry
+        rate = self.settings["sample_rate"] / self.settings["fps"]  # samples per frame
+        low = round(start * rate)
+        return entry[0][start : start + frames], entry[1][low : low + int(frames * rate)]

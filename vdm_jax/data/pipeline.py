@@ -1,0 +1,76 @@
+"""From a data source to batches on devices.
+
+The batch at step s is a pure function of (seed, s): sample number s * batch_size + j of an endless, seeded shuffle.
+A resumed run therefore sees the batches it would have seen, on any number of processes, and nothing about the data
+needs saving.
+"""
+
+import grain
+import jax
+import numpy as np
+
+from vdm_jax import text
+from vdm_jax.data.files import Files
+from vdm_jax.data.world import World
+from vdm_jax.errors import UserError
+
+HELD_OUT_SEED = 1_000_003  # added to the seed of the procedural world for clips that training never sees
+
+
+def source(config, split="train"):
+    """The data source of config.data; split is "train" or "held_out". Items: {'video', 'audio', 'caption', ...}."""
+    data = config.data
+    clip = dict(frames=data.frames, size=data.size, fps=data.fps, sample_rate=data.sample_rate)
+    if data.source == "world":
+        return World(config.seed + (HELD_OUT_SEED if split == "held_out" else 0), **clip, **data.world)
+    if data.source == "files":
+        if not data.path:
+            raise UserError("data.path is empty: give the folder of videos, --config.data.path=FOLDER")
+        return Files(data.path, split=split, seed=config.seed, **clip, **data.files)
+    if data.source == "tfds":
+        from vdm_jax.data.tfds import Tfds  # imports tensorflow_datasets, which few runs need
+
+        return Tfds(data_dir=data.path, seed=config.seed, **clip, **data.tfds)
+    raise UserError(f"data.source={data.source!r} is unknown: use world, files or tfds")
+
+
+def example(item, text_length):
+    """A source's item as a training example: {'video', 'audio', 'tokens' int32 [L]}."""
+    return {
+        "video": item["video"],
+        "audio": item["audio"],
+        "tokens": text.encode([item["caption"]], text_length)[0],
+    }
+
+
+class _Batches:
+    """Random access to this process's rows of the global batch of every step from `start` on."""
+
+    def __init__(self, samples, batch_size, start):
+        self.samples, self.batch_size, self.start = samples, batch_size, start
+        self.local = batch_size // jax.process_count()
+
+    def __len__(self):
+        return 2**31 - 1
+
+    def __getitem__(self, step):
+        first = (self.start + step) * self.batch_size + jax.process_index() * self.local
+        rows = [self.samples[first + j] for j in range(self.local)]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+
+def batches(items, *, batch_size, seed, start, data, to_example=None):
+    """Endless iterator of this process's numpy batches, beginning with the batch of step `start`.
+
+    items: a random-access source; to_example maps one of its items to a dict of arrays (default: the item itself).
+    """
+    samples = grain.MapDataset.source(items).seed(seed).shuffle().repeat()
+    if to_example is not None:
+        samples = samples.map(to_example)
+    read = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
+    return iter(grain.MapDataset.source(_Batches(samples, batch_size, start)).to_iter_dataset(read))
+
+
+def to_devices(batch, sharding):
+    """Each process's rows -> one global array a leaf, split as `sharding` says."""
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

@@ -1,0 +1,136 @@
+"""A built TensorFlow Datasets data set as an endless random-access source, without TensorFlow.
+
+The data set must be stored as array_record (`file_format="array_record"` when it is built) and its
+features must be Tensor, Scalar, Text, ClassLabel or sequences of these: the Video, Image and Audio
+features decode with TensorFlow only.
+"""
+
+import functools
+import os
+
+import numpy as np
+
+from vdm_jax import media
+from vdm_jax.errors import UserError
+
+
+@functools.lru_cache(maxsize=8)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+class Tfds:
+    """Random windows of a data set's videos, without end; item i is determined by (seed, i).
+
+    name: a data set in `data_dir` (TFDS's own default if None), or the folder of a built one.
+    split: TFDS's notation, so "train[:90%]" and "train[90%:]" keep a part held out.
+    video_key: feature uint8 [T, H, W, 3] (or 1 channel) at `source_fps` frames/s, by default `fps`.
+    audio_key: feature float in [-1, 1] or int16, [N] or [N, channels], from the video's start on,
+    at `source_sample_rate` Hz, by default `sample_rate`; without it the clips are silent.
+    caption_key: feature of text, of several texts (one is drawn), or a class label.
+
+    An item is `video` uint8 [F, h, w, 3], `audio` float32 [F * sample_rate // fps] and `caption`.
+    After the end of a video its last frame is repeated. Raises UserError if data cannot be read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        frames: int,
+        size: int | tuple[int, int],
+        fps: float,
+        sample_rate: int,  # Hz
+        seed: int,
+        split: str = "train",
+        data_dir: str | None = None,
+        video_key: str = "video",
+        audio_key: str | None = None,
+        caption_key: str | None = None,
+        source_fps: float | None = None,
+        source_sample_rate: int | None = None,
+        length: int = 2**31 - 1,
+    ):
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError as error:
+            raise UserError("pip install tensorflow-datasets array-record to read TFDS") from error
+        self.name, self.seed, self.length = os.fspath(name), seed, length
+        self.frames, self.size, self.fps, self.sample_rate = frames, size, fps, sample_rate
+        self.source_fps = source_fps or fps
+        self.source_sample_rate = source_sample_rate or sample_rate
+        self.keys = (video_key, audio_key, caption_key)
+        try:
+            if os.path.isdir(self.name):
+                builder = tfds.builder_from_directory(self.name)
+            else:
+                builder = tfds.builder(self.name, data_dir=data_dir, try_gcs=False)
+            self.source = builder.as_data_source(split=split)
+            self.features, count = builder.info.features, len(self.source)
+        except Exception as error:  # unknown name, not built, wrong format, features: all differ
+            raise UserError(self._fault(f"split {split!r} cannot be opened", error)) from error
+        for key in filter(None, self.keys):
+            if key not in self.features:
+                known = ", ".join(self.features)
+                raise UserError(f"data set {self.name!r} has no feature {key!r}, only {known}")
+        if not count:
+            raise UserError(f"data set {self.name!r}: split {split!r} is empty")
+        self._read(0)  # what does not decode is known now, not after an hour
+
+    def _fault(self, what: str, error: Exception) -> str:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return f"data set {self.name!r}: {what} ({reason})"
+
+    def _read(self, index: int):
+        """Video uint8 [T, H, W, C], audio or None, captions."""
+        video_key, audio_key, caption_key = self.keys
+        try:
+            example = self.source[int(index)]
+        except Exception as error:
+            what = f"example {index} does not decode; features may need TensorFlow"
+            raise UserError(self._fault(what, error)) from error
+        video = np.asarray(example[video_key])
+        if video.ndim != 4 or video.dtype != np.uint8 or video.shape[-1] not in (1, 3) or not video.size:
+            found = f"{video.dtype} {list(video.shape)}"
+            raise UserError(f"data set {self.name!r}: {video_key!r} is {found}, not uint8 [T, H, W, 3]")
+        audio = None if audio_key is None else np.asarray(example[audio_key])
+        if audio is not None and (audio.ndim not in (1, 2) or audio.dtype.kind not in "fi"):
+            found = f"{audio.dtype} {list(audio.shape)}"
+            raise UserError(f"data set {self.name!r}: {audio_key!r} is {found}, not float [N]")
+        if caption_key is None:
+            return video, audio, [""]
+        captions = np.asarray(example[caption_key]).ravel()
+        if hasattr(self.features[caption_key], "int2str"):
+            captions = [self.features[caption_key].int2str(int(c)) for c in captions]
+        texts = [c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c) for c in captions]
+        return video, audio, texts or [""]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> dict:
+        if not -self.length <= i < self.length:
+            raise IndexError(i)
+        i = int(i) % self.length
+        epoch, place = divmod(i, len(self.source))
+        where, which = np.random.default_rng([self.seed, i]).random(2)
+        order = _order(self.seed, epoch, len(self.source))
+        video, audio, captions = self._read(order[place])
+
+        total = int(len(video) * self.fps / self.source_fps + 1e-6)  # frames at our rate
+        start = int(where * (max(0, total - self.frames) + 1)) / self.fps  # s
+        times = start + np.arange(self.frames) / self.fps
+        picks = (times * self.source_fps + 1e-6).astype(int).clip(max=len(video) - 1)
+        video = np.repeat(video, 3 // video.shape[-1], axis=-1)
+        clip = np.stack([media.fit(video[pick], self.size) for pick in picks])
+
+        sound = np.zeros(int(self.frames * self.sample_rate // self.fps), np.float32)
+        if audio is not None:
+            scale = 32768 if audio.dtype.kind == "i" else 1
+            low = round(start * self.source_sample_rate)
+            high = low + int(np.ceil(self.frames / self.fps * self.source_sample_rate))
+            part = audio[low:high].astype(np.float32) / scale
+            part = part.mean(axis=1) if part.ndim == 2 else part
+            part = media.resample(part, self.source_sample_rate, self.sample_rate)[: len(sound)]
+            sound[: len(part)] = part.clip(-1, 1)
+        return {"video": clip, "audio": sound, "caption": captions[int(which * len(captions))]}

@@ -1,0 +1,125 @@
+"""What the denoiser needs of the earlier stages: their frozen weights, latent statistics, and clips encoded once."""
+
+import hashlib
+import json
+import logging
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from vdm_jax import checkpoint, sharding, stages
+from vdm_jax.data import pipeline
+
+logger = logging.getLogger("vdm_jax")
+
+ENCODE_BATCH = 32  # clips
+
+
+def prepare(config, workdir, source, mesh):
+    """-> (frozen, items) for training the denoiser.
+
+    frozen: {stage: EMA params of the three earlier stages, 'statistics': ...}, on the mesh. items: `source` itself, or
+    with config.denoiser.cached_clips > 0 a source of that many encoded clips, kept in the run's folder.
+    """
+    expected = stages.abstract_params(config)
+    directory = workdir / "denoiser"
+    params = {name: checkpoint.load_params(workdir, name, expected[name]) for name in checkpoint.STAGES[:3]}
+    lead = jax.process_index() == 0
+
+    path = directory / "statistics.json"
+    if not path.exists():
+        statistics = measure(config, params, source)
+        if lead:
+            checkpoint.write_statistics(path, statistics)
+    else:
+        statistics = checkpoint.read_statistics(path)
+    frozen = {**params, "statistics": statistics}
+
+    items = source
+    if config.denoiser.cached_clips:
+        items = _cached(config, frozen, source, directory / "latents")
+    return jax.device_put(frozen, sharding.state_shardings(frozen, mesh)), items
+
+
+def measure(config, params, source):
+    """Per-channel mean and standard deviation of the latents of config.denoiser.statistics_clips training clips."""
+    count = config.denoiser.statistics_clips
+    logger.info("measuring latent statistics on %d clips", count)
+    sums = {}
+    for z, _ in _encoded_batches(config, params, source, count):
+        for name, x in z.items():
+            x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+            n, total, squares = sums.get(name, (0, 0.0, 0.0))
+            sums[name] = n + len(x), total + x.sum(0), squares + np.square(x).sum(0)
+    out = {}
+    for name, (n, total, squares) in sums.items():
+        mean = total / n
+        std = np.sqrt(np.maximum(squares / n - mean**2, 1e-8))
+        out[name] = {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
+    return out
+
+
+def _encoded_batches(config, frozen, source, count):
+    """Yields (latents, text) of the source's first `count` training examples, in whole batches."""
+
+    @jax.jit
+    def encode(frozen, batch):
+        z = stages.encode(config, frozen, batch["video"], batch["audio"])
+        return z, stages.encode_text(config, frozen, batch["tokens"])
+
+    def to_example(item):
+        return pipeline.example(item, config.data.text_length)
+
+    batches = pipeline.batches(
+        source, batch_size=ENCODE_BATCH, seed=config.seed, start=0, data=config.data, to_example=to_example
+    )
+    with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=jax.local_devices()[:1])):
+        for _ in tqdm(range(-(-count // ENCODE_BATCH)), "encode", disable=None, unit="batch"):
+            yield jax.device_get(encode(frozen, next(batches)))
+
+
+class Encoded:
+    """Encoded clips in memory, as a data source: items {'z': latents, 'text': condition}."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+
+    def __len__(self):
+        return len(self.arrays["pooled"])
+
+    def __getitem__(self, i):
+        a = {name: x[i] for name, x in self.arrays.items()}
+        z = {"video": a["video"].astype(np.float32), "audio": a["audio"].astype(np.float32)}
+        words = {"states": a["states"].astype(np.float32), "mask": a["mask"], "pooled": a["pooled"]}
+        return {"z": z, "text": words}
+
+
+def _cached(config, frozen, source, folder):
+    """The cache in `folder` if it was made by these weights and this data, else made now. Half precision."""
+    mark = _fingerprint(config, frozen)
+    names = ("video", "audio", "states", "mask", "pooled")
+    if (folder / "fingerprint").exists() and (folder / "fingerprint").read_text() == mark:
+        return Encoded({name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in names})
+    count = config.denoiser.cached_clips
+    logger.info("encoding %d clips once", count)
+    parts = {name: [] for name in names}
+    for z, words in _encoded_batches(config, frozen, source, count):
+        for name, x in {**z, **words}.items():
+            half = name in ("video", "audio", "states")
+            parts[name].append(np.asarray(x, np.float16) if half else np.asarray(x))
+    arrays = {name: np.concatenate(x)[:count] for name, x in parts.items()}
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, x in arrays.items():
+            np.save(folder / f"{name}.npy", x)
+        (folder / "fingerprint").write_text(mark)
+    return Encoded(arrays)
+
+
+def _fingerprint(config, frozen):
+    digest = hashlib.sha256()
+    digest.update(json.dumps([config.seed, config.denoiser.cached_clips, config.data.to_json()]).encode())
+    for leaf in jax.tree.leaves(frozen):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

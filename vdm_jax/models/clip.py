@@ -1,0 +1,102 @@
+"""CLIP-style pair: a byte-level text transformer and a small video tower, trained to agree (arXiv:2103.00020)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vdm_jax.models.layers import Attention, Conv, GroupNorm, ResidualBlock, space_to_depth
+
+
+class TextEncoder(nn.Module):
+    """Pre-norm transformer over byte tokens.
+
+    tokens int32 [B, L], mask bool [B, L] (True = a real token) -> (states [B, L, width], pooled [B, width]).
+    The pooled vector is the mean of the states of the real tokens.
+    """
+
+    vocabulary: int
+    length: int
+    width: int
+    layers: int
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens, mask):
+        x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name="tokens")(tokens)
+        x = x + nn.Embed(self.length, self.width, dtype=self.dtype, name="positions")(jnp.arange(tokens.shape[1]))
+        for i in range(self.layers):
+            h = nn.LayerNorm(dtype=self.dtype, name=f"norm_attention_{i}")(x)
+            attention = Attention(self.heads, self.width // self.heads, dtype=self.dtype, name=f"attention_{i}")
+            x = x + attention(h, mask=mask)
+            h = nn.LayerNorm(dtype=self.dtype, name=f"norm_mlp_{i}")(x)
+            h = nn.gelu(nn.Dense(4 * self.width, dtype=self.dtype, name=f"expand_{i}")(h))
+            x = x + nn.Dense(self.width, dtype=self.dtype, name=f"contract_{i}")(h)
+        states = nn.LayerNorm(dtype=self.dtype, name="norm_out")(x)
+        weights = mask[..., None].astype(states.dtype)
+        pooled = (states * weights).sum(1) / weights.sum(1)
+        return states, pooled
+
+
+class VideoTower(nn.Module):
+    """Residual convolutions over patches, halving space and time between levels.
+
+    [B, F, H, W, 3] in [-1, 1] -> [B, channels[-1]].
+    """
+
+    patch: int
+    channels: tuple[int, ...]
+    groups: int = 8
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, video):
+        x = Conv(self.channels[0], (1, 3, 3), dtype=self.dtype, name="stem")(space_to_depth(video, self.patch))
+        for i, channels in enumerate(self.channels):
+            x = ResidualBlock(channels, groups=self.groups, dtype=self.dtype, name=f"block_{i}")(x)
+            if i < len(self.channels) - 1:
+                stride = tuple(2 if size > 1 else 1 for size in x.shape[1:4])
+                x = Conv(channels, (3, 2, 2), strides=stride, dtype=self.dtype, name=f"shrink_{i}")(x)
+        x = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="norm")(x))
+        b, t, h, w, c = x.shape
+        # Position matters to direction words: mean over time, not over space, then a learnt summary.
+        x = nn.Dense(c, dtype=self.dtype, name="summary")(x.mean(1).reshape(b, h * w * c))
+        return x
+
+
+class Clip(nn.Module):
+    """Both towers and the learnt temperature. Embeddings are unit vectors [B, embedding]."""
+
+    text: dict
+    video: dict
+    embedding: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.text_encoder = TextEncoder(**self.text, dtype=self.dtype)
+        self.video_tower = VideoTower(**self.video, dtype=self.dtype)
+        self.text_out = nn.Dense(self.embedding, use_bias=False, dtype=self.dtype)
+        self.video_out = nn.Dense(self.embedding, use_bias=False, dtype=self.dtype)
+        self.log_temperature = self.param("log_temperature", nn.initializers.constant(jnp.log(1 / 0.07)), ())
+
+    def encode_text(self, tokens, mask):
+        """-> {'states': [B, L, width], 'pooled': [B, width]}: what the denoiser reads."""
+        states, pooled = self.text_encoder(tokens, mask)
+        return {"states": states.astype(jnp.float32), "pooled": pooled.astype(jnp.float32)}
+
+    def embed_text(self, tokens, mask):
+        return _unit(self.text_out(self.text_encoder(tokens, mask)[1]))
+
+    def embed_video(self, video):
+        """video [B, F, H, W, 3] in [-1, 1]."""
+        return _unit(self.video_out(nn.silu(self.video_tower(video))))
+
+    def __call__(self, tokens, mask, video):
+        """-> (text embeddings [B, E], video embeddings [B, E], temperature multiplier, at most 100 as in CLIP)."""
+        scale = jnp.exp(jnp.minimum(self.log_temperature, jnp.log(100.0)))
+        return self.embed_text(tokens, mask), self.embed_video(video), scale
+
+
+def _unit(x):
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), -1, keepdims=True) + 1e-12)

@@ -1,0 +1,224 @@
+"""The denoiser: a 3-D U-Net over video latents with a 1-D stream over sound latents beside it.
+
+Both streams share one time axis. Each latent frame of each modality has its own noise level; at the low-resolution
+levels the streams read each other. Nothing here knows the noise schedule or what the output stands for.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vdm_jax.models.layers import (
+    Attention,
+    Conv,
+    GroupNorm,
+    ResidualBlock,
+    constrain_activation,
+    fourier_features,
+)
+
+
+class LevelEmbedding(nn.Module):
+    """Noise level [B, T], frame time and pooled text [B, D] -> embedding [B, T, E] of one modality."""
+
+    features: int
+    latent_fps: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, log_snr, pooled):
+        dense = functools.partial(nn.Dense, self.features, dtype=self.dtype)
+        # Levels span about [-12, 12]; a step of 0.01 should be seen, so they are stretched before the sinusoids.
+        level = fourier_features(log_snr * 10.0, self.features, max_period=1000.0)
+        seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
+        place = fourier_features(seconds * 10.0, self.features, max_period=1000.0)
+        x = dense(name="level_in")(level)
+        x = dense(name="level_out")(nn.silu(x)) + dense(name="place")(place)[None]
+        x = x + dense(name="text")(pooled)[:, None]
+        return nn.silu(x)
+
+
+class TokenMixer(nn.Module):
+    """Self-attention over all tokens of one stream, then cross-attention to the text; both residual.
+
+    x is [B, T, h, w, C] or [B, K*T, C]; seconds [tokens] places each on the time axis; text states [B, L, D].
+    """
+
+    head_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, seconds, cond):
+        channels = x.shape[-1]
+        tokens = x.reshape(x.shape[0], -1, channels)
+        if x.ndim == 5:  # where a token lies in its frame; time is told by the rotary positions
+            shape = (1, *x.shape[2:4], channels)
+            place = self.param("place", nn.initializers.normal(0.02), shape)
+            place = jnp.broadcast_to(place, (x.shape[1], *shape[1:])).reshape(1, -1, channels)
+        else:
+            place = 0.0
+        attention = functools.partial(Attention, max(1, channels // self.head_dim), self.head_dim, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
+        tokens = tokens + attention(name="self")(norm(name="norm_self")(tokens) + place, positions=seconds)
+        words = cond["states"].astype(self.dtype)
+        tokens = tokens + attention(name="cross")(norm(name="norm_cross")(tokens), words, cond["mask"])
+        return constrain_activation(tokens.reshape(x.shape))
+
+
+class Exchange(nn.Module):
+    """Video and sound tokens attend to each other, both reading the other's state from before the exchange.
+
+    Rotary positions are in seconds on both sides; outputs are zero-initialised, so streams start out independent.
+    """
+
+    head_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, video, audio, video_seconds, audio_seconds):
+        v = video.reshape(video.shape[0], -1, video.shape[-1])
+        norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
+        v_in, a_in = norm(name="norm_video")(v), norm(name="norm_audio")(audio)
+        heads = lambda x: max(1, x.shape[-1] // self.head_dim)  # noqa: E731
+        attention = functools.partial(Attention, head_dim=self.head_dim, dtype=self.dtype)
+        to_video = attention(heads(v), name="to_video")(
+            v_in, a_in, positions=video_seconds, context_positions=audio_seconds
+        )
+        to_audio = attention(heads(audio), name="to_audio")(
+            a_in, v_in, positions=audio_seconds, context_positions=video_seconds
+        )
+        return (v + to_video).reshape(video.shape), audio + to_audio
+
+
+class UNet(nn.Module):
+    """Audio-video 3-D U-Net (video: arXiv:2204.03458; levels per frame: arXiv:2407.01392).
+
+    z = {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}, log_snr = {'video': [B, T], 'audio': [B, T]},
+    cond = {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]} -> a tree like z, float32.
+
+    Level i has channels[i] and blocks[i] residual blocks on the way down and again on the way up; space halves between
+    levels, time by time_strides[i] (1 or 2), sound always by 2. attention[i] puts a TokenMixer, exchange[i] an
+    Exchange after the level's blocks; the bottleneck always has both.
+    """
+
+    channels: tuple[int, ...]
+    blocks: tuple[int, ...]
+    attention: tuple[bool, ...]
+    exchange: tuple[bool, ...]
+    time_strides: tuple[int, ...]
+    factorised: bool
+    head_dim: int
+    embedding: int
+    groups: int
+    latent_fps: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, z, log_snr, cond):
+        asked = z["video"].shape[1], z["audio"].shape[1]
+        z, log_snr = _pad_frames(z, log_snr, math.prod(self.time_strides))
+        frames = z["video"].shape[1]
+        embed = functools.partial(LevelEmbedding, self.embedding, self.latent_fps, dtype=self.dtype)
+        embedding = {m: embed(name=f"embedding_{m}")(log_snr[m], cond["pooled"]) for m in ("video", "audio")}
+        block = functools.partial(ResidualBlock, factorised=self.factorised, groups=self.groups, dtype=self.dtype)
+        conv = functools.partial(Conv, dtype=self.dtype)
+
+        def seconds(x):
+            """Centre of every token of x on the time axis, in seconds; latent frame t is centred on t / latent_fps."""
+            steps = x["video"].shape[1]
+            t = ((jnp.arange(steps) + 0.5) * (frames / steps) - 0.5) / self.latent_fps
+            n = x["audio"].shape[1]
+            a = ((jnp.arange(n) + 0.5) * (frames / n) - 0.5) / self.latent_fps
+            return {"video": jnp.repeat(t, x["video"].shape[2] * x["video"].shape[3]), "audio": a}
+
+        def residual(x, features, name):
+            pooled = {m: _to_length(e, x["video"].shape[1]) for m, e in embedding.items()}
+            return {m: block(features, name=f"{name}_{m}")(x[m], pooled[m]) for m in x}
+
+        def mix(x, name, attend, exchange):
+            where = seconds(x)
+            if attend:
+                x = {
+                    m: TokenMixer(self.head_dim, self.dtype, name=f"{name}_attention_{m}")(x[m], where[m], cond)
+                    for m in x
+                }
+            if exchange:
+                swap = Exchange(self.head_dim, self.dtype, name=f"{name}_exchange")
+                video, audio = swap(x["video"], x["audio"], where["video"], where["audio"])
+                x = {"video": constrain_activation(video), "audio": constrain_activation(audio)}
+            return x
+
+        # Down
+        first = self.channels[0]
+        x = {
+            "video": conv(first, (1, 3, 3), name="stem_video")(z["video"]),
+            "audio": conv(first, (3,), name="stem_audio")(z["audio"]),
+        }
+        skips = []
+        levels = range(len(self.channels))
+        for i in levels:
+            for j in range(self.blocks[i]):
+                x = residual(x, self.channels[i], f"down_{i}_{j}")
+                if j == self.blocks[i] - 1:
+                    x = mix(x, f"down_{i}", self.attention[i], self.exchange[i])
+                skips.append(x)
+            if i < len(self.channels) - 1:
+                t = self.time_strides[i]
+                x = {
+                    "video": conv(self.channels[i], (t, 2, 2), strides=(t, 2, 2), name=f"shrink_{i}_video")(x["video"]),
+                    "audio": conv(self.channels[i], (2,), strides=(2,), name=f"shrink_{i}_audio")(x["audio"]),
+                }
+
+        # Bottleneck
+        x = residual(x, self.channels[-1], "middle_in")
+        x = mix(x, "middle", attend=True, exchange=True)
+        x = residual(x, self.channels[-1], "middle_out")
+
+        # Up
+        for i in reversed(levels):
+            for j in range(self.blocks[i]):
+                skip = skips.pop()
+                x = {m: jnp.concatenate([x[m], skip[m]], -1) for m in x}
+                x = residual(x, self.channels[i], f"up_{i}_{j}")
+            x = mix(x, f"up_{i}", self.attention[i], self.exchange[i])
+            if i:
+                t = self.time_strides[i - 1]
+                video = jnp.repeat(jnp.repeat(jnp.repeat(x["video"], t, 1), 2, 2), 2, 3)
+                x = {
+                    "video": conv(self.channels[i - 1], (1, 3, 3), name=f"grow_{i}_video")(video),
+                    "audio": conv(self.channels[i - 1], (3,), name=f"grow_{i}_audio")(jnp.repeat(x["audio"], 2, 1)),
+                }
+
+        # Head
+        norm = functools.partial(GroupNorm, self.groups, dtype=self.dtype)
+        video = nn.silu(norm(name="norm_video")(x["video"]))
+        audio = nn.silu(norm(frames=frames, name="norm_audio")(x["audio"]))
+        video = conv(z["video"].shape[-1], (1, 3, 3), zero=True, name="head_video")(video)
+        audio = conv(z["audio"].shape[-1], (3,), zero=True, name="head_audio")(audio)
+        return {
+            "video": video[:, : asked[0]].astype(jnp.float32),
+            "audio": audio[:, : asked[1]].astype(jnp.float32),
+        }
+
+
+def _pad_frames(z, log_snr, multiple):
+    """Repeats the last latent frame, with its noise level, until the number of frames is a multiple."""
+    frames = z["video"].shape[1]
+    extra = -frames % multiple
+    if not extra:
+        return z, log_snr
+    per_frame = z["audio"].shape[1] // frames  # K
+    last = z["audio"][:, -per_frame:]
+    z = {
+        "video": jnp.concatenate([z["video"]] + [z["video"][:, -1:]] * extra, 1),
+        "audio": jnp.concatenate([z["audio"]] + [last] * extra, 1),
+    }
+    return z, {m: jnp.concatenate([level] + [level[:, -1:]] * extra, 1) for m, level in log_snr.items()}
+
+
+def _to_length(embedding, frames):
+    """Per-frame embedding [B, T, E] at a level with fewer frames: the mean of the frames merged."""
+    b, t, e = embedding.shape
+    return embedding if t == frames else embedding.reshape(b, frames, t // frames, e).mean(2)

@@ -1,0 +1,95 @@
+"""Causal 3-D convolutional video VAE: frame 0 alone, then f_t frames per latent; an image is a one-frame video."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vdm_jax.models.layers import (
+    Conv,
+    FactorisedConv,
+    GroupNorm,
+    ResidualBlock,
+    constrain_activation,
+    depth_to_space,
+    space_to_depth,
+)
+
+
+class VideoAutoencoder(nn.Module):
+    """Variational autoencoder (arXiv:1312.6114) with causal time, as in MAGVIT-v2 (arXiv:2310.05737).
+
+    Level i has `channels[i]` channels and `blocks[i]` residual blocks in each direction; between levels i and i+1 space
+    shrinks by `space_strides[i]` and time by `time_strides[i]` (each 1 or 2). The input is cut into squares of
+    `patch` x `patch` pixels first. Video [B, 1 + f_t*(T-1), H, W, 3] in [-1, 1] <-> latents
+    [B, T, h, w, latent_channels] with f_t = product of time_strides and h = H / (patch * product of space_strides).
+    """
+
+    patch: int
+    channels: tuple[int, ...]
+    space_strides: tuple[int, ...]
+    time_strides: tuple[int, ...]
+    blocks: tuple[int, ...]
+    middle_blocks: int
+    latent_channels: int
+    groups: int = 8
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        block = functools.partial(ResidualBlock, time_padding="causal", groups=self.groups, dtype=self.dtype)
+        conv = functools.partial(Conv, time_padding="causal", dtype=self.dtype)
+        grow = functools.partial(FactorisedConv, time_padding="causal", dtype=self.dtype)
+        levels = range(len(self.channels))
+        self.stem = conv(self.channels[0], (1, 3, 3))
+        self.down = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in levels]
+        self.shrink = [
+            conv(self.channels[i], (2 * t - 1, s, s), strides=(t, s, s))
+            for i, (t, s) in enumerate(zip(self.time_strides, self.space_strides, strict=True))
+        ]
+        self.middle = [block(self.channels[-1]) for _ in range(self.middle_blocks)]
+        self.norm_latent = GroupNorm(self.groups, dtype=self.dtype)
+        self.to_latent = conv(2 * self.latent_channels, (1, 1, 1))
+        self.from_latent = grow(self.channels[-1])
+        self.middle_up = [block(self.channels[-1]) for _ in range(self.middle_blocks)]
+        self.up = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in levels]
+        self.grow = [grow(self.channels[i]) for i in levels[:-1]]
+        self.norm_pixels = GroupNorm(self.groups, dtype=self.dtype)
+        self.to_pixels = conv(3 * self.patch**2, (1, 3, 3))
+
+    def encode(self, video):
+        """Video [B, F, H, W, 3] in [-1, 1] -> (mean, log variance), each [B, T, h, w, latent_channels] float32."""
+        x = self.stem(space_to_depth(video, self.patch))
+        for i, blocks in enumerate(self.down):
+            for block in blocks:
+                x = block(x)
+            if i < len(self.shrink):
+                x = constrain_activation(self.shrink[i](x))
+        for block in self.middle:
+            x = block(x)
+        x = self.to_latent(nn.silu(self.norm_latent(x))).astype(jnp.float32)
+        mean, log_variance = jnp.split(x, 2, -1)
+        return mean, jnp.clip(log_variance, -20.0, 10.0)
+
+    def decode(self, z):
+        """Latents [B, T, h, w, latent_channels] -> video [B, 1 + f_t*(T-1), H, W, 3] float32, about [-1, 1]."""
+        x = self.from_latent(z)
+        for block in self.middle_up:
+            x = block(x)
+        for i in reversed(range(len(self.channels))):
+            for block in self.up[i]:
+                x = block(x)
+            if i:
+                t, s = self.time_strides[i - 1], self.space_strides[i - 1]
+                # Frame 0 stands for itself only, so its first t-1 copies go.
+                x = jnp.repeat(x, t, 1)[:, t - 1 :]
+                x = jnp.repeat(jnp.repeat(x, s, 2), s, 3)
+                x = constrain_activation(self.grow[i - 1](x))
+        x = self.to_pixels(nn.silu(self.norm_pixels(x)))
+        return depth_to_space(x, self.patch).astype(jnp.float32)
+
+    def __call__(self, video, key):
+        """-> (reconstruction, mean, log variance), the latent sampled with `key`."""
+        mean, log_variance = self.encode(video)
+        noise = jax.random.normal(key, mean.shape)
+        return self.decode(mean + jnp.exp(0.5 * log_variance) * noise), mean, log_variance

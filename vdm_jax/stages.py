@@ -1,0 +1,266 @@
+"""What each of the four stages trains: its parameters, its loss, and how clips become latents and come back."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vdm_jax import conditioning, diffusion, text
+from vdm_jax.checkpoint import STAGES
+from vdm_jax.errors import UserError
+from vdm_jax.models.audio_autoencoder import AudioAutoencoder
+from vdm_jax.models.clip import Clip
+from vdm_jax.models.unet import UNet
+from vdm_jax.models.video_autoencoder import VideoAutoencoder
+
+
+class Stage(NamedTuple):
+    """init(key) -> params; loss(params, key, batch, frozen) -> (scalar, metrics).
+
+    batch: {'video' uint8 [B, F, H, W, 3], 'audio' float32 [B, N], 'tokens' int32 [B, L]}; the denoiser also takes
+    batches that are encoded already, {'z', 'text'} (see `encode`). frozen: {stage: params} of earlier stages and
+    'statistics', empty for all but the denoiser.
+    """
+
+    init: Callable
+    loss: Callable
+
+
+class Layout(NamedTuple):
+    """Sizes that follow from the config."""
+
+    frames: int  # F, video frames a clip
+    samples: int  # N, audio samples a clip
+    samples_per_frame: int
+    f_t: int  # video frames a latent frame
+    latent_frames: int  # T
+    latent_fps: float  # latent frames a second
+    video: tuple[int, int, int]  # h, w, C of a video latent frame
+    audio: tuple[int, int]  # K tokens a latent frame, D channels
+
+
+def layout(config, frames=None):
+    """The Layout of clips of `frames` video frames (default: the config's). Raises UserError where sizes do not fit."""
+    data, video, audio = config.data, config.video_autoencoder.model, config.audio_autoencoder.model
+    frames = frames or data.frames
+    f_t, f_s = math.prod(video.time_strides), video.patch * math.prod(video.space_strides)
+    hop = audio.patch * math.prod(audio.strides)
+    if (frames - 1) % f_t:
+        low = (frames - 1) // f_t * f_t + 1
+        raise UserError(f"{frames} frames do not fill latent frames of {f_t}: use {low} or {low + f_t} (1 + {f_t} * n)")
+    if data.size % f_s:
+        raise UserError(f"data.size={data.size} is not a multiple of {f_s}: use {data.size // f_s * f_s or f_s}")
+    if data.sample_rate % data.fps:
+        raise UserError(f"data.sample_rate={data.sample_rate} is not a multiple of data.fps={data.fps}")
+    per_frame = data.sample_rate // data.fps
+    if per_frame * f_t % hop:
+        raise UserError(
+            f"a latent frame of {per_frame * f_t} samples is no multiple of the {hop} samples of a sound token"
+        )
+    return Layout(
+        frames=frames,
+        samples=frames * per_frame,
+        samples_per_frame=per_frame,
+        f_t=f_t,
+        latent_frames=1 + (frames - 1) // f_t,
+        latent_fps=data.fps / f_t,
+        video=(data.size // f_s, data.size // f_s, video.latent_channels),
+        audio=(per_frame * f_t // hop, audio.latent_channels),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+
+
+def models(config):
+    """{stage: Flax module} for a config."""
+    dtype = jnp.dtype(config.compute_dtype)
+    text_size = dict(vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
+    clip = config.clip.model
+    size = layout(config)
+    return {
+        "video_autoencoder": VideoAutoencoder(**config.video_autoencoder.model, dtype=dtype),
+        "audio_autoencoder": AudioAutoencoder(**config.audio_autoencoder.model, dtype=dtype),
+        "clip": Clip({**text_size, **clip.text}, clip.video.to_dict(), clip.embedding, dtype=dtype),
+        "denoiser": UNet(**config.denoiser.model, latent_fps=size.latent_fps, dtype=dtype),
+    }
+
+
+def init_fns(config):
+    """{stage: init(key) -> params}; every init runs under jit or eval_shape."""
+    made, size = models(config), layout(config)
+    video = jnp.zeros((1, size.frames, config.data.size, config.data.size, 3))
+    audio = jnp.zeros((1, size.latent_frames * size.f_t * size.samples_per_frame))
+    tokens = jnp.zeros((1, config.data.text_length), jnp.int32)
+    z = {name: jnp.zeros((1, *shape)) for name, shape in latent_shapes(size).items()}
+    level = {name: jnp.zeros((1, size.latent_frames)) for name in z}
+    width = config.clip.model.text.width
+    cond = {
+        "states": jnp.zeros((1, config.data.text_length, width)),
+        "mask": jnp.ones((1, config.data.text_length), bool),
+        "pooled": jnp.zeros((1, width)),
+    }
+    arguments = {
+        "video_autoencoder": (video, jax.random.key(0)),
+        "audio_autoencoder": (audio, jax.random.key(0)),
+        "clip": (tokens, tokens == 0, video),
+        "denoiser": (z, level, cond),
+    }
+    return {name: lambda key, name=name: made[name].init(key, *arguments[name])["params"] for name in STAGES}
+
+
+def abstract_params(config):
+    """{stage: tree of ShapeDtypeStruct}."""
+    return {name: jax.eval_shape(init, jax.random.key(0)) for name, init in init_fns(config).items()}
+
+
+def latent_shapes(size):
+    """Shapes of one clip's latents: {'video': (T, h, w, C), 'audio': (K*T, D)}."""
+    per_frame, channels = size.audio
+    return {
+        "video": (size.latent_frames, *size.video),
+        "audio": (size.latent_frames * per_frame, channels),
+    }
+
+
+# ---------------------------------------------------------------------------------------- clips <-> latents, text
+
+
+def to_float(video):
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return video.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(video):
+    """float in [-1, 1] -> uint8 0..255."""
+    return jnp.clip(jnp.round((video + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def pad_audio(audio, size):
+    """[B, N] -> [B, T * f_t * samples_per_frame]: silence before frame 0, whose latent frame spans f_t frames."""
+    return jnp.pad(audio, ((0, 0), ((size.f_t - 1) * size.samples_per_frame, 0)))
+
+
+def trim_audio(audio, size):
+    """Undoes `pad_audio`; the sound of a clip, within [-1, 1]."""
+    return jnp.clip(audio[:, (size.f_t - 1) * size.samples_per_frame :], -1.0, 1.0)
+
+
+def encode(config, frozen, video, audio):
+    """Clips -> latents of unit variance. video uint8 [B, F, H, W, 3], audio [B, N] -> {'video', 'audio'}."""
+    made = models(config)
+    size = layout(config, video.shape[1])
+    mean = {
+        "video": _apply(made, frozen, "video_autoencoder", "encode", to_float(video))[0],
+        "audio": _apply(made, frozen, "audio_autoencoder", "encode", pad_audio(audio, size))[0],
+    }
+    if "statistics" not in frozen:
+        return mean
+    s = frozen["statistics"]
+    return {name: (mean[name] - s[name]["mean"]) / s[name]["std"] for name in mean}
+
+
+def decode(config, frozen, z):
+    """Latents -> (video uint8 [B, F, H, W, 3], audio float32 [B, N] in [-1, 1])."""
+    made, s = models(config), frozen["statistics"]
+    z = {name: z[name] * s[name]["std"] + s[name]["mean"] for name in z}
+    video = _apply(made, frozen, "video_autoencoder", "decode", z["video"])
+    audio = _apply(made, frozen, "audio_autoencoder", "decode", z["audio"])
+    return to_uint8(video), trim_audio(audio, layout(config))
+
+
+def reconstruct(config, stage, params, x):
+    """Through one autoencoder and back, without sampling: video uint8 or audio float32, as in a batch."""
+    made, size = models(config), layout(config)
+    x = to_float(x) if stage == "video_autoencoder" else pad_audio(x, size)
+    z = _apply(made, {stage: params}, stage, "encode", x)[0]
+    out = _apply(made, {stage: params}, stage, "decode", z)
+    return to_uint8(out) if stage == "video_autoencoder" else trim_audio(out, size)
+
+
+def encode_text(config, frozen, tokens):
+    """Tokens int32 [B, L] -> {'states' [B, L, D], 'mask' [B, L], 'pooled' [B, D]}: the text the denoiser reads."""
+    mask = text.mask(tokens)
+    return _apply(models(config), frozen, "clip", "encode_text", tokens, mask) | {"mask": mask}
+
+
+def _apply(made, frozen, stage, method, *arguments):
+    return made[stage].apply({"params": frozen[stage]}, *arguments, method=method)
+
+
+# ---------------------------------------------------------------------------------------------------------- losses
+
+
+def build(config):
+    """{name: Stage} of the four stages."""
+    made, inits, size = models(config), init_fns(config), layout(config)
+
+    def video_loss(params, key, batch, frozen):
+        video = to_float(batch["video"])
+        out, mean, log_variance = made["video_autoencoder"].apply({"params": params}, video, key)
+        mse = jnp.mean(jnp.square(out - video))
+        kl = _kl(mean, log_variance) / video[0, ..., 0].size
+        loss = mse + jnp.mean(jnp.abs(out - video)) + config.video_autoencoder.kl_weight * kl
+        return loss, {"loss": loss, "mse": mse, "kl": kl, "psnr": -10 * jnp.log10(mse / 4)}  # range is 2
+
+    def audio_loss(params, key, batch, frozen):
+        audio = pad_audio(batch["audio"], size)
+        out, mean, log_variance = made["audio_autoencoder"].apply({"params": params}, audio, key)
+        wave = jnp.mean(jnp.abs(out - audio)) + 10 * jnp.mean(jnp.square(out - audio))
+        stft = sum(stft_distance(out, audio, w) for w in config.audio_autoencoder.stft_windows)
+        kl = _kl(mean, log_variance) / audio.shape[1]
+        c = config.audio_autoencoder
+        loss = wave + c.stft_weight * stft / len(c.stft_windows) + c.kl_weight * kl
+        return loss, {"loss": loss, "wave": wave, "stft": stft, "kl": kl}
+
+    def clip_loss(params, key, batch, frozen):
+        tokens, video = batch["tokens"], to_float(batch["video"])
+        words, pictures, scale = made["clip"].apply({"params": params}, tokens, text.mask(tokens), video)
+        logits = scale * words @ pictures.T  # [B, B]
+        labels = jnp.arange(len(logits))
+        cross = optax.softmax_cross_entropy_with_integer_labels
+        loss = 0.5 * (cross(logits, labels).mean() + cross(logits.T, labels).mean())  # arXiv:2103.00020, fig. 3
+        recall = jnp.mean(jnp.argmax(logits, 1) == labels)
+        return loss, {"loss": loss, "recall_at_1": recall, "temperature": 1 / scale}
+
+    def denoiser_loss(params, key, batch, frozen):
+        z, words = batch.get("z"), batch.get("text")
+        if z is None:
+            z = jax.lax.stop_gradient(encode(config, frozen, batch["video"], batch["audio"]))
+            words = jax.lax.stop_gradient(encode_text(config, frozen, batch["tokens"]))
+        drop_key, key = jax.random.split(key)
+        null = encode_text(config, frozen, text.encode([text.NULL_TEXT], config.data.text_length))
+        cond = conditioning.drop_text(drop_key, words, null, config.denoiser.text_dropout)
+        denoise = conditioning.denoise_fn(made["denoiser"], params)
+        loss, metrics = diffusion.loss(denoise, key, z, cond, config.denoiser.diffusion)
+        return loss, {"loss": loss, **metrics}
+
+    losses = dict(zip(STAGES, (video_loss, audio_loss, clip_loss, denoiser_loss), strict=True))
+    return {name: Stage(inits[name], losses[name]) for name in STAGES}
+
+
+def _kl(mean, log_variance):
+    """KL of N(mean, exp(log_variance)) to N(0, 1), summed over a clip, batch mean (arXiv:1312.6114, app. B)."""
+    kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
+    return kl.sum() / mean.shape[0]
+
+
+def stft_distance(a, b, window):
+    """Spectral convergence + log-magnitude L1 of two sounds [B, N] (arXiv:1910.11480, eq. 4, 5), hops of window / 4."""
+    a, b = _magnitudes(a, window), _magnitudes(b, window)
+    convergence = jnp.sqrt(jnp.sum(jnp.square(a - b)) / (jnp.sum(jnp.square(b)) + 1e-6))
+    return convergence + jnp.mean(jnp.abs(jnp.log(a + 1e-3) - jnp.log(b + 1e-3)))
+
+
+def _magnitudes(audio, window):
+    hop = window // 4
+    blocks = audio[:, : audio.shape[1] // hop * hop].reshape(audio.shape[0], -1, hop)
+    frames = blocks.shape[1] - 3
+    windows = jnp.concatenate([blocks[:, i : i + frames] for i in range(4)], -1)  # [B, frames, window]
+    hann = jnp.hanning(window)
+    spectrum = jnp.fft.rfft(windows * hann)  # [B, frames, window/2 + 1]
+    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+    return jnp.sqrt(power + 1e-12) * (2 / hann.sum())  # a full-scale sine reads 1

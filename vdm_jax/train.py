@@ -1,0 +1,201 @@
+"""Trains the four stages of a recipe, one after the other.
+
+    python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
+
+A finished stage is skipped, an interrupted one goes on from its newest checkpoint.
+"""
+
+import json
+import logging
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from vdm_jax import checkpoint, cli, latents, preview, sharding, stages, train_state
+from vdm_jax.data import pipeline
+from vdm_jax.errors import UserError
+
+logger = logging.getLogger("vdm_jax")
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+STAGE = flags.DEFINE_enum("stage", "all", ("all", *checkpoint.STAGES), "Stage to train.")
+
+
+def main(argv):
+    config = CONFIG.value
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
+    if config is None or not WORKDIR.value:
+        raise UserError("give both --config=FILE and --workdir=DIR, e.g. --config=configs/world_tiny.py --workdir=run")
+    workdir = epath.Path(WORKDIR.value)
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+
+    # ------------------------------------------------------------------------------------------------ run folder
+    stages.layout(config)  # sizes that do not fit are told before anything is written
+    mesh = sharding.make_mesh(config.mesh)
+    lead = jax.process_index() == 0
+    if lead:
+        write_config(workdir, config)
+    source = pipeline.source(config)
+    logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
+
+    with jax.set_mesh(mesh):
+        for name in checkpoint.STAGES if STAGE.value == "all" else (STAGE.value,):
+            train_stage(name, config, workdir, mesh, source)
+
+
+def write_config(workdir, config):
+    """Stores the config with the run. A run goes on only with the models and data it began with."""
+    path = workdir / "config.json"
+    stored = config.to_json_best_effort(indent=1, sort_keys=True) + "\n"
+    if path.exists():
+        before = checkpoint.load_config(path)
+        for part in checkpoint.STAGES:
+            if part in before and json.loads(before[part].model.to_json()) != json.loads(config[part].model.to_json()):
+                raise UserError(f"{workdir} was begun with another {part}.model: use another --workdir, or its config")
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(stored)
+
+
+def train_stage(name, config, workdir, mesh, source):
+    settings = config[name]
+    stage = stages.build(config)[name]
+    directory = workdir / name
+    directory.mkdir(parents=True, exist_ok=True)
+    sharding.check_batch(settings.batch_size, mesh)
+    lead = jax.process_index() == 0
+
+    # ---------------------------------------------------------------------------- state, abstract first, then restored
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+
+    def init():
+        return train_state.create(stage.init(init_key), settings)
+
+    abstract = jax.eval_shape(init)
+    shardings = sharding.state_shardings(abstract, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    checkpoints = checkpoint.manager(directory / "checkpoints")
+    done = checkpoints.latest_step() or 0
+    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract["params"]))
+    logger.info("%s: %.2f M parameters, %d of %d steps done", name, parameters / 1e6, done, settings.steps)
+    if done >= settings.steps:
+        checkpoints.close()
+        return
+    state = checkpoint.restore(checkpoints, abstract) if done else jax.jit(init, out_shardings=shardings)()
+
+    # --------------------------------------------------------------------------------- earlier stages, frozen, and data
+    frozen, items, to_example = {}, source, None
+    if name == "denoiser":
+        frozen, items = latents.prepare(config, workdir, source, mesh)
+    if items is source:
+        length = config.data.text_length
+
+        def to_example(item):
+            return pipeline.example(item, length)
+
+    batches = pipeline.batches(
+        items,
+        batch_size=settings.batch_size,
+        seed=config.seed,
+        start=done,
+        data=config.data,
+        to_example=to_example,
+    )
+    batch_sharding = sharding.batch_sharding(mesh)
+
+    # ----------------------------------------------------------------------------------------------------- train step
+    step_fn = jax.jit(
+        train_state.make_step(stage.loss, settings),
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+    writer = SummaryWriter(str(directory)) if lead else None
+    show = preview.make(name, config, directory / "previews") if lead and config.preview_every else None
+    log = MetricsLog(directory / "metrics.jsonl", done) if lead else None
+
+    # ----------------------------------------------------------------------------------------------------------- loop
+    steps = tqdm(range(done, settings.steps), name, settings.steps, initial=done, disable=None, unit="step")
+    history, waited, began = [], 0.0, time.perf_counter()
+    for step in steps:
+        asked = time.perf_counter()
+        batch = pipeline.to_devices(next(batches), batch_sharding)
+        waited += time.perf_counter() - asked
+        state, metrics = step_fn(state, step_key, batch, frozen)
+        history.append(metrics)
+        number = step + 1
+        last = number == settings.steps
+
+        if number % config.log_every == 0 or last:
+            means = average(history)
+            seconds = (time.perf_counter() - began) / len(history)
+            means |= {"step_seconds": seconds, "data_wait_share": waited / len(history) / seconds}
+            history, waited, began = [], 0.0, time.perf_counter()
+            if lead:
+                log.write(number, means)
+                for key, value in means.items():
+                    writer.add_scalar(f"{name}/{key}", value, number)
+                steps.set_postfix(loss=f"{means['loss']:.4f}")
+                if steps.disable:  # no terminal: plain lines
+                    left = (settings.steps - number) * seconds
+                    logger.info(
+                        "%s %d/%d loss %.4f  %.0f ms/step  %s left",
+                        name, number, settings.steps, means["loss"], 1e3 * seconds, clock(left),
+                    )  # fmt: skip
+            if not np.isfinite(means["loss"]):
+                raise UserError(f"{name}: the loss is {means['loss']} at step {number}; lower {name}.learning_rate")
+        if number % config.checkpoint_every == 0 or last:
+            checkpoint.save(checkpoints, state)
+        if show and (number % config.preview_every == 0 or last):
+            show(state["ema"], frozen, number)
+    checkpoints.wait_until_finished()
+    checkpoints.close()
+    if lead:
+        log.close()
+        writer.close()
+
+
+def average(history):
+    """Means over the steps since the last line; a part of the loss that a step did not measure (nan) is left out."""
+    values = jax.device_get(history)
+    series = {key: np.array([v[key] for v in values], np.float64) for key in values[0]}
+    measured = {k: v if k == "loss" else v[~np.isnan(v)] for k, v in series.items()}
+    return {k: float(v.mean()) for k, v in measured.items() if len(v)}
+
+
+class MetricsLog:
+    """metrics.jsonl: one object a line. Lines past the restored step, and a torn last line, are dropped on resume."""
+
+    def __init__(self, path, step):
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    continue
+            path.write_text("".join(f"{line}\n" for line in kept))
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, step, metrics):
+        finite = {k: (v if np.isfinite(v) else None) for k, v in metrics.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def close(self):
+        self.file.close()
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+if __name__ == "__main__":
+    cli.run(main)
