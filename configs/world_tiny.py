@@ -14,7 +14,9 @@ def get_config():
 
     vae = config.video_autoencoder
     vae.update(steps=3000, batch_size=8, learning_rate=2e-3, kl_weight=1e-3)
-    vae.model.update(channels=(48, 64, 96), blocks=(0, 1, 1), middle_blocks=1, latent_channels=12)
+    vae.model.update(
+        channels=(48, 96), space_strides=(1,), time_strides=(4,), blocks=(0, 2), middle_blocks=1, latent_channels=12
+    )
 
     audio = config.audio_autoencoder
     audio.update(steps=2000, batch_size=8, learning_rate=2e-3, kl_weight=1e-4)
@@ -28,7 +30,19 @@ def get_config():
 
     denoiser = config.denoiser
     denoiser.update(steps=10000, batch_size=16, cached_clips=8192)
-    denoiser.model.update(channels=(64, 128), blocks=(1, 2), embedding=128)
+    denoiser.diffusion.loss_weights.audio = 0.5
+    denoiser.diffusion.patterns = dict(
+        same=0.7,
+        per_modality=0.06,
+        per_frame=0.04,
+        video_given=0.04,
+        audio_given=0.04,
+        image_given=0.05,
+        first_given=0.04,
+        ends_given=0.015,
+        pyramid=0.015,
+    )
+    denoiser.model.update(channels=(64, 96), blocks=(1, 1), exchange=(False, False), embedding=128)
 
     config.lock()
     return config

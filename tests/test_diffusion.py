@@ -1,5 +1,9 @@
 """Diffusion maths against closed forms."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -380,3 +384,30 @@ def test_wrong_settings_are_one_clear_line(different, message):
         identity = lambda z_t, level, cond: z_t  # noqa: E731
         diffusion.loss(identity, jax.random.key(0), latents(), {}, make_config(**different))
     assert "\n" not in str(error.value)
+
+
+DRAW = """
+import sys, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from vdm_jax import diffusion
+
+def draw(key):
+    levels = diffusion.sample_levels(key, (8, 4), dict.fromkeys(diffusion.PATTERNS, 1.0))
+    z = {"video": jnp.zeros((8, 4, 2, 2, 3)), "audio": jnp.zeros((8, 16, 2))}
+    return levels, diffusion.noise_like(key, z)
+
+plain = jax.jit(draw)(jax.random.key(0))
+for shape in ((8, 1), (2, 4)):
+    mesh = jax.make_mesh(shape, ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
+    spread = jax.jit(draw, out_shardings=NamedSharding(mesh, P("data", "sequence")))(jax.random.key(0))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(spread)):
+        assert len(b.sharding.device_set) == 8
+        np.testing.assert_array_equal(a, b)
+print("equal")
+"""
+
+
+def test_levels_and_noise_are_the_same_on_any_mesh():
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    done = subprocess.run([sys.executable, "-c", DRAW], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr

@@ -35,7 +35,7 @@ def exact(mean, covariance, target="v"):
     """The best denoise_fn for equally likely Gaussians: mean [M, 12], covariance [12, 12]."""
 
     def denoise(z, level, cond):
-        spread = {n: jnp.broadcast_to(diffusion.spread(level[n], z[n]), z[n].shape) for n in z}
+        spread = {n: jnp.broadcast_to(diffusion.spread(level[n][:1], z[n]), (1, *z[n].shape[1:])) for n in z}
         alpha, sigma = diffusion.alpha_sigma(flat(spread)[0])  # [12], one for all examples
         noisy = alpha[:, None] * covariance * alpha + jnp.diag(sigma**2)
         off = flat(z)[:, None] - alpha * mean  # [B, M, 12]
@@ -175,6 +175,12 @@ def test_schedule_matrix_rows():
                 np.testing.assert_allclose(rising[name][start : start + 5, frame], ladder, atol=1e-4)
                 assert (rising[name][:start, frame] == rising[name][0, frame]).all()
                 assert (rising[name][start + 4 :, frame] == 12).all()
+    for schedule in diffusion.SCHEDULES:
+        for low, high in ((-12.0, 12.0), (-9.7, 11.3)):
+            config = {**CONFIG, "schedule": schedule, "log_snr_min": low, "log_snr_max": high}
+            for spacing in samplers.SPACINGS:
+                levels = samplers.schedule_matrix(7, 1, config, spacing=spacing)["video"][:, 0]
+                assert levels[0] >= low and levels[-1] == high and (jnp.diff(levels) > 0).all()
     even = samplers.schedule_matrix(6, 2, CONFIG, spacing="log_snr")["audio"][:, 1]
     np.testing.assert_allclose(even, np.linspace(-12, 12, 7), atol=1e-4)
     karras = samplers.schedule_matrix(6, 2, CONFIG, spacing="karras")["video"][:, 0]

@@ -43,7 +43,7 @@ class Generator:
             clean=clean,
             masks=masks,
             levels=levels,
-            guidance=options.guidance if guidance is None else guidance,
+            guidance=float(options.guidance if guidance is None else guidance),
             rescale=options.rescale,
             method=method or options.method,
             interval=tuple(options.interval),
@@ -92,5 +92,7 @@ class Generator:
         cond = stages.encode_text(self.config, frozen, tokens)
         null = stages.encode_text(self.config, frozen, text.encode([text.NULL_TEXT], tokens.shape[1]))
         denoise = samplers.guided(denoise, null, guidance, rescale, interval)
+        # Batches begin at multiples of BATCH: the noise that ddpm adds is drawn from (seed, i), too.
+        sampler_key = jax.random.fold_in(sampler_key, numbers[0])
         z = samplers.sample(denoise, sampler_key, z, cond, levels, method, self.config.denoiser.diffusion)
         return stages.decode(self.config, frozen, z)

@@ -58,10 +58,6 @@ def main(argv):
     if (options.prompt is None) == (options.prompts is None):
         raise UserError('give either --prompt="..." or --prompts=FILE')
     prompts = [options.prompt] if options.prompts is None else text.read_prompts(options.prompts)
-    if options.method and options.method not in samplers.METHODS:
-        raise UserError(f"--method={options.method} is unknown: use {', '.join(samplers.METHODS)}")
-    if options.steps is not None and options.steps < 1:
-        raise UserError(f"--steps={options.steps} must be at least 1")
     out = epath.Path(options.out)
     if options.prompts is None and out.suffix.lower() != ".mp4":
         raise UserError(f"--out={options.out} must end in .mp4")
@@ -70,6 +66,7 @@ def main(argv):
     config = trained.config
     frames = config.data.frames if options.seconds is None else frames_of(options.seconds, config)
     given = read_given(config, frames, options.image, options.video, options.audio)
+    make_folder(out.parent if options.prompts is None else out)
     video, audio = generate.Generator(config, trained.frozen)(
         prompts,
         seed=options.seed,
@@ -81,7 +78,6 @@ def main(argv):
     )
     # File names are numbers: a prompt is nobody's path.
     paths = [out] if options.prompts is None else [out / f"{i:03d}.mp4" for i in range(len(prompts))]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
     for path, v, a in zip(paths, video, audio, strict=True):
         media.write_mp4(path, v, a, config.data.fps, config.data.sample_rate)
         logger.info("wrote %s", path)
@@ -90,16 +86,31 @@ def main(argv):
         logger.info("wrote %s", out / "contact_sheet.png")
 
 
-def define_flags():
+def make_folder(path):
+    """-> path of a folder for results, made if need be: before the work, so that none is lost. Raises UserError."""
+    path = epath.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from None
+    return path
+
+
+def define_run_flags():
+    """Which run, and how to sample it."""
     flags.DEFINE_string("workdir", None, "Run folder; without it the reference weights are used.")
+    flags.DEFINE_integer("steps", None, "Denoising steps; default of the run's config.", lower_bound=1)
+    flags.DEFINE_float("guidance", None, "Weight of the text: 1 is none added; default of the run's config.")
+    flags.DEFINE_enum("method", None, samplers.METHODS, "Sampler; default of the run's config.")
+    flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**31 - 1)
+
+
+def define_flags():
+    define_run_flags()
     flags.DEFINE_string("prompt", None, "What to show.")
     flags.DEFINE_string("prompts", None, "Text file with one prompt a line.")
     flags.DEFINE_string("out", None, "MP4 to write, or with --prompts a folder.")
     flags.DEFINE_float("seconds", None, "Length of the clip; default as trained.")
-    flags.DEFINE_integer("steps", None, "Denoising steps; default of the run's config.")
-    flags.DEFINE_float("guidance", None, "Weight of the text: 1 is none added; default of the run's config.")
-    flags.DEFINE_string("method", None, f"Sampler: {', '.join(samplers.METHODS)}; default of the run's config.")
-    flags.DEFINE_integer("seed", 0, "Seed of the noise.")
     flags.DEFINE_string("image", None, "Image to start from.")
     flags.DEFINE_string("video", None, "Video to make the sound of.")
     flags.DEFINE_string("audio", None, "Sound to make the video of.")

@@ -54,7 +54,9 @@ def schedule_matrix(steps, frames, config, given=None, lag=0, spacing="time", rh
     else:  # arXiv:2206.00364, eq. 5, for sigma / alpha = exp(-log_snr / 2)
         ends = np.exp(-low / 2 / rho), np.exp(-high / 2 / rho)
         ladder = -2 * rho * np.log(ends[0] + part * (ends[1] - ends[0]))
-    ladder[-1] = high  # exactly, as sample() compares
+    # No end past its bound by rounding: sample() and guidance intervals compare with them.
+    ladder = np.clip(ladder, config["log_snr_min"], high)
+    ladder[-1] = high
 
     # Video and audio of one frame start together, also where one of them is given.
     order = np.maximum(np.cumsum(~(masks["video"] & masks["audio"])) - 1, 0)  # [T]

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from vdm_jax.models.layers import Conv, GroupNorm, ResidualBlock
 
 
+INITIAL_LOG_VARIANCE = -4.0  # learning starts with little noise in the way
+
+
 class AudioAutoencoder(nn.Module):
     """Waveform VAE in the manner of SoundStream (arXiv:2107.03312), without quantisation.
 
@@ -50,6 +53,7 @@ class AudioAutoencoder(nn.Module):
                 x = self.shrink[i](x.reshape(x.shape[0], x.shape[1] // self.strides[i], -1))
         x = self.to_latent(nn.silu(self.norm_latent(x))).astype(jnp.float32)
         mean, log_variance = jnp.split(x, 2, -1)
+        log_variance = log_variance + INITIAL_LOG_VARIANCE
         return mean, jnp.clip(log_variance, -20.0, 10.0)
 
     def decode(self, z):

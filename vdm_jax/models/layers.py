@@ -42,31 +42,43 @@ def _conv_direct(x, kernel, strides):
 def _conv_cpu(x, kernel, strides):
     """VALID convolution for XLA's CPU backend, whose own convolutions and their weight gradients are slow.
 
-    A sum of one matrix product per kernel tap, unless the input has few channels (then products are too thin, and the
-    direct form with frames folded into the batch is faster). With unit strides both gradients are such sums as well.
+    A sum of matrix products, one for each kernel tap of all window dimensions but the last, whose taps lie side by side
+    in the channels. With few input channels such products are too thin, and the direct form with frames folded into
+    the batch is faster. With unit strides both gradients are sums of products as well.
     """
     if max(strides) > 1:
-        return _conv_taps(x, kernel, strides)
+        return _conv_products(x, kernel, strides)
     return _conv_unit(x, kernel)
 
 
-def _window(x, tap, window, strides):
-    """The slice of padded x [B, *space, C] that kernel tap `tap` meets."""
+def _slice(x, tap, window, strides):
+    """What the kernel taps `tap` meet of padded x [B, *space, C]; `tap` may name only the leading space dimensions."""
     index = [slice(None)]
-    for i, k, s, size in zip(tap, window, strides, x.shape[1:-1], strict=True):
+    for i, k, s, size in zip(tap, window, strides, x.shape[1:-1]):
         index.append(slice(i, i + (size - k) // s * s + 1, s))
     return x[tuple(index)]
 
 
-def _conv_taps(x, kernel, strides):
+def _side_by_side(x, window, strides):
+    """The taps of the last window dimension as channels: [B, ..., W, C] -> [B, ..., W', taps * C]."""
+    k, s, size = window[-1], strides[-1], x.shape[-2]
+    taps = [x[..., i : i + (size - k) // s * s + 1 : s, :] for i in range(k)]
+    return taps[0] if k == 1 else jnp.concatenate(taps, -1)
+
+
+def _conv_products(x, kernel, strides):
+    *rest, last, c_in, c_out = kernel.shape
     window = kernel.shape[:-2]
-    return sum(_window(x, tap, window, strides) @ kernel[tap] for tap in np.ndindex(*window))
+    x = _side_by_side(x, window, strides)
+    kernel = kernel.reshape(*rest, last * c_in, c_out)
+    return sum(_slice(x, tap, window, strides) @ kernel[tap] for tap in np.ndindex(*rest))
 
 
 @jax.custom_vjp
 def _conv_unit(x, kernel):
+    ones = (1,) * (x.ndim - 2)
     if x.ndim < 5 or kernel.shape[-2] >= 32 or kernel.shape[1:-2] == (1, 1):
-        return _conv_taps(x, kernel, (1,) * (x.ndim - 2))
+        return _conv_products(x, kernel, ones)
     frames, out = x.shape[1] - kernel.shape[0] + 1, 0
     for t in range(kernel.shape[0]):
         folded = x[:, t : t + frames].reshape(-1, *x.shape[2:])  # [B*T, H, W, C]
@@ -78,11 +90,14 @@ def _conv_unit(x, kernel):
 def _conv_unit_backward(saved, grad):
     x, kernel = saved
     window = kernel.shape[:-2]
+    ones = (1,) * len(window)
     padded = jnp.pad(grad, [(0, 0), *((k - 1, k - 1) for k in window), (0, 0)])
     flipped = jnp.flip(kernel, range(len(window))).swapaxes(-1, -2)
+    columns = _side_by_side(x, window, ones)
     flat = grad.reshape(-1, grad.shape[-1])
-    ones = (1,) * len(window)
-    taps = [_window(x, tap, window, ones).reshape(-1, x.shape[-1]).T @ flat for tap in np.ndindex(*window)]
+    taps = [
+        _slice(columns, tap, window, ones).reshape(-1, columns.shape[-1]).T @ flat for tap in np.ndindex(*window[:-1])
+    ]
     return _conv_unit(padded, flipped), jnp.stack(taps).reshape(kernel.shape)
 
 
@@ -135,11 +150,12 @@ def space_to_depth(x, patch):
     return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, t, h // patch, w // patch, patch * patch * c)
 
 
-def depth_to_space(x, patch):
-    """[B, T, h, w, p*p*C] -> [B, T, h*p, w*p, C]."""
+def depth_to_space(x, patch, time=1):
+    """[B, T, h, w, t*p*p*C] -> [B, T*t, h*p, w*p, C]."""
     b, t, h, w, c = x.shape
-    x = x.reshape(b, t, h, w, patch, patch, c // patch**2).transpose(0, 1, 2, 4, 3, 5, 6)
-    return x.reshape(b, t, h * patch, w * patch, c // patch**2)
+    c //= time * patch**2
+    x = x.reshape(b, t, h, w, time, patch, patch, c).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(b, t * time, h * patch, w * patch, c)
 
 
 # --------------------------------------------------------------------------------------------------- normalisation

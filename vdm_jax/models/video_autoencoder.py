@@ -17,11 +17,14 @@ from vdm_jax.models.layers import (
 )
 
 
+INITIAL_LOG_VARIANCE = -4.0  # learning starts with little noise in the way
+
+
 class VideoAutoencoder(nn.Module):
     """Variational autoencoder (arXiv:1312.6114) with causal time, as in MAGVIT-v2 (arXiv:2310.05737).
 
     Level i has `channels[i]` channels and `blocks[i]` residual blocks in each direction; between levels i and i+1 space
-    shrinks by `space_strides[i]` and time by `time_strides[i]` (each 1 or 2). The input is cut into squares of
+    shrinks by `space_strides[i]` and time by `time_strides[i]`. The input is cut into squares of
     `patch` x `patch` pixels first. Video [B, 1 + f_t*(T-1), H, W, 3] in [-1, 1] <-> latents
     [B, T, h, w, latent_channels] with f_t = product of time_strides and h = H / (patch * product of space_strides).
     """
@@ -39,7 +42,6 @@ class VideoAutoencoder(nn.Module):
     def setup(self):
         block = functools.partial(ResidualBlock, time_padding="causal", groups=self.groups, dtype=self.dtype)
         conv = functools.partial(Conv, time_padding="causal", dtype=self.dtype)
-        grow = functools.partial(FactorisedConv, time_padding="causal", dtype=self.dtype)
         levels = range(len(self.channels))
         self.stem = conv(self.channels[0], (1, 3, 3))
         self.down = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in levels]
@@ -50,10 +52,13 @@ class VideoAutoencoder(nn.Module):
         self.middle = [block(self.channels[-1]) for _ in range(self.middle_blocks)]
         self.norm_latent = GroupNorm(self.groups, dtype=self.dtype)
         self.to_latent = conv(2 * self.latent_channels, (1, 1, 1))
-        self.from_latent = grow(self.channels[-1])
+        self.from_latent = FactorisedConv(self.channels[-1], time_padding="causal", dtype=self.dtype)
         self.middle_up = [block(self.channels[-1]) for _ in range(self.middle_blocks)]
         self.up = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in levels]
-        self.grow = [grow(self.channels[i]) for i in levels[:-1]]
+        self.grow = [
+            conv(t * s * s * self.channels[i], (1, 3, 3))
+            for i, (t, s) in enumerate(zip(self.time_strides, self.space_strides, strict=True))
+        ]
         self.norm_pixels = GroupNorm(self.groups, dtype=self.dtype)
         self.to_pixels = conv(3 * self.patch**2, (1, 3, 3))
 
@@ -69,6 +74,7 @@ class VideoAutoencoder(nn.Module):
             x = block(x)
         x = self.to_latent(nn.silu(self.norm_latent(x))).astype(jnp.float32)
         mean, log_variance = jnp.split(x, 2, -1)
+        log_variance = log_variance + INITIAL_LOG_VARIANCE
         return mean, jnp.clip(log_variance, -20.0, 10.0)
 
     def decode(self, z):
@@ -81,10 +87,8 @@ class VideoAutoencoder(nn.Module):
                 x = block(x)
             if i:
                 t, s = self.time_strides[i - 1], self.space_strides[i - 1]
-                # Frame 0 stands for itself only, so its first t-1 copies go.
-                x = jnp.repeat(x, t, 1)[:, t - 1 :]
-                x = jnp.repeat(jnp.repeat(x, s, 2), s, 3)
-                x = constrain_activation(self.grow[i - 1](x))
+                x = depth_to_space(self.grow[i - 1](x), s, t)
+                x = constrain_activation(x[:, t - 1 :])  # frame 0 stands for itself only, without t-1 earlier ones
         x = self.to_pixels(nn.silu(self.norm_pixels(x)))
         return depth_to_space(x, self.patch).astype(jnp.float32)
 

@@ -1,0 +1,31 @@
+"""Your own folder of videos, with sound: MP4, WebM, AVI or MOV, with captions in metadata.csv, metadata.jsonl or name.txt.
+
+    python -m vdm_jax.train --config=configs/files.py --workdir=runs/files --config.data.path=FOLDER
+
+The last fifth of every video is kept from training and is what previews and `evaluate` look at.
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.unlock()
+
+    config.data.update(source="files", size=64, frames=17, fps=8, sample_rate=8000)
+
+    vae = config.video_autoencoder
+    vae.update(steps=2000, batch_size=4, learning_rate=2e-3, kl_weight=1e-4)
+    vae.model.update(
+        channels=(48, 96), space_strides=(1,), time_strides=(2,), blocks=(0, 2), middle_blocks=1, latent_channels=32
+    )
+    audio = config.audio_autoencoder
+    audio.update(steps=2000, batch_size=8, learning_rate=2e-3)
+    # Two video frames to a latent frame are 2000 samples: 8 tokens of 250.
+    audio.model.update(patch=50, channels=(64, 128), strides=(5,), blocks=(1, 1))
+
+    config.clip.update(steps=500, batch_size=16)
+    config.denoiser.update(steps=2000, batch_size=8)
+
+    config.lock()
+    return config

@@ -1,0 +1,48 @@
+"""The smallest recipe that passes through every line: what the tests train. Its result is noise.
+
+python -m vdm_jax.train --config=tests/tiny.py --workdir=DIR
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.unlock()
+    config.update(checkpoint_every=4, log_every=1, preview_every=1000)
+
+    data = config.data
+    data.update(frames=5, size=16, sample_rate=2000, text_length=96)  # 250 samples a frame; f_t = 2, so T = 3
+    data.world = dict(objects=(1.0,), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0)
+
+    tiny = dict(steps=8, batch_size=4, warmup_steps=2)
+    vae = config.video_autoencoder
+    vae.update(tiny)
+    vae.model.update(
+        channels=(16, 16), space_strides=(1,), time_strides=(2,), blocks=(0, 1), middle_blocks=0, latent_channels=4
+    )
+
+    audio = config.audio_autoencoder
+    audio.update(tiny)
+    audio.stft_windows = (64, 256)
+    audio.model.update(patch=25, channels=(16, 16), strides=(5,), blocks=(0, 1), latent_channels=4)  # K = 4
+
+    clip = config.clip
+    clip.update(tiny)
+    clip.model.text.update(width=16, layers=1, heads=2)
+    clip.model.video.update(channels=(8, 16))
+    clip.model.embedding = 16
+
+    denoiser = config.denoiser
+    denoiser.update(tiny)
+    denoiser.update(cached_clips=32, statistics_clips=32)
+    # Time halves once, so T = 3 is odd there.
+    denoiser.model.update(
+        channels=(16, 16), blocks=(1, 1), attention=(False, False), exchange=(False, False), time_strides=(2,)
+    )
+    denoiser.model.update(head_dim=8, embedding=16)
+
+    config.sample.steps = 4
+    config.evaluate.update(clips=4, prompts=2, batch_size=2)
+    config.lock()
+    return config

@@ -1,0 +1,328 @@
+"""Measures a trained run on clips and prompts that its training did not show.
+
+    python -m vdm_jax.evaluate --out=report/ [--workdir=DIR] [--clips=64 --prompts=32 --steps=32 --guidance=4
+        --method=dpmpp_2m --seed=0] [--only=reconstruction]
+
+Without --workdir the reference weights that ship with the package are measured; counts and sampler default to those of
+the run's config. Writes metrics.json, report.html (one file that can be sent on) and the pictures and clips in it, and
+prints the table. --only=reconstruction needs no more than the two autoencoders, whatever else is trained.
+
+Real renders (truth), their reconstructions (autoencoder) and samples are all read by the same tracker. It knows only
+the procedural world: of other data it says nothing, and their samples are made from held-out captions.
+"""
+
+import functools
+import logging
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from vdm_jax import checkpoint, cli, conditioning, diffusion, generate, media, preview, sample, stages, text
+from vdm_jax.data import pipeline, world
+from vdm_jax.errors import UserError
+from vdm_jax.metrics import reconstruction, report, retrieval, tracker
+
+logger = logging.getLogger("vdm_jax")
+
+AUTOENCODERS = {"video": "video_autoencoder", "audio": "audio_autoencoder"}
+CANDIDATES = 64  # clips, all of different meaning, among which a text has to find its own
+LEVELS = 8  # noise levels at which the loss is measured
+ALONE = 3  # frames: an impact with no other this near counts as isolated
+SHOWN = 8  # samples on the page
+
+
+def main(argv):
+    options = flags.FLAGS
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
+    if not options.out:
+        raise UserError("--out is missing: the folder for the report")
+    began = time.perf_counter()
+    config, frozen = load(options.workdir, AUTOENCODERS.values() if options.only else checkpoint.STAGES)
+    for section, keys in ((config.evaluate, ("clips", "prompts")), (config.sample, ("steps", "guidance", "method"))):
+        section.update({key: options[key].value for key in keys if options[key].value is not None})
+    held_out, out = pipeline.source(config, "held_out"), sample.make_folder(options.out)
+
+    # -------------------------------------------------------------------------------------- truth and reconstruction
+    items = [held_out[i] for i in range(config.evaluate.clips)]
+    logger.info("reconstructing %d held-out clips", len(items))
+    truth = {part: np.stack([item[part] for item in items]) for part in AUTOENCODERS}
+    remade = reconstruct(config, frozen, truth)
+    asked = [objects(item) for item in items]
+    metrics = {
+        "truth": measure(config, truth, asked),
+        "autoencoder": measure(config, remade, asked),
+        "samples": measure(config, {}, []),
+        "reconstruction": compare(config, items, truth, remade),
+        "clip": {"recall_at_1": None},
+    }
+    figures = show_reconstruction(config, out, items, truth, remade)
+
+    # ------------------------------------------------------------------------------------- text, noise levels, samples
+    prompts = []
+    if not options.only:
+        metrics["clip"] = recall(config, frozen, held_out)
+        logger.info("measuring the loss at %d noise levels", LEVELS)
+        metrics["loss_per_noise_level"] = loss_by_level(config, frozen, items, truth, options.seed)
+        prompts = choose_prompts(config, held_out, options.seed)
+        logger.info("sampling %d prompts in %d steps", len(prompts), config.sample.steps)
+        texts = [prompt["text"] for prompt in prompts]
+        made = dict(zip(AUTOENCODERS, generate.Generator(config, frozen)(texts, seed=options.seed)))
+        metrics["samples"] = measure(config, made, [prompt["objects"] for prompt in prompts])
+        figures = show_samples(config, out, texts, made) + figures
+
+    # --------------------------------------------------------------------------------------------------------- report
+    settings = {
+        "weights": options.workdir or "reference",
+        "data": config.data.source,
+        "held-out clips": len(items),
+        "prompts": len(prompts),
+        **{key: config.sample[key] for key in ("method", "steps", "guidance", "rescale")},
+        "seed": options.seed,
+        "device": jax.devices()[0].device_kind,
+        "seconds": round(time.perf_counter() - began),
+    }
+    page = report.write_report(out, metrics, settings=settings, media=figures)
+    print(report.format_table(metrics))
+    logger.info("wrote %s in %d s", page, time.perf_counter() - began)
+
+
+def load(workdir, names):
+    """-> (config, frozen) of a run, with no more than the stages `names`; workdir None: the reference weights."""
+    if workdir is None or set(names) == set(checkpoint.STAGES):
+        return checkpoint.load_trained(workdir, stages.abstract_params)
+    config = checkpoint.load_config(f"{workdir}/config.json")
+    expected = stages.abstract_params(config)
+    return config, {name: checkpoint.load_params(workdir, name, expected[name]) for name in names}
+
+
+def batched(function, config, *arrays):
+    """function(*rows) in batches of config.evaluate.batch_size, the last one filled up, so that it compiles once.
+
+    arrays: trees of [N, ...] with one N. Returns function's tree with leaves [N, ...], on the host.
+    """
+    count = len(jax.tree.leaves(arrays)[0])
+    size = min(config.evaluate.batch_size, count)
+    parts = []
+    for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        parts.append(jax.device_get(function(*jax.tree.map(lambda a, rows=rows: a[rows], arrays))))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+
+
+# ------------------------------------------------------------------------------------------ against what was asked for
+
+
+def objects(item):
+    """What the caption of a clip of the world asks for, as the tracker wants it; None for other sources."""
+    if "state" not in item:
+        return None
+    return [dict(zip(("colour", "shape", "direction"), thing)) for thing in world.World.meaning(item)]
+
+
+def measure(config, clips, asked):
+    """The tracker's outcomes, shares in 0..1, None where there is nothing to measure.
+
+    clips: {'video': [P, F, H, W, 3], 'audio': [P, N]}; asked: P lists of objects, or of None.
+    """
+    if not asked or asked[0] is None:
+        return dict.fromkeys(report.OUTCOMES)
+    rates = config.data.fps, config.data.sample_rate
+    clips = zip(clips["video"], clips["audio"], asked, strict=True)
+    return tracker.summarise([tracker.measure(video, audio, *rates, want) for video, audio, want in clips])
+
+
+def choose_prompts(config, held_out, seed):
+    """[{'text', 'objects'}] that ask for nothing that the previews of training show.
+
+    Of the world, config.evaluate.prompts of one object, and as many of two where it has two; else held-out captions.
+    """
+    count, shown = config.evaluate.prompts, [held_out[i] for i in range(preview.CLIPS)]
+    if config.data.source != "world":
+        captions = [held_out[preview.CLIPS + i]["caption"] for i in range(count)]
+        fresh = [caption for caption in captions if caption not in {item["caption"] for item in shown}]
+        if not fresh:
+            logger.warning("too few captions: those sampled here are also those of the previews")
+        return [{"text": caption, "objects": None} for caption in fresh or captions]
+
+    settings = config.data.world
+    known = {key: settings[key] for key in ("shapes", "colours") if key in settings}
+    meanings = {world.World.meaning(item) for item in shown}
+    prompts = []
+    for number, chance in enumerate(settings.objects[:2], 1):
+        if chance > 0:
+            drawn = world.prompts(seed, 4 * count + 64, number, **known)
+            fresh = [p for p in drawn if tuple(sorted(tuple(o.values()) for o in p["objects"])) not in meanings]
+            prompts += fresh[:count]
+    if not prompts:
+        raise UserError("every prompt of this world is in the previews: allow more colours or shapes in data.world")
+    return prompts
+
+
+# ------------------------------------------------------------------------------------------------- reconstruction
+
+
+def reconstruct(config, frozen, truth):
+    """{'video', 'audio'} through the autoencoders and back, as uint8 and float32 like `truth`."""
+
+    def through(part):
+        name = AUTOENCODERS[part]
+        remake = jax.jit(lambda params, x: stages.reconstruct(config, name, params, x))
+        return batched(functools.partial(remake, jax.device_put(frozen[name])), config, truth[part])
+
+    return {part: through(part) for part in truth}
+
+
+def compare(config, items, truth, remade):
+    """PSNR (dB) and SSIM over all frames, the median SI-SDR (dB) of clips that sound, and `onset_errors`."""
+    ratios = reconstruction.si_sdr(truth["audio"], remade["audio"])
+    ratios = ratios[~np.isnan(ratios)]  # nan: silence
+    metrics = {
+        "psnr": reconstruction.psnr(truth["video"], remade["video"]),
+        "ssim": float(np.mean([reconstruction.ssim(a, b) for a, b in zip(truth["video"], remade["video"])])),
+        "si_sdr": float(np.median(ratios)) if len(ratios) else None,
+        "onset_within_half_frame": None,
+    }
+    if config.data.source == "world":
+        metrics |= onset_errors(config, items, remade["audio"])
+        metrics["true_onset_within_half_frame"] = onset_errors(config, items, truth["audio"])["onset_within_half_frame"]
+    return metrics
+
+
+def onset_errors(config, items, audio):
+    """Impacts against the onsets heard in `audio` [P, N]: shares with an onset of their own within half a frame.
+
+    Of all impacts, and of those with no other within ALONE frames; and the median error of the times, in ms.
+    """
+    fps, found, errors = config.data.fps, {"all": [], "isolated": []}, []
+    for item, sound in zip(items, audio, strict=True):
+        impacts = np.array([e["time"] for e in item["state"]["events"] if e["kind"] != "turn"])  # a turn is silent
+        heard = tracker.onsets(sound, config.data.sample_rate)
+        apart = np.abs(impacts[:, None] - impacts) + np.where(np.eye(len(impacts)), np.inf, 0)
+        alone = apart.min(1, initial=np.inf) > ALONE / fps
+        errors.extend(reconstruction.onset_errors(impacts, heard, 0.5 / fps)[1])
+        for which, times in (("all", impacts), ("isolated", impacts[alone])):
+            partners = len(reconstruction.onset_errors(times, heard, 0.5 / fps)[1])
+            found[which].append((partners, len(times)))
+    share = {
+        which: partners / total if total else None
+        for which, (partners, total) in ((w, np.sum(pairs, 0)) for w, pairs in found.items())
+    }
+    return {
+        "onset_within_half_frame": share["all"],
+        "onset_within_half_frame_isolated": share["isolated"],
+        "onset_error_ms": 1e3 * float(np.median(np.abs(errors))) if errors else None,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- text and noise levels
+
+
+def tokens_of(config, items):
+    return text.encode([item["caption"] for item in items], config.data.text_length)
+
+
+def recall(config, frozen, held_out):
+    """Share of texts that find their clip first, among up to CANDIDATES clips that all differ in meaning."""
+    different = {}
+    for i in range(4 * CANDIDATES):
+        item = held_out[i]
+        meaning = world.World.meaning(item) if "state" in item else item["caption"]
+        different.setdefault(meaning, item)
+        if len(different) == CANDIDATES:
+            break
+    items = list(different.values())
+    if len(items) < 2:
+        return {"recall_at_1": None, "candidates": len(items)}
+    model, params = stages.models(config)["clip"], jax.device_put(frozen["clip"])
+
+    @jax.jit
+    def embed(params, tokens, video):
+        return model.apply({"params": params}, tokens, text.mask(tokens), stages.to_float(video))[:2]
+
+    video = np.stack([item["video"] for item in items])
+    words, pictures = batched(functools.partial(embed, params), config, tokens_of(config, items), video)
+    return {"recall_at_1": retrieval.recall_at_k(words, pictures), "candidates": len(items)}
+
+
+def loss_by_level(config, frozen, items, truth, seed):
+    """Mean squared error of the noise (eps) that the denoiser sees in held-out latents, all at one level.
+
+    -> columns {'log_snr', 'video', 'audio'} of LEVELS numbers each, evenly spaced over the range of training. The same
+    noise is used at each level.
+    """
+    settings, frozen = config.denoiser.diffusion, jax.device_put(frozen)
+    model = stages.models(config)["denoiser"]
+
+    @jax.jit
+    def encode(frozen, clips, tokens):
+        latents = stages.encode(config, frozen, clips["video"], clips["audio"])
+        return latents, stages.encode_text(config, frozen, tokens)
+
+    @jax.jit
+    def errors(frozen, level, z, eps, cond):
+        shape = z["video"].shape[:2]  # [B, T]
+        levels = {name: jnp.full(shape, level) for name in z}
+        denoise = conditioning.denoise_fn(model, frozen["denoiser"])
+        prediction = denoise(diffusion.add_noise(z, eps, levels), levels, cond)
+        target = diffusion.to_target(z, eps, levels, settings.target)
+        factor = diffusion.eps_error(level, settings.target)
+        return {name: factor * jnp.square(prediction[name] - target[name]).reshape(shape[0], -1).mean(1) for name in z}
+
+    z, cond = batched(functools.partial(encode, frozen), config, truth, tokens_of(config, items))
+    eps = jax.device_get(diffusion.noise_like(jax.random.key(seed), z))
+    low, high = settings.log_snr_min, settings.log_snr_max
+    columns = {"log_snr": (low + (np.arange(LEVELS) + 0.5) / LEVELS * (high - low)).tolist(), "video": [], "audio": []}
+    for level in columns["log_snr"]:
+        by_clip = batched(functools.partial(errors, frozen, jnp.float32(level)), config, z, eps, cond)
+        for name, values in by_clip.items():
+            columns[name].append(float(values.mean()))
+    return columns
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+
+def show_samples(config, out, texts, made):
+    """A contact sheet and MP4s of up to SHOWN samples, spread over the prompts -> [(caption, file)]."""
+    chosen = np.unique(np.linspace(0, len(texts) - 1, min(SHOWN, len(texts))).round().astype(int))
+    figures = [("Samples", out / "samples.png")]
+    media.contact_sheet(figures[0][1], [made["video"][i] for i in chosen], [texts[i] for i in chosen])
+    for i in chosen:
+        figures.append((texts[i], out / f"sample_{i:03d}.mp4"))
+        media.write_mp4(figures[-1][1], made["video"][i], made["audio"][i], config.data.fps, config.data.sample_rate)
+    return figures
+
+
+def show_reconstruction(config, out, items, truth, remade):
+    """Held-out clips, each followed by its reconstruction: pictures, sounds and one pair of MP4s."""
+    rate, first = config.data.sample_rate, items[: preview.CLIPS]
+    pairs = {part: [x for pair in zip(truth[part], remade[part]) for x in pair][: 2 * len(first)] for part in truth}
+    labels = [label for item in first for label in (item["caption"], "reconstruction")]
+    figures = [
+        ("Held-out clips and their reconstructions", out / "reconstruction.png"),
+        ("Sound of the same clips, each followed by its reconstruction", out / "spectrogram.png"),
+        (f"Truth: {labels[0]}", out / "truth.mp4"),
+        ("Its reconstruction", out / "autoencoder.mp4"),
+    ]
+    media.contact_sheet(figures[0][1], pairs["video"], labels)
+    media.spectrogram(figures[1][1], np.concatenate(pairs["audio"]), rate)
+    for (_, path), video, audio in zip(figures[2:], pairs["video"], pairs["audio"]):
+        media.write_mp4(path, video, audio, config.data.fps, rate)
+    return figures
+
+
+def define_flags():
+    sample.define_run_flags()
+    flags.DEFINE_string("out", None, "Folder for the report.")
+    flags.DEFINE_integer("clips", None, "Held-out clips; default of the run's config.", lower_bound=1)
+    flags.DEFINE_integer("prompts", None, "Prompts, of each number of objects; default as above.", lower_bound=1)
+    flags.DEFINE_enum("only", None, ["reconstruction"], "Measure the autoencoders alone.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
