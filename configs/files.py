@@ -1,4 +1,4 @@
-"""Your own folder of videos, with sound: MP4, WebM, AVI or MOV, with captions in metadata.csv, metadata.jsonl or name.txt.
+"""A folder of your own videos with sound (MP4, WebM, AVI, MOV), captions in metadata.csv, metadata.jsonl or name.txt.
 
     python -m vdm_jax.train --config=configs/files.py --workdir=runs/files --config.data.path=FOLDER
 

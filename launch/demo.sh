@@ -44,7 +44,7 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
 echo "== 1. a few training steps of every stage"
 "$PY" -m vdm_jax.train --config=configs/world_tiny.py --workdir="$out/run" \
-    --config.log_every=10 \
+    --config.log_every=10 --config.preview_every=0 --config.denoiser.cached_clips=256 \
     --config.video_autoencoder.steps=60 \
     --config.audio_autoencoder.steps=60 \
     --config.clip.steps=60 \
@@ -63,8 +63,8 @@ echo "== 2. four prompts, from the reference weights"
 cat >"$out/prompts.txt" <<'EOF'
 a red circle moving right
 a large blue square moving left
-a green triangle falls and bounces
-a yellow circle hits a purple square
+a green triangle moving down
+a yellow circle moving up and a magenta square moving left
 EOF
 "$PY" -m vdm_jax.sample --prompts="$out/prompts.txt" --out="$out"
 

@@ -1,30 +1,41 @@
 """A run of tests/tiny.py with random weights in its checkpoints, and a way to call a script as a user does."""
 
+import logging
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+# Most of a test's time is compilation. Compiled programs are kept between runs and processes, and are little optimised.
+# Read when jax is imported, and by the processes that tests start.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
 import jax
+import numpy as np
 import pytest
 from absl import flags
 
 from tests import tiny
-from vdm_jax import checkpoint, cli, stages, train_state
+from vdm_jax import checkpoint, cli, sharding, stages, train_state
 
 
 def write_run(workdir, config, names=checkpoint.STAGES):
-    """A run folder of which the stages `names` have a checkpoint; no layer is zero, so that every input counts."""
+    """A run folder whose stages `names` have a checkpoint: random weights, none zero, so that every input counts."""
+    rng = np.random.default_rng(0)
 
-    def shaken(key, params):
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(key, len(leaves))
-        return tree.unflatten([x + 0.05 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)])
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        if leaf.ndim > 1:
+            return noise / np.sqrt(np.prod(leaf.shape[:-1]))  # keeps the variance
+        return float(sharding.path_name(path).endswith("scale")) + 0.1 * noise
 
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config.to_json_best_effort())
-    size = stages.layout(config)
-    for number, name in enumerate(names):
-        key = jax.random.key(number)
-        state = train_state.create(jax.jit(lambda k, n=name: shaken(k, stages.init_fns(config)[n](k)))(key), config[name])
+    expected, size = stages.abstract_params(config), stages.layout(config)
+    for name in names:
+        state = train_state.create(jax.tree_util.tree_map_with_path(draw, expected[name]), config[name])
         with checkpoint.manager(workdir / name / "checkpoints") as checkpoints:
             checkpoint.save(checkpoints, state | {"step": state["step"] + config[name].steps})
     if "denoiser" in names:
@@ -45,8 +56,6 @@ def command(monkeypatch, capfd):
     """call(script, *options) -> (code, out, lines on stderr): what `python -m vdm_jax.<script> *options` does."""
 
     def call(script, *options):
-        import logging
-
         known = set(flags.FLAGS)
         script.define_flags()
         logger = logging.getLogger("vdm_jax")

@@ -10,6 +10,7 @@ from vdm_jax import diffusion, samplers
 from vdm_jax.errors import UserError
 
 FRAMES, TOKENS = 3, 2  # latent frames; audio tokens a frame
+DRAWS = 10000
 DETERMINISTIC = ("ddim", "dpmpp_2m", "heun")
 CONFIG = ConfigDict(dict(schedule="cosine", log_snr_min=-12.0, log_snr_max=12.0, shift=1.0, target="v"))
 
@@ -62,7 +63,7 @@ def run(denoise, z, levels, method, target="v", **more):
 
 
 # --------------------------------------------------------------------------------------------------
-# Moments. Monte-Carlo error of 20000 draws: 0.01 for means, up to 0.04 for covariances (up to 2.3);
+# Moments. Monte-Carlo error of the draws: 0.015 for means, up to 0.05 for covariances (up to 2.3);
 # the rest of the tolerance is the error of the first-order methods at that many steps
 
 
@@ -72,15 +73,15 @@ def run(denoise, z, levels, method, target="v", **more):
         ("ddpm", "v", 128, "time", 0.12, {}),
         ("ddim", "noise", 128, "time", 0.08, {}),
         ("ddim", "v", 128, "time", 0.12, dict(eta=0.5)),
-        ("dpmpp_2m", "v", 24, "time", 0.06, {}),
-        ("dpmpp_2m", "x0", 64, "karras", 0.06, {}),
-        ("heun", "noise", 32, "log_snr", 0.06, {}),
+        ("dpmpp_2m", "v", 24, "time", 0.08, {}),
+        ("dpmpp_2m", "x0", 64, "karras", 0.08, {}),
+        ("heun", "noise", 32, "log_snr", 0.08, {}),
     ],
 )
 def test_gaussian_moments(method, target, steps, spacing, tolerance, more):
     mean, covariance = gaussian()
     levels = samplers.schedule_matrix(steps, FRAMES, CONFIG, spacing=spacing)
-    z = run(exact(mean, covariance, target), noise(20000), levels, method, target, **more)
+    z = run(exact(mean, covariance, target), noise(DRAWS), levels, method, target, **more)
     np.testing.assert_allclose(flat(z).mean(0), mean[0], atol=0.04)
     np.testing.assert_allclose(np.cov(flat(z).T), covariance, atol=tolerance)
 
@@ -90,7 +91,7 @@ def test_mixture_moments(method, steps):
     mean = np.stack([np.ones(12), -0.5 * np.ones(12)])
     covariance = 0.1 * np.eye(12)
     levels = samplers.schedule_matrix(steps, FRAMES, CONFIG)
-    x = flat(run(exact(mean, covariance), noise(20000), levels, method))
+    x = flat(run(exact(mean, covariance), noise(DRAWS), levels, method))
     near = (x.mean(1) > 0.25).astype(float)  # which of the two; 8 standard deviations apart
     assert abs(near.mean() - 0.5) < 0.02
     np.testing.assert_allclose(x.mean(0), mean.mean(0), atol=0.04)
@@ -107,7 +108,7 @@ def test_given_frames_condition_the_rest(method, steps, lag):
     # Sound given, and the first picture: what is made follows the exact conditional Gaussian.
     mean, covariance = gaussian()
     given = {"video": np.array([True, False, False]), "audio": np.ones(3, bool)}
-    z = noise(20000)
+    z = noise(DRAWS)
     clean = {"video": z["video"].at[:, 0].set(0.5), "audio": jnp.full_like(z["audio"], -0.5)}
     levels = samplers.schedule_matrix(steps, FRAMES, CONFIG, given, lag)
     x = run(exact(mean, covariance), clean, levels, method)
@@ -147,10 +148,10 @@ def errors(method, spacing, counts):
 @pytest.mark.parametrize("method, factor", [("ddim", 2), ("dpmpp_2m", 4), ("heun", 4)])
 def test_doubling_steps_divides_the_error(method, factor):
     with jax.enable_x64(True):
-        found = errors(method, "log_snr", (64, 128, 256))
-        few = errors(method, "time", (8, 16))
+        found = errors(method, "log_snr", (96, 192))
+        few = errors(method, "time", (16,))
     np.testing.assert_allclose(found[:-1] / found[1:], factor, rtol=0.06)
-    assert few[1] < (0.1 if method == "ddim" else 0.02)  # the default spacing is good from the start
+    assert few[0] < (0.1 if method == "ddim" else 0.02)  # the default spacing is good from the start
 
 
 # --------------------------------------------------------------------------------------------------
@@ -362,14 +363,17 @@ def test_ancestral_noise_depends_on_the_key_alone():
     mean, covariance = gaussian()
     levels = samplers.schedule_matrix(4, FRAMES, CONFIG)
 
-    def walk(method, seed, **more):
-        key = jax.random.key(seed)
-        z = samplers.sample(exact(mean, covariance), key, noise(2), {}, levels, method, CONFIG, **more)
-        return flat(z)
+    def walker(method, **more):
+        def walk(seed):
+            args = jax.random.key(seed), noise(2), {}, levels, method, CONFIG
+            return flat(samplers.sample(exact(mean, covariance), *args, **more))
 
-    assert (walk("ddpm", 1) == walk("ddpm", 1)).all() and (walk("ddpm", 1) != walk("ddpm", 2)).all()
-    assert (walk("ddim", 1) == walk("ddim", 2)).all()
-    np.testing.assert_allclose(walk("ddim", 1, eta=1.0), walk("ddpm", 1), atol=1e-5)
+        return jax.jit(walk)
+
+    ddpm, ddim, full = walker("ddpm"), walker("ddim"), walker("ddim", eta=1.0)
+    assert (ddpm(1) == ddpm(1)).all() and (ddpm(1) != ddpm(2)).all()
+    assert (ddim(1) == ddim(2)).all()
+    np.testing.assert_allclose(full(1), ddpm(1), atol=1e-5)
 
 
 @pytest.mark.parametrize(

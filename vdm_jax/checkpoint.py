@@ -78,8 +78,9 @@ def load_params(workdir, stage, expected):
     directory = epath.Path(workdir) / stage / "checkpoints"
     step = None
     if directory.exists():
-        with manager(directory) as checkpoints:
-            step = checkpoints.latest_step()
+        # Read only: a save that a training run has under way is not to be cleaned up.
+        with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as found:
+            step = found.latest_step()
     if step is None:
         raise UserError(
             f"{workdir} is unfinished: stage {stage} has no checkpoint; go on with "
@@ -125,7 +126,10 @@ def read_statistics(path):
 
 def write_statistics(path, statistics):
     lists = {m: {k: np.asarray(v).tolist() for k, v in s.items()} for m, s in statistics.items()}
-    epath.Path(path).write_text(json.dumps(lists, indent=1) + "\n")
+    path = epath.Path(path)
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(json.dumps(lists, indent=1) + "\n")
+    part.rename(path)  # whole or not there: a run that is killed here starts again
 
 
 def read_json(path):

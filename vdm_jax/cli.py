@@ -50,12 +50,22 @@ def fail(message):
 def _parse(argv):
     """Parses flags; a recipe that is missing or broken and a mistyped key become a UserError."""
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(_explain(error)) from None
+    except (SyntaxError, ImportError, NameError) as error:
+        raise UserError(f"the recipe is broken: {type(error).__name__}: {error}") from None
+    if "config" in flags.FLAGS:
+        try:
+            hasattr(flags.FLAGS.config, "lock")  # ml_collections keeps the error of a missing file for the first access
+        except OSError:
+            raise UserError(f"cannot read the recipe --config={flags.FLAGS['config'].config_filename}") from None
+    return rest
 
 
 def _explain(error):
     """The text of an absl or ml_collections error without quotes and line breaks around the parts."""
     lines = [line.strip(" '\"\\") for line in str(error).replace("\\n", "\n").splitlines()]
+    if any(line.startswith("Traceback") for line in lines):  # of the recipe: its last line says what was wrong
+        lines = ["the recipe is broken", lines[-1]]
     return ": ".join(line for line in lines if line) or type(error).__name__

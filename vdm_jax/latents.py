@@ -111,6 +111,7 @@ def _cached(config, frozen, source, folder):
     arrays = {name: np.concatenate(x)[:count] for name, x in parts.items()}
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "fingerprint").unlink(missing_ok=True)  # written last: it vouches for the files
         for name, x in arrays.items():
             np.save(folder / f"{name}.npy", x)
         (folder / "fingerprint").write_text(mark)

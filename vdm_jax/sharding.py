@@ -5,6 +5,7 @@ counted from the last dimension, and serves parameters, optimiser moments and EM
 the same paths. Activations name their dimensions: `constrain(x, "batch", "time", ...)`.
 """
 
+import math
 import re
 
 import jax
@@ -25,12 +26,14 @@ ACTIVATION_AXES = {
     "channel": None,
 }
 
-# First match wins; axes are for the trailing dimensions, earlier ones stay whole. [..., input, output] kernels.
+# First match wins; axes are for the trailing dimensions, earlier ones stay whole.
 PARAMETER_RULES = (
-    (r"(qkv|query|key|value|expand)/kernel$", ("fsdp", "tensor")),
-    (r"(out|contract)/kernel$", ("tensor", "fsdp")),
-    (r"kernel$", (None, "fsdp")),
-    (r"embedding$", (None, "fsdp")),
+    (r"/(query|key|value)/kernel$", ("fsdp", "tensor", None)),  # [C, heads, d]
+    (r"/out/kernel$", ("tensor", None, "fsdp")),  # [heads, d, C]
+    (r"/expand_\d+/kernel$", ("fsdp", "tensor")),  # [C, 4 C]
+    (r"/contract_\d+/kernel$", ("tensor", "fsdp")),  # [4 C, C]
+    (r"/kernel$", (None, "fsdp")),  # [..., input, output]
+    (r"/embedding$", (None, "fsdp")),  # [vocabulary, C]
     (r".*", ()),
 )
 
@@ -39,12 +42,11 @@ def make_mesh(sizes):
     """A mesh over all devices. sizes: {axis: size}; one size may be -1 and takes what is left. Raises UserError."""
     devices = jax.device_count()
     shape = [sizes[axis] for axis in MESH_AXES]
-    fixed = 1
-    for size in shape:
-        fixed *= size if size != -1 else 1
-    if shape.count(-1) == 1 and devices % fixed == 0:
+    fixed = math.prod(size for size in shape if size != -1)
+    sound = all(size > 0 or size == -1 for size in shape)
+    if sound and shape.count(-1) == 1 and devices % fixed == 0:
         shape[shape.index(-1)] = devices // fixed
-    elif shape.count(-1) > 0 or fixed != devices:
+    elif not sound or shape.count(-1) > 0 or fixed != devices:
         asked = ", ".join(f"{a}={sizes[a]}" for a in MESH_AXES)
         raise UserError(
             f"mesh {asked} does not fill {devices} device(s): "
@@ -114,6 +116,8 @@ def replicated(mesh):
 def check_batch(batch_size, mesh):
     """Raises UserError when a global batch does not divide over the mesh's batch axes."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
     if batch_size % ways:
         below = batch_size // ways * ways
         sizes = f"{below} or {below + ways}" if below else f"{ways}"

@@ -45,7 +45,11 @@ class Layout(NamedTuple):
 def layout(config, frames=None):
     """The Layout of clips of `frames` video frames (default: the config's). Raises UserError where sizes do not fit."""
     data, video, audio = config.data, config.video_autoencoder.model, config.audio_autoencoder.model
-    frames = frames or data.frames
+    frames = data.frames if frames is None else frames
+    for name, value in dict(frames=frames, size=data.size, fps=data.fps, sample_rate=data.sample_rate).items():
+        if value < 1:
+            raise UserError(f"data.{name}={value} must be at least 1")
+    _check_depths(config)
     f_t, f_s = math.prod(video.time_strides), video.patch * math.prod(video.space_strides)
     hop = audio.patch * math.prod(audio.strides)
     if (frames - 1) % f_t:
@@ -60,6 +64,11 @@ def layout(config, frames=None):
         raise UserError(
             f"a latent frame of {per_frame * f_t} samples is no multiple of the {hop} samples of a sound token"
         )
+    _check_halvings(config.denoiser.model, data.size // f_s, per_frame * f_t // hop)
+    if data.size % config.clip.model.video.patch:
+        raise UserError(f"data.size={data.size} is not a multiple of clip.model.video.patch")
+    if max(config.audio_autoencoder.stft_windows) > frames * per_frame:
+        raise UserError(f"audio_autoencoder.stft_windows go past the {frames * per_frame} samples of a clip")
     return Layout(
         frames=frames,
         samples=frames * per_frame,
@@ -72,12 +81,42 @@ def layout(config, frames=None):
     )
 
 
+def _check_depths(config):
+    """Raises UserError unless the settings of each level are as many as the model's channels."""
+    for stage in STAGES:
+        model = config[stage].model
+        for name, value in model.items():
+            levels = name in ("blocks", "attention", "exchange")
+            if levels or name.endswith("strides"):
+                wanted = len(model.channels) - (not levels)
+                if len(value) != wanted:
+                    raise UserError(
+                        f"{stage}.model.{name}={value} must have {wanted} values for channels={model.channels}"
+                    )
+
+
+def _check_halvings(denoiser, side, tokens):
+    """Raises UserError unless latents [side, side] and K = tokens a frame halve as often as the denoiser asks."""
+    halvings = len(denoiser.channels) - 1
+    if side % 2**halvings:
+        raise UserError(
+            f"denoiser.model.channels halve the {side}x{side} latents {halvings} times, and {side} is no multiple of "
+            f"{2**halvings}: use fewer levels or another data.size"
+        )
+    for i in range(1, halvings + 1):
+        if tokens * math.prod(denoiser.time_strides[:i]) % 2**i:
+            raise UserError(
+                f"{tokens} sound tokens a latent frame do not halve {i} times: use fewer denoiser levels, or another "
+                "audio_autoencoder.model.patch or strides"
+            )
+
+
 # ---------------------------------------------------------------------------------------------------------- models
 
 
 def models(config):
     """{stage: Flax module} for a config."""
-    dtype = jnp.dtype(config.compute_dtype)
+    dtype = jnp.dtype(diffusion.one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16")))
     text_size = dict(vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
     clip = config.clip.model
     size = layout(config)
@@ -251,7 +290,8 @@ def _kl(mean, log_variance):
 def stft_distance(a, b, window):
     """Spectral convergence + log-magnitude L1 of two sounds [B, N] (arXiv:1910.11480, eq. 4, 5), hops of window / 4."""
     a, b = _magnitudes(a, window), _magnitudes(b, window)
-    convergence = jnp.sqrt(jnp.sum(jnp.square(a - b)) / (jnp.sum(jnp.square(b)) + 1e-6))
+    floor = 1e-7 * b.size  # a mean of -70 dB, so that a batch of silence is no division by nothing
+    convergence = jnp.sqrt(jnp.sum(jnp.square(a - b)) / (jnp.sum(jnp.square(b)) + floor) + 1e-8)
     return convergence + jnp.mean(jnp.abs(jnp.log(a + 1e-3) - jnp.log(b + 1e-3)))
 
 

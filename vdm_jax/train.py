@@ -37,8 +37,17 @@ def main(argv):
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
 
     # ------------------------------------------------------------------------------------------------ run folder
-    stages.layout(config)  # sizes that do not fit are told before anything is written
+    # What does not fit is told before anything is written.
+    stages.models(config)
     mesh = sharding.make_mesh(config.mesh)
+    names = checkpoint.STAGES if STAGE.value == "all" else (STAGE.value,)
+    counts = {f"{name}.steps": config[name].steps for name in names}
+    counts |= {key: config[key] for key in ("checkpoint_every", "log_every")}
+    for key, value in counts.items():
+        if value < 1:
+            raise UserError(f"{key}={value} must be at least 1")
+    for name in names:
+        sharding.check_batch(config[name].batch_size, mesh)
     lead = jax.process_index() == 0
     if lead:
         write_config(workdir, config)
@@ -46,12 +55,12 @@ def main(argv):
     logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
 
     with jax.set_mesh(mesh):
-        for name in checkpoint.STAGES if STAGE.value == "all" else (STAGE.value,):
+        for name in names:
             train_stage(name, config, workdir, mesh, source)
 
 
 def write_config(workdir, config):
-    """Stores the config with the run. A run goes on only with the models and data it began with."""
+    """Stores the config with the run. A run goes on only with the models and sizes it began with."""
     path = workdir / "config.json"
     stored = config.to_json_best_effort(indent=1, sort_keys=True) + "\n"
     if path.exists():
@@ -59,8 +68,14 @@ def write_config(workdir, config):
         for part in checkpoint.STAGES:
             if part in before and json.loads(before[part].model.to_json()) != json.loads(config[part].model.to_json()):
                 raise UserError(f"{workdir} was begun with another {part}.model: use another --workdir, or its config")
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(stored)
+        for key in ("size", "fps", "sample_rate", "text_length"):
+            if key in before.data and before.data[key] != config.data[key]:
+                raise UserError(f"{workdir} was begun with data.{key}={before.data[key]}: use another --workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(stored)
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
 
 
 def train_stage(name, config, workdir, mesh, source):
@@ -68,7 +83,6 @@ def train_stage(name, config, workdir, mesh, source):
     stage = stages.build(config)[name]
     directory = workdir / name
     directory.mkdir(parents=True, exist_ok=True)
-    sharding.check_batch(settings.batch_size, mesh)
     lead = jax.process_index() == 0
 
     # ---------------------------------------------------------------------------- state, abstract first, then restored

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from vdm_jax.models.layers import Conv, GroupNorm, ResidualBlock
 
-
 INITIAL_LOG_VARIANCE = -4.0  # learning starts with little noise in the way
 
 

@@ -16,7 +16,6 @@ from vdm_jax.models.layers import (
     space_to_depth,
 )
 
-
 INITIAL_LOG_VARIANCE = -4.0  # learning starts with little noise in the way
 
 
