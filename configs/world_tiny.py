@@ -13,9 +13,9 @@ def get_config():
     config.data.world = dict(objects=(0.65, 0.35), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0)
 
     vae = config.video_autoencoder
-    vae.update(steps=2200, batch_size=8, learning_rate=2.5e-3, kl_weight=3e-4)
+    vae.update(steps=1600, batch_size=8, learning_rate=2.5e-3, kl_weight=3e-4)
     vae.model.update(
-        channels=(48, 96), space_strides=(1,), time_strides=(2,), blocks=(0, 2), middle_blocks=0, latent_channels=12
+        channels=(48, 96), space_strides=(1,), time_strides=(2,), blocks=(0, 2), middle_blocks=0, latent_channels=24
     )
 
     audio = config.audio_autoencoder
