@@ -38,7 +38,8 @@ def get_config():
         base = dict(
             steps=2000,
             batch_size=16,  # clips, over all devices
-            learning_rate=1e-3,  # peak, after warm-up; cosine decay to zero
+            optimiser="muon",  # or "adamw"
+            learning_rate=2e-3,  # peak, after warm-up; cosine decay to zero
             warmup_steps=100,
             weight_decay=0.0,
             beta2=0.99,

@@ -16,6 +16,8 @@ def get_config():
     config.mesh.update(data=1, fsdp=-1)
     config.data.update(source="tfds", frames=65, size=256, fps=16, sample_rate=16000, text_length=256, threads=16)
 
+    for stage in ("video_autoencoder", "audio_autoencoder", "clip", "denoiser"):
+        config[stage].optimiser = "adamw"
     vae = config.video_autoencoder
     vae.update(steps=200_000, batch_size=256, learning_rate=2e-4)
     vae.model.update(

@@ -13,23 +13,23 @@ def get_config():
     config.data.world = dict(objects=(0.65, 0.35), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0)
 
     vae = config.video_autoencoder
-    vae.update(steps=1600, batch_size=8, learning_rate=2.5e-3, kl_weight=3e-4)
+    vae.update(steps=1000, batch_size=8, learning_rate=4e-3, kl_weight=1e-4)
     vae.model.update(
         channels=(48, 96), space_strides=(1,), time_strides=(2,), blocks=(0, 2), middle_blocks=0, latent_channels=24
     )
 
     audio = config.audio_autoencoder
-    audio.update(steps=2000, batch_size=8, learning_rate=2e-3, kl_weight=1e-4)
+    audio.update(steps=800, batch_size=8, learning_rate=4e-3, kl_weight=1e-4)
     audio.model.update(patch=50, channels=(64, 128), strides=(5,), blocks=(1, 1))
 
     clip = config.clip
-    clip.update(steps=1200, batch_size=64)
+    clip.update(steps=600, batch_size=64)
     clip.model.text.update(width=96, layers=2, heads=3)
     clip.model.video.update(channels=(48, 64, 96))
     clip.model.embedding = 96
 
     denoiser = config.denoiser
-    denoiser.update(steps=10000, batch_size=16, cached_clips=8192)
+    denoiser.update(steps=2200, batch_size=16, learning_rate=3e-3, ema=0.998, cached_clips=6144)
     denoiser.diffusion.loss_weights.audio = 0.5
     denoiser.diffusion.patterns = dict(
         same=0.7,

@@ -56,17 +56,17 @@ def command(monkeypatch, capfd):
     """call(script, *options) -> (code, out, lines on stderr): what `python -m vdm_jax.<script> *options` does."""
 
     def call(script, *options):
-        known = set(flags.FLAGS)
+        known, logger = set(flags.FLAGS), logging.getLogger("vdm_jax")
         script.define_flags()
-        logger = logging.getLogger("vdm_jax")
-        before = list(logger.handlers)
-        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, options)])
         capfd.readouterr()
         try:
-            with pytest.raises(SystemExit) as left:
+            with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+                patch.setattr(sys, "argv", [script.__name__, *map(str, options)])
+                patch.setattr(logger, "handlers", [])  # the script adds its own, and keeps messages to itself
+                patch.setattr(logger, "propagate", True)
+                patch.setattr(logging.root, "handlers", [logging.StreamHandler()])  # what libraries say counts, too
                 cli.run(script.main)
         finally:
-            logger.handlers[:] = before
             for name in set(flags.FLAGS) - known:
                 delattr(flags.FLAGS, name)
         out, err = capfd.readouterr()

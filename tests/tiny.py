@@ -15,7 +15,7 @@ def get_config():
     data.update(frames=5, size=16, sample_rate=2000, text_length=96)  # 250 samples a frame; f_t = 2, so T = 3
     data.world = dict(objects=(1.0,), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0)
 
-    tiny = dict(steps=8, batch_size=4, warmup_steps=2)
+    tiny = dict(optimiser="adamw", steps=8, batch_size=4, warmup_steps=2)  # adamw compiles faster
     vae = config.video_autoencoder
     vae.update(tiny)
     vae.model.update(
@@ -25,7 +25,8 @@ def get_config():
     audio = config.audio_autoencoder
     audio.update(tiny)
     audio.stft_windows = (64, 256)
-    audio.model.update(patch=25, channels=(16, 16), strides=(5,), blocks=(0, 1), latent_channels=4)  # K = 4
+    # K = 4. Groups of many channels: normalising the two of a group, on each sample, would leave their signs.
+    audio.model.update(patch=25, channels=(16, 16), strides=(5,), blocks=(0, 1), latent_channels=4, groups=2)
 
     clip = config.clip
     clip.update(tiny)

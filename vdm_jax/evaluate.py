@@ -158,7 +158,7 @@ def choose_prompts(config, held_out, seed):
             fresh = [p for p in drawn if tuple(sorted(tuple(o.values()) for o in p["objects"])) not in meanings]
             prompts += fresh[:count]
     if not prompts:
-        raise UserError("every prompt of this world is in the previews: allow more colours or shapes in data.world")
+        raise UserError("no prompts of one or two objects are left that previews do not show: allow more in data.world")
     return prompts
 
 
@@ -273,7 +273,8 @@ def loss_by_level(config, frozen, items, truth, seed):
         return {name: factor * jnp.square(prediction[name] - target[name]).reshape(shape[0], -1).mean(1) for name in z}
 
     z, cond = batched(functools.partial(encode, frozen), config, truth, tokens_of(config, items))
-    eps = jax.device_get(diffusion.noise_like(jax.random.key(seed), z))
+    rng = np.random.default_rng(seed)
+    eps = {name: rng.standard_normal(x.shape, np.float32) for name, x in z.items()}
     low, high = settings.log_snr_min, settings.log_snr_max
     columns = {"log_snr": (low + (np.arange(LEVELS) + 0.5) / LEVELS * (high - low)).tolist(), "video": [], "audio": []}
     for level in columns["log_snr"]:

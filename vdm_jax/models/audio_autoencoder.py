@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vdm_jax.models.layers import Conv, GroupNorm, ResidualBlock
 
-INITIAL_LOG_VARIANCE = -4.0  # learning starts with little noise in the way
+INITIAL_LOG_VARIANCE = -8.0  # learning starts with little noise in the way
 
 
 class AudioAutoencoder(nn.Module):

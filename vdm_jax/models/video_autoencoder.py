@@ -9,18 +9,20 @@ import jax.numpy as jnp
 from vdm_jax.models.layers import (
     Conv,
     FactorisedConv,
-    GroupNorm,
     ResidualBlock,
     constrain_activation,
     depth_to_space,
     space_to_depth,
 )
 
-INITIAL_LOG_VARIANCE = -4.0  # learning starts with little noise in the way
+INITIAL_LOG_VARIANCE = -8.0  # learning starts with little noise in the way
 
 
 class VideoAutoencoder(nn.Module):
     """Variational autoencoder (arXiv:1312.6114) with causal time, as in MAGVIT-v2 (arXiv:2310.05737).
+
+    Residual branches start at zero and no normalisation lies on the path around them, so learning begins with a linear
+    autoencoder, which is found quickly, and adds to it.
 
     Level i has `channels[i]` channels and `blocks[i]` residual blocks in each direction; between levels i and i+1 space
     shrinks by `space_strides[i]` and time by `time_strides[i]`. The input is cut into squares of
@@ -49,7 +51,6 @@ class VideoAutoencoder(nn.Module):
             for i, (t, s) in enumerate(zip(self.time_strides, self.space_strides, strict=True))
         ]
         self.middle = [block(self.channels[-1]) for _ in range(self.middle_blocks)]
-        self.norm_latent = GroupNorm(self.groups, dtype=self.dtype)
         self.to_latent = conv(2 * self.latent_channels, (1, 1, 1))
         self.from_latent = FactorisedConv(self.channels[-1], time_padding="causal", dtype=self.dtype)
         self.middle_up = [block(self.channels[-1]) for _ in range(self.middle_blocks)]
@@ -58,7 +59,6 @@ class VideoAutoencoder(nn.Module):
             conv(t * s * s * self.channels[i], (1, 3, 3))
             for i, (t, s) in enumerate(zip(self.time_strides, self.space_strides, strict=True))
         ]
-        self.norm_pixels = GroupNorm(self.groups, dtype=self.dtype)
         self.to_pixels = conv(3 * self.patch**2, (1, 3, 3))
 
     def encode(self, video):
@@ -71,7 +71,7 @@ class VideoAutoencoder(nn.Module):
                 x = constrain_activation(self.shrink[i](x))
         for block in self.middle:
             x = block(x)
-        x = self.to_latent(nn.silu(self.norm_latent(x))).astype(jnp.float32)
+        x = self.to_latent(x).astype(jnp.float32)
         mean, log_variance = jnp.split(x, 2, -1)
         log_variance = log_variance + INITIAL_LOG_VARIANCE
         return mean, jnp.clip(log_variance, -20.0, 10.0)
@@ -88,7 +88,7 @@ class VideoAutoencoder(nn.Module):
                 t, s = self.time_strides[i - 1], self.space_strides[i - 1]
                 x = depth_to_space(self.grow[i - 1](x), s, t)
                 x = constrain_activation(x[:, t - 1 :])  # frame 0 stands for itself only, without t-1 earlier ones
-        x = self.to_pixels(nn.silu(self.norm_pixels(x)))
+        x = self.to_pixels(x)
         return depth_to_space(x, self.patch).astype(jnp.float32)
 
     def __call__(self, video, key):

@@ -1,0 +1,60 @@
+"""What several tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from vdm_jax.sharding import path_name
+
+ROOT = Path(__file__).parents[1]
+
+
+def weights(abstract, seed=0):
+    """Random parameters for a tree of shapes. None is zero, so that every input counts."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        if leaf.ndim > 1:
+            return noise / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))  # keeps the variance
+        return np.float32(path_name(path).endswith("scale")) + 0.1 * noise
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def init_weights(module, *arguments, seed=0, **options):
+    """`weights` for a Flax module called with `arguments`."""
+    shapes = jax.eval_shape(lambda key: module.init(key, *arguments, **options), jax.random.key(0))
+    return weights(shapes["params"], seed)
+
+
+def names(tree):
+    """{path: shape} of a tree of arrays."""
+    return {path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def start(*arguments, **environment):
+    """Starts `python *arguments` at the root of the project, on the CPU, its output in pipes."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process, seconds):
+    """Waits for a process -> (exit code, output, lines of stderr). One that takes longer is killed: a time-out."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"not done after {seconds} s:\n{out}\n{err}") from None
+    return process.returncode, out, err.splitlines()

@@ -1,0 +1,117 @@
+"""The autoencoders look at the past only, and both keep to one time axis."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.helpers import init_weights, names
+from vdm_jax import stages
+from vdm_jax.models.audio_autoencoder import AudioAutoencoder
+from vdm_jax.models.video_autoencoder import VideoAutoencoder
+
+T = 3  # latent frames
+VIDEO = {  # space strides, time strides
+    "time by 2": ((1,), (2,)),
+    "time by 4 at once": ((1,), (4,)),
+    "space and time by 2 and 2": ((2, 2), (2, 2)),
+    "space by 2, then time": ((2, 1), (1, 2)),
+}
+
+
+def variants(x, ends):
+    """[1 + len(ends), ...]: x [1, N, ...] itself, then x with everything from each end on replaced."""
+    other = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    index = np.arange(x.shape[1]).reshape(-1, *(1,) * (x.ndim - 2))
+    return np.concatenate([x] + [np.where(index >= end, other, x) for end in ends])
+
+
+def first_change(rows):
+    """For each row but the first: where along axis 1 it begins to differ from the first."""
+    differs = np.abs(rows[1:] - rows[:1]).reshape(len(rows) - 1, rows.shape[1], -1).max(-1) > 1e-4
+    assert differs.any(1).all()
+    return differs.argmax(1).tolist()
+
+
+def small(space_strides, time_strides):
+    levels = len(space_strides) + 1
+    return VideoAutoencoder(
+        patch=2,
+        channels=(8,) * levels,
+        space_strides=space_strides,
+        time_strides=time_strides,
+        blocks=(0,) + (1,) * (levels - 1),
+        middle_blocks=1,
+        latent_channels=3,
+        groups=4,
+    )
+
+
+@pytest.mark.parametrize("strides", VIDEO.values(), ids=VIDEO)
+def test_video_latents_are_causal(strides):
+    model = small(*strides)
+    f_t, f_s = int(np.prod(strides[1])), 2 * int(np.prod(strides[0]))
+    frames = 1 + f_t * (T - 1)
+    video = np.random.default_rng(0).normal(size=(1, frames, 16, 24, 3)).astype(np.float32)
+    params = init_weights(model, video, jax.random.key(0))
+    encode = jax.jit(lambda video: model.apply({"params": params}, video, method="encode")[0])
+    decode = jax.jit(lambda z: model.apply({"params": params}, z, method="decode"))
+
+    # Latent t ends with frame f_t * t: what comes after frame 0, f_t, ... changes latent 1, 2, ... and nothing before.
+    z = np.asarray(encode(variants(video, [0] + [1 + f_t * t for t in range(T - 1)])))
+    assert z.shape == (T + 1, T, 16 // f_s, 24 // f_s, 3)
+    assert first_change(z) == list(range(T))
+    # Each frame counts, the first after the latent before as well as the last.
+    assert first_change(encode(variants(video, range(1, 1 + f_t)))) == [1] * f_t
+    # An image is a one-frame video.
+    image = encode(video[:, :1])
+    np.testing.assert_allclose(image, z[:1, :1], rtol=1e-4, atol=1e-5)
+
+    out = np.asarray(decode(variants(z[:1], range(T))))
+    assert out.shape == (T + 1, *video.shape[1:])
+    assert first_change(out) == [0] + [1 + f_t * t for t in range(T - 1)]
+    assert decode(image).shape == (1, 1, 16, 24, 3)
+
+
+def test_sound_tokens_are_causal():
+    model = AudioAutoencoder(patch=5, channels=(8, 8), strides=(4,), blocks=(1, 1), latent_channels=3, groups=1)
+    sound = np.random.default_rng(0).normal(size=(1, 6 * 20)).astype(np.float32)
+    params = init_weights(model, sound, jax.random.key(0))
+    encode = jax.jit(lambda x: model.apply({"params": params}, x, method="encode")[0])
+    decode = jax.jit(lambda z: model.apply({"params": params}, z, method="decode"))
+    z = np.asarray(encode(variants(sound, [0, 20, 39, 40, 41, 100])))
+    assert z.shape == (7, 6, 3)
+    assert first_change(z) == [0, 1, 1, 2, 2, 5]
+    out = np.asarray(decode(variants(z[:1], range(6))))
+    assert out.shape == (7, 120)
+    assert first_change(out) == [0, 20, 40, 60, 80, 100]
+
+
+@pytest.mark.parametrize("name", ["video_autoencoder", "audio_autoencoder"])
+def test_training_samples_the_latent(name):
+    config = tiny.get_config()
+    model, size = stages.models(config)[name], stages.layout(config)
+    shapes = {"video_autoencoder": (size.frames, 16, 16, 3), "audio_autoencoder": (size.latent_frames * 500,)}
+    x = np.random.default_rng(0).normal(size=(2, *shapes[name])).astype(np.float32)
+    params = init_weights(model, x, jax.random.key(0))
+
+    @jax.jit
+    def run(x, key):
+        out, mean, log_variance = model.apply({"params": params}, x, key)
+        z = mean + jax.numpy.exp(log_variance / 2) * jax.random.normal(key, mean.shape)
+        return out, model.apply({"params": params}, z, method="decode"), mean, log_variance
+
+    out, want, mean, log_variance = run(x, jax.random.key(1))
+    assert out.shape == x.shape and out.dtype == np.float32
+    assert mean.shape == log_variance.shape == (2, *stages.latent_shapes(size)[name.split("_")[0]])
+    np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4)
+    assert np.abs(out - run(x, jax.random.key(2))[0]).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["video_autoencoder", "audio_autoencoder"])
+def test_parameters_do_not_depend_on_the_length(name):
+    config = tiny.get_config()
+    short = stages.abstract_params(config)[name]
+    config.unlock()
+    config.data.frames = 13
+    assert names(stages.abstract_params(config)[name]) == names(short)

@@ -1,0 +1,92 @@
+"""The CLIP pair: padding is not read, embeddings are unit vectors, the loss is the symmetric one."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.helpers import weights
+from vdm_jax import stages, text
+
+PROMPTS = ["a red circle", "a blue square moving left", "", "zwei Kreise, größer"]
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """-> (params, embed(tokens, video) -> outputs of every method, loss(batch))."""
+    config = tiny.get_config()
+    model = stages.models(config)["clip"]
+    params = weights(stages.abstract_params(config)["clip"])
+
+    @jax.jit
+    def run(tokens, mask, video):
+        states = model.apply({"params": params}, tokens, mask, method="encode_text")
+        words, pictures, scale = model.apply({"params": params}, tokens, mask, video)
+        return states, words, pictures, scale
+
+    return config, params, run
+
+
+def batch(seed=0):
+    tokens = text.encode(PROMPTS, tiny.get_config().data.text_length)
+    video = np.random.default_rng(seed).integers(0, 256, (len(PROMPTS), 5, 16, 16, 3), np.uint8)
+    return tokens, video
+
+
+def test_padding_is_not_read(clip):
+    tokens, video = batch()
+    mask, run = text.mask(tokens), clip[2]
+    states, words, pictures, _ = run(tokens, mask, stages.to_float(video))
+    assert states["states"].shape == (4, 96, 16) and states["pooled"].shape == (4, 16)
+    other = np.where(mask, tokens, 77)
+    states_2, words_2, pictures_2, _ = run(other, mask, stages.to_float(video))
+    np.testing.assert_array_equal(states_2["pooled"], states["pooled"])
+    np.testing.assert_array_equal(states_2["states"][mask], states["states"][mask])
+    np.testing.assert_array_equal(words_2, words)
+    other = np.where(np.arange(96) == 3, 77, tokens)  # a token that is read
+    assert (np.abs(run(other, mask | (np.arange(96) == 3), stages.to_float(video))[1] - words).max(1) > 1e-4).all()
+
+
+def test_embeddings_are_unit_vectors_of_one_item(clip):
+    tokens, video = batch()
+    run = clip[2]
+    _, words, pictures, scale = run(tokens, text.mask(tokens), stages.to_float(video))
+    assert words.shape == pictures.shape == (4, 16)
+    for embedding in (words, pictures):
+        np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-5)
+        assert np.abs(embedding - embedding[::-1]).max() > 1e-2
+    _, words_2, pictures_2, _ = run(tokens[::-1], text.mask(tokens[::-1]), stages.to_float(video[::-1]))
+    np.testing.assert_allclose(words_2[::-1], words, atol=1e-5)
+    np.testing.assert_allclose(pictures_2[::-1], pictures, atol=1e-5)
+    np.testing.assert_allclose(scale, np.exp(clip[1]["log_temperature"]), rtol=1e-6)
+    # Time has a direction, or "left" and "right" would be one.
+    backwards = run(tokens, text.mask(tokens), stages.to_float(video[:, ::-1]))[2]
+    assert (np.abs(backwards - pictures).max(1) > 1e-4).all()
+
+
+def test_temperature_starts_as_in_the_paper_and_is_bounded():
+    config = tiny.get_config()
+    tokens, video = batch()
+    model, arguments = stages.models(config)["clip"], (tokens, tokens > 0, stages.to_float(video))
+
+    @jax.jit
+    def scales(key):
+        params = model.init(key, *arguments)["params"]
+        hot = {**params, "log_temperature": np.float32(9.0)}
+        return [model.apply({"params": p}, *arguments)[2] for p in (params, hot)]
+
+    np.testing.assert_allclose(scales(jax.random.key(0)), [1 / 0.07, 100], rtol=1e-5)
+
+
+def test_loss_is_the_mean_of_both_directions(clip):
+    config, params, run = clip
+    tokens, video = batch()
+    inputs = {"tokens": tokens, "video": video}
+    loss, metrics = jax.jit(stages.build(config)["clip"].loss)(params, jax.random.key(0), inputs, {})
+    _, words, pictures, scale = run(tokens, text.mask(tokens), stages.to_float(video))
+    logits = float(scale) * np.asarray(words, np.float64) @ np.asarray(pictures, np.float64).T
+    to_video = np.diag(logits) - np.log(np.exp(logits).sum(1))
+    to_text = np.diag(logits) - np.log(np.exp(logits).sum(0))
+    np.testing.assert_allclose(loss, -(to_video.mean() + to_text.mean()) / 2, rtol=1e-4)
+    assert metrics["recall_at_1"] == np.mean(logits.argmax(1) == np.arange(4))
+    np.testing.assert_allclose(metrics["temperature"], 1 / scale, rtol=1e-5)

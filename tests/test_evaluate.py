@@ -1,0 +1,158 @@
+"""The evaluation of a tiny run, and the parts of it against what is known to be true."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.conftest import write_run
+from vdm_jax import checkpoint, evaluate, media, preview, stages
+from vdm_jax.data import pipeline
+from vdm_jax.data.world import World
+from vdm_jax.errors import UserError
+from vdm_jax.metrics import report
+
+
+@pytest.fixture
+def config():
+    return tiny.get_config()
+
+
+def clips_of(items):
+    return {part: np.stack([item[part] for item in items]) for part in ("video", "audio")}
+
+
+def test_a_run_is_evaluated(tiny_run, tmp_path, command):
+    out = tmp_path / "new" / "report"
+    done = command(evaluate, f"--workdir={tiny_run}", f"--out={out}", "--clips=3", "--prompts=3", "--steps=4")
+    assert done.code == 0, done.err
+    metrics = json.loads((out / "metrics.json").read_text())
+    for part, names in report.REQUIRED.items():
+        assert set(names) <= set(metrics[part])
+    assert metrics["truth"]["one_object"] == metrics["truth"]["permanence"] == 1
+    assert metrics["truth"]["two_objects"] is None  # this world has none
+    assert metrics["samples"]["one_object"] == metrics["autoencoder"]["one_object"] == 0  # weights are random
+    assert 0 < metrics["reconstruction"]["psnr"] < 20
+    assert metrics["clip"]["candidates"] == 64 and 0 <= metrics["clip"]["recall_at_1"] < 0.2
+    levels = metrics["loss_per_noise_level"]
+    assert levels["log_snr"] == [-10.5, -7.5, -4.5, -1.5, 1.5, 4.5, 7.5, 10.5]
+    assert all(len(levels[m]) == 8 and min(levels[m]) > 0 for m in ("video", "audio"))
+    assert "text finds its video first" in done.out and "100 %" in done.out
+    page = (out / "report.html").read_text()
+    assert page.count("data:video/mp4") == 5 and page.count("data:image/png") == 3
+    video, audio, _ = media.read_video(out / "sample_002.mp4", fps=8, size=16, sample_rate=2000)
+    assert video.shape == (5, 16, 16, 3) and np.abs(audio).max() > 0.01
+
+
+def test_the_autoencoders_alone(tmp_path, command):
+    run = write_run(tmp_path / "run", tiny.get_config(), names=("video_autoencoder", "audio_autoencoder"))
+    out = tmp_path / "report"
+    done = command(evaluate, f"--workdir={run}", f"--out={out}", "--clips=3", "--only=reconstruction")
+    assert done.code == 0, done.err
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["reconstruction"]["psnr"] > 0 and metrics["truth"]["one_object"] == 1
+    assert set(metrics["samples"].values()) == {None} and metrics["clip"]["recall_at_1"] is None
+    done = command(evaluate, f"--workdir={run}", f"--out={out}")
+    assert done.code == 2 and len(done.err) == 1 and "stage clip has no checkpoint" in done.err[0]
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ([], "--out is missing"),
+        (["--out={tmp}/r", "--workdir={tmp}/none"], "no run folder"),
+        (["--out={tmp}/r", "--workdir={tmp}/none", "--only=reconstruction"], "config.json is missing"),
+        (["--out={tmp}/r", "--only=samples"], "--only"),
+        (["--out={tmp}/r", "--clips=0"], "--clips"),
+        (["--out={tmp}/r", "--method=euler"], "--method"),
+        (["--out={tmp}/r", "more"], "unexpected argument 'more'"),
+        (["--out={tmp}/file", "--workdir={run}"], "cannot make the folder"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(tiny_run, tmp_path, command, options, told):
+    (tmp_path / "file").write_text("")
+    done = command(evaluate, *(option.format(tmp=tmp_path, run=tiny_run) for option in options))
+    assert done.code == 2 and len(done.err) == 1
+    assert done.err[0].startswith("error: ") and told in done.err[0]
+    assert not (tmp_path / "r").exists()
+
+
+def test_onsets_of_true_sound_are_found_and_those_of_silence_and_delay_are_not(config):
+    with config.unlocked():
+        config.data.update(frames=17, sample_rate=8000)
+    source = World(seed=11, frames=17, **config.data.world)
+    items = [source[i] for i in range(40)]
+    audio = clips_of(items)["audio"]
+    true = evaluate.onset_errors(config, items, audio)
+    assert true["onset_within_half_frame"] >= 0.95 and true["onset_within_half_frame_isolated"] >= 0.98
+    assert true["onset_error_ms"] < 5
+    late = evaluate.onset_errors(config, items, np.roll(audio, 320, 1))  # 40 ms, less than half a frame of 62
+    assert 35 < late["onset_error_ms"] < 45 and late["onset_within_half_frame"] > 0.9
+    later = evaluate.onset_errors(config, items, np.roll(audio, 640, 1))
+    assert later["onset_within_half_frame_isolated"] < 0.1
+    silent = evaluate.onset_errors(config, items, np.zeros_like(audio))
+    assert list(silent.values()) == [0, 0, None]
+
+
+def test_prompts_ask_for_nothing_that_previews_show(config):
+    with config.unlocked():
+        config.data.world.update(objects=(0.5, 0.5), colours=("red", "green"), shapes=("circle",))
+        config.evaluate.prompts = 5
+    held_out = pipeline.source(config, "held_out")
+    prompts = evaluate.choose_prompts(config, held_out, seed=3)
+    assert [len(p["objects"]) for p in prompts] == [1] * 5 + [2] * 5
+    shown = [evaluate.objects(held_out[i]) for i in range(preview.CLIPS)]
+    for prompt in prompts:
+        assert prompt["objects"] not in shown and prompt["objects"][::-1] not in shown
+        for thing in prompt["objects"]:
+            assert thing["shape"] == "circle" and thing["colour"] in ("red", "green")
+            assert all(word in prompt["text"] for word in thing.values())
+    assert prompts == evaluate.choose_prompts(config, held_out, seed=3)
+    assert prompts != evaluate.choose_prompts(config, held_out, seed=4)
+    with config.unlocked():
+        config.data.world.update(objects=(0, 0, 1.0), colours=("red", "green", "blue"))
+    with pytest.raises(UserError, match="no prompts of one or two objects"):
+        evaluate.choose_prompts(config, held_out, seed=3)
+
+
+def test_other_sources_are_sampled_by_held_out_captions(config):
+    with config.unlocked():
+        config.data.source = "files"
+        config.evaluate.prompts = 3
+    captions = ["a", "b", "c", "d", "e", "b", "f"]
+    prompts = evaluate.choose_prompts(config, [{"caption": c} for c in captions], seed=0)
+    assert [p["text"] for p in prompts] == ["e", "f"]
+    prompts = evaluate.choose_prompts(config, [{"caption": c} for c in "abcdabc"], seed=0)
+    assert [p["text"] for p in prompts] == ["a", "b", "c"]  # nothing else to show
+    assert set(evaluate.measure(config, {}, [None]).values()) == {None}
+
+
+def test_batches_are_filled_up_and_cut_again(config):
+    shapes = []
+
+    @jax.jit
+    def function(tree, y):
+        shapes.append(y.shape)  # once for each trace
+        return {"sum": tree["x"].sum(1) + y}
+
+    x, y = np.arange(15.0).reshape(5, 3), np.arange(5.0)
+    np.testing.assert_allclose(evaluate.batched(function, config, {"x": x}, y)["sum"], x.sum(1) + y)
+    assert shapes == [(2,)]
+
+
+def test_loss_by_level_of_a_network_that_says_nothing(tiny_run, config):
+    """v = 0 means eps = sigma z, so the error is alpha^2 (alpha eps - sigma x)^2: alpha^2 (alpha^2 + sigma^2 x^2)."""
+    trained = checkpoint.load_trained(tiny_run, stages.abstract_params)
+    frozen = trained.frozen | {"denoiser": jax.tree.map(jnp.zeros_like, trained.frozen["denoiser"])}
+    source = pipeline.source(config, "held_out")
+    items = [source[i] for i in range(4)]
+    clips = clips_of(items)
+    columns = evaluate.loss_by_level(trained.config, frozen, items, clips, seed=0)
+    z = jax.jit(lambda f, c: stages.encode(config, f, c["video"], c["audio"]))(frozen, clips)
+    for name in ("video", "audio"):
+        alpha2 = 1 / (1 + np.exp(-np.array(columns["log_snr"])))
+        expected = alpha2 * (alpha2 + (1 - alpha2) * float(jnp.square(z[name]).mean()))
+        np.testing.assert_allclose(columns[name], expected, rtol=0.25)

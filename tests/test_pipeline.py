@@ -1,0 +1,106 @@
+"""Batches are a pure function of the seed and the step."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from vdm_jax import sharding, text
+from vdm_jax.data import pipeline
+from vdm_jax.errors import UserError
+
+DATA = tiny.get_config().data
+
+
+class Numbers:
+    """Items {'number': i}: a batch tells which items it holds."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        assert 0 <= i < self.length
+        return {"number": np.int64(i)}
+
+
+def numbers(count, start=0, seed=0, batch_size=4, length=10):
+    """[count, rows]: the items in `count` batches from step `start` on."""
+    batches = pipeline.batches(Numbers(length), batch_size=batch_size, seed=seed, start=start, data=DATA)
+    return np.stack([batch["number"] for batch in itertools.islice(batches, count)])
+
+
+def test_a_batch_follows_from_seed_and_step():
+    whole = numbers(12)
+    for start in (0, 1, 5, 9):
+        np.testing.assert_array_equal(numbers(3, start), whole[start : start + 3])
+    assert (numbers(12, seed=1) != whole).any()
+    far = numbers(1, start=50_000_000)  # two billion examples on
+    assert far.shape == (1, 4)
+    np.testing.assert_array_equal(numbers(2, start=49_999_999)[1:], far)
+
+
+def test_every_epoch_holds_every_item_once_in_another_order():
+    epochs = numbers(10).reshape(4, 10)
+    assert (np.sort(epochs, 1) == np.arange(10)).all()
+    assert (epochs[0] != epochs[1]).any() and (epochs[0] != np.arange(10)).any()
+    assert len(set(numbers(100, length=2**31 - 1).ravel())) == 400  # the world's length
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_rows_of_all_processes_are_the_batch_of_one(monkeypatch, processes):
+    whole = numbers(5, start=3, batch_size=8)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    parts = []
+    for index in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        parts.append(numbers(5, start=3, batch_size=8))
+    np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+
+
+def test_batches_of_the_world():
+    config = tiny.get_config()
+    source = pipeline.source(config)
+
+    def batches(start):
+        return pipeline.batches(
+            source,
+            batch_size=3,
+            seed=0,
+            start=start,
+            data=config.data,
+            to_example=lambda item: pipeline.example(item, config.data.text_length),
+        )
+
+    first, second = itertools.islice(batches(0), 2)
+    assert {k: (x.shape, x.dtype) for k, x in first.items()} == {
+        "video": ((3, 5, 16, 16, 3), np.uint8),
+        "audio": ((3, 1250), np.float32),
+        "tokens": ((3, 96), np.int32),
+    }
+    again = next(batches(1))
+    jax.tree.map(np.testing.assert_array_equal, again, second)
+    assert (first["video"] != second["video"]).any()
+    assert all(len(caption) > 5 for caption in text.decode(first["tokens"]))
+    held_out = pipeline.source(config, "held_out")
+    assert (held_out[0]["video"] != source[0]["video"]).any()
+
+    mesh = sharding.make_mesh(config.mesh)
+    on_devices = pipeline.to_devices(first, sharding.batch_sharding(mesh))
+    jax.tree.map(np.testing.assert_array_equal, on_devices, first)
+    assert on_devices["video"].sharding.spec == jax.P(("data", "fsdp"))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [({"source": "wrld"}, "use world, files or tfds"), ({"source": "files"}, "--config.data.path=FOLDER")],
+)
+def test_a_source_that_is_none(changes, words):
+    config = tiny.get_config()
+    config.data.update(changes)
+    with pytest.raises(UserError, match=words):
+        pipeline.source(config)

@@ -1,0 +1,139 @@
+"""The command line of sampling: an MP4 with sound, and one clear line for each wrong input."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.conftest import write_run
+from vdm_jax import media, sample
+from vdm_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+RATE = {"fps": 8, "sample_rate": 2000}
+
+
+def python(*arguments):
+    """The script in a process of its own -> (code, stderr)."""
+    command = [sys.executable, "-m", "vdm_jax.sample", *map(str, arguments)]
+    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    return run.returncode, run.stderr
+
+
+def streams(path):
+    """Codec names, frames and seconds of sound, by PyAV."""
+    with av.open(str(path)) as file:
+        codecs = {stream.type: stream.codec_context.name for stream in file.streams}
+        frames = sum(1 for _ in file.decode(video=0))
+    with av.open(str(path)) as file:
+        sound = np.concatenate([frame.to_ndarray()[0] for frame in file.decode(audio=0)])
+        return codecs, frames, len(sound) / file.streams.audio[0].rate, np.abs(sound).max()
+
+
+def test_a_prompt_becomes_an_mp4_with_sound(tiny_run, tmp_path):
+    out = tmp_path / "new folder" / "clip.mp4"
+    prompt = "a red circle moving right " + "and right " * 20
+    code, err = python(f"--workdir={tiny_run}", f"--prompt={prompt}", "--seconds=1", f"--out={out}")
+    assert code == 0, err
+    codecs, frames, seconds, loudness = streams(out)
+    assert codecs == {"video": "h264", "audio": "aac"} and frames == 9
+    assert 9 / 8 <= seconds < 9 / 8 + 0.1 and loudness > 0.01
+    assert "--seconds=1 rounded to 1.125 s: 9 frames at 8 fps, 1 and then 2 for each latent frame" in err
+    assert "text truncated: kept 94 of its 226 bytes" in err
+
+
+def test_the_process_says_one_line_and_ends_with_two(tmp_path):
+    assert python("--prompt=x", f"--out={tmp_path}/x.mp4", "--method=euler") == (
+        2,
+        "error: flag --method=euler: value should be one of <ddpm|ddim|dpmpp_2m|heun>\n",
+    )
+
+
+def test_a_file_of_prompts_becomes_a_folder(tiny_run, tmp_path, command):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# two\na red circle\n\na blue square ../../etc\n")
+    done = command(sample, f"--workdir={tiny_run}", f"--prompts={prompts}", f"--out={tmp_path / 'clips'}", "--steps=2")
+    assert done.code == 0
+    assert sorted(p.name for p in (tmp_path / "clips").iterdir()) == ["000.mp4", "001.mp4", "contact_sheet.png"]
+    first, second = (media.read_video(tmp_path / "clips" / f"00{i}.mp4", size=16, **RATE)[0] for i in (0, 1))
+    assert first.shape == (5, 16, 16, 3) and np.abs(first.astype(int) - second).mean() > 1
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_run):
+    """Names that the wrong inputs below mention."""
+    folder = tmp_path_factory.mktemp("files")
+    write_run(folder / "begun", tiny.get_config(), names=("video_autoencoder",))
+    (folder / "empty.txt").write_text("\n# nothing but this\n")
+    (folder / "prompts.txt").write_text("a red circle\n")
+    (folder / "text.mp4").write_text("this is no video")
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "config.json").write_text('{"data": ')
+    return {"files": folder, "run": tiny_run}
+
+
+WRONG = {
+    "no prompt": (["--out={files}/x.mp4"], "give either --prompt"),
+    "two prompts": (["--prompt=x", "--prompts={files}/prompts.txt", "--out={files}/x.mp4"], "give either --prompt"),
+    "empty prompt file": (["--prompts={files}/empty.txt", "--out={files}/x"], "holds no prompt"),
+    "no prompt file": (["--prompts={files}/none.txt", "--out={files}/x"], "No such file"),
+    "no out": (["--prompt=x"], "--out is missing"),
+    "not mp4": (["--prompt=x", "--out={files}/x.avi"], "must end in .mp4"),
+    "out in a file": (["--workdir={run}", "--prompt=x", "--out={files}/text.mp4/x.mp4"], "cannot make the folder"),
+    "argument": (["--prompt=x", "--out={files}/x.mp4", "more"], "unexpected argument 'more'"),
+    "unknown option": (["--prompt=x", "--out={files}/x.mp4", "--step=3"], "Did you mean: steps"),
+    "no steps": (["--prompt=x", "--out={files}/x.mp4", "--steps=0"], "--steps"),
+    "seed": (["--prompt=x", "--out={files}/x.mp4", "--seed=4294967296"], "--seed"),
+    "guidance": (["--prompt=x", "--out={files}/x.mp4", "--guidance=much"], "--guidance"),
+    "no run": (["--workdir={files}/none", "--prompt=x", "--out={files}/x.mp4"], "no run folder"),
+    "unfinished run": (["--workdir={files}/begun", "--prompt=x", "--out={files}/x.mp4"], "stage audio_autoencoder"),
+    "damaged run": (["--workdir={files}/damaged", "--prompt=x", "--out={files}/x.mp4"], "config.json is damaged"),
+    "negative": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--seconds=-1"], "--seconds=-1"),
+    "nan": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--seconds=nan"], "--seconds=nan"),
+    "no video": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--video={files}/text.mp4"], "text.mp4"),
+    "no image": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--image={files}/text.mp4"], "text.mp4"),
+    "no sound": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--audio={files}/none.wav"], "none.wav"),
+    "two given": (
+        ["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--image={files}/a.png", "--audio={files}/a.wav"],
+        "only one of --image",
+    ),
+}
+
+
+@pytest.mark.parametrize("options, told", WRONG.values(), ids=WRONG)
+def test_wrong_input_is_one_clear_line(command, files, options, told):
+    done = command(sample, *(option.format(**files) for option in options))
+    assert done.code == 2 and len(done.err) == 1
+    assert done.err[0].startswith("error: ") and told in done.err[0]
+    assert not list(files["files"].glob("x*"))
+
+
+def test_what_is_given_is_read_at_the_size_and_rates_of_the_run(tmp_path):
+    config, path = tiny.get_config(), tmp_path / "clip.mp4"
+    video = np.zeros((9, 32, 48, 3), np.uint8)
+    video[:, :, 8:24, 0] = 200  # the left half of what the centre crop keeps
+    media.write_mp4(path, video, np.sin(np.arange(9 * 500) / 3), fps=8, sample_rate=4000)
+    given = sample.read_given(config, 5, video=path)["video"]
+    assert given.shape == (5, 16, 16, 3) and given.dtype == np.uint8
+    assert given[:, :, :7, 0].min() > 150 and given[:, :, 9:, 0].max() < 50
+    sound = sample.read_given(config, 5, audio=path)["audio"]
+    assert sound.shape == (5 * 250,) and sound.dtype == np.float32 and np.abs(sound[100:-100]).max() > 0.8
+    media.contact_sheet(tmp_path / "image.png", [video], [""])
+    assert sample.read_given(config, 5, image=tmp_path / "image.png")["video"].shape == (1, 16, 16, 3)
+    assert sample.read_given(config, 5) == {}
+
+
+@pytest.mark.parametrize("seconds, frames", [(0.625, 5), (0.6, 5), (0.01, 1), (1.2, 9), (60, 481)])
+def test_lengths_fill_latent_frames(seconds, frames):
+    assert sample.frames_of(seconds, tiny.get_config()) == frames
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e6])
+def test_lengths_that_make_no_sense(seconds):
+    with pytest.raises(UserError, match="--seconds="):
+        sample.frames_of(seconds, tiny.get_config())

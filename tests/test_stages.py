@@ -1,0 +1,217 @@
+"""Sizes, losses and latents of the four stages."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common, files, t2v_pod, world, world_tiny
+from tests import tiny
+from tests.helpers import weights
+from vdm_jax import stages, text
+from vdm_jax.checkpoint import STAGES
+from vdm_jax.errors import UserError
+from vdm_jax.sharding import path_name
+
+
+@pytest.fixture
+def config():
+    config = tiny.get_config()
+    config.unlock()
+    return config
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    """Random weights of all stages, and statistics."""
+    config = tiny.get_config()
+    made = {name: weights(tree, i) for i, (name, tree) in enumerate(stages.abstract_params(config).items())}
+    statistics = {
+        m: {"mean": np.full(4, 0.1, np.float32), "std": np.full(4, 0.8, np.float32)} for m in ("video", "audio")
+    }
+    return {**made, "statistics": statistics}
+
+
+def clips(batch=4, seed=0):
+    rng = np.random.default_rng(seed)
+    video = rng.integers(0, 256, (batch, 5, 16, 16, 3), np.uint8)
+    audio = rng.uniform(-1, 1, (batch, 1250)).astype(np.float32)
+    tokens = text.encode([f"clip {i}" for i in range(batch)], 96)
+    return {"video": video, "audio": audio, "tokens": tokens}
+
+
+# ---------------------------------------------------------------------------------------------------------- sizes
+
+
+def test_layout(config):
+    size = stages.layout(config)
+    assert size == stages.Layout(5, 1250, 250, 2, 3, 4.0, (4, 4, 4), (4, 4))
+    assert stages.layout(config, 13).latent_frames == 7
+    assert stages.latent_shapes(size) == {"video": (3, 4, 4, 4), "audio": (12, 4)}
+
+
+@pytest.mark.parametrize("recipe", [common, files, t2v_pod, world, world_tiny, tiny], ids=lambda r: r.__name__)
+def test_every_recipe_fits_together(recipe):
+    config = recipe.get_config()
+    size = stages.layout(config)
+    assert size.frames == 1 + size.f_t * (size.latent_frames - 1)
+    assert set(stages.models(config)) == set(STAGES)
+    with pytest.raises((AttributeError, KeyError)):
+        config.denoiser.stps = 3  # locked
+
+
+WRONG = {  # changes -> the message holds these words, and what it names works
+    "frames": ({"data.frames": 6}, "use 5 or 7"),
+    "no frames": ({"data.frames": 0}, "data.frames=0 must be at least 1"),
+    "size": ({"data.size": 18}, "use 16"),
+    "small size": ({"data.size": 3}, "use 4"),
+    "no size": ({"data.size": 0}, "data.size=0"),
+    "fps": ({"data.fps": 0}, "data.fps=0"),
+    "sample rate": ({"data.sample_rate": 2001}, "not a multiple of data.fps=8"),
+    "sound tokens": ({"audio_autoencoder.model.patch": 30}, "500 samples is no multiple of the 150 samples"),
+    "odd latents": ({"data.size": 20}, "5x5 latents"),
+    "odd tokens": (
+        {"audio_autoencoder.model.patch": 100, "denoiser.model.time_strides": (1,)},
+        "1 sound tokens a latent frame",
+    ),
+    "clip patch": ({"clip.model.video.patch": 5}, "clip.model.video.patch"),
+    "stft windows": ({"audio_autoencoder.stft_windows": (64, 2048)}, "stft_windows"),
+    "too few blocks": ({"denoiser.model.blocks": (1,)}, "denoiser.model.blocks=(1,) must have 2 values"),
+    "too many strides": ({"video_autoencoder.model.time_strides": (2, 2)}, "time_strides=(2, 2) must have 1 values"),
+    "attention": ({"denoiser.model.attention": (True,) * 3}, "denoiser.model.attention"),
+    "precision": ({"compute_dtype": "bf16"}, "did you mean 'bfloat16'"),
+}
+
+
+@pytest.mark.parametrize("changes, words", WRONG.values(), ids=WRONG)
+def test_sizes_that_do_not_fit_are_told(config, changes, words):
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError) as error:
+        stages.models(config)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    if words.startswith("use"):
+        (key,) = changes
+        for number in re.findall(r"\d+", words):
+            config.update_from_flattened_dict({key: int(number)})
+            if (key, number) == ("data.size", "4"):  # one latent pixel, which no denoiser of two levels halves
+                config.denoiser.model.update(
+                    channels=(16,), blocks=(1,), attention=(False,), exchange=(False,), time_strides=()
+                )
+            stages.models(config)
+
+
+# ------------------------------------------------------------------------------------------- clips <-> latents
+
+
+def test_pixels_survive_the_way_to_float_and_back():
+    values = np.arange(256, dtype=np.uint8)
+    assert float(stages.to_float(values).min()) == -1 and float(stages.to_float(values).max()) == 1
+    np.testing.assert_array_equal(stages.to_uint8(stages.to_float(values)), values)
+    np.testing.assert_array_equal(stages.to_uint8(np.array([-3.0, 3.0])), [0, 255])
+
+
+def test_padding_of_sound_is_undone(config):
+    size = stages.layout(config)
+    audio = clips()["audio"]
+    padded = np.asarray(stages.pad_audio(audio, size))
+    assert padded.shape == (4, 3 * 500) and (padded[:, :250] == 0).all()
+    np.testing.assert_array_equal(stages.trim_audio(padded, size), audio)
+    assert np.abs(stages.trim_audio(3 * padded, size)).max() == 1
+
+
+def test_latents_of_both_keep_to_one_time_axis(config, frozen):
+    base = clips(1)
+    other = clips(1, seed=1)
+    # Rows: the clip; then with everything after video frame 0, 2 and 4 - 1 frame of sound - replaced.
+    ends = [1, 3, 4]
+    rows = {"video": [base["video"]], "audio": [base["audio"]]}
+    for end in ends:
+        rows["video"].append(np.where(np.arange(5).reshape(5, 1, 1, 1) >= end, other["video"], base["video"]))
+        rows["audio"].append(np.where(np.arange(1250) >= 250 * end, other["audio"], base["audio"]))
+    video, audio = (np.concatenate(rows[m]) for m in ("video", "audio"))
+    z = jax.jit(lambda v, a: stages.encode(config, frozen, v, a))(video, audio)
+    assert {m: x.shape[1:] for m, x in z.items()} == stages.latent_shapes(stages.layout(config))
+    for m, per_frame in (("video", 1), ("audio", 4)):
+        differs = np.abs(z[m] - z[m][:1]).reshape(4, 3, per_frame, -1).max((2, 3)) > 1e-4
+        # Latent t holds the video frames up to 2 t, and the sound up to their end.
+        assert differs.tolist() == [[False] * 3, [False, True, True], [False, False, True], [False, False, True]]
+    # Of the last latent frame's four sound tokens, two lie in the last video frame.
+    tokens = np.abs(z["audio"][3] - z["audio"][0]).max(-1) > 1e-4
+    assert tokens.tolist() == [False] * 10 + [True] * 2
+
+    out = jax.eval_shape(lambda z: stages.decode(config, frozen, z), z)
+    assert [(x.shape, x.dtype) for x in out] == [((4, 5, 16, 16, 3), np.uint8), ((4, 1250), np.float32)]
+    raw = jax.jit(lambda v, a: stages.encode(config, {k: frozen[k] for k in STAGES}, v, a))(video, audio)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.8 * b + 0.1, rtol=1e-4, atol=1e-4), raw, z)
+
+
+def test_decoding_undoes_the_scaling(config, frozen):
+    batch = clips(2)
+
+    @jax.jit
+    def run(video, audio):
+        z = stages.encode(config, frozen, video, audio)
+        apart = [
+            stages.reconstruct(config, f"{m}_autoencoder", frozen[f"{m}_autoencoder"], batch[m])
+            for m in ("video", "audio")
+        ]
+        return stages.decode(config, frozen, z), apart
+
+    (video, audio), apart = run(batch["video"], batch["audio"])
+    assert np.abs(video.astype(int) - apart[0].astype(int)).max() <= 1
+    np.testing.assert_allclose(audio, apart[1], atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_gradients_reach_every_parameter(config, frozen, name):
+    config.denoiser.text_dropout = 0.25
+    loss_fn = stages.build(config)[name].loss
+    earlier = {k: v for k, v in frozen.items() if k != "denoiser"} if name == "denoiser" else {}
+
+    @jax.jit
+    def run(params, key, batch):
+        return jax.value_and_grad(loss_fn, has_aux=True)(params, key, batch, earlier)
+
+    (loss, metrics), grads = run(frozen[name], jax.random.key(0), clips())
+    assert np.isfinite(loss) and loss.shape == () and metrics["loss"] == loss
+    still = [path_name(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not np.any(g)]
+    broken = [path_name(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not np.all(np.isfinite(g))]
+    assert not still and not broken
+
+
+def test_the_denoiser_takes_clips_or_what_they_encode_to(config, frozen):
+    loss_fn, batch = stages.build(config)["denoiser"].loss, clips()
+
+    @jax.jit
+    def run(key):
+        z = stages.encode(config, frozen, batch["video"], batch["audio"])
+        words = stages.encode_text(config, frozen, batch["tokens"])
+        encoded = loss_fn(frozen["denoiser"], key, {"z": z, "text": words}, frozen)[0]
+        return encoded, loss_fn(frozen["denoiser"], key, batch, frozen)[0]
+
+    encoded, afresh = run(jax.random.key(0))
+    np.testing.assert_allclose(encoded, afresh, rtol=1e-5)
+
+
+def test_stft_distance():
+    t = np.arange(4096)
+    sine = 0.7 * np.sin(2 * np.pi * t / 8)[None].astype(np.float32)  # a whole number of periods in each window
+    distance = jax.jit(jax.value_and_grad(stages.stft_distance), static_argnums=2)
+    for window in (64, 256):
+        magnitudes = np.asarray(stages._magnitudes(sine, window))
+        assert magnitudes.shape == (1, 4096 // (window // 4) - 3, window // 2 + 1)
+        peak = window // 8
+        np.testing.assert_allclose(magnitudes[..., peak], 0.7, rtol=0.02)
+        assert (magnitudes[..., peak + 3 :] < 0.02).all()
+        # At half the amplitude the spectrum is off by a half, in the log by log 2 where there is sound.
+        half = stages.stft_distance(sine / 2, sine, window)
+        assert 0.5 < half < 0.5 + np.log(2)
+        for x in (sine, 0 * sine):  # silence, too, is no division by zero, nor is a sound met exactly
+            value, gradient = distance(x, x, window)
+            assert 0 <= value < 1e-3 and np.isfinite(gradient).all()
+    noise = 1e-3 * np.random.default_rng(0).normal(size=sine.shape).astype(np.float32)
+    assert stages.stft_distance(noise, 0 * sine, 256) < 3  # -60 dB beside silence

@@ -1,0 +1,93 @@
+"""One step of training against the formulas, on a toy."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from vdm_jax import optim, train_state
+
+
+def settings(**different):
+    base = dict(steps=20, learning_rate=0.1, warmup_steps=5, weight_decay=0.0, beta2=0.99, clip_norm=1.0, ema=0.9)
+    return ml_collections.ConfigDict({**base, **different})
+
+
+def params():
+    return {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
+
+
+def loss_fn(p, key, batch, frozen):
+    """A bowl around the batch, and a draw that shows the key."""
+    value = sum(jnp.sum(jnp.square(x - batch.mean())) for x in p.values()) * frozen
+    return value, {"loss": value, "draw": jax.random.normal(key)}
+
+
+def run(steps, state=None, **different):
+    """-> (state, metrics of every step) after `steps` more steps."""
+    config = settings(**different)
+    step = jax.jit(train_state.make_step(loss_fn, config))
+    state, kept = state or train_state.create(params(), config), []
+    for _ in range(steps):
+        state, metrics = step(state, jax.random.key(7), jnp.ones(4), 2.0)
+        kept.append(metrics)
+    return state, kept
+
+
+def test_learning_rate_warms_up_and_decays():
+    rate = optim.schedule(settings())
+    np.testing.assert_allclose([rate(i) for i in (0, 1, 5)], [0, 0.02, 0.1], rtol=1e-5)
+    half = 5 + 15 / 2
+    np.testing.assert_allclose(rate(half), 0.05, rtol=1e-5)
+    np.testing.assert_allclose(rate(20), 0, atol=1e-8)
+    short = optim.schedule(settings(steps=4))  # a warm-up that would outlast the run is half of it
+    np.testing.assert_allclose([short(2), short(4)], [0.1, 0], atol=1e-8)
+    assert optim.schedule(settings(steps=1))(0) == pytest.approx(0.1)
+
+
+def test_a_step_says_what_it_did():
+    state, kept = run(6)
+    assert int(state["step"]) == 6
+    np.testing.assert_allclose([m["learning_rate"] for m in kept], [0, 0.02, 0.04, 0.06, 0.08, 0.1], rtol=1e-4)
+    # d/dx of 2 sum (x - 1)^2 at the start: 4 (x - 1) = 0, -12 and 8.
+    np.testing.assert_allclose(kept[0]["grad_norm"], np.hypot(12, 8), rtol=1e-5)
+    np.testing.assert_allclose(kept[0]["loss"], 2 * (0 + 9 + 4), rtol=1e-6)
+    assert kept[-1]["loss"] < kept[1]["loss"]
+    draws = [float(m["draw"]) for m in kept]
+    assert len(set(draws)) == 6  # every step has a key of its own
+
+
+def test_a_resumed_run_draws_and_ends_as_if_uninterrupted():
+    whole, kept = run(9)
+    half, _ = run(4)
+    resumed, rest = run(5, jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), half))
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    assert [m["draw"] for m in rest] == [m["draw"] for m in kept[4:]]
+
+
+def test_moving_average():
+    state, _ = run(0)
+    ema = jax.tree.map(np.asarray, state["params"])
+    for i in range(20):
+        state, _ = run(1, state)
+        decay = min(0.9, (1 + i) / (10 + i))
+        ema = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * np.asarray(p), ema, state["params"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state["ema"], ema)
+    assert (state["ema"]["bias"] != state["params"]["bias"]).all()
+
+
+def test_only_kernels_decay_and_gradients_are_clipped():
+    zero = jax.tree.map(jnp.zeros_like, params())
+    optimiser = optim.optimiser(settings(weight_decay=0.5, warmup_steps=0))
+    updates, _ = optimiser.update(zero, optimiser.init(params()), params())
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * params()["kernel"], rtol=1e-5)
+    np.testing.assert_array_equal(updates["bias"], [0])
+    # A gradient of norm 5 counts as one of norm 1: Adam's first moment tells.
+    optimiser = optim.optimiser(settings())
+    gradient = {"kernel": jnp.array([[3.0, 0.0]]), "bias": jnp.array([4.0])}
+    _, state = optimiser.update(gradient, optimiser.init(params()), params())
+    moment = optax.tree.get(state, "mu")
+    np.testing.assert_allclose(moment["kernel"], [[0.06, 0]], rtol=1e-5)
+    np.testing.assert_allclose(moment["bias"], [0.08], rtol=1e-5)

@@ -1,0 +1,251 @@
+"""The denoiser: what each noise level, text and modality reaches, and that every part can be switched."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import init_weights, names
+from vdm_jax import conditioning, text
+from vdm_jax.models.clip import TextEncoder
+from vdm_jax.models.unet import Exchange, LevelEmbedding, TokenMixer, UNet
+
+SETTINGS = dict(
+    channels=(8, 16),
+    blocks=(1, 1),
+    attention=(False, True),
+    exchange=(False, True),
+    time_strides=(2,),
+    factorised=True,
+    head_dim=8,
+    embedding=16,
+    groups=2,
+    latent_fps=2.0,
+)
+LENGTH = 12  # byte tokens
+
+
+def inputs(frames=3, batch=1, seed=0):
+    """(z, log_snr, cond) with K = 4; one and the same example `batch` times."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return np.repeat(rng.normal(size=(1, *shape)).astype(np.float32), batch, 0)
+
+    z = {"video": normal(frames, 4, 4, 3), "audio": normal(4 * frames, 5)}
+    level = {"video": 3 * normal(frames), "audio": 3 * normal(frames)}
+    mask = np.arange(LENGTH) < 7
+    cond = {"states": normal(LENGTH, 16), "mask": np.tile(mask, (batch, 1)), "pooled": normal(16)}
+    return z, level, cond
+
+
+@pytest.fixture(scope="module")
+def denoise():
+    """-> (z, log_snr, cond) -> (prediction, embeddings [B, T, E] of both modalities), with random weights."""
+    model = UNet(**SETTINGS)
+    params = init_weights(model, *inputs())
+
+    @jax.jit
+    def run(z, level, cond):
+        out, kept = model.apply(
+            {"params": params},
+            z,
+            level,
+            cond,
+            capture_intermediates=lambda module, _: isinstance(module, LevelEmbedding),
+            mutable=["intermediates"],
+        )
+        kept = {m: kept["intermediates"][f"embedding_{m}"]["__call__"][0] for m in ("video", "audio")}
+        return out, kept
+
+    return run
+
+
+def changed(rows, base=0, tolerance=1e-5):
+    """[B, N]: where each row of [B, N, ...] differs from row `base`."""
+    return np.abs(rows - rows[base]).reshape(*rows.shape[:2], -1).max(-1) > tolerance
+
+
+def test_one_noise_level_changes_the_embedding_of_its_frame_only(denoise):
+    z, level, cond = inputs(batch=8)
+    level["video"][1, 1] += 0.05
+    level["audio"][2, 2] -= 4
+    cond["pooled"][3] += 1
+    out, embedding = denoise(z, level, cond)
+    # Three frames are padded to four, and the padding is the last frame again.
+    assert changed(embedding["video"])[:3].tolist() == [[False] * 4, [False, True, False, False], [False] * 4]
+    assert changed(embedding["audio"])[:3].tolist() == [[False] * 4, [False] * 4, [False, False, True, True]]
+    for m in ("video", "audio"):
+        assert out[m].shape == z[m].shape and out[m].dtype == np.float32
+        assert changed(embedding[m])[3].all()  # the text reaches all frames
+        # Frames and modalities hear of it from each other.
+        assert changed(out[m])[1:4].all()
+        # Temporal position: the same level, another embedding.
+    same = {m: np.zeros_like(x) for m, x in level.items()}
+    embedding = denoise(z, same, cond)[1]
+    assert (changed(embedding["video"][0][:3, None]).sum() == 2) and changed(embedding["audio"][0][:3, None]).sum() == 2
+
+
+def test_modalities_and_text_reach_both_outputs(denoise):
+    z, level, cond = inputs(batch=8)
+    z["video"][1, 0, 0, 0, 0] += 1
+    z["audio"][2, 0, 0] += 1
+    cond["states"][3, 2] += 1  # a word
+    cond["states"][4, 9] += 1  # padding
+    cond["mask"][5, 6] = False
+    out, _ = denoise(z, level, cond)
+    for m in ("video", "audio"):
+        assert changed(out[m]).any(1).tolist() == [False, True, True, True, False, True, False, False]
+
+
+def test_dropped_text_is_the_null_text(denoise):
+    encoder = TextEncoder(text.VOCAB_SIZE, LENGTH, 16, layers=1, heads=2)
+    tokens = text.encode(["a red one", "blue", "", "x" * 50], LENGTH)
+    params = init_weights(encoder, tokens, tokens > 0)
+
+    @jax.jit
+    def encode(tokens):
+        states, pooled = encoder.apply({"params": params}, tokens, text.mask(tokens))
+        return {"states": states, "pooled": pooled, "mask": text.mask(tokens)}
+
+    words, null = encode(tokens), encode(text.encode([text.NULL_TEXT], LENGTH))
+    dropped = conditioning.drop_text(jax.random.key(0), words, null, 1.0)
+    kept = conditioning.drop_text(jax.random.key(0), words, null, 0.0)
+    cond = {k: np.concatenate([dropped[k], kept[k]]) for k in words}
+    z, level, _ = inputs(batch=8)
+    out, _ = denoise(z, level, cond)
+    # Rows 0 to 3 have their text dropped, row 6 asked for nothing; 4, 5 and 7 asked for something.
+    for m in ("video", "audio"):
+        assert changed(out[m], base=6).any(1).tolist() == [False] * 4 + [True, True, False, True]
+
+
+def test_more_frames_than_it_was_made_for(denoise):
+    for frames in (1, 8):
+        z, level, cond = inputs(frames, seed=1)
+        out, _ = denoise(z, level, cond)
+        for m in ("video", "audio"):
+            assert out[m].shape == z[m].shape and np.isfinite(out[m]).all()
+            assert changed(np.asarray(out[m][0])[:, None]).sum() == len(out[m][0]) - 1  # no two frames alike
+
+
+def test_starts_as_zero():
+    z, level, cond = inputs()
+    one_level = dict(channels=(8,), blocks=(1,), attention=(True,), exchange=(True,), time_strides=())
+    model = UNet(**{**SETTINGS, **one_level})
+    out, variables = jax.jit(lambda key: model.init_with_output(key, z, level, cond))(jax.random.key(0))
+    for m in ("video", "audio"):
+        assert out[m].shape == z[m].shape and (np.asarray(out[m]) == 0).all()
+    assert (np.asarray(variables["params"]["stem_video"]["kernel"]) != 0).all()
+
+
+def parameters(**changes):
+    """{path: shape} of the denoiser with other settings."""
+    model = UNet(**{**SETTINGS, **changes})
+    return names(jax.eval_shape(model.init, jax.random.key(0), *inputs())["params"])
+
+
+def modules(tree, word):
+    """The modules at the top of the tree whose names hold `word`."""
+    return sorted({path.split("/")[0] for path in tree if word in path.split("/")[0]})
+
+
+def both(*prefixes):
+    return sorted(f"{prefix}_{m}" for prefix in prefixes for m in ("audio", "video"))
+
+
+def test_attention_and_exchange_are_chosen_by_level():
+    for on, low in (((False, False), []), ((False, True), ["1"]), ((True, True), ["0", "1"])):
+        tree = parameters(attention=on, exchange=(False, False))
+        places = ["middle", *(f"{way}_{i}" for i in low for way in ("down", "up"))]
+        assert modules(tree, "attention") == both(*(f"{place}_attention" for place in places))
+        assert modules(tree, "exchange") == ["middle_exchange"]
+        tree = parameters(attention=(False, False), exchange=on)
+        assert modules(tree, "exchange") == sorted(f"{place}_exchange" for place in places)
+        assert modules(tree, "attention") == both("middle_attention")
+    # The bottleneck reads itself and the text; the text's width is the input of the keys.
+    tree = parameters()
+    for m in ("video", "audio"):
+        assert tree[f"middle_attention_{m}/self/key/kernel"] == (16, 2, 8)
+        assert tree[f"middle_attention_{m}/cross/key/kernel"] == (16, 2, 8)
+
+
+def test_levels_blocks_and_strides_are_chosen():
+    tree = parameters(
+        channels=(8, 12, 16), blocks=(1, 0, 2), attention=(False,) * 3, exchange=(False,) * 3, time_strides=(1, 2)
+    )
+    blocks = ["down_0_0", "down_2_0", "down_2_1", "middle_in", "middle_out", "up_0_0", "up_2_0", "up_2_1"]
+    with_film = sorted({path.split("/")[0] for path in tree if path.split("/")[1] == "film"})
+    assert with_film == both(*blocks)  # the noise level enters every residual block
+    assert tree["shrink_0_video/kernel"] == (1, 2, 2, 8, 8) and tree["shrink_1_video/kernel"] == (2, 2, 2, 8, 12)
+    assert tree["shrink_0_audio/kernel"] == (2, 8, 8)
+    assert modules(tree, "grow") == both("grow_1", "grow_2")
+    assert tree["up_0_0_video/conv_in/space/kernel"] == (1, 3, 3, 16, 8)  # skips are concatenated
+    assert tree["up_0_0_video/skip/kernel"] == (16, 8) and "down_0_0_video/skip/kernel" not in tree
+    assert tree["head_video/kernel"][-1] == 3 and tree["head_audio/kernel"][-1] == 5
+
+
+def test_convolutions_are_factorised_or_full():
+    factorised, full = parameters(), parameters(factorised=False)
+    assert factorised["middle_in_video/conv_in/space/kernel"] == (1, 3, 3, 16, 16)
+    assert factorised["middle_in_video/conv_in/time/kernel"] == (3, 1, 1, 16, 16)
+    assert full["middle_in_video/conv_in/full/kernel"] == (3, 3, 3, 16, 16)
+    sound = {path: shape for path, shape in full.items() if "_audio" in path}
+    assert sound == {path: shape for path, shape in factorised.items() if "_audio" in path}
+
+
+def test_a_full_convolution_over_a_level_that_keeps_time_runs():
+    z, level, cond = inputs()
+    model = UNet(**{**SETTINGS, "factorised": False, "time_strides": (1,), "attention": (False, False)})
+    params = init_weights(model, z, level, cond)
+    out = jax.jit(model.apply)({"params": params}, z, level, cond)
+    assert all(np.isfinite(out[m]).all() and np.std(out[m]) > 0 for m in z)
+
+
+def test_compute_in_half_precision_keeps_float32_parameters_and_output():
+    model = UNet(**SETTINGS, dtype=jax.numpy.bfloat16)
+    out, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), *inputs())
+    assert {x.dtype for x in jax.tree.leaves((out, variables))} == {np.dtype(np.float32)}
+    halves = str(jax.make_jaxpr(model.apply)(variables, *inputs())).count("bf16[")
+    assert halves > 100  # and what lies between is half
+
+
+def test_exchange_reads_both_sides_as_they_were_before():
+    rng = np.random.default_rng(0)
+    video = rng.normal(size=(1, 2, 2, 2, 16)).astype(np.float32)
+    audio = rng.normal(size=(1, 8, 8)).astype(np.float32)
+    times = np.repeat([0.0, 0.5], 4), np.arange(8) / 8
+    module = Exchange(head_dim=8)
+    start = module.init(jax.random.key(0), video, audio, *times)
+    for x, y in zip(module.apply(start, video, audio, *times), (video, audio)):
+        np.testing.assert_array_equal(x, y)  # streams start out independent
+
+    params = init_weights(module, video, audio, *times)
+    run = jax.jit(lambda params, *x: module.apply({"params": params}, *x))
+    to_video, to_audio = run(params, video, audio, *times)
+    assert to_video.shape == video.shape and to_audio.shape == audio.shape
+    for name, kept, silenced in (("to_video", 1, 0), ("to_audio", 0, 1)):
+        silent = {**params, name: {**params[name], "out": jax.tree.map(np.zeros_like, params[name]["out"])}}
+        out = run(silent, video, audio, *times)
+        # One direction alone gives what it gave beside the other.
+        np.testing.assert_array_equal(out[kept], (to_video, to_audio)[kept])
+        np.testing.assert_array_equal(out[silenced], (video, audio)[silenced])
+    # Both clocks are one: only the time between picture and sound counts.
+    for x, y in zip(run(params, video, audio, times[0] + 2, times[1] + 2), (to_video, to_audio)):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+    for x, y in zip(run(params, video, audio, times[0] + 2, times[1]), (to_video, to_audio)):
+        assert np.abs(x - y).max() > 1e-3
+
+
+def test_token_mixer_knows_places_and_times():
+    rng = np.random.default_rng(0)
+    x = np.repeat(rng.normal(size=(1, 3, 1, 1, 16)), 4, 2).astype(np.float32)  # four places alike
+    _, _, cond = inputs()
+    module = TokenMixer(head_dim=8)
+    times = np.repeat([0.0, 0.5, 1.0], 4)
+    params = init_weights(module, x, times, cond)
+    run = jax.jit(functools.partial(module.apply, {"params": params}))
+    out = np.asarray(run(x, times, cond))
+    assert out.shape == x.shape and np.abs(out[0, :, 1:] - out[0, :, :1]).max() > 1e-3
+    np.testing.assert_allclose(run(x, times + 4, cond), out, atol=1e-4)
+    assert np.abs(run(x, times * 2, cond) - out).max() > 1e-3
