@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-from absl import logging as absl_logging
 
 from vdm_jax import media
 from vdm_jax.data import files
@@ -17,7 +16,7 @@ FPS, RATE, FRAMES = 8, 8000, 9
 @pytest.fixture
 def warnings(monkeypatch):
     lines = []
-    monkeypatch.setattr(absl_logging, "warning", lambda message, *args: lines.append(message % args))
+    monkeypatch.setattr(files.logger, "warning", lambda message, *args: lines.append(message % args))
     return lines
 
 

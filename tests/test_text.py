@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from absl import logging as absl_logging
 
 from vdm_jax import text
 from vdm_jax.errors import UserError
@@ -10,7 +9,7 @@ from vdm_jax.errors import UserError
 def warnings(monkeypatch):
     lines = []
     text._warn_truncated.cache_clear()
-    monkeypatch.setattr(absl_logging, "warning", lambda message, *args: lines.append(message % args))
+    monkeypatch.setattr(text.logger, "warning", lambda message, *args: lines.append(message % args))
     return lines
 
 

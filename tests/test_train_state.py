@@ -8,10 +8,20 @@ import optax
 import pytest
 
 from vdm_jax import optim, train_state
+from vdm_jax.errors import UserError
 
 
 def settings(**different):
-    base = dict(steps=20, learning_rate=0.1, warmup_steps=5, weight_decay=0.0, beta2=0.99, clip_norm=1.0, ema=0.9)
+    base = dict(
+        optimiser="adamw",
+        steps=20,
+        learning_rate=0.1,
+        warmup_steps=5,
+        weight_decay=0.0,
+        beta2=0.99,
+        clip_norm=1.0,
+        ema=0.9,
+    )
     return ml_collections.ConfigDict({**base, **different})
 
 
@@ -91,3 +101,23 @@ def test_only_kernels_decay_and_gradients_are_clipped():
     moment = optax.tree.get(state, "mu")
     np.testing.assert_allclose(moment["kernel"], [[0.06, 0]], rtol=1e-5)
     np.testing.assert_allclose(moment["bias"], [0.08], rtol=1e-5)
+
+
+def test_muon_moves_every_kernel_by_an_orthogonal_matrix_and_the_rest_as_adam():
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (3, 3, 4, 16), "query": (32, 2, 8), "out": (2, 8, 32)}  # as matrices [36, 16], [32, 16], [16, 32]
+    tree = {name: {"kernel": rng.normal(size=s).astype("f"), "bias": np.ones(3, "f")} for name, s in shapes.items()}
+    method = optim.optimiser(settings(optimiser="muon", warmup_steps=0, clip_norm=1e9))
+    updates, _ = method.update(tree, method.init(tree), tree)
+    for name, rows in (("conv", 36), ("query", 32), ("out", 16)):
+        matrix = np.asarray(updates[name]["kernel"]).reshape(rows, -1)
+        values = np.linalg.svd(matrix, compute_uv=False)
+        assert values.min() / values.max() > 0.5  # of the random gradient: below 0.35
+        np.testing.assert_allclose(np.sqrt(np.mean(matrix**2)), 0.2 * 0.1, rtol=0.2)  # 0.2 of the learning rate
+        # Adam with Nesterov momentum (Dozat 2016): its first step is (1 + 0.9 * 0.1 / (1 - 0.9^2)) times the rate.
+        np.testing.assert_allclose(updates[name]["bias"], -0.1 * (1 + 0.09 / 0.19), rtol=1e-3)
+
+
+def test_an_unknown_optimiser_is_named():
+    with pytest.raises(UserError, match="'sgd' is unknown: use adamw or muon"):
+        optim.optimiser(settings(optimiser="sgd"))

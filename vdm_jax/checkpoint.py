@@ -192,7 +192,11 @@ def main(argv):
     print(f"wrote {out}: {size / 1e6:.2f} MB of weights")
 
 
-if __name__ == "__main__":
+def define_flags():
     flags.DEFINE_string("workdir", None, "Run folder to read.")
     flags.DEFINE_string("out", None, "Folder to write.")
+
+
+if __name__ == "__main__":
+    define_flags()
     cli.run(main)

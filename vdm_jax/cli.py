@@ -17,7 +17,7 @@ def define_config():
 
 def run(main):
     """absl's app.run, with UserError and flag errors as one line on stderr and exit code 2."""
-    absl.logging.set_verbosity(absl.logging.WARNING)  # libraries speak up only when something is wrong
+    absl.logging.set_verbosity(absl.logging.ERROR)  # of libraries; what users need to know, this package says
     logger = logging.getLogger("vdm_jax")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -1,6 +1,6 @@
 """Shows what a recipe builds: every parameter with its shape, and the sizes of clips and latents.
 
-    python -m vdm_jax.overview --config=configs/world_tiny.py [--stage=denoiser]
+python -m vdm_jax.overview --config=configs/world_tiny.py [--stage=denoiser]
 """
 
 import math

@@ -5,13 +5,15 @@ empty string, that is begin, end, padding.
 """
 
 import functools
+import logging
 import os
 from collections.abc import Sequence
 
 import numpy as np
-from absl import logging
 
 from vdm_jax.errors import UserError
+
+logger = logging.getLogger("vdm_jax")
 
 PAD, BEGIN, END = 0, 1, 2
 OFFSET = 3
@@ -23,7 +25,7 @@ MAX_PROMPT_FILE_BYTES = 1_000_000
 @functools.lru_cache(maxsize=4096)  # one warning per text, not one per epoch
 def _warn_truncated(text: str, kept: int, total: int) -> None:
     shown = text if len(text) <= 40 else text[:37] + "..."
-    logging.warning("text truncated: kept %d of its %d bytes: %r", kept, total, shown)
+    logger.warning("text truncated: kept %d of its %d bytes: %r", kept, total, shown)
 
 
 def encode(texts: Sequence[str], length: int) -> np.ndarray:

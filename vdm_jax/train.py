@@ -21,18 +21,16 @@ from vdm_jax.data import pipeline
 from vdm_jax.errors import UserError
 
 logger = logging.getLogger("vdm_jax")
-CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-STAGE = flags.DEFINE_enum("stage", "all", ("all", *checkpoint.STAGES), "Stage to train.")
 
 
 def main(argv):
-    config = CONFIG.value
+    options = flags.FLAGS
+    config = options.config
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
-    if config is None or not WORKDIR.value:
+    if config is None or not options.workdir:
         raise UserError("give both --config=FILE and --workdir=DIR, e.g. --config=configs/world_tiny.py --workdir=run")
-    workdir = epath.Path(WORKDIR.value)
+    workdir = epath.Path(options.workdir)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
 
@@ -40,7 +38,7 @@ def main(argv):
     # What does not fit is told before anything is written.
     stages.models(config)
     mesh = sharding.make_mesh(config.mesh)
-    names = checkpoint.STAGES if STAGE.value == "all" else (STAGE.value,)
+    names = checkpoint.STAGES if options.stage == "all" else (options.stage,)
     counts = {f"{name}.steps": config[name].steps for name in names}
     counts |= {key: config[key] for key in ("checkpoint_every", "log_every")}
     for key, value in counts.items():
@@ -211,5 +209,12 @@ def clock(seconds):
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
+def define_flags():
+    cli.define_config()
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.DEFINE_enum("stage", "all", ("all", *checkpoint.STAGES), "Stage to train.")
+
+
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

@@ -8,15 +8,17 @@ either they come from `name.txt` beside `name.mp4`, the whole text being one cap
 import csv
 import functools
 import json
+import logging
 import os
 import threading
 from pathlib import Path
 
 import numpy as np
-from absl import logging
 
 from vdm_jax import media
 from vdm_jax.errors import UserError
+
+logger = logging.getLogger("vdm_jax")
 
 SUFFIXES = (".mp4", ".webm", ".avi", ".mov", ".mkv", ".m4v")
 MAX_TEXT_BYTES = 1_000_000  # of a name.txt
@@ -186,7 +188,7 @@ class Files:
             (unnamed, "no caption, it gets the empty text"),
         ):
             if names:
-                logging.warning("%d of %d videos: %s: %s", len(names), len(listing), text, _shown(names))
+                logger.warning("%d of %d videos: %s: %s", len(names), len(listing), text, _shown(names))
         if not self.videos:
             what = f"no usable {self.split} video in {os.fspath(self.root)!r}"
             if broken:
@@ -224,7 +226,7 @@ class Files:
             except UserError as error:
                 if name not in self._warned:
                     self._warned.add(name)
-                    logging.warning("%s; another video stands in for it", error)
+                    logger.warning("%s; another video stands in for it", error)
                 continue
             video = np.concatenate([video, video[-1:].repeat(self.frames - count, axis=0)])
             audio = np.pad(audio[: self.samples], (0, max(0, self.samples - len(audio))))

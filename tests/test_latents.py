@@ -1,0 +1,82 @@
+"""Latents are scaled to unit variance, and encoded once."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.helpers import weights
+from vdm_jax import latents, sharding, stages
+from vdm_jax.data import pipeline
+
+
+@pytest.fixture
+def config():
+    config = tiny.get_config()
+    config.unlock()
+    return config
+
+
+def test_statistics_give_zero_mean_and_unit_variance(config):
+    params = {name: weights(tree) for name, tree in stages.abstract_params(config).items()}
+    source = pipeline.source(config)
+    statistics = latents.measure(config, params, source)
+    assert {m: s["mean"].shape for m, s in statistics.items()} == {"video": (4,), "audio": (4,)}
+    assert all(np.abs(s["std"] - 1).max() > 0.05 for s in statistics.values())  # not so by chance
+    scaled = latents.measure(config, {**params, "statistics": statistics}, source)
+    for s in scaled.values():
+        np.testing.assert_allclose(s["mean"], 0, atol=1e-3)
+        np.testing.assert_allclose(s["std"], 1, rtol=1e-3)
+
+
+def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    for name in ("video_autoencoder", "audio_autoencoder", "clip"):
+        (workdir / name).symlink_to(tiny_run / name)
+    (workdir / "denoiser").mkdir()
+    mesh = sharding.make_mesh(config.mesh)
+    source = pipeline.source(config)
+    encoded = []
+    monkeypatch.setattr(latents, "_encoded_batches", lambda *a, f=latents._encoded_batches: encoded.append(1) or f(*a))
+
+    def prepare():
+        encoded.clear()
+        frozen, items = latents.prepare(config, workdir, source, mesh)
+        return frozen, items, len(encoded)
+
+    frozen, items, times = prepare()
+    assert times == 2 and len(items) == 32  # statistics, then latents
+    assert set(frozen) == {"video_autoencoder", "audio_autoencoder", "clip", "statistics"}
+    item = items[5]
+    size = stages.layout(config)
+    assert {m: z.shape for m, z in item["z"].items()} == stages.latent_shapes(size)
+    assert {k: x.shape for k, x in item["text"].items()} == {"states": (96, 16), "mask": (96,), "pooled": (16,)}
+
+    # Item 5 is the sixth clip of the shuffled source.
+    batch = next(
+        pipeline.batches(
+            source,
+            batch_size=latents.ENCODE_BATCH,
+            seed=config.seed,
+            start=0,
+            data=config.data,
+            to_example=lambda item: pipeline.example(item, config.data.text_length),
+        )
+    )
+    batch = {name: x[5:6] for name, x in batch.items()}
+    z = jax.jit(lambda f, b: stages.encode(config, f, b["video"], b["audio"]))(frozen, batch)
+    words = jax.jit(lambda f, b: stages.encode_text(config, f, b["tokens"]))(frozen, batch)
+    same = lambda a, b: np.testing.assert_allclose(a, b[0], rtol=2e-3, atol=2e-3)  # noqa: E731 half precision
+    jax.tree.map(same, item, {"z": z, "text": words})
+
+    again_frozen, again, times = prepare()
+    assert times == 0
+    jax.tree.map(np.testing.assert_array_equal, [again[i] for i in range(32)], [items[i] for i in range(32)])
+    jax.tree.map(np.testing.assert_array_equal, again_frozen, frozen)
+    config.denoiser.cached_clips = 20
+    assert len(prepare()[1]) == 20 and len(encoded) == 1
+    config.seed = 1
+    assert prepare()[2] == 1
+    config.denoiser.cached_clips = 0
+    assert prepare()[1] is source
