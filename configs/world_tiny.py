@@ -29,7 +29,7 @@ def get_config():
     clip.model.embedding = 96
 
     denoiser = config.denoiser
-    denoiser.update(steps=2200, batch_size=16, learning_rate=3e-3, ema=0.998, cached_clips=6144)
+    denoiser.update(steps=8000, batch_size=16, learning_rate=3e-3, ema=0.998, cached_clips=8192)
     denoiser.diffusion.loss_weights.audio = 0.5
     denoiser.diffusion.patterns = dict(
         same=0.7,

@@ -46,10 +46,9 @@ def main(argv):
             raise UserError(f"{key}={value} must be at least 1")
     for name in names:
         sharding.check_batch(config[name].batch_size, mesh)
-    lead = jax.process_index() == 0
-    if lead:
-        write_config(workdir, config)
     source = pipeline.source(config)
+    if jax.process_index() == 0:
+        write_config(workdir, config)
     logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
 
     with jax.set_mesh(mesh):
@@ -99,7 +98,6 @@ def train_stage(name, config, workdir, mesh, source):
     if done >= settings.steps:
         checkpoints.close()
         return
-    state = checkpoint.restore(checkpoints, abstract) if done else jax.jit(init, out_shardings=shardings)()
 
     # --------------------------------------------------------------------------------- earlier stages, frozen, and data
     frozen, items, to_example = {}, source, None
@@ -120,6 +118,7 @@ def train_stage(name, config, workdir, mesh, source):
         to_example=to_example,
     )
     batch_sharding = sharding.batch_sharding(mesh)
+    state = checkpoint.restore(checkpoints, abstract) if done else jax.jit(init, out_shardings=shardings)()
 
     # ----------------------------------------------------------------------------------------------------- train step
     step_fn = jax.jit(
