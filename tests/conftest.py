@@ -12,30 +12,21 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-import jax
-import numpy as np
 import pytest
 from absl import flags
 
 from tests import tiny
-from vdm_jax import checkpoint, cli, sharding, stages, train_state
+from tests.helpers import weights
+from vdm_jax import checkpoint, cli, stages, train_state
 
 
 def write_run(workdir, config, names=checkpoint.STAGES):
     """A run folder whose stages `names` have a checkpoint: random weights, none zero, so that every input counts."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        noise = rng.normal(size=leaf.shape).astype(np.float32)
-        if leaf.ndim > 1:
-            return noise / np.sqrt(np.prod(leaf.shape[:-1]))  # keeps the variance
-        return float(sharding.path_name(path).endswith("scale")) + 0.1 * noise
-
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config.to_json_best_effort())
     expected, size = stages.abstract_params(config), stages.layout(config)
     for name in names:
-        state = train_state.create(jax.tree_util.tree_map_with_path(draw, expected[name]), config[name])
+        state = train_state.create(weights(expected[name]), config[name])
         with checkpoint.manager(workdir / name / "checkpoints") as checkpoints:
             checkpoint.save(checkpoints, state | {"step": state["step"] + config[name].steps})
     if "denoiser" in names:

@@ -1,28 +1,16 @@
 """The command line of sampling: an MP4 with sound, and one clear line for each wrong input."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import av
 import numpy as np
 import pytest
 
 from tests import tiny
 from tests.conftest import write_run
+from tests.helpers import finish, start
 from vdm_jax import media, sample
 from vdm_jax.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 RATE = {"fps": 8, "sample_rate": 2000}
-
-
-def python(*arguments):
-    """The script in a process of its own -> (code, stderr)."""
-    command = [sys.executable, "-m", "vdm_jax.sample", *map(str, arguments)]
-    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    return run.returncode, run.stderr
 
 
 def streams(path):
@@ -38,8 +26,10 @@ def streams(path):
 def test_a_prompt_becomes_an_mp4_with_sound(tiny_run, tmp_path):
     out = tmp_path / "new folder" / "clip.mp4"
     prompt = "a red circle moving right " + "and right " * 20
-    code, err = python(f"--workdir={tiny_run}", f"--prompt={prompt}", "--seconds=1", f"--out={out}")
+    options = [f"--workdir={tiny_run}", f"--prompt={prompt}", "--seconds=1", f"--out={out}"]
+    code, _, err = finish(start("-m", "vdm_jax.sample", *options), seconds=900)
     assert code == 0, err
+    err = "\n".join(err)
     codecs, frames, seconds, loudness = streams(out)
     assert codecs == {"video": "h264", "audio": "aac"} and frames == 9
     assert 9 / 8 <= seconds < 9 / 8 + 0.1 and loudness > 0.01
@@ -48,10 +38,9 @@ def test_a_prompt_becomes_an_mp4_with_sound(tiny_run, tmp_path):
 
 
 def test_the_process_says_one_line_and_ends_with_two(tmp_path):
-    assert python("--prompt=x", f"--out={tmp_path}/x.mp4", "--method=euler") == (
-        2,
-        "error: flag --method=euler: value should be one of <ddpm|ddim|dpmpp_2m|heun>\n",
-    )
+    process = start("-m", "vdm_jax.sample", "--prompt=x", f"--out={tmp_path}/x.mp4", "--method=euler")
+    told = "error: flag --method=euler: value should be one of <ddpm|ddim|dpmpp_2m|heun>"
+    assert finish(process, seconds=900) == (2, "", [told])
 
 
 def test_a_file_of_prompts_becomes_a_folder(tiny_run, tmp_path, command):

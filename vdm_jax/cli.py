@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from pathlib import Path
 
 import absl.logging
 from absl import app, flags
@@ -49,6 +50,9 @@ def fail(message):
 
 def _parse(argv):
     """Parses flags; a recipe that is missing or broken and a mistyped key become a UserError."""
+    # Recipes import their neighbours as `configs.common`, wherever the command is given from.
+    for path in (a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("config=")):
+        sys.path.append(str(Path(path).resolve().parent.parent))
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
