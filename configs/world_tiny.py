@@ -1,6 +1,15 @@
 """The demo: one or two shapes in a plain box, small enough to train on a laptop CPU. Gives the reference weights.
 
-python -m vdm_jax.train --config=configs/world_tiny.py --workdir=runs/world_tiny
+    python -m vdm_jax.train --config=configs/world_tiny.py --workdir=runs/world_tiny
+    python -m vdm_jax.checkpoint export --workdir=runs/world_tiny --out=vdm_jax/reference
+
+On two CPU cores that other work shared: video autoencoder 1,000 steps of about 0.6 s, PSNR 32.4 dB and SSIM 0.968 on
+held-out clips; audio autoencoder 800 steps of 0.15 s, 98 % of onsets within half a frame; text encoder 600 steps of
+1.7 s, recall at 1 of 94 % among 64 held-out clips; denoiser about 0.9 s a step. Not yet run to its end: the reference
+denoiser is the moving average at step 1,500 of 8,000. Figures: `python -m vdm_jax.evaluate`, the table in README.md.
+
+Muon against AdamW on the video autoencoder, same model, batches and data, PSNR with a sampled latent while training:
+28.1 dB against 23.9 dB after 300 steps (learning rates 4e-3 and 1.5e-3).
 """
 
 from configs import common

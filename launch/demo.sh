@@ -45,10 +45,10 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 echo "== 1. a few training steps of every stage"
 "$PY" -m vdm_jax.train --config=configs/world_tiny.py --workdir="$out/run" \
     --config.log_every=10 --config.preview_every=0 --config.denoiser.cached_clips=256 \
-    --config.video_autoencoder.steps=60 \
-    --config.audio_autoencoder.steps=60 \
-    --config.clip.steps=60 \
-    --config.denoiser.steps=60
+    --config.video_autoencoder.steps=40 \
+    --config.audio_autoencoder.steps=40 \
+    --config.clip.steps=30 \
+    --config.denoiser.steps=30
 "$PY" - "$out/run" <<'EOF'
 import json, pathlib, sys
 

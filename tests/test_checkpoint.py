@@ -175,3 +175,11 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     (tmp_path / "out" / "clip.safetensors").unlink()
     with pytest.raises(UserError, match="clip.safetensors is missing"):
         checkpoint.load_trained(None, stages.abstract_params)
+
+
+def test_statistics_are_written_over(tmp_path):
+    path = tmp_path / "statistics.json"
+    for mean in (1.0, 2.0):
+        checkpoint.write_statistics(path, {"video": {"mean": np.full(3, mean), "std": np.ones(3)}})
+    np.testing.assert_array_equal(checkpoint.read_statistics(path)["video"]["mean"], [2.0, 2.0, 2.0])
+    assert [p.name for p in tmp_path.iterdir()] == ["statistics.json"]

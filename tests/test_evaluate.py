@@ -59,6 +59,27 @@ def test_the_autoencoders_alone(tmp_path, command):
     assert done.code == 2 and len(done.err) == 1 and "stage clip has no checkpoint" in done.err[0]
 
 
+def test_a_folder_of_videos_has_no_state_but_all_else(tmp_path, command, config):
+    films = tmp_path / "films"
+    films.mkdir()
+    source = World(seed=5, frames=30, size=16, sample_rate=2000, **config.data.world)
+    for i in range(3):
+        item = source[i]
+        media.write_mp4(films / f"{i}.mp4", item["video"], item["audio"], fps=8, sample_rate=2000)
+        (films / f"{i}.txt").write_text(f"film number {i}")
+    config.data.update(source="files", path=str(films))
+    run, out = write_run(tmp_path / "run", config), tmp_path / "report"
+    done = command(evaluate, f"--workdir={run}", f"--out={out}", "--clips=3", "--prompts=3", "--steps=4")
+    assert done.code == 0, done.err
+    metrics = json.loads((out / "metrics.json").read_text())
+    for part in ("truth", "autoencoder", "samples"):
+        assert set(metrics[part].values()) == {None}
+    assert metrics["reconstruction"]["psnr"] > 0 and metrics["reconstruction"]["onset_within_half_frame"] is None
+    assert metrics["clip"]["candidates"] == 3 and metrics["clip"]["recall_at_1"] is not None
+    assert len(list(out.glob("sample_*.mp4"))) == 3
+    assert any("too few captions" in line for line in done.err)
+
+
 @pytest.mark.parametrize(
     "options, told",
     [

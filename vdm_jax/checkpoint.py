@@ -129,7 +129,7 @@ def write_statistics(path, statistics):
     path = epath.Path(path)
     part = path.with_name(path.name + ".tmp")
     part.write_text(json.dumps(lists, indent=1) + "\n")
-    part.rename(path)  # whole or not there: a run that is killed here starts again
+    part.replace(path)  # whole or not there: a run that is killed here starts again
 
 
 def read_json(path):
