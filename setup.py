@@ -21,7 +21,7 @@ setup(
         "jax>=0.7.2",
         "ml-collections",
         "numpy",
-        "optax",
+        "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "pillow",
         "safetensors",

@@ -155,6 +155,10 @@ def test_a_run_that_is_none_or_unfinished_is_told(tmp_path):
     config.write_text(config.read_text()[:200])
     with pytest.raises(UserError, match="damaged"):
         checkpoint.load_trained(run, stages.abstract_params)
+    for wrong in ("{}", '{"data": {"frames": 17}}', '{"data": 3}', "[]"):  # whole, but of no run
+        config.write_text(wrong)
+        with pytest.raises(UserError, match="config.json is (not that of a run|damaged)"):
+            checkpoint.load_trained(run, stages.abstract_params)
 
 
 def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, command):

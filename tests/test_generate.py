@@ -96,7 +96,7 @@ def test_a_given_image_is_the_first_frame(model, clip):
 
 def test_other_lengths_than_trained(model):
     config, traces = model.config.data, model.traces
-    for count, frames in enumerate((13, 3), 1):
+    for count, frames in enumerate((13, 3, 1), 1):
         video, audio = model(["a red circle"], frames=frames)
         assert model.traces == traces + count  # a new shape, a new program
         assert video.shape[1] == frames and audio.shape[1] == frames * config.sample_rate // config.fps

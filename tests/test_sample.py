@@ -84,6 +84,7 @@ WRONG = {
     "damaged run": (["--workdir={files}/damaged", "--prompt=x", "--out={files}/x.mp4"], "config.json is damaged"),
     "negative": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--seconds=-1"], "--seconds=-1"),
     "nan": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--seconds=nan"], "--seconds=nan"),
+    "guidance nan": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--guidance=nan"], "guidance=nan"),
     "no video": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--video={files}/text.mp4"], "text.mp4"),
     "no image": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--image={files}/text.mp4"], "text.mp4"),
     "no sound": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--audio={files}/none.wav"], "none.wav"),

@@ -60,27 +60,34 @@ def load_trained(workdir, abstract_params):
     if workdir is None:
         if not (REFERENCE / "config.json").exists():
             raise UserError("this installation carries no reference weights: give --workdir of a trained run")
-        config = load_config(REFERENCE / "config.json")
-        expected = abstract_params(config)
+        config, expected = open_run(REFERENCE, abstract_params)
         params = {s: read_safetensors(REFERENCE / f"{s}.safetensors", expected[s]) for s in STAGES}
         return Trained(config, {**params, "statistics": read_statistics(REFERENCE / "statistics.json")})
     folder = epath.Path(workdir)
     if not (folder / "config.json").exists():
         raise UserError(f"{workdir} is no run folder (no config.json): train one with python -m vdm_jax.train")
-    config = load_config(folder / "config.json")
-    expected = abstract_params(config)
+    config, expected = open_run(folder, abstract_params)
     params = {s: load_params(folder, s, expected[s]) for s in STAGES}
     return Trained(config, {**params, "statistics": read_statistics(folder / "denoiser" / "statistics.json")})
+
+
+def open_run(folder, abstract_params):
+    """-> (config of the run in `folder`, abstract_params(config)). Raises UserError where the two do not fit."""
+    config = load_config(epath.Path(folder) / "config.json")
+    try:
+        return config, abstract_params(config)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}/config.json is not that of a run of this version ({error}): train again, or restore the file"
+        ) from None
 
 
 def load_params(workdir, stage, expected):
     """The EMA weights in the newest checkpoint of a run's stage, on the host. Raises UserError when there is none."""
     directory = epath.Path(workdir) / stage / "checkpoints"
-    step = None
-    if directory.exists():
-        # Read only: a save that a training run has under way is not to be cleaned up.
-        with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as found:
-            step = found.latest_step()
+    # Looked up without a manager, which might clean up a save that a training run has under way.
+    found = ocp.utils.checkpoint_steps(directory.absolute()) if directory.exists() else []
+    step = max(found, default=None)
     if step is None:
         raise UserError(
             f"{workdir} is unfinished: stage {stage} has no checkpoint; go on with "
@@ -114,7 +121,10 @@ def load_config(path):
             return {k: untuple(v) for k, v in value.items()}
         return tuple(untuple(v) for v in value) if isinstance(value, list) else value
 
-    config = ml_collections.ConfigDict(untuple(read_json(path)))
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} is damaged (no mapping of settings): restore it or train again")
+    config = ml_collections.ConfigDict(untuple(stored))
     config.lock()
     return config
 

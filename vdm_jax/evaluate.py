@@ -94,8 +94,7 @@ def load(workdir, names):
     """-> (config, frozen) of a run, with no more than the stages `names`; workdir None: the reference weights."""
     if workdir is None or set(names) == set(checkpoint.STAGES):
         return checkpoint.load_trained(workdir, stages.abstract_params)
-    config = checkpoint.load_config(f"{workdir}/config.json")
-    expected = stages.abstract_params(config)
+    config, expected = checkpoint.open_run(workdir, stages.abstract_params)
     return config, {name: checkpoint.load_params(workdir, name, expected[name]) for name in names}
 
 

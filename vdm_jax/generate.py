@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdm_jax import conditioning, samplers, stages, text
+from vdm_jax.errors import UserError
 
 BATCH = 8  # prompts sampled at once
 
@@ -32,6 +33,9 @@ class Generator:
         config's.
         """
         options = self.config.sample
+        guidance = options.guidance if guidance is None else guidance
+        if not math.isfinite(guidance):
+            raise UserError(f"guidance={guidance} must be a finite number")
         size = stages.layout(self.config, frames)
         masks, clean = self._given(given or {}, size)
         levels = samplers.schedule_matrix(
@@ -44,7 +48,7 @@ class Generator:
             clean=clean,
             masks=masks,
             levels=levels,
-            guidance=float(options.guidance if guidance is None else guidance),
+            guidance=float(guidance),
             rescale=options.rescale,
             method=method or options.method,
             interval=tuple(options.interval),

@@ -67,8 +67,8 @@ def layout(config, frames=None):
     _check_halvings(config.denoiser.model, data.size // f_s, per_frame * f_t // hop)
     if data.size % config.clip.model.video.patch:
         raise UserError(f"data.size={data.size} is not a multiple of clip.model.video.patch")
-    if max(config.audio_autoencoder.stft_windows) > frames * per_frame:
-        raise UserError(f"audio_autoencoder.stft_windows go past the {frames * per_frame} samples of a clip")
+    if max(config.audio_autoencoder.stft_windows) > data.frames * per_frame:
+        raise UserError(f"audio_autoencoder.stft_windows go past the {data.frames * per_frame} samples of a clip")
     return Layout(
         frames=frames,
         samples=frames * per_frame,

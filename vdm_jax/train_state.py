@@ -31,7 +31,7 @@ def make_step(loss_fn, config):
         params = optax.apply_updates(state["params"], updates)
         ema = optim.update_ema(state["ema"], params, state["step"], config.ema)
         metrics |= {
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(optim.schedule(config)(state["step"])),
         }
         return {"step": state["step"] + 1, "params": params, "opt": opt, "ema": ema}, metrics

@@ -70,5 +70,5 @@ class AudioAutoencoder(nn.Module):
     def __call__(self, audio, key):
         """-> (reconstruction, mean, log variance), the latent sampled with `key`."""
         mean, log_variance = self.encode(audio)
-        noise = jax.random.normal(key, mean.shape)
+        noise = jax.random.normal(key, (mean.shape[0], mean[0].size)).reshape(mean.shape)  # compiles sooner if flat
         return self.decode(mean + jnp.exp(0.5 * log_variance) * noise), mean, log_variance

@@ -94,5 +94,5 @@ class VideoAutoencoder(nn.Module):
     def __call__(self, video, key):
         """-> (reconstruction, mean, log variance), the latent sampled with `key`."""
         mean, log_variance = self.encode(video)
-        noise = jax.random.normal(key, mean.shape)
+        noise = jax.random.normal(key, (mean.shape[0], mean[0].size)).reshape(mean.shape)  # compiles sooner if flat
         return self.decode(mean + jnp.exp(0.5 * log_variance) * noise), mean, log_variance
