@@ -1,6 +1,5 @@
 """Prompts, and what is given, to frames and sound: the one way to sample a trained model."""
 
-import functools
 import math
 
 import jax
@@ -16,12 +15,13 @@ BATCH = 8  # prompts sampled at once
 class Generator:
     """A trained model, ready to sample: one compiled program for each (shape, method, number of steps).
 
-    config, frozen: as in checkpoint.Trained. Call it with prompts; see `__call__`.
+    config, frozen: as in checkpoint.Trained. Call it with prompts; see `__call__`. `run` is the program: text in,
+    frames and sound out.
     """
 
     def __init__(self, config, frozen):
         self.config, self.frozen = config, jax.device_put(frozen)
-        self._run = jax.jit(self._sample, static_argnames=("method", "interval"))
+        self.run = jax.jit(self._sample, static_argnames=("method", "interval"))
         self._encode = jax.jit(lambda frozen, v, a: stages.encode(self.config, frozen, v, a))
 
     def __call__(self, prompts, *, seed=0, frames=None, steps=None, method=None, guidance=None, given=None):
@@ -32,35 +32,30 @@ class Generator:
         what is given comes back as the autoencoder sees it, and the rest is made to fit. Unset options are the
         config's.
         """
-        options = self.config.sample
+        arrays, static = self.arguments(frames=frames, steps=steps, method=method, guidance=guidance, given=given)
+        tokens = text.encode(prompts, self.config.data.text_length)
+        key, batch = jax.random.key(seed), min(BATCH, len(prompts))
+        made = []
+        for start in range(0, len(prompts), batch):
+            numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)  # the last batch is filled up
+            video, audio = self.run(key=key, numbers=numbers, tokens=tokens[numbers], **arrays, **static)
+            keep = min(batch, len(prompts) - start)
+            made.append((np.asarray(video)[:keep], np.asarray(audio)[:keep]))
+        return tuple(np.concatenate(parts) for parts in zip(*made, strict=True))
+
+    def arguments(self, *, frames=None, steps=None, method=None, guidance=None, given=None):
+        """The options of `__call__` as arguments of `run`: -> (arrays, static ones). Raises UserError."""
+        options, size = self.config.sample, stages.layout(self.config, frames)
         guidance = options.guidance if guidance is None else guidance
         if not math.isfinite(guidance):
             raise UserError(f"guidance={guidance} must be a finite number")
-        size = stages.layout(self.config, frames)
         masks, clean = self._given(given or {}, size)
         levels = samplers.schedule_matrix(
             steps or options.steps, size.latent_frames, self.config.denoiser.diffusion, masks, spacing=options.spacing
         )
-        tokens = text.encode(prompts, self.config.data.text_length)
-        run = functools.partial(
-            self._run,
-            self.frozen,
-            clean=clean,
-            masks=masks,
-            levels=levels,
-            guidance=float(guidance),
-            rescale=options.rescale,
-            method=method or options.method,
-            interval=tuple(options.interval),
-        )
-        batch = min(BATCH, len(prompts))
-        made = []
-        for start in range(0, len(prompts), batch):
-            numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)  # the last batch is filled up
-            video, audio = run(key=jax.random.key(seed), numbers=numbers, tokens=tokens[numbers])
-            keep = min(batch, len(prompts) - start)
-            made.append((np.asarray(video)[:keep], np.asarray(audio)[:keep]))
-        return tuple(np.concatenate(parts) for parts in zip(*made, strict=True))
+        arrays = dict(frozen=self.frozen, clean=clean, masks=masks, levels=levels)
+        arrays |= dict(guidance=float(guidance), rescale=options.rescale)
+        return arrays, dict(method=method or options.method, interval=tuple(options.interval))
 
     def _given(self, given, size):
         """-> (masks {modality: bool [T]}, clean latents of batch 1) of what is given; the rest is zeros."""

@@ -156,6 +156,30 @@ def abstract_params(config):
     return {name: jax.eval_shape(init, jax.random.key(0)) for name, init in init_fns(config).items()}
 
 
+def abstract_batch(config, name):
+    """The batch that stage `name` trains on, as ShapeDtypeStructs."""
+    size, side, rows = layout(config), config.data.size, config[name].batch_size
+    tokens = jax.ShapeDtypeStruct((rows, config.data.text_length), jnp.int32)
+    clips = {
+        "video": jax.ShapeDtypeStruct((rows, size.frames, side, side, 3), jnp.uint8),
+        "audio": jax.ShapeDtypeStruct((rows, size.samples), jnp.float32),
+        "tokens": tokens,
+    }
+    if name != "denoiser" or not config.denoiser.cached_clips:
+        return clips
+    words = jax.eval_shape(lambda p, t: encode_text(config, p, t), abstract_frozen(config), tokens)
+    z = {m: jax.ShapeDtypeStruct((rows, *shape), jnp.float32) for m, shape in latent_shapes(size).items()}
+    return {"z": z, "text": words}
+
+
+def abstract_frozen(config):
+    """What the denoiser needs of earlier stages (see Stage), as ShapeDtypeStructs."""
+    params = abstract_params(config)
+    per_channel = {m: jax.ShapeDtypeStruct(s[-1:], jnp.float32) for m, s in latent_shapes(layout(config)).items()}
+    statistics = {m: {"mean": x, "std": x} for m, x in per_channel.items()}
+    return {**{name: params[name] for name in STAGES[:3]}, "statistics": statistics}
+
+
 def latent_shapes(size):
     """Shapes of one clip's latents: {'video': (T, h, w, C), 'audio': (K*T, D)}."""
     per_frame, channels = size.audio

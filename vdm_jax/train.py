@@ -77,23 +77,16 @@ def write_config(workdir, config):
 
 def train_stage(name, config, workdir, mesh, source):
     settings = config[name]
-    stage = stages.build(config)[name]
     directory = workdir / name
     directory.mkdir(parents=True, exist_ok=True)
     lead = jax.process_index() == 0
 
     # ---------------------------------------------------------------------------- state, abstract first, then restored
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-
-    def init():
-        return train_state.create(stage.init(init_key), settings)
-
-    abstract = jax.eval_shape(init)
-    shardings = sharding.state_shardings(abstract, mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    program = train_state.program(stages.build(config)[name], settings, init_key, mesh)
     checkpoints = checkpoint.manager(directory / "checkpoints")
     done = checkpoints.latest_step() or 0
-    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract["params"]))
+    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(program.abstract["params"]))
     logger.info("%s: %.2f M parameters, %d of %d steps done", name, parameters / 1e6, done, settings.steps)
     if done >= settings.steps:
         checkpoints.close()
@@ -118,26 +111,19 @@ def train_stage(name, config, workdir, mesh, source):
         to_example=to_example,
     )
     batch_sharding = sharding.batch_sharding(mesh)
-    state = checkpoint.restore(checkpoints, abstract) if done else jax.jit(init, out_shardings=shardings)()
+    state = checkpoint.restore(checkpoints, program.abstract) if done else program.init()
 
-    # ----------------------------------------------------------------------------------------------------- train step
-    step_fn = jax.jit(
-        train_state.make_step(stage.loss, settings),
-        donate_argnums=0,
-        out_shardings=(shardings, sharding.replicated(mesh)),
-    )
+    # ----------------------------------------------------------------------------------------------------------- loop
     writer = SummaryWriter(str(directory)) if lead else None
     show = preview.make(name, config, directory / "previews") if lead and config.preview_every else None
     log = MetricsLog(directory / "metrics.jsonl", done) if lead else None
-
-    # ----------------------------------------------------------------------------------------------------------- loop
     steps = tqdm(range(done, settings.steps), name, settings.steps, initial=done, disable=None, unit="step")
     history, waited, began = [], 0.0, time.perf_counter()
     for step in steps:
         asked = time.perf_counter()
         batch = pipeline.to_devices(next(batches), batch_sharding)
         waited += time.perf_counter() - asked
-        state, metrics = step_fn(state, step_key, batch, frozen)
+        state, metrics = program.step(state, step_key, batch, frozen)
         history.append(metrics)
         number = step + 1
         last = number == settings.steps

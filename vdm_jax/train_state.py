@@ -1,10 +1,13 @@
 """The train state: a plain dict {'step', 'params', 'opt', 'ema'} and the one function that moves it on."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from vdm_jax import optim
+from vdm_jax import optim, sharding
 
 
 def create(params, config):
@@ -37,3 +40,28 @@ def make_step(loss_fn, config):
         return {"step": state["step"] + 1, "params": params, "opt": opt, "ema": ema}, metrics
 
     return step
+
+
+class Program(NamedTuple):
+    """A stage's training on a mesh, nothing of it run yet."""
+
+    init: Callable  # init() -> state, jitted, sharded
+    step: Callable  # step(state, key, batch, frozen) -> (state, metrics), jitted, sharded; the old state is donated
+    abstract: Any  # the state as ShapeDtypeStructs with shardings
+
+
+def program(stage, config, key, mesh):
+    """The Program of a stages.Stage under its settings `config`; its parameters are drawn from `key`."""
+
+    def init():
+        return create(stage.init(key), config)
+
+    abstract = jax.eval_shape(init)
+    shardings = sharding.state_shardings(abstract, mesh)
+    return Program(
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(
+            make_step(stage.loss, config), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))
+        ),
+        abstract=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings),
+    )
