@@ -11,7 +11,7 @@ from etils import epath
 from configs import t2v_pod
 from tests import tiny
 from tests.conftest import write_run
-from vdm_jax import checkpoint, stages
+from vdm_jax import checkpoint, stages, train
 from vdm_jax.errors import UserError
 
 PARAMS = {
@@ -41,10 +41,12 @@ def equal(a, b):
 
 def test_safetensors_come_back(tmp_path):
     path = tmp_path / "w.safetensors"
-    checkpoint.write_safetensors(path, PARAMS, np.float32)
-    equal(checkpoint.read_safetensors(path, EXPECTED), PARAMS)
-    checkpoint.write_safetensors(path, PARAMS)
-    half = checkpoint.read_safetensors(path, EXPECTED)
+    checkpoint.write_safetensors(path, PARAMS, 7, np.float32)
+    back, step = checkpoint.read_safetensors(path, EXPECTED)
+    equal(back, PARAMS)
+    assert step == 7
+    checkpoint.write_safetensors(path, PARAMS, 0)
+    half, _ = checkpoint.read_safetensors(path, EXPECTED)
     equal(half, jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), PARAMS))
     assert {x.dtype for x in jax.tree.leaves(half)} == {np.dtype(np.float32)}
 
@@ -60,7 +62,7 @@ def test_safetensors_of_another_model_are_told(tmp_path):
         ({"stem": stem}, "scale is missing"),
         ({**PARAMS, "more": stem}, "more/bias is unknown"),
     ):
-        checkpoint.write_safetensors(path, params)
+        checkpoint.write_safetensors(path, params, 0)
         with pytest.raises(UserError, match=words):
             checkpoint.read_safetensors(path, EXPECTED)
 
@@ -69,7 +71,11 @@ def test_damaged_safetensors_are_told(tmp_path):
     path = tmp_path / "w.safetensors"
     with pytest.raises(UserError, match="missing"):
         checkpoint.read_safetensors(path, EXPECTED)
-    checkpoint.write_safetensors(path, PARAMS)
+    for step in ("much", -1, 2**40):
+        checkpoint.write_safetensors(path, PARAMS, step)
+        with pytest.raises(UserError, match="no readable safetensors"):
+            checkpoint.read_safetensors(path, EXPECTED)
+    checkpoint.write_safetensors(path, PARAMS, 0)
     whole = path.read_bytes()
     for content in (b"", whole[:5], whole[:40], whole[:-3], whole + b"x", b"\xff" * 64, b"PK\3\4" + whole):
         path.write_bytes(content)
@@ -172,6 +178,22 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     exported = checkpoint.load_trained(None, stages.abstract_params)
     assert exported.config.to_dict() == trained.config.to_dict()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), exported.frozen, trained.frozen)
+
+    # -------------------------------------------------------------------------------------- and taken over by a new run
+    run = tmp_path / "new" / "run"
+    done = command(checkpoint, "import", f"--weights={tmp_path / 'out'}", f"--workdir={run}")
+    assert done.code == 0 and f"denoiser at step {tiny.get_config().denoiser.steps}" in done.out
+    jax.tree.map(
+        np.testing.assert_array_equal, checkpoint.load_trained(run, stages.abstract_params).frozen, exported.frozen
+    )
+    done = command(checkpoint, "import", "--weights=reference", f"--workdir={run}")
+    assert done.code == 2 and len(done.err) == 1 and "holds a run already" in done.err[0]
+    done = command(checkpoint, "import", f"--weights={tmp_path}", f"--workdir={tmp_path / 'other'}")
+    assert done.code == 2 and len(done.err) == 1 and "holds no weights" in done.err[0]
+    longer = f"--config.denoiser.steps={tiny.get_config().denoiser.steps + 2}"
+    done = command(train, "--config=tests/tiny.py", f"--workdir={run}", longer, "--config.preview_every=0")
+    assert done.code == 0 and any("8 of 10 steps done" in line for line in done.err)
+    assert checkpoint.newest_step(run, "denoiser") == tiny.get_config().denoiser.steps + 2
 
     for options in (["export"], ["export", f"--workdir={tiny_run}"], [f"--workdir={tiny_run}", "--out=x"]):
         done = command(checkpoint, *options)

@@ -1,6 +1,10 @@
 """Checkpoints of a run (Orbax) and weights for others (safetensors).
 
-python -m vdm_jax.checkpoint export --workdir=DIR --out=FOLDER    # EMA weights of all stages, half precision
+    python -m vdm_jax.checkpoint export --workdir=DIR --out=FOLDER    # EMA weights of all stages, half precision
+    python -m vdm_jax.checkpoint import --weights=FOLDER --workdir=DIR    # a run that goes on from exported weights
+
+An imported run stands where the exported one stood, less its optimiser's memory: raise a stage's steps to train it on,
+or delete a stage's folder to train that one anew. --weights=reference names the weights that ship with the package.
 """
 
 import json
@@ -58,17 +62,26 @@ def load_trained(workdir, abstract_params):
     abstract_params(config) -> {stage: tree of ShapeDtypeStruct} tells which weights and shapes the config asks for.
     """
     if workdir is None:
-        if not (REFERENCE / "config.json").exists():
-            raise UserError("this installation carries no reference weights: give --workdir of a trained run")
-        config, expected = open_run(REFERENCE, abstract_params)
-        params = {s: read_safetensors(REFERENCE / f"{s}.safetensors", expected[s]) for s in STAGES}
-        return Trained(config, {**params, "statistics": read_statistics(REFERENCE / "statistics.json")})
+        return load_exported(REFERENCE, abstract_params)[0]
     folder = epath.Path(workdir)
     if not (folder / "config.json").exists():
         raise UserError(f"{workdir} is no run folder (no config.json): train one with python -m vdm_jax.train")
     config, expected = open_run(folder, abstract_params)
     params = {s: load_params(folder, s, expected[s]) for s in STAGES}
     return Trained(config, {**params, "statistics": read_statistics(folder / "denoiser" / "statistics.json")})
+
+
+def load_exported(folder, abstract_params):
+    """-> (Trained, {stage: step}) of exported weights. Raises UserError where something is missing or damaged."""
+    folder = epath.Path(folder)
+    if not (folder / "config.json").exists():
+        what = "this installation carries no reference weights" if folder == REFERENCE else f"{folder} holds no weights"
+        raise UserError(f"{what}: give --workdir of a trained run")
+    config, expected = open_run(folder, abstract_params)
+    read = {s: read_safetensors(folder / f"{s}.safetensors", expected[s]) for s in STAGES}
+    params = {s: tree for s, (tree, _) in read.items()}
+    trained = Trained(config, {**params, "statistics": read_statistics(folder / "statistics.json")})
+    return trained, {s: step for s, (_, step) in read.items()}
 
 
 def open_run(folder, abstract_params):
@@ -82,12 +95,16 @@ def open_run(folder, abstract_params):
         ) from None
 
 
+def newest_step(workdir, stage):
+    """The step of the newest checkpoint of a run's stage, or None."""
+    directory = epath.Path(workdir).absolute() / stage / "checkpoints"
+    # Looked up without a manager, which might clean up a save that a training run has under way.
+    return max(ocp.utils.checkpoint_steps(directory), default=None) if directory.exists() else None
+
+
 def load_params(workdir, stage, expected):
     """The EMA weights in the newest checkpoint of a run's stage, on the host. Raises UserError when there is none."""
-    directory = epath.Path(workdir) / stage / "checkpoints"
-    # Looked up without a manager, which might clean up a save that a training run has under way.
-    found = ocp.utils.checkpoint_steps(directory.absolute()) if directory.exists() else []
-    step = max(found, default=None)
+    directory, step = epath.Path(workdir) / stage / "checkpoints", newest_step(workdir, stage)
     if step is None:
         raise UserError(
             f"{workdir} is unfinished: stage {stage} has no checkpoint; go on with "
@@ -154,17 +171,22 @@ def read_json(path):
 # ---------------------------------------------------------------------------------------------------- safetensors
 
 
-def write_safetensors(path, params, dtype=np.float16):
-    """Writes a tree of parameters as flat names 'a/b/c'."""
+def write_safetensors(path, params, step, dtype=np.float16):
+    """Writes a tree of parameters as flat names 'a/b/c', and the step they are of as metadata."""
     flat = {}
     jax.tree_util.tree_map_with_path(lambda p, x: flat.update({path_name(p): np.asarray(x, dtype)}), params)
-    epath.Path(path).write_bytes(safetensors.numpy.save(flat))
+    epath.Path(path).write_bytes(safetensors.numpy.save(flat, metadata={"step": str(step)}))
 
 
 def read_safetensors(path, expected):
-    """A tree like `expected` (shapes checked), float32. Raises UserError."""
+    """-> (a tree like `expected`, shapes checked, float32; the step it is of). Raises UserError."""
     try:
-        flat = safetensors.numpy.load(epath.Path(path).read_bytes())
+        stored = epath.Path(path).read_bytes()
+        flat = safetensors.numpy.load(stored)
+        length = int.from_bytes(stored[:8], "little")
+        step = int(json.loads(stored[8 : 8 + length]).get("__metadata__", {}).get("step", 0))
+        if not 0 <= step < 2**31:
+            raise ValueError(f"step {step}")
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (SafetensorError, ValueError, OverflowError, KeyError) as error:
@@ -183,28 +205,54 @@ def read_safetensors(path, expected):
     tree = jax.tree_util.tree_map_with_path(leaf, expected)
     if extra := sorted(set(flat) - names):
         raise UserError(f"{path}: {extra[0]} is unknown to the config; the file belongs to another model")
-    return tree
+    return tree, step
 
 
 def main(argv):
-    if argv[1:] != ["export"] or not flags.FLAGS.workdir or not flags.FLAGS.out:
-        raise UserError("usage: python -m vdm_jax.checkpoint export --workdir=DIR --out=FOLDER")
-    from vdm_jax import stages  # stages imports models; reading a checkpoint does not need them
+    # Imported here: reading a checkpoint needs neither models nor optimisers.
+    from vdm_jax import stages, train_state
 
-    trained = load_trained(flags.FLAGS.workdir, stages.abstract_params)
-    out = epath.Path(flags.FLAGS.out)
+    options = flags.FLAGS
+    if argv[1:] == ["export"] and options.workdir and options.out:
+        return export(options.workdir, epath.Path(options.out), stages.abstract_params)
+    if argv[1:] == ["import"] and options.weights and options.workdir:
+        weights = REFERENCE if options.weights == "reference" else options.weights
+        return take_over(weights, epath.Path(options.workdir), stages.abstract_params, train_state.create)
+    raise UserError(
+        "usage: python -m vdm_jax.checkpoint export --workdir=DIR --out=FOLDER, "
+        "or python -m vdm_jax.checkpoint import --weights=FOLDER --workdir=DIR"
+    )
+
+
+def export(workdir, out, abstract_params):
+    trained = load_trained(workdir, abstract_params)
     out.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
-        write_safetensors(out / f"{stage}.safetensors", trained.frozen[stage])
+        write_safetensors(out / f"{stage}.safetensors", trained.frozen[stage], newest_step(workdir, stage))
     (out / "config.json").write_text(trained.config.to_json_best_effort(indent=1) + "\n")
     write_statistics(out / "statistics.json", trained.frozen["statistics"])
     size = sum((out / f"{stage}.safetensors").stat().length for stage in STAGES)
     print(f"wrote {out}: {size / 1e6:.2f} MB of weights")
 
 
+def take_over(weights, workdir, abstract_params, create):
+    """Makes the run `workdir` of exported weights; create(params, settings) -> a train state at step 0."""
+    trained, steps = load_exported(weights, abstract_params)
+    if (workdir / "config.json").exists():
+        raise UserError(f"{workdir} holds a run already: give a new --workdir")
+    for stage in STAGES:
+        state = create(trained.frozen[stage], trained.config[stage])
+        with manager(workdir / stage / "checkpoints") as checkpoints:
+            save(checkpoints, state | {"step": state["step"] + steps[stage]})
+    write_statistics(workdir / "denoiser" / "statistics.json", trained.frozen["statistics"])
+    (workdir / "config.json").write_text(trained.config.to_json_best_effort(indent=1, sort_keys=True) + "\n")
+    print(f"made {workdir}: " + ", ".join(f"{stage} at step {steps[stage]}" for stage in STAGES))
+
+
 def define_flags():
-    flags.DEFINE_string("workdir", None, "Run folder to read.")
-    flags.DEFINE_string("out", None, "Folder to write.")
+    flags.DEFINE_string("workdir", None, "Run folder, to read or to make.")
+    flags.DEFINE_string("out", None, "Folder to write exported weights to.")
+    flags.DEFINE_string("weights", None, "Folder of exported weights to read, or 'reference'.")
 
 
 if __name__ == "__main__":
