@@ -126,7 +126,20 @@ def get_config():
 
     # ------------------------------------------------------------------------------------------ sample, evaluate
     config.sample = ConfigDict(
-        dict(method="dpmpp_2m", steps=32, guidance=4.0, rescale=0.0, interval=(-12.0, 12.0), spacing="time")
+        dict(
+            method="dpmpp_2m",
+            steps=32,
+            spacing="time",
+            guidance=4.0,  # weight of the text; 1 adds nothing, for this and the next two
+            history_guidance=1.0,  # weight of what is given
+            history_fraction=0.0,  # 0: guidance by what is given against nothing; t: by what is given noised to time t
+            modality_guidance=1.0,  # weight of the sound on the picture, and of the picture on the sound
+            rescale=0.0,
+            interval=(-12.0, 12.0),  # log_snr, in which guidance acts
+            given_time=0.0,  # given frames are lightly noised to this time, and the model is told so
+            lag=0,  # steps by which each latent frame is behind the one before; above 0: a pyramid
+            history=4,  # latent frames that each window of a long clip is given of the one before
+        )
     )
     config.evaluate = ConfigDict(dict(clips=64, prompts=32, batch_size=16))
     config.lock()

@@ -88,6 +88,11 @@ WRONG = {
     "no video": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--video={files}/text.mp4"], "text.mp4"),
     "no image": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--image={files}/text.mp4"], "text.mp4"),
     "no sound": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--audio={files}/none.wav"], "none.wav"),
+    "one between": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--between={files}/a"], "wants two files"),
+    "long sound": (
+        ["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--audio={files}/a.wav", "--seconds=9.125"],
+        "--audio is for clips of up to 0.625 s",
+    ),
     "two given": (
         ["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--image={files}/a.png", "--audio={files}/a.wav"],
         "only one of --image",
@@ -108,14 +113,22 @@ def test_what_is_given_is_read_at_the_size_and_rates_of_the_run(tmp_path):
     video = np.zeros((9, 32, 48, 3), np.uint8)
     video[:, :, 8:24, 0] = 200  # the left half of what the centre crop keeps
     media.write_mp4(path, video, np.sin(np.arange(9 * 500) / 3), fps=8, sample_rate=4000)
-    given = sample.read_given(config, 5, video=path)["video"]
-    assert given.shape == (5, 16, 16, 3) and given.dtype == np.uint8
-    assert given[:, :, :7, 0].min() > 150 and given[:, :, 9:, 0].max() < 50
-    sound = sample.read_given(config, 5, audio=path)["audio"]
-    assert sound.shape == (5 * 250,) and sound.dtype == np.float32 and np.abs(sound[100:-100]).max() > 0.8
+    given, start = sample.read_given(config, 5, {"video": path})
+    assert given.video.shape == (1, 5, 16, 16, 3) and given.video.dtype == np.uint8 and start is None
+    assert given.masks["video"].all() and not given.masks["audio"].any() and given.audio is None
+    assert given.video[0, :, :, :7, 0].min() > 150 and given.video[0, :, :, 9:, 0].max() < 50
+    given, _ = sample.read_given(config, 5, {"audio": path})
+    assert given.audio.shape == (1, 5 * 250) and given.audio.dtype == np.float32
+    assert np.abs(given.audio[0, 100:-100]).max() > 0.8 and given.masks["audio"].all()
     media.contact_sheet(tmp_path / "image.png", [video], [""])
-    assert sample.read_given(config, 5, image=tmp_path / "image.png")["video"].shape == (1, 16, 16, 3)
-    assert sample.read_given(config, 5) == {}
+    given, _ = sample.read_given(config, 5, {"image": tmp_path / "image.png"})
+    assert given.masks["video"].tolist() == [True, False, False]
+    given, start = sample.read_given(config, 5, {"continue": path})
+    assert given is None and start[0].shape == (1, 9, 16, 16, 3) and start[1].shape == (1, 9 * 250)
+    given, _ = sample.read_given(config, 5, {"between": [path, path]})
+    assert given.masks["video"].tolist() == [True, False, True]
+    given, start = sample.read_given(config, 5, {"image": None, "between": None})
+    assert given.video is None and start is None
 
 
 @pytest.mark.parametrize("seconds, frames", [(0.625, 5), (0.6, 5), (0.01, 1), (1.2, 9), (60, 481)])
@@ -127,3 +140,17 @@ def test_lengths_fill_latent_frames(seconds, frames):
 def test_lengths_that_make_no_sense(seconds):
     with pytest.raises(UserError, match="--seconds="):
         sample.frames_of(seconds, tiny.get_config())
+
+
+def test_a_clip_is_carried_on_and_two_are_joined(tiny_run, tmp_path, command):
+    ramp = np.arange(9)[:, None, None, None] * 20 + np.zeros((9, 16, 16, 3))
+    media.write_mp4(tmp_path / "a.mp4", ramp.astype(np.uint8), np.sin(np.arange(9 * 250) / 3), **RATE)
+    common = [f"--workdir={tiny_run}", "--prompt=a red circle", "--steps=2", f"--out={tmp_path / 'out.mp4'}"]
+    done = command(sample, *common, f"--continue={tmp_path / 'a.mp4'}", "--seconds=1.125")
+    assert done.code == 0
+    before = media.read_video(tmp_path / "a.mp4", size=16, **RATE)[0]
+    after, sound, _ = media.read_video(tmp_path / "out.mp4", size=16, **RATE)
+    assert len(after) == 9 + 9 and np.abs(sound[: 9 * 250]).max() > 0.8
+    assert np.abs(after[:9].astype(int) - before).mean() < 6  # H.264 twice
+    done = command(sample, *common, f"--between={tmp_path / 'a.mp4'},{tmp_path / 'a.mp4'}")
+    assert done.code == 0 and len(media.read_video(tmp_path / "out.mp4", size=16, **RATE)[0]) == 5

@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vdm_jax import diffusion, samplers
+from vdm_jax.diffusion import MODALITIES
 from vdm_jax.errors import UserError
 
 FRAMES, TOKENS = 3, 2  # latent frames; audio tokens a frame
@@ -287,8 +288,8 @@ def test_guidance_mixes_the_two_predictions():
         calls.append(args[0]["video"].shape)
         return conditional(*args)
 
-    def guided(*args, **more):
-        return samplers.guided(counted, null, *args, **more)(z, level, cond)
+    def guided(weight, **more):
+        return samplers.guided(counted, samplers.text_guidance(weight, null), **more)(z, level, cond)
 
     for name in z:
         np.testing.assert_array_equal(guided(1.0)[name], with_text[name])
@@ -326,10 +327,96 @@ def test_guidance_moves_a_gaussian_to_its_condition():
     cond, null = {"mean": jnp.full((2000, 12), 0.4)}, {"mean": jnp.zeros((1, 12))}
     config = {**CONFIG, "target": "x0"}
     levels = samplers.schedule_matrix(32, FRAMES, CONFIG)
-    guided = samplers.guided(denoise, null, 3.0)
+    guided = samplers.guided(denoise, samplers.text_guidance(3.0, null))
     x = flat(samplers.sample(guided, jax.random.key(0), noise(2000), cond, levels, "dpmpp_2m", config))
     np.testing.assert_allclose(x.mean(0), 1.2, atol=0.1)
     np.testing.assert_allclose(np.cov(x.T), covariance, atol=0.1)
+
+
+def by_example(mean, covariance):
+    """The exact denoise_fn of a Gaussian where every example has levels of its own."""
+    denoise = exact(mean, covariance)
+
+    def one(z, level):
+        return jax.tree.map(lambda x: x[0], denoise(*(jax.tree.map(lambda x: x[None], t) for t in (z, level)), {}))
+
+    return lambda z, level, cond: jax.vmap(one)(z, level)
+
+
+def untied(covariance, group):
+    """The covariance without what ties the entries of `group` [12] to the others."""
+    return np.where(group[:, None] == group, covariance, 0)
+
+
+def assert_close(a, b, where):
+    for name in a:
+        mask = np.broadcast_to(np.repeat(where[name], a[name].shape[1] // FRAMES)[None], a[name].shape[:2])
+        np.testing.assert_allclose(np.asarray(a[name])[mask], np.asarray(b[name])[mask], atol=0.02)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.4])
+def test_history_guidance_withholds_what_is_given(fraction):
+    # Of a Gaussian the prediction without the given frames is that of the others alone, and from
+    # frames noised to t that of the whole with those frames at that level: both in closed form.
+    mean, covariance = gaussian()
+    given = {"video": np.array([True, False, False]), "audio": np.array([True, True, False])}
+    made = {name: ~mask for name, mask in given.items()}
+    z, other = noise(4), noise(4, 1)
+    level = {name: jnp.where(mask, 12.0, 0.3) + jnp.zeros((4, FRAMES)) for name, mask in given.items()}
+    tied = by_example(mean, covariance)
+    group = np.asarray(
+        flat({n: diffusion.spread(jnp.array(given[n])[None], x) | (x < -99) for n, x in noise(1).items()})
+    )[0]
+    full, alone = tied(z, level, {}), by_example(mean, untied(covariance, group))(z, level, {})
+    more = full
+    if fraction:
+        to = float(diffusion.log_snr(fraction, CONFIG))
+        noisy = diffusion.add_noise(z, other, {n: jnp.full((4, FRAMES), to) for n in z})
+        hazy = {n: jnp.where(diffusion.spread(jnp.asarray(given[n])[None], z[n]), noisy[n], z[n]) for n in z}
+        more = tied(hazy, {n: jnp.where(given[n], to, level[n]) for n in z}, {})
+    terms = samplers.history_guidance(2.5, given, other, CONFIG, fraction)
+    guided = samplers.guided(tied, terms)(z, level, {})
+    assert_close(guided, {n: full[n] + 1.5 * (more[n] - alone[n]) for n in z}, made)
+    none = samplers.guided(tied, samplers.history_guidance(1.0, given, other, CONFIG, fraction))(z, level, {})
+    assert_close(none, full, made)
+    assert np.abs(guided["video"] - full["video"]).max() > 0.1
+
+
+def test_modality_guidance_withholds_the_other_modality():
+    mean, covariance = gaussian()
+    z, other, level = noise(4), noise(4, 1), {"video": jnp.full((4, FRAMES), 0.3), "audio": jnp.full((4, FRAMES), -0.5)}
+    tied = by_example(mean, covariance)
+    group = np.arange(12) < 2 * FRAMES  # video
+    full, alone = tied(z, level, {}), by_example(mean, untied(covariance, group))(z, level, {})
+    guided = samplers.guided(tied, samplers.modality_guidance(3.0, other, CONFIG))(z, level, {})
+    everywhere = dict.fromkeys(z, np.ones(FRAMES, bool))
+    assert_close(guided, {n: full[n] + 2 * (full[n] - alone[n]) for n in z}, everywhere)
+    assert all(np.abs(guided[n] - full[n]).max() > 0.1 for n in z)
+
+
+def test_all_guidance_is_one_call():
+    mean, covariance = gaussian()
+    calls, denoise = [], by_example(mean, covariance)
+
+    def counted(z, level, cond):
+        calls.append((len(z["video"]), cond["text"].shape))
+        return denoise(z, level, cond)
+
+    given = {"video": np.array([True, False, False]), "audio": np.zeros(FRAMES, bool)}
+    terms = samplers.text_guidance(4.0, {"text": jnp.zeros((1, 2))})
+    terms += samplers.history_guidance(2.0, given, noise(2, 1), CONFIG, 0.5)
+    terms += samplers.modality_guidance(2.0, noise(2, 1), CONFIG)
+    level = {name: jnp.zeros((2, FRAMES)) for name in MODALITIES}
+    guided = samplers.guided(counted, terms)(noise(2), level, {"text": jnp.ones((2, 2))})
+    assert calls == [(2 * 6, (2 * 6, 2))]  # as is; without text; history noised, none; no sound, no picture
+    assert guided["video"].shape == (2, FRAMES, 1, 1, 2)
+
+
+def test_given_frames_may_be_lightly_noised():
+    given = {"video": np.array([True, False, False])}
+    levels = samplers.schedule_matrix(4, FRAMES, CONFIG, given, given_time=0.02)["video"]
+    np.testing.assert_allclose(levels[:, 0], diffusion.log_snr(0.02, CONFIG), rtol=1e-6)
+    assert levels[0, 0] < 12 and (levels[-1, 1:] == 12).all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -347,7 +434,7 @@ def test_a_second_call_does_not_trace_again():
         def denoise(z, level, cond):
             return jax.tree.map(lambda a: scale * a, exact(mean, covariance)(z, level, cond))
 
-        guided = samplers.guided(denoise, {"text": jnp.zeros((1, 2))}, weight)
+        guided = samplers.guided(denoise, samplers.text_guidance(weight, {"text": jnp.zeros((1, 2))}))
         return samplers.sample(guided, key, z, cond, levels, "dpmpp_2m", CONFIG)
 
     outputs = []

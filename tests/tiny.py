@@ -43,7 +43,7 @@ def get_config():
     )
     denoiser.model.update(head_dim=8, embedding=16)
 
-    config.sample.steps = 4
+    config.sample.update(steps=4, history=2)
     config.evaluate.update(clips=4, prompts=2, batch_size=2)
     config.lock()
     return config

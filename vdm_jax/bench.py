@@ -48,9 +48,7 @@ def main(argv):
         raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
     if config is None:
         raise UserError("--config=FILE is missing")
-    for key in ("steps", "method"):
-        if options[key].value is not None:
-            config.sample[key] = options[key].value
+    config.sample.update({key: options[key].value for key in ("steps", "method") if options[key].value is not None})
     stages.models(config)  # what does not fit is told first
     out = None
     if options.out:

@@ -42,8 +42,8 @@ def main(argv):
         raise UserError("--out is missing: the folder for the report")
     began = time.perf_counter()
     config, frozen = load(options.workdir, AUTOENCODERS.values() if options.only else checkpoint.STAGES)
-    for section, keys in ((config.evaluate, ("clips", "prompts")), (config.sample, ("steps", "guidance", "method"))):
-        section.update({key: options[key].value for key in keys if options[key].value is not None})
+    sample.set_sampler(config)
+    config.evaluate.update({k: options[k].value for k in ("clips", "prompts") if options[k].value is not None})
     held_out, out = pipeline.source(config, "held_out"), sample.make_folder(options.out)
 
     # -------------------------------------------------------------------------------------- truth and reconstruction

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdm_jax import conditioning, samplers, stages, text
+from vdm_jax import conditioning, samplers, stages, tasks, text
+from vdm_jax.diffusion import add_noise, one_of, spread
 from vdm_jax.errors import UserError
 
 BATCH = 8  # prompts sampled at once
+FADE = 0.005  # s, over which the sound of one window of a roll-out gives way to the next one's
 
 
 class Generator:
@@ -21,80 +23,145 @@ class Generator:
 
     def __init__(self, config, frozen):
         self.config, self.frozen = config, jax.device_put(frozen)
-        self.run = jax.jit(self._sample, static_argnames=("method", "interval"))
+        self.run = jax.jit(self._sample, static_argnames=("method", "interval", "guides", "fraction"))
         self._encode = jax.jit(lambda frozen, v, a: stages.encode(self.config, frozen, v, a))
 
-    def __call__(self, prompts, *, seed=0, frames=None, steps=None, method=None, guidance=None, given=None):
+    def __call__(self, prompts, *, seed=0, window=0, frames=None, given=None, **options):
         """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]) for P prompts, as NumPy arrays.
 
-        frames: video frames, 1 + f_t * n (default: as trained). Prompt i draws its noise from (seed, i), whatever the
-        batch. given: {'video': uint8 [n, H, W, 3] the first n frames, 'audio': float32 [N]}, either may be left out;
-        what is given comes back as the autoencoder sees it, and the rest is made to fit. Unset options are the
-        config's.
+        frames: video frames, 1 + f_t * n (default: as trained). Prompt i draws its noise from (seed, window, i),
+        whatever the batch. given: a tasks.Given for clips of that length; what is given comes back as the autoencoder
+        sees it, and the rest is made to fit. options: any of config.sample (steps, method, guidance, ...). Raises
+        UserError where they do not fit.
         """
-        arrays, static = self.arguments(frames=frames, steps=steps, method=method, guidance=guidance, given=given)
+        arrays, static = self.arguments(frames=frames, given=given, **options)
+        clean = arrays.pop("clean")
         tokens = text.encode(prompts, self.config.data.text_length)
-        key, batch = jax.random.key(seed), min(BATCH, len(prompts))
+        key, batch = jax.random.fold_in(jax.random.key(seed), window), min(BATCH, len(prompts))
         made = []
         for start in range(0, len(prompts), batch):
             numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)  # the last batch is filled up
-            video, audio = self.run(key=key, numbers=numbers, tokens=tokens[numbers], **arrays, **static)
+            own = {name: x[numbers] if len(x) > 1 else x for name, x in clean.items()}
+            video, audio = self.run(key=key, numbers=numbers, tokens=tokens[numbers], clean=own, **arrays, **static)
             keep = min(batch, len(prompts) - start)
             made.append((np.asarray(video)[:keep], np.asarray(audio)[:keep]))
         return tuple(np.concatenate(parts) for parts in zip(*made, strict=True))
 
-    def arguments(self, *, frames=None, steps=None, method=None, guidance=None, given=None):
-        """The options of `__call__` as arguments of `run`: -> (arrays, static ones). Raises UserError."""
-        options, size = self.config.sample, stages.layout(self.config, frames)
-        guidance = options.guidance if guidance is None else guidance
-        if not math.isfinite(guidance):
-            raise UserError(f"guidance={guidance} must be a finite number")
-        masks, clean = self._given(given or {}, size)
+    def roll_out(self, prompts, frames, *, seed=0, given=None, start=None, **options):
+        """Like `__call__` for clips of any length, window after window, each given the end of the one before.
+
+        start: (video uint8 [P, n, H, W, 3], audio float32 [P, n * samples_per_frame]) that the clips begin with;
+        without it the first window is made from the prompts and `given`. What a window is given of the one before is
+        config.sample.history latent frames, or as many as there are.
+        """
+        size = stages.layout(self.config)
+        per_frame, wanted = size.samples_per_frame, options.get("history", self.config.sample.history)
+        if not 0 < wanted < size.latent_frames:
+            raise UserError(f"sample.history={wanted} must be from 1 to {size.latent_frames - 1} latent frames")
+        video, audio = self(prompts, seed=seed, given=given, **options) if start is None else start
+        window = 0
+        while video.shape[1] < frames:
+            window += 1
+            past = min(1 + size.f_t * (wanted - 1), 1 + (video.shape[1] - 1) // size.f_t * size.f_t)
+            given = tasks.history(video[:, -past:], audio[:, -past * per_frame :], size)
+            more, sound = self(prompts, seed=seed, window=window, given=given, **options)
+            video = np.concatenate([video, more[:, past:]], 1)
+            audio = joined(audio, sound, past * per_frame, round(FADE * self.config.data.sample_rate))
+        return video[:, :frames], audio[:, : frames * per_frame]
+
+    def arguments(self, *, frames=None, given=None, **options):
+        """What `__call__` is given as arguments of `run`: -> (arrays, static ones). Raises UserError."""
+        size = stages.layout(self.config, frames)
+        for name in options:
+            one_of("option", name, tuple(self.config.sample))
+        o = {**self.config.sample, **{name: value for name, value in options.items() if value is not None}}
+        for name in ("guidance", "history_guidance", "modality_guidance"):
+            if not math.isfinite(o[name]):
+                raise UserError(f"{name}={o[name]} must be a finite number")
+        for name in ("given_time", "history_fraction", "rescale"):
+            if not 0 <= o[name] <= 1:
+                raise UserError(f"{name}={o[name]} must be from 0 to 1")
+        masks, clean = self._given(given or tasks.nothing(size), size)
+        some = any(mask.any() for mask in masks.values())
         levels = samplers.schedule_matrix(
-            steps or options.steps, size.latent_frames, self.config.denoiser.diffusion, masks, spacing=options.spacing
+            o["steps"],
+            size.latent_frames,
+            self.config.denoiser.diffusion,
+            masks,
+            lag=o["lag"],
+            spacing=o["spacing"],
+            given_time=o["given_time"],
         )
-        arrays = dict(frozen=self.frozen, clean=clean, masks=masks, levels=levels)
-        arrays |= dict(guidance=float(guidance), rescale=options.rescale)
-        return arrays, dict(method=method or options.method, interval=tuple(options.interval))
+        weights = {name: float(o[name]) for name in ("guidance", "history_guidance", "modality_guidance", "rescale")}
+        arrays = dict(frozen=self.frozen, clean=clean, masks=masks, levels=levels, weights=weights)
+        guides = (some and o["history_guidance"] != 1, o["modality_guidance"] != 1)  # those that take a network call
+        return arrays, dict(
+            method=o["method"], interval=tuple(o["interval"]), guides=guides, fraction=float(o["history_fraction"])
+        )
 
     def _given(self, given, size):
-        """-> (masks {modality: bool [T]}, clean latents of batch 1) of what is given; the rest is zeros."""
-        shapes = stages.latent_shapes(size)
-        masks = {m: np.zeros(size.latent_frames, bool) for m in shapes}
-        clean = {m: np.zeros((1, *shape), np.float32) for m, shape in shapes.items()}
-        if not given:
-            return masks, clean
-        video = np.zeros((1, size.frames, self.config.data.size, self.config.data.size, 3), np.uint8)
-        audio = np.zeros((1, size.samples), np.float32)
-        if "video" in given:
-            frames = len(given["video"])
-            video[0] = given["video"][np.minimum(np.arange(size.frames), frames - 1)]
-            masks["video"][: 1 + (frames - 1) // size.f_t] = True
-        if "audio" in given:
-            audio[0] = given["audio"]
-            masks["audio"][:] = True
+        """-> (masks {modality: bool [T]}, clean latents [P or 1, ...] of what is given; the rest is zeros)."""
+        clean = {m: np.zeros((1, *shape), np.float32) for m, shape in stages.latent_shapes(size).items()}
+        if given.video is None and given.audio is None:
+            return given.masks, clean
+        rows, side = max(len(x) for x in given[:2] if x is not None), self.config.data.size
+        video = np.zeros((rows, size.frames, side, side, 3), np.uint8) if given.video is None else given.video
+        audio = np.zeros((rows, size.samples), np.float32) if given.audio is None else given.audio
+        if video.shape[1:] != (size.frames, side, side, 3) or audio.shape[1:] != (size.samples,):
+            raise UserError(f"given clips of shape {video.shape} and {audio.shape} do not fit {size.frames} frames")
         z = jax.device_get(self._encode(self.frozen, video, audio))
-        return masks, {m: np.asarray(z[m]) if m in given else clean[m] for m in z}
+        return given.masks, {m: np.asarray(z[m]) if given.masks[m].any() else clean[m] for m in z}
 
-    def _sample(self, frozen, key, numbers, tokens, clean, masks, levels, guidance, rescale, method, interval):
+    def _sample(self, frozen, key, numbers, tokens, clean, masks, levels, weights, method, interval, guides, fraction):
         noise_key, sampler_key = jax.random.split(key)
+        settings = self.config.denoiser.diffusion
+        shapes = {name: x.shape[1:] for name, x in clean.items()}
 
-        def noise(number, index, shape):
-            key = jax.random.fold_in(jax.random.fold_in(noise_key, number), index)
-            # Drawn flat: the same numbers, and XLA takes half a minute to compile a draw of this shape for a CPU.
-            return jax.random.normal(key, (math.prod(shape),)).reshape(shape)
+        def draw(which):
+            """Noise like the latents of clips `numbers`; `which` tells draws of one clip apart."""
 
-        z = {}
-        for index, (name, x) in enumerate(sorted(clean.items())):
-            drawn = jax.vmap(lambda n, i=index, s=x.shape[1:]: noise(n, i, s))(numbers)  # [B, ...]
-            per_token = jnp.repeat(masks[name], x.shape[1] // len(masks[name]))  # the K tokens of a sound frame
-            z[name] = jnp.where(per_token.reshape(1, -1, *(1,) * (x.ndim - 2)), x, drawn)
+            def one(number, name):
+                place = 2 * which + sorted(shapes).index(name)
+                key = jax.random.fold_in(jax.random.fold_in(noise_key, number), place)
+                # Drawn flat: the same numbers, and XLA takes half a minute to compile a draw of this shape for a CPU.
+                return jax.random.normal(key, (math.prod(shapes[name]),)).reshape(shapes[name])
+
+            return {name: jax.vmap(lambda n, name=name: one(n, name))(numbers) for name in shapes}
+
+        clean = {name: jnp.broadcast_to(x, (len(numbers), *x.shape[1:])) for name, x in clean.items()}
+        known = {name: spread(masks[name][None], x) for name, x in clean.items()}
+        noise, other = draw(0), draw(1)
+        first = {name: levels[name][:1] for name in shapes}  # [1, T]
+        exact = {name: spread(first[name] >= settings.log_snr_max, clean[name]) for name in shapes}
+        noised = add_noise(
+            clean, other, {name: jnp.broadcast_to(x, (len(numbers), x.shape[1])) for name, x in first.items()}
+        )
+        shown = {name: jnp.where(exact[name], clean[name], noised[name]) for name in shapes}
+        z = {name: jnp.where(known[name], shown[name], noise[name]) for name in shapes}
+
         model = stages.models(self.config)["denoiser"]
         denoise = conditioning.denoise_fn(model, frozen["denoiser"])
         cond = stages.encode_text(self.config, frozen, tokens)
         null = stages.encode_text(self.config, frozen, text.encode([text.NULL_TEXT], tokens.shape[1]))
-        denoise = samplers.guided(denoise, null, guidance, rescale, interval)
+        terms = samplers.text_guidance(weights["guidance"], null)
+        if guides[0]:
+            terms += samplers.history_guidance(weights["history_guidance"], masks, other, settings, fraction)
+        if guides[1]:
+            terms += samplers.modality_guidance(weights["modality_guidance"], other, settings)
+        denoise = samplers.guided(denoise, terms, weights["rescale"], interval)
         # Batches begin at multiples of BATCH: the noise that ddpm adds is drawn from (seed, i), too.
         sampler_key = jax.random.fold_in(sampler_key, numbers[0])
-        z = samplers.sample(denoise, sampler_key, z, cond, levels, method, self.config.denoiser.diffusion)
+        z = samplers.sample(denoise, sampler_key, z, cond, levels, method, settings)
+        z = {name: jnp.where(known[name], clean[name], z[name]) for name in z}
         return stages.decode(self.config, frozen, z)
+
+
+def joined(audio, more, overlap, fade):
+    """Sounds [P, N] and [P, M], of which the first `overlap` samples of `more` are the last of `audio`: one sound.
+
+    Over the last `fade` samples of the overlap the one gives way to the other, so that no seam clicks.
+    """
+    fade = min(fade, overlap)
+    share = np.linspace(0, 1, fade + 2, dtype=np.float32)[1:-1]
+    blend = audio[:, audio.shape[1] - fade :] * (1 - share) + more[:, overlap - fade : overlap] * share
+    return np.concatenate([audio[:, : audio.shape[1] - fade], blend, more[:, overlap:]], 1)

@@ -1,22 +1,36 @@
 """Prompts to MP4s with sound.
 
     python -m vdm_jax.sample --prompt="a red circle moving right" --out=clip.mp4 [--workdir=DIR] [--seconds=2 --steps=32
-        --guidance=4 --seed=0 --method=dpmpp_2m] [--image=x.png | --video=x.mp4 | --audio=x.wav]
+        --guidance=4 --seed=0 --method=dpmpp_2m] [--image=x.png | --video=x.mp4 | --audio=x.wav | --continue=x.mp4 |
+        --between=x.mp4,y.mp4] [--history_guidance=1 --history_fraction=0 --modality_guidance=1 --given_time=0 --lag=0]
     python -m vdm_jax.sample --prompts=file.txt --out=FOLDER
 
-Without --workdir the reference weights that ship with the package are used. A given image becomes the first frame, a
-given video gets a sound made to fit, a given sound gets a video made to fit.
+Without --workdir the reference weights that ship with the package are used.
+
+--image     becomes the first frame and is set in motion
+--video     gets a sound made to fit
+--audio     gets a video made to fit
+--continue  goes on for --seconds after its end; the clip itself, at the model's size and rates, comes first
+--between   a clip that leads from the end of the first to the beginning of the second
+
+Clips longer than those of training are rolled out: window after window, each given the end of the one before.
 """
 
 import logging
 
+import numpy as np
 from absl import flags
 from etils import epath
 
-from vdm_jax import checkpoint, cli, generate, media, samplers, stages, text
+from vdm_jax import checkpoint, cli, generate, media, samplers, stages, tasks, text
 from vdm_jax.errors import UserError
 
 logger = logging.getLogger("vdm_jax")
+
+GIVEN = ("image", "video", "audio", "continue", "between")  # flags, of which one may be given
+SAMPLER = (  # flags that change config.sample
+    "method", "steps", "guidance", "history_guidance", "history_fraction", "modality_guidance", "given_time", "lag",
+)  # fmt: skip
 
 
 def frames_of(seconds, config):
@@ -33,20 +47,45 @@ def frames_of(seconds, config):
     return frames
 
 
-def read_given(config, frames, image=None, video=None, audio=None):
-    """Files given on the command line -> what `Generator` takes as `given`, at the config's size and rates."""
-    if sum(x is not None for x in (image, video, audio)) > 1:
-        raise UserError("give only one of --image, --video and --audio")
+def read_given(config, frames, files):
+    """-> (tasks.Given for the first window, the clip to continue or None). files: {flag: what it was given}.
+
+    A clip to continue is (video [1, n, H, W, 3], audio [1, n * samples_per_frame]). Raises UserError.
+    """
+    files = {flag: value for flag, value in files.items() if value}
+    if len(files) > 1:
+        raise UserError(f"give only one of {', '.join(f'--{flag}' for flag in GIVEN)}")
     data = config.data
-    if image is not None:
-        return {"video": media.read_image(image, data.size)[None]}
-    if video is not None:
-        shape = dict(fps=data.fps, size=data.size, sample_rate=data.sample_rate)
-        return {"video": media.read_video(video, **shape, frames=frames)[0]}
-    if audio is not None:
-        samples = media.read_audio(audio, data.sample_rate, frames / data.fps)
-        return {"audio": samples[: stages.layout(config, frames).samples]}
-    return {}
+    shape = dict(fps=data.fps, size=data.size, sample_rate=data.sample_rate)
+    size = stages.layout(config, min(frames, data.frames))  # of the first window, if there are several
+    for flag in ("video", "audio", "between"):
+        if flag in files and frames > data.frames:
+            raise UserError(f"--{flag} is for clips of up to {data.frames / data.fps:g} s: lower --seconds")
+
+    def clip(path, most=None):
+        video, audio = media.read_video(path, **shape, frames=most)[:2]
+        return video, audio[: len(video) * data.sample_rate // data.fps]
+
+    if "image" in files:
+        return tasks.image(media.read_image(files["image"], data.size), size), None
+    if "video" in files:
+        return tasks.video(clip(files["video"], frames)[0], size), None
+    if "audio" in files:
+        return tasks.sound(media.read_audio(files["audio"], data.sample_rate, frames / data.fps), size), None
+    if "continue" in files:
+        return None, tuple(part[None] for part in clip(files["continue"]))
+    if "between" in files:
+        if len(files["between"]) != 2:
+            raise UserError("--between wants two files, such as --between=first.mp4,second.mp4")
+        start, end = (clip(path) for path in files["between"])
+        latents = min(config.sample.history, (size.latent_frames - 1) // 2)
+        need = size.f_t * latents
+        if not latents or min(len(start[0]), len(end[0])) < need:
+            raise UserError(
+                f"--between wants clips of at least {need} frames at {data.fps} fps, and --seconds for both"
+            )
+        return tasks.between(start, end, size, latents), None
+    return tasks.nothing(size), None
 
 
 def main(argv):
@@ -64,18 +103,18 @@ def main(argv):
 
     trained = checkpoint.load_trained(options.workdir, stages.abstract_params)
     config = trained.config
+    set_sampler(config)
     frames = config.data.frames if options.seconds is None else frames_of(options.seconds, config)
-    given = read_given(config, frames, options.image, options.video, options.audio)
+    given, start = read_given(config, frames, {flag: options[flag].value for flag in GIVEN})
     make_folder(out.parent if options.prompts is None else out)
-    video, audio = generate.Generator(config, trained.frozen)(
-        prompts,
-        seed=options.seed,
-        frames=frames,
-        steps=options.steps,
-        method=options.method,
-        guidance=options.guidance,
-        given=given,
-    )
+    generator = generate.Generator(config, trained.frozen)
+    if start is not None:  # the same beginning for every prompt
+        start = tuple(np.repeat(part, len(prompts), 0) for part in start)
+        frames += start[0].shape[1]
+    if start is not None or frames > config.data.frames:
+        video, audio = generator.roll_out(prompts, frames, seed=options.seed, given=given, start=start)
+    else:
+        video, audio = generator(prompts, seed=options.seed, frames=frames, given=given)
     # File names are numbers: a prompt is nobody's path.
     paths = [out] if options.prompts is None else [out / f"{i:03d}.mp4" for i in range(len(prompts))]
     for path, v, a in zip(paths, video, audio, strict=True):
@@ -84,6 +123,11 @@ def main(argv):
     if options.prompts is not None:
         media.contact_sheet(out / "contact_sheet.png", list(video), prompts)
         logger.info("wrote %s", out / "contact_sheet.png")
+
+
+def set_sampler(config):
+    """Puts the sampler's flags that were given into config.sample."""
+    config.sample.update({key: flags.FLAGS[key].value for key in SAMPLER if flags.FLAGS[key].value is not None})
 
 
 def make_folder(path):
@@ -99,9 +143,16 @@ def make_folder(path):
 def define_run_flags():
     """Which run, and how to sample it."""
     flags.DEFINE_string("workdir", None, "Run folder; without it the reference weights are used.")
-    flags.DEFINE_integer("steps", None, "Denoising steps; default of the run's config.", lower_bound=1)
-    flags.DEFINE_float("guidance", None, "Weight of the text: 1 is none added; default of the run's config.")
-    flags.DEFINE_enum("method", None, samplers.METHODS, "Sampler; default of the run's config.")
+    flags.DEFINE_integer(
+        "steps", None, "Denoising steps; this and the next: default of the run's config.", lower_bound=1
+    )
+    flags.DEFINE_enum("method", None, samplers.METHODS, "Sampler.")
+    flags.DEFINE_float("guidance", None, "Weight of the text; 1 adds nothing, for this and the next two.")
+    flags.DEFINE_float("history_guidance", None, "Weight of what is given.")
+    flags.DEFINE_float("modality_guidance", None, "Weight of the sound on the picture, and the other way round.")
+    flags.DEFINE_float("history_fraction", None, "Guide by what is given, noised to this time; 0: as it is.")
+    flags.DEFINE_float("given_time", None, "Lightly noise what is given to this time, such as 0.02.")
+    flags.DEFINE_integer("lag", None, "Steps each latent frame is behind the one before: a pyramid.", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**31 - 1)
 
 
@@ -110,10 +161,12 @@ def define_flags():
     flags.DEFINE_string("prompt", None, "What to show.")
     flags.DEFINE_string("prompts", None, "Text file with one prompt a line.")
     flags.DEFINE_string("out", None, "MP4 to write, or with --prompts a folder.")
-    flags.DEFINE_float("seconds", None, "Length of the clip; default as trained.")
+    flags.DEFINE_float("seconds", None, "Length of what is made; default as trained.")
     flags.DEFINE_string("image", None, "Image to start from.")
     flags.DEFINE_string("video", None, "Video to make the sound of.")
     flags.DEFINE_string("audio", None, "Sound to make the video of.")
+    flags.DEFINE_string("continue", None, "Video to carry on.")
+    flags.DEFINE_list("between", None, "Two videos to make the way between.")
 
 
 if __name__ == "__main__":

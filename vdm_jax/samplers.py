@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdm_jax.diffusion import alpha_sigma, log_snr, noise_like, one_of, spread, to_x0
+from vdm_jax.diffusion import MODALITIES, add_noise, alpha_sigma, log_snr, noise_like, one_of, spread, to_x0
 from vdm_jax.errors import UserError
 
 METHODS = ("ddpm", "ddim", "dpmpp_2m", "heun")
@@ -27,13 +27,13 @@ SPACINGS = ("time", "log_snr", "karras")
 # Schedule matrices
 
 
-def schedule_matrix(steps, frames, config, given=None, lag=0, spacing="time", rho=7.0):
+def schedule_matrix(steps, frames, config, given=None, lag=0, spacing="time", rho=7.0, given_time=0.0):
     """Levels {"video": [N+1, T], "audio": [N+1, T]} from pure noise to clean.
 
     steps: denoising steps of each frame; frames: T. given: {"video": [T], "audio": [T]} bool
-    (either may be left out), frames that are clean from the start. lag: how many steps each frame
-    is behind the one before it: 0, all together; more, a pyramid of N = steps + lag * (frames to
-    make - 1).
+    (either may be left out), frames that are clean from the start, or stay lightly noised at time
+    given_time. lag: how many steps each frame is behind the one before it: 0, all together; more, a
+    pyramid of N = steps + lag * (frames to make - 1).
     spacing: even in 'time' t, in 'log_snr', or as 'karras' in (sigma / alpha)^(1 / rho).
     """
     one_of("spacing", spacing, SPACINGS)
@@ -62,7 +62,8 @@ def schedule_matrix(steps, frames, config, given=None, lag=0, spacing="time", rh
     order = np.maximum(np.cumsum(~(masks["video"] & masks["audio"])) - 1, 0)  # [T]
     row = np.arange(steps + lag * order[-1] + 1)[:, None]
     matrix = ladder[np.clip(row - lag * order, 0, steps)]  # [N+1, T]
-    return {name: jnp.asarray(np.where(mask, high, matrix)) for name, mask in masks.items()}
+    known = float(log_snr(given_time, config)) if given_time else high
+    return {name: jnp.asarray(np.where(mask, known, matrix)) for name, mask in masks.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -171,35 +172,97 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config, eta=0.0):
 # Guidance
 
 
-def guided(denoise_fn, null_cond, weight, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
-    """Classifier-free guidance of a denoise_fn, as a denoise_fn; any prediction target.
+def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
+    """Guidance of a denoise_fn, as a denoise_fn; any prediction target.
 
-    weight: 1 is the conditional prediction, 0 that of null_cond, more overshoots (it is w + 1 of
-    the paper). null_cond: the tree of cond, batch axis B or 1. rescale: share in [0, 1] by which
-    each frame's standard deviation is put back to the conditional one's. interval: (low, high) in
-    log_snr; a frame outside it gets the conditional prediction. Both predictions are one network
-    call at twice the batch.
+    terms: [(extra, more, less)]: to the prediction from all there is, extra * (more - less) is
+    added, where more and less are predictions from other inputs: functions (z, level, cond) ->
+    (z, level, cond) of the same shapes, or None for the inputs as they are. extra is a number or
+    one for each modality. rescale: share in [0, 1] by which each frame's standard deviation is put
+    back to the unguided one's. interval: (low, high) in log_snr; a frame outside it gets the
+    unguided prediction. All predictions are one network call of a larger batch.
     """
     low, high = interval
 
     def denoise(z, level, cond):
-        def pair(a, b):
-            return jnp.concatenate([a, jnp.broadcast_to(b, a.shape)])
+        views = [(z, level, cond)]
 
-        pairs = (z, z), (level, level), (cond, null_cond)
-        both = denoise_fn(*(jax.tree.map(pair, a, b) for a, b in pairs))
+        def place(view):
+            if view is None:
+                return 0
+            views.append(view(z, level, cond))
+            return len(views) - 1
 
-        def combine(level, both):
-            cond, null = jnp.split(both, 2)
-            # arXiv:2207.12598, eq. 6, from the conditional side: exact where nothing is added.
-            # The interval is that of arXiv:2404.07724, by the frame.
-            extra = jnp.where((low <= level) & (level <= high), weight - 1, 0)
-            guided = cond + spread(extra, cond) * (cond - null)
+        places = [(place(more), place(less)) for _, more, less in terms]
+
+        def stack(*rows):
+            return jnp.concatenate([jnp.broadcast_to(row, rows[0].shape) for row in rows])
+
+        predictions = denoise_fn(*(jax.tree.map(stack, *trees) for trees in zip(*views)))
+
+        def combine(name):
+            now, made = level[name], jnp.split(predictions[name], len(views))
+            inside = (low <= now) & (now <= high)  # arXiv:2404.07724, by the frame
+            plain = guided = made[0]
+            active = jnp.zeros_like(inside)
+            for (extra, _, _), (more, less) in zip(terms, places):
+                extra = jnp.where(inside, extra[name] if isinstance(extra, dict) else extra, 0)
+                guided = guided + spread(extra, guided) * (made[more] - made[less])
+                active |= extra != 0
             # arXiv:2305.08891, eq. 14 to 16; a standard deviation per frame, as levels are.
-            frames = [a.reshape(*level.shape, -1).std(-1) for a in (cond, guided)]  # [B, T]
-            factor = rescale * frames[0] / jnp.maximum(frames[1], 1e-12) + 1 - rescale
-            return spread(jnp.where(extra == 0, 1, factor), guided) * guided
+            deviations = [a.reshape(*now.shape, -1).std(-1) for a in (plain, guided)]  # [B, T]
+            factor = rescale * deviations[0] / jnp.maximum(deviations[1], 1e-12) + 1 - rescale
+            return spread(jnp.where(active, factor, 1), guided) * guided
 
-        return jax.tree.map(combine, level, both)
+        return {name: combine(name) for name in z}
 
     return denoise
+
+
+def text_guidance(weight, null_cond):
+    """Terms for `guided`: classifier-free guidance by the text, arXiv:2207.12598, eq. 6, whose w is weight - 1.
+
+    weight: 1 adds nothing, 0 leaves the prediction without text, more overshoots. null_cond: the
+    tree of cond for no text, batch axis B or 1.
+    """
+    return [(weight - 1, None, lambda z, level, cond: (z, level, null_cond))]
+
+
+def history_guidance(weight, given, noise, config, fraction=0.0):
+    """Terms for `guided`: guidance by the given frames, arXiv:2502.06764, section 4.
+
+    weight: as in `text_guidance`. given: {modality: bool [T]}; noise: a tree like z that stands in
+    for what is given where it is withheld. fraction: 0 is vanilla history guidance; a time t in
+    (0, 1) guides by the given frames noised to t instead, fractional guidance: low frequencies only.
+    """
+
+    def noised(t):
+        to = log_snr(t, config)
+
+        def view(z, level, cond):
+            mask = {name: jnp.broadcast_to(given[name], level[name].shape) for name in z}
+            known = {name: jnp.where(mask[name], to, level[name]) for name in z}
+            hidden = add_noise(z, noise, {name: jnp.full_like(level[name], to) for name in z})
+            shown = {name: jnp.where(spread(mask[name], z[name]), hidden[name], z[name]) for name in z}
+            return shown, known, cond
+
+        return view
+
+    return [(weight - 1, noised(fraction) if fraction else None, noised(1.0))]
+
+
+def modality_guidance(weight, noise, config):
+    """Terms for `guided`: sound is guided by the picture and the picture by the sound.
+
+    One modality's prediction without the other is that beside its pure noise (UniDiffuser,
+    arXiv:2303.06555, section 4.3). weight, noise: as in `history_guidance`.
+    """
+
+    def without(other):
+        def view(z, level, cond):
+            silent = jnp.full_like(level[other], log_snr(1.0, config))
+            return {**z, other: noise[other]}, {**level, other: silent}, cond
+
+        return view
+
+    return [({m: weight - 1 if m != other else 0.0 for m in MODALITIES}, None, without(other)) for other in MODALITIES]
