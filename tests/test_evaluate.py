@@ -27,9 +27,13 @@ def clips_of(items):
 
 def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     out = tmp_path / "new" / "report"
-    done = command(evaluate, f"--workdir={tiny_run}", f"--out={out}", "--clips=3", "--prompts=3", "--steps=4")
+    done = command(
+        evaluate, f"--workdir={tiny_run}", f"--out={out}", "--clips=3", "--prompts=3", "--steps=4", "--tasks=2"
+    )
     assert done.code == 0, done.err
     metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics["tasks"]) == {"image", "continue", "foley", "sound", "roll_out"}
+    assert len(metrics["tasks"]["roll_out"]["seconds"]) == 10 and "Task: roll out" in done.out
     for part, names in report.REQUIRED.items():
         assert set(names) <= set(metrics[part])
     assert metrics["truth"]["one_object"] == metrics["truth"]["permanence"] == 1

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train", "sample", "evaluate", "overview", "dry_run", "bench")  # may import everything
-SHARED = ("stages", "latents", "generate", "preview")  # what scripts share: here models and data meet
+SHARED = ("stages", "latents", "generate", "preview", "task_metrics")  # what scripts share: here models and data meet
 # Modules that also have a command of their own, and what only that command imports.
 COMMANDS = {"vdm_jax.checkpoint": ["vdm_jax.stages"]}
 WITHOUT_JAX = [  # what a process that only loads or measures data needs, quick to start

@@ -1,11 +1,12 @@
 """Measures a trained run on clips and prompts that its training did not show.
 
     python -m vdm_jax.evaluate --out=report/ [--workdir=DIR] [--clips=64 --prompts=32 --steps=32 --guidance=4
-        --method=dpmpp_2m --seed=0] [--only=reconstruction]
+        --method=dpmpp_2m --seed=0] [--only=reconstruction] [--tasks=32]
 
 Without --workdir the reference weights that ship with the package are measured; counts and sampler default to those of
 the run's config. Writes metrics.json, report.html (one file that can be sent on) and the pictures and clips in it, and
-prints the table. --only=reconstruction needs no more than the two autoencoders, whatever else is trained.
+prints the table. --only=reconstruction needs no more than the two autoencoders, whatever else is trained. --tasks also
+completes that many held-out clips from a part of them (task_metrics.py says what is measured).
 
 Real renders (truth), their reconstructions (autoencoder) and samples are all read by the same tracker. It knows only
 the procedural world: of other data it says nothing, and their samples are made from held-out captions.
@@ -20,7 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from vdm_jax import checkpoint, cli, conditioning, diffusion, generate, media, preview, sample, stages, text
+from vdm_jax import (
+    checkpoint,
+    cli,
+    conditioning,
+    diffusion,
+    generate,
+    media,
+    preview,
+    sample,
+    stages,
+    task_metrics,
+    text,
+)
 from vdm_jax.data import pipeline, world
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import reconstruction, report, retrieval, tracker
@@ -42,6 +55,8 @@ def main(argv):
         raise UserError("--out is missing: the folder for the report")
     began = time.perf_counter()
     config, frozen = load(options.workdir, AUTOENCODERS.values() if options.only else checkpoint.STAGES)
+    if options.tasks and (options.only or config.data.source != "world"):
+        raise UserError("--tasks is for whole runs on the procedural world, whose clips the tracker reads")
     sample.set_sampler(config)
     config.evaluate.update({k: options[k].value for k in ("clips", "prompts") if options[k].value is not None})
     held_out, out = pipeline.source(config, "held_out"), sample.make_folder(options.out)
@@ -51,7 +66,7 @@ def main(argv):
     logger.info("reconstructing %d held-out clips", len(items))
     truth = {part: np.stack([item[part] for item in items]) for part in AUTOENCODERS}
     remade = reconstruct(config, frozen, truth)
-    asked = [objects(item) for item in items]
+    asked = [task_metrics.objects(item) for item in items]
     metrics = {
         "truth": measure(config, truth, asked),
         "autoencoder": measure(config, remade, asked),
@@ -70,9 +85,12 @@ def main(argv):
         prompts = choose_prompts(config, held_out, options.seed)
         logger.info("sampling %d prompts in %d steps", len(prompts), config.sample.steps)
         texts = [prompt["text"] for prompt in prompts]
-        made = dict(zip(AUTOENCODERS, generate.Generator(config, frozen)(texts, seed=options.seed)))
+        generator = generate.Generator(config, frozen)
+        made = dict(zip(AUTOENCODERS, generator(texts, seed=options.seed)))
         metrics["samples"] = measure(config, made, [prompt["objects"] for prompt in prompts])
         figures = show_samples(config, out, texts, made) + figures
+        if options.tasks:
+            metrics["tasks"] = task_metrics.measure(generator, items[: options.tasks], options.seed)
 
     # --------------------------------------------------------------------------------------------------------- report
     settings = {
@@ -113,13 +131,6 @@ def batched(function, config, *arrays):
 
 
 # ------------------------------------------------------------------------------------------ against what was asked for
-
-
-def objects(item):
-    """What the caption of a clip of the world asks for, as the tracker wants it; None for other sources."""
-    if "state" not in item:
-        return None
-    return [dict(zip(("colour", "shape", "direction"), thing)) for thing in world.World.meaning(item)]
 
 
 def measure(config, clips, asked):
@@ -320,6 +331,7 @@ def define_flags():
     flags.DEFINE_string("out", None, "Folder for the report.")
     flags.DEFINE_integer("clips", None, "Held-out clips; default of the run's config.", lower_bound=1)
     flags.DEFINE_integer("prompts", None, "Prompts, of each number of objects; default as above.", lower_bound=1)
+    flags.DEFINE_integer("tasks", 0, "Also complete this many clips in each of the tasks.", lower_bound=0)
     flags.DEFINE_enum("only", None, ["reconstruction"], "Measure the autoencoders alone.")
 
 

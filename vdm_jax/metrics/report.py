@@ -4,7 +4,8 @@
 with the keys of REQUIRED in it and any other numbers beside them. Real renders (truth) and their
 autoencoder reconstructions are measured like samples, because they are the ceilings.
 "loss_per_noise_level", where given, holds columns of equal length: "log_snr" (natural logarithm)
-and losses by modality.
+and losses by modality. "tasks", where given, holds {task: {figure: value}}, where lists of one length
+are a curve.
 """
 
 import base64
@@ -41,8 +42,20 @@ LABELS = {
     "onset_within_half_frame": "onsets within half a frame",
     "recall_at_1": "text finds its video first",
 }
-SHARES = {*OUTCOMES, "count", "colour", "shape", "onset_within_half_frame", "recall_at_1"}
-DECIBELS = {"psnr", "si_sdr"}
+SHARES = {
+    *OUTCOMES,
+    "sync_impacts_truth",
+    "sync_onsets_truth",
+    "moves",
+    "moves_truth",
+    "right",
+    "count",
+    "colour",
+    "shape",
+    "onset_within_half_frame",
+    "recall_at_1",
+}
+DECIBELS = {"psnr", "si_sdr", "first_frame_psnr", "first_frame_psnr_reconstructed"}
 MEDIA = {  # suffix -> element and MIME type
     ".png": ("img", "image/png"),
     ".jpg": ("img", "image/jpeg"),
@@ -92,6 +105,17 @@ def _tables(metrics: Mapping) -> list[_Table]:
             for x, row in zip(log_snr, losses, strict=True)
         ]
         tables.append(_Table("Loss by noise level", [*levels], by_level))
+    for task, figures in metrics.get("tasks", {}).items():
+        curve = {k: v for k, v in figures.items() if isinstance(v, list)}
+        if single := {k: v for k, v in figures.items() if k not in curve}:
+            tables.append(_Table(f"Task: {task.replace('_', ' ')}", [""], rows(single)))
+        if curve:
+            name, *columns = curve
+            points = [
+                (f"{name} {value:g}", [_cell(key, curve[key][i]) for key in columns])
+                for i, value in enumerate(curve[name])
+            ]
+            tables.append(_Table(f"Task: {task.replace('_', ' ')}", [c.replace("_", " ") for c in columns], points))
     return tables
 
 

@@ -1,0 +1,71 @@
+"""The figures of each task, where the model is the world itself and where it does nothing."""
+
+import numpy as np
+import pytest
+
+from configs import world_tiny
+from tests.helpers import weights
+from vdm_jax import stages, task_metrics
+from vdm_jax.data.world import World
+
+CLIPS = 12
+
+
+class Oracle:
+    """Completes every clip as it truly was."""
+
+    def __init__(self, config, items, films):
+        self.config, self.items, self.films = config, items, films
+        expected = stages.abstract_params(config)
+        self.frozen = {"video_autoencoder": weights(expected["video_autoencoder"])}
+
+    def __call__(self, prompts, *, seed, given):
+        assert prompts == [item["caption"] for item in self.items]
+        return tuple(np.stack([item[part] for item in self.items]) for part in ("video", "audio"))
+
+    def roll_out(self, prompts, frames, *, seed):
+        films = [self.films.window(i, 0, frames) for i in range(len(prompts))]
+        return tuple(np.stack([film[part] for film in films]) for part in ("video", "audio"))
+
+
+class Still(Oracle):
+    """Silence, and the first frame for ever."""
+
+    def __call__(self, prompts, **options):
+        video, audio = super().__call__(prompts, **options)
+        return np.repeat(video[:, :1], video.shape[1], 1), np.zeros_like(audio)
+
+
+@pytest.fixture(scope="module")
+def world():
+    config = world_tiny.get_config()
+    data = config.data
+    films = World(9, frames=data.frames, size=data.size, fps=data.fps, sample_rate=data.sample_rate, **data.world)
+    return config, [films[i] for i in range(CLIPS)], films
+
+
+@pytest.fixture(scope="module")
+def oracle(world):
+    return task_metrics.measure(Oracle(*world), world[1], seed=0)
+
+
+def test_the_truth_reaches_its_own_ceilings(oracle):
+    assert oracle["image"]["moves"] == oracle["image"]["moves_truth"] == 1
+    assert oracle["image"]["first_frame_psnr"] == np.inf or oracle["image"]["first_frame_psnr"] > 60
+    assert oracle["image"]["first_frame_psnr_reconstructed"] < 30  # weights are random
+    for key in ("seam", "inside"):
+        assert oracle["continue"][key] == oracle["continue"][f"{key}_truth"] < 0.05
+    assert oracle["continue"]["right"] == 1
+    for task in ("foley", "sound"):
+        for key in ("sync_impacts", "sync_onsets"):
+            assert oracle[task][key] == oracle[task][f"{key}_truth"] > 0.9
+    curve = oracle["roll_out"]
+    assert curve["seconds"] == pytest.approx([2.125 * n for n in range(1, 11)])
+    assert min(curve["right"]) == min(curve["permanence"]) == 1 and max(curve["size_drift"]) < 0.1
+
+
+def test_a_model_that_does_nothing_is_seen_through(world):
+    made = task_metrics.measure(Still(*world), world[1], seed=0)
+    assert made["image"]["moves"] == 0
+    assert made["foley"]["sync_impacts"] == 0 and made["foley"]["sync_onsets"] is None
+    assert made["sound"]["sync_onsets"] == 0
