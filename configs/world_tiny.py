@@ -19,7 +19,7 @@ def get_config():
     config = common.get_config()
     config.unlock()
 
-    config.data.world = dict(objects=(0.65, 0.35), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0)
+    config.data.world = dict(objects=(0.5, 0.5), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0)
 
     vae = config.video_autoencoder
     vae.update(steps=1000, batch_size=8, learning_rate=4e-3, kl_weight=1e-4)
@@ -38,7 +38,7 @@ def get_config():
     clip.model.embedding = 96
 
     denoiser = config.denoiser
-    denoiser.update(steps=8000, batch_size=16, learning_rate=3e-3, ema=0.998, cached_clips=8192)
+    denoiser.update(steps=13000, batch_size=16, learning_rate=3e-3, ema=0.998, cached_clips=16384)
     denoiser.diffusion.loss_weights.audio = 0.5
     denoiser.diffusion.patterns = dict(
         same=0.7,

@@ -20,6 +20,7 @@ SETTINGS = dict(
     factorised=True,
     head_dim=8,
     embedding=16,
+    text_layers=1,
     groups=2,
     latent_fps=2.0,
 )
@@ -249,3 +250,22 @@ def test_token_mixer_knows_places_and_times():
     assert out.shape == x.shape and np.abs(out[0, :, 1:] - out[0, :, :1]).max() > 1e-3
     np.testing.assert_allclose(run(x, times + 4, cond), out, atol=1e-4)
     assert np.abs(run(x, times * 2, cond) - out).max() > 1e-3
+
+
+def test_the_text_is_refined_from_nothing_on():
+    z, level, cond = inputs()
+    plain, refined = UNet(**{**SETTINGS, "text_layers": 0}), UNet(**{**SETTINGS, "text_layers": 2})
+    assert modules(parameters(text_layers=0), "text") == [] and modules(parameters(text_layers=2), "text") == ["text"]
+    params = init_weights(plain, z, level, cond)
+    start = refined.init(jax.random.key(0), z, level, cond)["params"]["text"]
+    outs = [
+        jax.jit(m.apply)({"params": p}, z, level, cond)
+        for m, p in ((plain, params), (refined, {**params, "text": start}))
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *outs)
+    random = init_weights(refined, z, level, cond)["text"]
+    run = jax.jit(lambda cond: refined.apply({"params": {**params, "text": random}}, z, level, cond))
+    assert np.abs(run(cond)["video"] - outs[0]["video"]).max() > 1e-4
+    # Words that the mask hides are read by none.
+    hidden = {**cond, "states": np.where(cond["mask"][..., None], cond["states"], 9.0)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), run(hidden), run(cond))

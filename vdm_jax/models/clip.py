@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vdm_jax.models.layers import Attention, Conv, GroupNorm, ResidualBlock, space_to_depth
+from vdm_jax.models.layers import Conv, GroupNorm, ResidualBlock, space_to_depth, transformer_layer
 
 
 class TextEncoder(nn.Module):
@@ -26,12 +26,7 @@ class TextEncoder(nn.Module):
         x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name="tokens")(tokens)
         x = x + nn.Embed(self.length, self.width, dtype=self.dtype, name="positions")(jnp.arange(tokens.shape[1]))
         for i in range(self.layers):
-            h = nn.LayerNorm(dtype=self.dtype, name=f"norm_attention_{i}")(x)
-            attention = Attention(self.heads, self.width // self.heads, dtype=self.dtype, name=f"attention_{i}")
-            x = x + attention(h, mask=mask)
-            h = nn.LayerNorm(dtype=self.dtype, name=f"norm_mlp_{i}")(x)
-            h = nn.gelu(nn.Dense(4 * self.width, dtype=self.dtype, name=f"expand_{i}")(h))
-            x = x + nn.Dense(self.width, dtype=self.dtype, name=f"contract_{i}")(h)
+            x = transformer_layer(x, mask, self.heads, i, dtype=self.dtype)
         states = nn.LayerNorm(dtype=self.dtype, name="norm_out")(x)
         weights = mask[..., None].astype(states.dtype)
         pooled = (states * weights).sum(1) / weights.sum(1)

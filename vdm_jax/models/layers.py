@@ -251,6 +251,20 @@ class Attention(nn.Module):
         return constrain(out, "batch", "token", "channel")
 
 
+def transformer_layer(x, mask, heads, index, zero=False, dtype=jnp.float32):
+    """Layer number `index` of a pre-norm transformer over tokens x [B, L, C]; for use inside a compact module.
+
+    mask: bool [B, L], True = may be read. zero: the layer starts as nothing.
+    """
+    channels = x.shape[-1]
+    h = nn.LayerNorm(dtype=dtype, name=f"norm_attention_{index}")(x)
+    x = x + Attention(heads, channels // heads, dtype=dtype, name=f"attention_{index}")(h, mask=mask)
+    h = nn.LayerNorm(dtype=dtype, name=f"norm_mlp_{index}")(x)
+    h = nn.gelu(nn.Dense(4 * channels, dtype=dtype, name=f"expand_{index}")(h))
+    init = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
+    return x + nn.Dense(channels, kernel_init=init, dtype=dtype, name=f"contract_{index}")(h)
+
+
 class RMSNorm(nn.Module):
     """Root mean square normalisation (arXiv:1910.07467) of the last dimension; keeps attention logits bounded."""
 

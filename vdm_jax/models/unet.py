@@ -17,6 +17,7 @@ from vdm_jax.models.layers import (
     ResidualBlock,
     constrain_activation,
     fourier_features,
+    transformer_layer,
 )
 
 
@@ -92,6 +93,26 @@ class Exchange(nn.Module):
         return (v + to_video).reshape(video.shape), audio + to_audio
 
 
+class TextRefiner(nn.Module):
+    """Transformer layers on the text states [B, L, D], trained with the denoiser.
+
+    A contrastive text encoder names what is there, and hardly tells which colour goes with which shape
+    (arXiv:2210.01936): what it leaves out can be learnt here. The layers start as nothing.
+    """
+
+    layers: int
+    head_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, states, mask):
+        x = states.astype(self.dtype)
+        for i in range(self.layers):
+            heads = max(1, x.shape[-1] // self.head_dim)
+            x = transformer_layer(x, mask, heads, i, zero=True, dtype=self.dtype)
+        return x
+
+
 class UNet(nn.Module):
     """Audio-video 3-D U-Net (video: arXiv:2204.03458; levels per frame: arXiv:2407.01392).
 
@@ -100,7 +121,7 @@ class UNet(nn.Module):
 
     Level i has channels[i] and blocks[i] residual blocks on the way down and again on the way up; space halves between
     levels, time by time_strides[i] (1 or 2), sound always by 2. attention[i] puts a TokenMixer, exchange[i] an
-    Exchange after the level's blocks; the bottleneck always has both.
+    Exchange after the level's blocks; the bottleneck always has both. text_layers transformer layers refine the text.
     """
 
     channels: tuple[int, ...]
@@ -111,6 +132,7 @@ class UNet(nn.Module):
     factorised: bool
     head_dim: int
     embedding: int
+    text_layers: int
     groups: int
     latent_fps: float
     dtype: jnp.dtype = jnp.float32
@@ -120,6 +142,8 @@ class UNet(nn.Module):
         asked = z["video"].shape[1], z["audio"].shape[1]
         z, log_snr = _pad_frames(z, log_snr, math.prod(self.time_strides))
         frames = z["video"].shape[1]
+        refine = TextRefiner(self.text_layers, self.head_dim, self.dtype, name="text")
+        cond = {**cond, "states": refine(cond["states"], cond["mask"])}
         embed = functools.partial(LevelEmbedding, self.embedding, self.latent_fps, dtype=self.dtype)
         embedding = {m: embed(name=f"embedding_{m}")(log_snr[m], cond["pooled"]) for m in ("video", "audio")}
         block = functools.partial(ResidualBlock, factorised=self.factorised, groups=self.groups, dtype=self.dtype)
