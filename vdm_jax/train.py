@@ -57,12 +57,15 @@ def main(argv):
 
 
 def write_config(workdir, config):
-    """Stores the config with the run. A run goes on only with the models and sizes it began with."""
+    """Stores the config with the run. A run goes on only with the sizes and, once they have a checkpoint, the models that
+    it began with."""
     path = workdir / "config.json"
     stored = config.to_json_best_effort(indent=1, sort_keys=True) + "\n"
     if path.exists():
         before = checkpoint.load_config(path)
         for part in checkpoint.STAGES:
+            if checkpoint.newest_step(workdir, part) is None:
+                continue
             if part in before and json.loads(before[part].model.to_json()) != json.loads(config[part].model.to_json()):
                 raise UserError(f"{workdir} was begun with another {part}.model: use another --workdir, or its config")
         for key in ("size", "fps", "sample_rate", "text_length"):
