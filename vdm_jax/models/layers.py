@@ -166,11 +166,12 @@ class GroupNorm(nn.Module):
 
     Statistics of one frame never mix with another's, so that a causal model stays causal, and frames at different
     noise levels do not disturb each other. For sound [B, N, C], `frames` cuts the time axis into that many frames;
-    0 takes every sample on its own.
+    0 takes every sample on its own. A video with `frames` = 1 shares its statistics over all frames.
     """
 
     groups: int = 8
     frames: int = 0
+    eps: float = 1e-5
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -179,11 +180,11 @@ class GroupNorm(nn.Module):
         groups = math.gcd(self.groups, channels)
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        frames = x.shape[1] if x.ndim == 5 else self.frames or x.shape[1]
+        frames = self.frames or x.shape[1]
         g = x.astype(jnp.float32).reshape(x.shape[0], frames, -1, groups, channels // groups)
         mean = g.mean((2, 4), keepdims=True)
         variance = jnp.square(g).mean((2, 4), keepdims=True) - jnp.square(mean)
-        inverse = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + 1e-5)
+        inverse = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.eps)
         # One multiply-add over the array: y = x * a + b with a, b [B, frames, 1, groups, C/groups].
         a = inverse * scale.reshape(groups, -1)
         b = bias.reshape(groups, -1) - mean * a
@@ -227,22 +228,25 @@ def attention(query, key, value, mask=None):
 class Attention(nn.Module):
     """Multi-head attention of tokens x [B, N, C] to a context [B, M, D] (or to themselves), residual not included.
 
-    With positions (in seconds) given on both sides, queries and keys are rotated by them.
+    With positions (in seconds) given on both sides, queries and keys are rotated by them. `plain` attention, as in
+    arXiv:1706.03762, normalises neither queries nor keys, and its queries, keys and values have no bias.
     """
 
     heads: int
     head_dim: int
     zero: bool = True
+    plain: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, context=None, mask=None, positions=None, context_positions=None):
         context = x if context is None else context
         context_positions = positions if context_positions is None else context_positions
-        dense = functools.partial(nn.DenseGeneral, (self.heads, self.head_dim), dtype=self.dtype)
-        query = RMSNorm(name="query_norm")(dense(name="query")(x))
-        key = RMSNorm(name="key_norm")(dense(name="key")(context))
-        value = dense(name="value")(context)
+        shape = (self.heads, self.head_dim)
+        dense = functools.partial(nn.DenseGeneral, shape, use_bias=not self.plain, dtype=self.dtype)
+        query, key, value = dense(name="query")(x), dense(name="key")(context), dense(name="value")(context)
+        if not self.plain:
+            query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
         if positions is not None:
             query, key = rotary(query, positions), rotary(key, context_positions)
         out = attention(query, key, value, mask)
