@@ -27,28 +27,22 @@ def conv(x, kernel, strides=None, time_padding="same"):
     padding = [((k - 1) // 2, k // 2) for k in window]
     if time_padding == "causal":
         padding[0] = (window[0] - 1, 0)
-    x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
+    if jax.default_backend() == "cpu" and max(strides) == 1:
+        return _conv_unit(x, kernel, tuple(padding))
+    x = _pad(x, padding)
     if jax.default_backend() == "cpu":
-        return _conv_cpu(x, kernel, strides)
+        return _conv_products(x, kernel, strides)
     return _conv_direct(x, kernel, strides)
+
+
+def _pad(x, padding):
+    return jnp.pad(x, [(0, 0), *padding, (0, 0)])
 
 
 def _conv_direct(x, kernel, strides):
     space = "DHW"[-len(strides) :]
     dims = (f"N{space}C", f"{space}IO", f"N{space}C")
     return jax.lax.conv_general_dilated(x, kernel, strides, "VALID", dimension_numbers=dims)
-
-
-def _conv_cpu(x, kernel, strides):
-    """VALID convolution for XLA's CPU backend, whose own convolutions and their weight gradients are slow.
-
-    A sum of matrix products, one for each kernel tap of all window dimensions but the last, whose taps lie side by side
-    in the channels. With few input channels such products are too thin, and the direct form with frames folded into
-    the batch is faster. With unit strides both gradients are sums of products as well.
-    """
-    if max(strides) > 1:
-        return _conv_products(x, kernel, strides)
-    return _conv_unit(x, kernel)
 
 
 def _slice(x, tap, window, strides):
@@ -67,6 +61,10 @@ def _side_by_side(x, window, strides):
 
 
 def _conv_products(x, kernel, strides):
+    """VALID convolution as a sum of products of matrices.
+
+    One for each kernel tap of all window dimensions but the last, whose taps lie side by side in the channels.
+    """
     *rest, last, c_in, c_out = kernel.shape
     window = kernel.shape[:-2]
     x = _side_by_side(x, window, strides)
@@ -74,11 +72,18 @@ def _conv_products(x, kernel, strides):
     return sum(_slice(x, tap, window, strides) @ kernel[tap] for tap in np.ndindex(*rest))
 
 
-@jax.custom_vjp
-def _conv_unit(x, kernel):
-    ones = (1,) * (x.ndim - 2)
-    if x.ndim < 5 or kernel.shape[-2] >= 32 or kernel.shape[1:-2] == (1, 1):
-        return _conv_products(x, kernel, ones)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv_unit(x, kernel, padding):
+    """Convolution with unit strides that keeps the size, for XLA's CPU backend.
+
+    Its own convolutions and above all their weight gradients are slow; products of matrices are fast. With few input
+    channels such products are too thin, and the direct form with frames folded into the batch is faster. Both
+    gradients are sums of products as well.
+    """
+    window = kernel.shape[:-2]
+    x = _pad(x, padding)
+    if x.ndim < 5 or x.shape[-1] >= 32 or window[1:] == (1, 1):
+        return _conv_products(x, kernel, (1,) * len(window))
     frames, out = x.shape[1] - kernel.shape[0] + 1, 0
     for t in range(kernel.shape[0]):
         folded = x[:, t : t + frames].reshape(-1, *x.shape[2:])  # [B*T, H, W, C]
@@ -87,21 +92,21 @@ def _conv_unit(x, kernel):
     return out
 
 
-def _conv_unit_backward(saved, grad):
+def _conv_unit_backward(padding, saved, grad):
     x, kernel = saved
     window = kernel.shape[:-2]
-    ones = (1,) * len(window)
-    padded = jnp.pad(grad, [(0, 0), *((k - 1, k - 1) for k in window), (0, 0)])
     flipped = jnp.flip(kernel, range(len(window))).swapaxes(-1, -2)
-    columns = _side_by_side(x, window, ones)
+    x_grad = _conv_unit(grad, flipped, tuple(pad[::-1] for pad in padding))
+    ones = (1,) * len(window)
+    columns = _side_by_side(_pad(x, padding), window, ones)
     flat = grad.reshape(-1, grad.shape[-1])
     taps = [
         _slice(columns, tap, window, ones).reshape(-1, columns.shape[-1]).T @ flat for tap in np.ndindex(*window[:-1])
     ]
-    return _conv_unit(padded, flipped), jnp.stack(taps).reshape(kernel.shape)
+    return x_grad, jnp.stack(taps).reshape(kernel.shape)
 
 
-_conv_unit.defvjp(lambda x, kernel: (_conv_unit(x, kernel), (x, kernel)), _conv_unit_backward)
+_conv_unit.defvjp(lambda x, kernel, padding: (_conv_unit(x, kernel, padding), (x, kernel)), _conv_unit_backward)
 
 
 class Conv(nn.Module):
@@ -166,11 +171,12 @@ class GroupNorm(nn.Module):
 
     Statistics of one frame never mix with another's, so that a causal model stays causal, and frames at different
     noise levels do not disturb each other. For sound [B, N, C], `frames` cuts the time axis into that many frames;
-    0 takes every sample on its own.
+    0 takes every sample on its own. A video with `frames` = 1 shares its statistics over all frames.
     """
 
     groups: int = 8
     frames: int = 0
+    eps: float = 1e-5
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -179,11 +185,11 @@ class GroupNorm(nn.Module):
         groups = math.gcd(self.groups, channels)
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        frames = x.shape[1] if x.ndim == 5 else self.frames or x.shape[1]
+        frames = self.frames or x.shape[1]
         g = x.astype(jnp.float32).reshape(x.shape[0], frames, -1, groups, channels // groups)
         mean = g.mean((2, 4), keepdims=True)
         variance = jnp.square(g).mean((2, 4), keepdims=True) - jnp.square(mean)
-        inverse = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + 1e-5)
+        inverse = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.eps)
         # One multiply-add over the array: y = x * a + b with a, b [B, frames, 1, groups, C/groups].
         a = inverse * scale.reshape(groups, -1)
         b = bias.reshape(groups, -1) - mean * a
@@ -227,22 +233,25 @@ def attention(query, key, value, mask=None):
 class Attention(nn.Module):
     """Multi-head attention of tokens x [B, N, C] to a context [B, M, D] (or to themselves), residual not included.
 
-    With positions (in seconds) given on both sides, queries and keys are rotated by them.
+    With positions (in seconds) given on both sides, queries and keys are rotated by them. `plain` attention, as in
+    arXiv:1706.03762, normalises neither queries nor keys, and its queries, keys and values have no bias.
     """
 
     heads: int
     head_dim: int
     zero: bool = True
+    plain: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, context=None, mask=None, positions=None, context_positions=None):
         context = x if context is None else context
         context_positions = positions if context_positions is None else context_positions
-        dense = functools.partial(nn.DenseGeneral, (self.heads, self.head_dim), dtype=self.dtype)
-        query = RMSNorm(name="query_norm")(dense(name="query")(x))
-        key = RMSNorm(name="key_norm")(dense(name="key")(context))
-        value = dense(name="value")(context)
+        shape = (self.heads, self.head_dim)
+        dense = functools.partial(nn.DenseGeneral, shape, use_bias=not self.plain, dtype=self.dtype)
+        query, key, value = dense(name="query")(x), dense(name="key")(context), dense(name="value")(context)
+        if not self.plain:
+            query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
         if positions is not None:
             query, key = rotary(query, positions), rotary(key, context_positions)
         out = attention(query, key, value, mask)

@@ -1,0 +1,105 @@
+"""Times our UNet3DCondition beside a PyTorch denoiser, by turns, so that both meet the same state of the machine.
+
+    python -m tests.peers.bench --peer=diffusers [--rounds=5 --batch=1 --out=peers.json]
+
+Latent clips [B, 16, 32, 32, 4] with text [B, 77, 512], float32, on the CPU; `forward` is a pass without gradients,
+`step` is forward, backward and Adam. `diffusers` is UNet3DConditionModel with the parameters of ours; `lucidrains` is
+video-diffusion-pytorch (pip install video-diffusion-pytorch), of the same widths, but another network.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from absl import flags
+from etils import epath
+
+from vdm_jax import cli
+from vdm_jax.errors import UserError
+
+PAUSE = 0.3  # seconds between turns: the threads of the one before have gone to sleep
+WARM_UP = 2  # turns not counted
+# Both keep their memory from step to step and use large pages: what the system takes to hand out memory is not timed.
+MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.hugetlb=1"
+
+
+class Side:
+    """A worker process."""
+
+    def __init__(self, name):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.peers.worker", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "GLIBC_TUNABLES": MALLOC},
+        )
+        self.params = self.read()["params"]
+
+    def read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError('a worker has ended, see above; PyTorch and diffusers: pip install -e ".[peers]"')
+        return json.loads(line)
+
+    def run(self, what, batch):
+        self.process.stdin.write(f"{what} {batch}\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def by_turns(sides, what, batch, rounds):
+    """{side: {"median", "min", "max" of its times in ms, and what else it tells}}."""
+    figures, times = {}, {name: [] for name in sides}
+    for _ in range(WARM_UP + rounds):
+        for name, side in sides.items():
+            time.sleep(PAUSE)
+            answer = side.run(what, batch)
+            times[name].append(answer.pop("ms"))
+            figures[name] = answer
+    for name, ms in times.items():
+        ms = ms[WARM_UP:]
+        figures[name].update(median=statistics.median(ms), min=min(ms), max=max(ms))
+    return figures
+
+
+def main(argv):
+    options = flags.FLAGS
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
+    sides = {name: Side(name) for name in ("ours", options.peer)}
+    result = {"peer": options.peer, "batch": options.batch, "rounds": options.rounds}
+    result["params"] = {name: side.params for name, side in sides.items()}
+    print(" ".join(f"{name}: {n / 1e6:.2f} M parameters;" for name, n in result["params"].items()))
+    print(f"{'':<20} {'median ms':>10} {'min':>8} {'max':>8}")
+    for what in ("forward", "step"):
+        figures = by_turns(sides, what, options.batch, options.rounds)
+        for name, row in figures.items():
+            print(f"{what:<8} {name:<11} {row['median']:10.0f} {row['min']:8.0f} {row['max']:8.0f}")
+        ratio = figures["ours"]["median"] / figures[options.peer]["median"]
+        compiled = figures["ours"]["compile_seconds"]
+        print(f"{what:<8} {'ratio':<11} {ratio:10.2f}   ours compiled in {compiled:.0f} s", flush=True)
+        result[what] = {**figures, "ratio": ratio}
+    for side in sides.values():
+        side.close()
+    if options.out:
+        epath.Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def define_flags():
+    flags.DEFINE_enum("peer", "diffusers", ("diffusers", "lucidrains"), "What to run beside ours.")
+    flags.DEFINE_integer("rounds", 5, "Turns of each side that count.", lower_bound=1)
+    flags.DEFINE_integer("batch", 1, "Clips.", lower_bound=1)
+    flags.DEFINE_string("out", None, "JSON file to write.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

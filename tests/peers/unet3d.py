@@ -1,0 +1,75 @@
+"""diffusers' UNet3DConditionModel beside ours: settings, a model with random weights, one job for both."""
+
+import numpy as np
+
+SETTINGS = dict(  # 52.94 M parameters, what the benchmark times
+    channels=(64, 128, 256, 256),
+    blocks=2,
+    attention=(False, False, False, True),
+    head_dim=16,
+    groups=32,
+    in_channels=4,
+    out_channels=4,
+    text_width=512,
+)
+TINY = dict(  # all kinds of blocks, with as few channels as the group norms allow
+    channels=(8, 16),
+    blocks=1,
+    attention=(False, True),
+    head_dim=8,
+    groups=4,
+    in_channels=4,
+    out_channels=3,
+    text_width=12,
+)
+
+
+def build(settings):
+    """Their model for our settings."""
+    from diffusers import UNet3DConditionModel
+
+    def kinds(name, attention):
+        return tuple(f"CrossAttn{name}3D" if attend else f"{name}3D" for attend in attention)
+
+    return UNet3DConditionModel(
+        block_out_channels=settings["channels"],
+        layers_per_block=settings["blocks"],
+        down_block_types=kinds("DownBlock", settings["attention"]),
+        up_block_types=kinds("UpBlock", settings["attention"][::-1]),
+        attention_head_dim=settings["head_dim"],
+        norm_num_groups=settings["groups"],
+        in_channels=settings["in_channels"],
+        out_channels=settings["out_channels"],
+        cross_attention_dim=settings["text_width"],
+    )
+
+
+def randomise(module, seed=0):
+    """Random weights of which none is zero, in place; the variance of activations is kept."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.1 * noise + name.endswith("weight"))  # of normalisation: about 1
+    return module
+
+
+def job(settings, frames=16, size=32, words=77, batch=1, seed=1):
+    """(video [B, T, h, w, C], timesteps [B], text [B, L, D]) of random numbers."""
+    rng = np.random.default_rng(seed)
+    video = rng.normal(size=(batch, frames, size, size, settings["in_channels"])).astype(np.float32)
+    text = rng.normal(size=(batch, words, settings["text_width"])).astype(np.float32)
+    return video, rng.integers(0, 1000, batch).astype(np.float32), text
+
+
+def call(module, video, timesteps, text):
+    """Their model on our layout, as torch tensors: -> [B, T, h, w, C]."""
+    import torch
+
+    video, timesteps, text = (torch.as_tensor(x) for x in (video, timesteps, text))
+    return module(video.permute(0, 4, 1, 2, 3), timesteps, text).sample.permute(0, 2, 3, 4, 1)

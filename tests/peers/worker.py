@@ -1,0 +1,132 @@
+"""One denoiser in a process of its own, timed on request.
+
+    python -m tests.peers.worker ours     # or diffusers, lucidrains
+
+What to run and with how many clips, 'forward 1' or 'step 1', comes on stdin; the answer is one line of JSON on stdout.
+The first line tells the number of parameters. PyTorch's models run in evaluation mode, so without dropout, in the
+training step as well: both sides compute the same.
+"""
+
+import functools
+import importlib.util
+import json
+import sys
+import time
+from unittest.mock import MagicMock
+
+from tests.peers import unet3d
+
+THREADS = 2
+
+
+def diffusers():
+    return unet3d.build(unet3d.SETTINGS), unet3d.call
+
+
+def lucidrains():
+    """video-diffusion-pytorch (arXiv:2204.03458): no twin of ours; pooled text, attention at every level."""
+    if importlib.util.find_spec("torchvision") is None:  # imported for reading images, which are not needed here
+        sys.modules.update({name: MagicMock() for name in ("torchvision", "torchvision.transforms")})
+    from video_diffusion_pytorch import Unet3D
+
+    width = unet3d.SETTINGS["text_width"]
+    model = Unet3D(dim=64, dim_mults=(1, 2, 4, 4), channels=4, cond_dim=width, attn_heads=8, attn_dim_head=32)
+
+    def call(model, video, timesteps, text):
+        out = model(video.permute(0, 4, 1, 2, 3), timesteps, cond=text.mean(1), null_cond_prob=0.0)
+        return out.permute(0, 2, 3, 4, 1)
+
+    return model, call
+
+
+class Torch:
+    def __init__(self, make):
+        import torch
+
+        self.torch = torch
+        torch.manual_seed(0)
+        torch.set_num_threads(THREADS)
+        self.model, self.call = make()
+        self.model.eval()
+        self.optimiser = torch.optim.Adam(self.model.parameters(), 1e-4)
+        self.params = sum(p.numel() for p in self.model.parameters())
+
+    def prepare(self, what, job):
+        return {}
+
+    def forward(self, *job):
+        with self.torch.no_grad():
+            self.call(self.model, *job)
+
+    def step(self, video, timesteps, text):
+        self.optimiser.zero_grad(set_to_none=True)
+        (self.call(self.model, video, timesteps, text) - self.torch.as_tensor(video)).square().mean().backward()
+        self.optimiser.step()
+
+
+class Ours:
+    """A training step gives its state away to the next."""
+
+    def __init__(self):
+        import jax
+        import optax
+
+        from tests.helpers import weights
+        from vdm_jax.models.unet3d_condition import UNet3DCondition, abstract_params
+
+        jax.config.update("jax_platforms", "cpu")
+        model, optimiser = UNet3DCondition(**unet3d.SETTINGS), optax.adam(1e-4)
+        params = weights(abstract_params(model))
+        self.state = jax.device_put((params, optimiser.init(params)))
+        self.params = sum(leaf.size for leaf in jax.tree.leaves(params))
+
+        def forward(state, video, timesteps, text):
+            return model.apply({"params": state[0]}, video, timesteps, text)
+
+        def step(state, video, timesteps, text):
+            def loss(params):
+                return ((forward((params,), video, timesteps, text) - video) ** 2).mean()
+
+            params, moments = state
+            value, gradient = jax.value_and_grad(loss)(params)
+            updates, moments = optimiser.update(gradient, moments)
+            return (optax.apply_updates(params, updates), moments), value
+
+        self.jitted = {"forward": jax.jit(forward), "step": jax.jit(step, donate_argnums=0)}
+        self.compiled, self.wait = {}, jax.block_until_ready
+
+    def prepare(self, what, job):
+        start = time.perf_counter()
+        self.compiled[what] = self.jitted[what].lower(self.state, *job).compile()
+        return {"compile_seconds": time.perf_counter() - start}
+
+    def forward(self, *job):
+        self.wait(self.compiled["forward"](self.state, *job))
+
+    def step(self, *job):
+        self.state, loss = self.wait(self.compiled["step"](self.state, *job))
+
+
+SIDES = {
+    "ours": Ours,
+    "diffusers": functools.partial(Torch, diffusers),
+    "lucidrains": functools.partial(Torch, lucidrains),
+}
+
+
+def main():
+    side, prepared = SIDES[sys.argv[1]](), {}
+    print(json.dumps({"params": side.params}), flush=True)
+    for line in sys.stdin:
+        what, batch = line.split()
+        job = unet3d.job(unet3d.SETTINGS, batch=int(batch))
+        if line not in prepared:
+            prepared[line] = side.prepare(what, job)
+        start = time.perf_counter()
+        getattr(side, what)(*job)
+        ms = (time.perf_counter() - start) * 1e3
+        print(json.dumps({"ms": ms, **prepared[line]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""The text-to-video denoiser of ModelScope and ZeroScope, with the parameters of diffusers' UNet3DConditionModel.
+
+A 2-D U-Net over each frame, with convolutions and attention over time between its layers (arXiv:2308.06571). One noise
+level for the whole clip, no sound. Weights saved by diffusers become ours with `load_diffusers`.
+"""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vdm_jax.errors import UserError
+from vdm_jax.models.layers import Attention, Conv, GroupNorm, constrain_activation, fourier_features
+
+MODELSCOPE = dict(  # damo-vilab/text-to-video-ms-1.7b and cerspense/zeroscope_v2_576w, 1.41 B parameters
+    channels=(320, 640, 1280, 1280),
+    blocks=2,
+    attention=(True, True, True, False),
+    head_dim=64,
+    groups=32,
+    in_channels=4,
+    out_channels=4,
+    text_width=1024,
+)
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+class FrameBlock(nn.Module):
+    """Residual block of 3x3 convolutions in each frame; the noise level's embedding [B, E] is added between them."""
+
+    features: int
+    groups: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, embedding):
+        norm = functools.partial(GroupNorm, self.groups, dtype=self.dtype)
+        conv = functools.partial(Conv, self.features, (1, 3, 3), dtype=self.dtype)
+        dense = functools.partial(nn.Dense, self.features, dtype=self.dtype)
+        h = conv(name="conv_in")(nn.silu(norm(name="norm_in")(x)))
+        h = h + dense(name="embedding")(embedding)[:, None, None, None]
+        h = conv(name="conv_out")(nn.silu(norm(name="norm_out")(h)))
+        if x.shape[-1] != self.features:
+            x = dense(name="skip")(x)
+        return x + h
+
+
+class TimeBlock(nn.Module):
+    """Residual block of four convolutions over time; group statistics are over all frames."""
+
+    groups: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        h = x
+        for i in range(1, 5):
+            h = nn.silu(GroupNorm(self.groups, frames=1, dtype=self.dtype, name=f"norm_{i}")(h))
+            h = Conv(x.shape[-1], (3, 1, 1), zero=i == 4, dtype=self.dtype, name=f"conv_{i}")(h)
+        return x + h
+
+
+class Transformer(nn.Module):
+    """One pre-norm transformer block, residual. x [B, T, h, w, C], text [B, L, D].
+
+    With a text each frame's tokens read each other, then the text; without, each pixel's T tokens each other, twice.
+    """
+
+    heads: int
+    head_dim: int
+    groups: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, text=None):
+        b, t, h, w, c = x.shape
+        width = self.heads * self.head_dim
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=self.dtype)
+        attention = functools.partial(Attention, self.heads, self.head_dim, plain=True, dtype=self.dtype)
+        over_time = text is None
+
+        tokens = GroupNorm(self.groups, frames=1 if over_time else t, eps=1e-6, dtype=self.dtype, name="norm")(x)
+        if over_time:
+            tokens = tokens.reshape(b, t, h * w, c).swapaxes(1, 2)  # [B, h*w, T, C]
+        tokens = tokens.reshape(-1, t if over_time else h * w, c)  # [B*h*w, T, C] or [B*T, h*w, C]
+        tokens = dense(width, name="project_in")(tokens)
+        tokens = tokens + attention(name="self")(norm(name="norm_self")(tokens))
+        if not over_time:
+            tokens = tokens.reshape(b, -1, width)  # [B, T*h*w, width]: the frames of a clip share its text
+        tokens = tokens + attention(name="cross")(norm(name="norm_cross")(tokens), text)
+        hidden, gate = jnp.split(dense(8 * width, name="expand_0")(norm(name="norm_mlp")(tokens)), 2, -1)
+        hidden = hidden * nn.gelu(gate, approximate=False)  # GEGLU, arXiv:2002.05202, eq. 6
+        tokens = tokens + dense(width, name="contract_0")(hidden)
+        tokens = dense(c, name="project_out")(tokens)
+        if over_time:
+            tokens = tokens.reshape(b, h * w, t, c).swapaxes(1, 2)
+        return x + tokens.reshape(x.shape)
+
+
+class Block(nn.Module):
+    """What the levels are made of: FrameBlock, TimeBlock and, where they attend, a Transformer in space and in time."""
+
+    features: int
+    attend: bool
+    head_dim: int
+    groups: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, embedding, text):
+        x = FrameBlock(self.features, self.groups, self.dtype, name="frame")(x, embedding)
+        x = TimeBlock(self.groups, self.dtype, name="time")(x)
+        if self.attend:
+            heads = self.features // self.head_dim
+            transformer = functools.partial(Transformer, heads, self.head_dim, self.groups, self.dtype)
+            x = transformer(name="attend_frame")(x, text)
+            x = transformer(name="attend_time")(x)
+        return constrain_activation(x)
+
+
+class UNet3DCondition(nn.Module):
+    """video [B, T, h, w, in_channels], timesteps [B], text [B, L, text_width] -> [B, T, h, w, out_channels], float32.
+
+    Level i has channels[i] and `blocks` blocks on the way down, one more on the way up; those of levels with
+    attention[i] attend. Space halves between levels, time stays. `up_0` is the lowest level.
+    """
+
+    channels: tuple[int, ...]
+    blocks: int
+    attention: tuple[bool, ...]
+    head_dim: int
+    groups: int
+    in_channels: int
+    out_channels: int
+    text_width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, video, timesteps, text):
+        first, levels = self.channels[0], len(self.channels)
+        conv = functools.partial(Conv, window=(1, 3, 3), dtype=self.dtype)
+        dense = functools.partial(nn.Dense, 4 * first, dtype=self.dtype)
+        block = functools.partial(Block, head_dim=self.head_dim, groups=self.groups, dtype=self.dtype)
+
+        level = fourier_features(timesteps, first, max_period=10000.0)
+        embedding = nn.silu(dense(name="level_out")(nn.silu(dense(name="level_in")(level))))  # [B, E]
+        text = text.astype(self.dtype)
+
+        x = conv(first, name="stem")(video)
+        x = Transformer(8, self.head_dim, self.groups, self.dtype, name="attend_stem")(x)
+
+        # Down
+        skips = [x]
+        for i, features in enumerate(self.channels):
+            for j in range(self.blocks):
+                x = block(features, self.attention[i], name=f"down_{i}_{j}")(x, embedding, text)
+                skips.append(x)
+            if i < levels - 1:
+                x = conv(features, strides=(1, 2, 2), name=f"shrink_{i}")(x)
+                skips.append(x)
+
+        # Bottleneck
+        for j in range(2):
+            x = block(self.channels[-1], j == 0, name=f"middle_{j}")(x, embedding, text)
+
+        # Up
+        for i, (features, attend) in enumerate(zip(self.channels[::-1], self.attention[::-1])):
+            for j in range(self.blocks + 1):
+                x = jnp.concatenate([x, skips.pop()], -1)
+                x = block(features, attend, name=f"up_{i}_{j}")(x, embedding, text)
+            if i < levels - 1:
+                h, w = skips[-1].shape[2:4]  # odd sizes were rounded up when halved
+                x = jnp.repeat(jnp.repeat(x, 2, 2), 2, 3)[:, :, :h, :w]
+                x = conv(features, name=f"grow_{i}")(x)
+
+        x = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(x))
+        return conv(self.out_channels, name="head")(x).astype(jnp.float32)
+
+
+def abstract_params(model):
+    """The parameters of a UNet3DCondition as a tree of ShapeDtypeStructs; nothing is allocated."""
+    shapes = (1, 1, 1, 1, model.in_channels), (1,), (1, 1, model.text_width)
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+# Our path, with dots for slashes -> the name in diffusers, by all of these in turn.
+_NAMES = (
+    (r"^stem\b", "conv_in"),
+    (r"^level_in\b", "time_embedding.linear_1"),
+    (r"^level_out\b", "time_embedding.linear_2"),
+    (r"^attend_stem\b", "transformer_in"),
+    (r"^norm_out\b", "conv_norm_out"),
+    (r"^head\b", "conv_out"),
+    (r"^shrink_(\d+)", r"down_blocks.\1.downsamplers.0.conv"),
+    (r"^grow_(\d+)", r"up_blocks.\1.upsamplers.0.conv"),
+    (r"^(down|up)_(\d+)_(\d+)\.(\w+)", r"\1_blocks.\2.\4.\3"),
+    (r"^middle_(\d)\.(\w+)", r"mid_block.\2.\1"),
+    (r"\.frame\.(\d+)", r".resnets.\1"),
+    (r"\.time\.(\d+)", r".temp_convs.\1"),
+    (r"\.attend_frame\.(\d+)", r".attentions.\1"),
+    (r"\.attend_time\.(\d+)", r".temp_attentions.\1"),
+    (r"\.norm_in\b", ".norm1"),
+    (r"\.norm_out\b", ".norm2"),
+    (r"(resnets\.\d+)\.conv_in\b", r"\1.conv1"),
+    (r"(resnets\.\d+)\.conv_out\b", r"\1.conv2"),
+    (r"\.embedding\b", ".time_emb_proj"),
+    (r"\.skip\b", ".conv_shortcut"),
+    (r"\.norm_(\d)", r".conv\1.0"),
+    (r"\.conv_1\b", ".conv1.2"),
+    (r"\.conv_(\d)", r".conv\1.3"),  # after a dropout
+    (r"\.project_", ".proj_"),
+    (r"\.norm_self\b", ".transformer_blocks.0.norm1"),
+    (r"\.norm_cross\b", ".transformer_blocks.0.norm2"),
+    (r"\.norm_mlp\b", ".transformer_blocks.0.norm3"),
+    (r"\.self\b", ".transformer_blocks.0.attn1"),
+    (r"\.cross\b", ".transformer_blocks.0.attn2"),
+    (r"\.expand_0\b", ".transformer_blocks.0.ff.net.0.proj"),
+    (r"\.contract_0\b", ".transformer_blocks.0.ff.net.2"),
+    (r"\.(q|k|v)(uery|ey|alue)\b", r".to_\1"),
+    (r"\.out\b", ".to_out.0"),
+    (r"\.(kernel|scale)$", ".weight"),
+)
+
+
+def diffusers_shapes(model):
+    """{name: shape} of the tensors that diffusers saves for a UNet3DCondition."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
+    return {_name(path): _shape(path, leaf.shape) for path, leaf in leaves}
+
+
+def load_diffusers(flat, model):
+    """Weights of diffusers' UNet3DConditionModel as parameters of `model`, a UNet3DCondition of the same settings.
+
+    flat: {name: array} as `safetensors.numpy.load_file("diffusion_pytorch_model.safetensors")` gives it. Returns a tree
+    of float32 arrays. A tensor that is missing, too many or of another shape raises UserError.
+    """
+    shapes = diffusers_shapes(model)
+    for name in flat:
+        if name not in shapes:
+            raise UserError(f"tensor {name} has no place in this model: are its settings those of the weights?")
+    for name, shape in shapes.items():
+        if name not in flat:
+            raise UserError(f"tensor {name} is missing")
+        if flat[name].shape != shape:
+            raise UserError(f"tensor {name} has shape {flat[name].shape}, this model needs {shape}")
+
+    def load(path, leaf):
+        tensor = flat[_name(path)]
+        if tensor.ndim > 1:
+            tensor = np.moveaxis(tensor, (1, 0), (-2, -1))  # [*window, input, output]
+        return np.ascontiguousarray(tensor.reshape(leaf.shape), np.float32)
+
+    return jax.tree_util.tree_map_with_path(load, abstract_params(model))
+
+
+def _name(path):
+    """The name in diffusers of the parameter at a key path of ours."""
+    name = ".".join(key.key for key in path)
+    return functools.reduce(lambda name, rule: re.sub(rule[0], rule[1], name), _NAMES, name)
+
+
+def _shape(path, shape):
+    """The shape in diffusers of the parameter that has `shape` here: [output, input, *window]."""
+    layer, kind = path[-2].key, path[-1].key
+    if kind != "kernel":
+        return shape
+    if layer in ("query", "key", "value"):  # [input, heads, d]
+        return (shape[1] * shape[2], shape[0])
+    if layer == "out":  # [heads, d, output]
+        return (shape[2], shape[0] * shape[1])
+    *window, inputs, outputs = shape
+    if layer == "skip":  # a convolution of one pixel
+        window = [1, 1]
+    elif window and window[0] == 1:  # within a frame
+        window = window[1:]
+    return (outputs, inputs, *window)
