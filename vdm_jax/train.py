@@ -57,8 +57,7 @@ def main(argv):
 
 
 def write_config(workdir, config):
-    """Stores the config with the run. A run goes on only with the sizes and, once they have a checkpoint, the models that
-    it began with."""
+    """Stores the config with the run, which goes on only with the sizes, and the models of begun stages, it has."""
     path = workdir / "config.json"
     stored = config.to_json_best_effort(indent=1, sort_keys=True) + "\n"
     if path.exists():
