@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 from tests.conftest import write_run
-from vdm_jax import checkpoint, evaluate, media, preview, stages
+from vdm_jax import checkpoint, evaluate, media, preview, stages, task_metrics
 from vdm_jax.data import pipeline
 from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
@@ -129,7 +129,7 @@ def test_prompts_ask_for_nothing_that_previews_show(config):
     held_out = pipeline.source(config, "held_out")
     prompts = evaluate.choose_prompts(config, held_out, seed=3)
     assert [len(p["objects"]) for p in prompts] == [1] * 5 + [2] * 5
-    shown = [evaluate.objects(held_out[i]) for i in range(preview.CLIPS)]
+    shown = [task_metrics.objects(held_out[i]) for i in range(preview.CLIPS)]
     for prompt in prompts:
         assert prompt["objects"] not in shown and prompt["objects"][::-1] not in shown
         for thing in prompt["objects"]:
