@@ -1,28 +1,26 @@
-"""The reference recipe: the full procedural world, for a GPU or a patient CPU. Not yet run.
+"""The full procedural world: one to three objects, gravity, occluder, open sides, camera, light. Not yet run.
 
     python -m vdm_jax.train --config=configs/world.py --workdir=runs/world
 
-One to three shapes, some with gravity, an occluder, open sides, a moving camera or drifting light; 32 px, 17 frames.
+The models are those of world_tiny.py, so that a run can go on from the reference weights, which saves most of the time:
+
+    python -m vdm_jax.checkpoint import --weights=reference --workdir=runs/world
+
+(imported stages count as trained as far as world_tiny.py trained them; here they have more steps).
 """
 
-from configs import common
+from configs import world_tiny
 
 
 def get_config():
-    config = common.get_config()
+    config = world_tiny.get_config()
     config.unlock()
 
-    vae = config.video_autoencoder
-    vae.update(steps=20000, batch_size=16, learning_rate=1e-3, kl_weight=1e-3)
-    vae.model.update(
-        channels=(64, 128), space_strides=(1,), time_strides=(4,), blocks=(0, 2), middle_blocks=1, latent_channels=16
-    )
-    audio = config.audio_autoencoder
-    audio.update(steps=10000, batch_size=16)
-    audio.model.update(patch=50, channels=(64, 128), strides=(5,), blocks=(1, 1))
-
-    config.clip.update(steps=10000, batch_size=128)
-    config.denoiser.update(steps=60000, batch_size=64, cached_clips=65536)
+    config.data.world = dict(objects=(0.4, 0.35, 0.25), gravity=0.2, occluder=0.2, leave=0.2, pan=0.2, light=0.2)
+    config.video_autoencoder.steps = 4000
+    config.audio_autoencoder.steps = 2000
+    config.clip.steps = 3000
+    config.denoiser.update(steps=60000, batch_size=32, cached_clips=65536, ema=0.9995)
 
     config.lock()
     return config
