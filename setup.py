@@ -33,9 +33,9 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "test": ["pytest", "pytest-xdist", "ruff"],
+        "test": ["pytest", "pytest-xdist", "ruff", "nbmake", "ipykernel"],
         # What the tests compare with. Pinned, because the comparison is with one implementation.
         "peers": ["torch==2.13.0", "diffusers"],
-        "notebooks": ["nbmake", "ipykernel", "jupyterlab", "matplotlib"],
+        "notebooks": ["jupyterlab"],
     },
 )

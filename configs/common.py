@@ -120,7 +120,7 @@ def get_config():
             factorised=True,
             head_dim=32,
             embedding=256,  # noise level and temporal position
-            text_layers=2,  # transformer layers on the text, trained with the denoiser
+            text_layers=0,  # transformer layers on the text, trained with the denoiser
             groups=8,
         )
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import t2v_pod
+from configs import t2v_pod, world_tiny
 from tests import tiny
 from tests.conftest import write_run
 from vdm_jax import checkpoint, stages, train
@@ -201,6 +201,17 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     (tmp_path / "out" / "clip.safetensors").unlink()
     with pytest.raises(UserError, match="clip.safetensors is missing"):
         checkpoint.load_trained(None, stages.abstract_params)
+
+
+def test_the_reference_weights_are_those_of_their_recipe():
+    exported, recipe = checkpoint.load_config(checkpoint.REFERENCE / "config.json"), world_tiny.get_config()
+    for stage in checkpoint.STAGES:
+        assert exported[stage].to_dict() == recipe[stage].to_dict()
+    for part in ("data", "sample", "evaluate"):
+        assert exported[part].to_dict() == recipe[part].to_dict()
+    assert (
+        checkpoint.load_exported(checkpoint.REFERENCE, stages.abstract_params)[1]["denoiser"] == recipe.denoiser.steps
+    )
 
 
 def test_statistics_are_written_over(tmp_path):
