@@ -195,6 +195,29 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     assert done.code == 0 and any("8 of 10 steps done" in line for line in done.err)
     assert checkpoint.newest_step(run, "denoiser") == tiny.get_config().denoiser.steps + 2
 
+    # ----------------------------------------------------------------------------------------- and by one with more layers
+    run = tmp_path / "grown"
+    recipe = ["--config=tests/tiny.py", "--config.denoiser.model.text_layers=1"]
+    done = command(checkpoint, "import", f"--weights={tmp_path / 'out'}", f"--workdir={run}", *recipe)
+    assert done.code == 0 and "denoiser at step 0" in done.out and "text/" in done.out
+    grown = checkpoint.load_trained(run, stages.abstract_params)
+    cond = {"states": np.ones((1, 96, 16)), "mask": np.ones((1, 96), bool), "pooled": np.ones((1, 16))}
+    size = stages.layout(grown.config)
+    z = {name: np.ones((1, *shape), np.float32) for name, shape in stages.latent_shapes(size).items()}
+    level = {name: np.zeros((1, size.latent_frames)) for name in z}
+    outputs = [
+        stages.models(one.config)["denoiser"].apply({"params": one.frozen["denoiser"]}, z, level, cond)
+        for one in (grown, exported)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *outputs)
+    done = command(train, *recipe, f"--workdir={run}", "--config.denoiser.steps=1", "--config.preview_every=0")
+    assert done.code == 0
+    start = grown.frozen["denoiser"]["stem_video"]["kernel"]
+    after = checkpoint.load_trained(run, stages.abstract_params).frozen["denoiser"]["stem_video"]["kernel"]
+    assert 0 < np.abs(after - start).max() < 0.1  # one step from the weights, not from a fresh draw
+    done = command(checkpoint, "import", "--weights=reference", f"--workdir={tmp_path / 'no'}", *recipe)
+    assert done.code == 2 and len(done.err) == 1 and not (tmp_path / "no").exists()
+
     for options in (["export"], ["export", f"--workdir={tiny_run}"], [f"--workdir={tiny_run}", "--out=x"]):
         done = command(checkpoint, *options)
         assert done.code == 2 and len(done.err) == 1 and "usage" in done.err[0]

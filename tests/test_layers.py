@@ -164,6 +164,23 @@ def test_attention_is_a_softmax_over_what_the_mask_allows():
             np.testing.assert_allclose(out[b, :, h], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("queries", [300, 2100])  # one block; three
+def test_attention_in_blocks_has_the_values_and_gradients_of_the_direct_form(queries):
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(2, queries, 2, 4)).astype(np.float32)
+    key, value = rng.normal(size=(2, 2, 300, 2, 4)).astype(np.float32)
+    mask = rng.random((2, 300)) < 0.5
+    weights = rng.normal(size=query.shape).astype(np.float32)
+
+    def both(function):
+        loss = lambda *x: jnp.sum(function(*x, mask) * weights)  # noqa: E731
+        return function(query, key, value, mask), jax.grad(loss, (0, 1, 2))(query, key, value)
+
+    assert query.shape[1] * key.shape[1] >= layers.ATTENTION_AT_ONCE
+    got, want = both(layers.attention), both(layers._attention_direct)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
 def test_attention_module_reads_the_context_at_its_time():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 3, 6)).astype(np.float32)

@@ -5,6 +5,8 @@
 
 An imported run stands where the exported one stood, less its optimiser's memory: raise a stage's steps to train it on,
 or delete a stage's folder to train that one anew. --weights=reference names the weights that ship with the package.
+With --config=FILE the run is that recipe's, whose models may have parameters that the weights lack: those begin as
+drawn, and a stage that has such begins at step 0. Added layers that start as nothing leave a model what it was.
 """
 
 import json
@@ -217,10 +219,13 @@ def main(argv):
         return export(options.workdir, epath.Path(options.out), stages.abstract_params)
     if argv[1:] == ["import"] and options.weights and options.workdir:
         weights = REFERENCE if options.weights == "reference" else options.weights
-        return take_over(weights, epath.Path(options.workdir), stages.abstract_params, train_state.create)
+        trained, steps = load_exported(weights, stages.abstract_params)
+        if options.config is not None:
+            trained, steps = grow(trained, steps, options.config, stages.init_fns(options.config))
+        return take_over(trained, steps, epath.Path(options.workdir), train_state.create)
     raise UserError(
         "usage: python -m vdm_jax.checkpoint export --workdir=DIR --out=FOLDER, "
-        "or python -m vdm_jax.checkpoint import --weights=FOLDER --workdir=DIR"
+        "or python -m vdm_jax.checkpoint import --weights=FOLDER --workdir=DIR [--config=FILE]"
     )
 
 
@@ -235,9 +240,34 @@ def export(workdir, out, abstract_params):
     print(f"wrote {out}: {size / 1e6:.2f} MB of weights")
 
 
-def take_over(weights, workdir, abstract_params, create):
-    """Makes the run `workdir` of exported weights; create(params, settings) -> a train state at step 0."""
-    trained, steps = load_exported(weights, abstract_params)
+def grow(trained, steps, config, init_fns):
+    """-> (Trained of `config`, {stage: step}): the weights there are, and what the config adds to them as drawn.
+
+    Raises UserError where the config drops a parameter or gives it another shape.
+    """
+    key, frozen, steps = jax.random.key(config.seed), dict(trained.frozen), dict(steps)
+    for stage in STAGES:
+        drawn = jax.jit(init_fns[stage])(key)
+        frozen[stage], added, dropped = _overlay(trained.frozen[stage], drawn)
+        if dropped:
+            raise UserError(f"the weights have {stage}/{dropped[0]}, which the config's model lacks")
+        _check_shapes(frozen[stage], drawn, f"the weights of {stage}")
+        if added:
+            print(f"{stage}: {len(added)} parameters begin as drawn, {added[0]} the first; the stage begins at step 0")
+            steps[stage] = 0
+    return Trained(config, frozen), steps
+
+
+def _overlay(stored, drawn):
+    """-> (`drawn` with the leaves that `stored` has, names that only drawn has, names that only stored has), sorted."""
+    have = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stored)}
+    want = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(drawn)}
+    tree = jax.tree_util.tree_map_with_path(lambda path, leaf: have.get(path_name(path), leaf), drawn)
+    return tree, sorted(want - set(have)), sorted(set(have) - want)
+
+
+def take_over(trained, steps, workdir, create):
+    """Makes the run `workdir` of trained weights; create(params, settings) -> a train state at step 0."""
     if (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds a run already: give a new --workdir")
     for stage in STAGES:
@@ -250,6 +280,7 @@ def take_over(weights, workdir, abstract_params, create):
 
 
 def define_flags():
+    cli.define_config()
     flags.DEFINE_string("workdir", None, "Run folder, to read or to make.")
     flags.DEFINE_string("out", None, "Folder to write exported weights to.")
     flags.DEFINE_string("weights", None, "Folder of exported weights to read, or 'reference'.")

@@ -87,7 +87,8 @@ def train_stage(name, config, workdir, mesh, source):
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     program = train_state.program(stages.build(config)[name], settings, init_key, mesh)
     checkpoints = checkpoint.manager(directory / "checkpoints")
-    done = checkpoints.latest_step() or 0
+    newest = checkpoints.latest_step()  # 0 where imported weights are to be trained from the start
+    done = newest or 0
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(program.abstract["params"]))
     logger.info("%s: %.2f M parameters, %d of %d steps done", name, parameters / 1e6, done, settings.steps)
     if done >= settings.steps:
@@ -113,7 +114,7 @@ def train_stage(name, config, workdir, mesh, source):
         to_example=to_example,
     )
     batch_sharding = sharding.batch_sharding(mesh)
-    state = checkpoint.restore(checkpoints, program.abstract) if done else program.init()
+    state = program.init() if newest is None else checkpoint.restore(checkpoints, program.abstract)
 
     # ----------------------------------------------------------------------------------------------------------- loop
     writer = SummaryWriter(str(directory)) if lead else None

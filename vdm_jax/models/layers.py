@@ -220,14 +220,32 @@ def rotary(x, positions, max_period=100.0):
 # ------------------------------------------------------------------------------------------------------- attention
 
 
+ATTENTION_AT_ONCE = 2**16  # scores of one head above which a CPU takes one example after the other
+
+
 def attention(query, key, value, mask=None):
     """Softmax attention. query [B, N, heads, d], key and value [B, M, heads, d], mask [B, M] True = may be read."""
-    scores = jnp.einsum("bnhd,bmhd->bhnm", query, key) / math.sqrt(query.shape[-1])
-    scores = scores.astype(jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None, :], scores, -1e9)
+    if mask is None:
+        mask = jnp.ones(key.shape[:2], bool)
+    if jax.default_backend() != "cpu" or query.shape[1] * key.shape[1] < ATTENTION_AT_ONCE:
+        return _attention_direct(query, key, value, mask)
+    # On a CPU the scores of all examples at once go through memory several times; those of one stay in its cache.
+    return jax.lax.map(lambda one: _attention_blocked(*one), (query, key, value, mask))
+
+
+def _attention_direct(query, key, value, mask):
+    scores = jnp.einsum("...nhd,...mhd->...hnm", query, key) / math.sqrt(query.shape[-1])
+    scores = jnp.where(mask[..., None, None, :], scores.astype(jnp.float32), -1e9)
     weights = jax.nn.softmax(scores, -1).astype(value.dtype)
-    return jnp.einsum("bhnm,bmhd->bnhd", weights, value)
+    return jnp.einsum("...hnm,...mhd->...nhd", weights, value)
+
+
+def _attention_blocked(query, key, value, mask):
+    """One example's attention, no more than 1,024 queries at a time; the backward pass computes the scores again."""
+    tokens, *heads = query.shape
+    parts = next(p for p in range(-(-tokens // 1024), tokens + 1) if tokens % p == 0)
+    block = jax.checkpoint(lambda part: _attention_direct(part, key, value, mask))
+    return jax.lax.map(block, query.reshape(parts, tokens // parts, *heads)).reshape(query.shape)
 
 
 class Attention(nn.Module):
