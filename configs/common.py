@@ -72,6 +72,7 @@ def get_config():
     )
 
     clip = config.clip = optimiser(batch_size=64, weight_decay=0.01)
+    clip.near_misses = ()  # groups of words; captions with words of a group exchanged become wrong answers (text.py)
     clip.model = ConfigDict(
         dict(
             text=ConfigDict(dict(width=128, layers=3, heads=4)),
@@ -112,7 +113,9 @@ def get_config():
     )
     denoiser.model = ConfigDict(
         dict(
+            patch=1,  # latents, height and width, that the network sees as one place
             channels=(96, 192),  # per level; space halves between levels
+            audio_channels=(),  # of the sound, per level; () for the same
             blocks=(2, 2),  # residual blocks a level, on the way down and again up
             attention=(False, True),  # self- and cross-attention at this level
             exchange=(False, True),  # sound and picture attend to each other at this level

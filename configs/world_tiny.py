@@ -19,32 +19,33 @@ Muon against AdamW on the video autoencoder, same model, batches and data, PSNR 
 """
 
 from configs import common
+from vdm_jax.data import world
 
 
 def get_config():
     config = common.get_config()
     config.unlock()
 
-    config.data.world = dict(objects=(0.65, 0.35), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0)
+    config.data.world = dict(objects=(0.4, 0.6), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0)
 
     vae = config.video_autoencoder
-    vae.update(steps=1000, batch_size=8, learning_rate=4e-3, kl_weight=1e-4)
+    vae.update(steps=4000, batch_size=8, learning_rate=4e-3, kl_weight=1e-4)
     vae.model.update(
         channels=(48, 96), space_strides=(1,), time_strides=(2,), blocks=(0, 2), middle_blocks=0, latent_channels=24
     )
 
     audio = config.audio_autoencoder
-    audio.update(steps=800, batch_size=8, learning_rate=4e-3, kl_weight=1e-4)
+    audio.update(steps=3000, batch_size=8, learning_rate=4e-3, kl_weight=1e-4)
     audio.model.update(patch=50, channels=(64, 128), strides=(5,), blocks=(1, 1))
 
     clip = config.clip
-    clip.update(steps=600, batch_size=64)
+    clip.update(steps=1500, batch_size=64, near_misses=(world.COLOURS, world.SHAPES, world.DIRECTIONS))
     clip.model.text.update(width=96, layers=2, heads=3)
     clip.model.video.update(channels=(48, 64, 96))
     clip.model.embedding = 96
 
     denoiser = config.denoiser
-    denoiser.update(steps=8000, batch_size=16, learning_rate=3e-3, ema=0.998, cached_clips=8192)
+    denoiser.update(steps=4600, batch_size=32, learning_rate=3e-3, ema=0.999, cached_clips=24576)
     denoiser.diffusion.loss_weights.audio = 0.5
     denoiser.diffusion.patterns = dict(
         same=0.7,
@@ -57,7 +58,16 @@ def get_config():
         ends_given=0.015,
         pyramid=0.015,
     )
-    denoiser.model.update(channels=(64, 96), blocks=(1, 1), exchange=(False, False), time_strides=(2,), embedding=128)
+    denoiser.model.update(
+        channels=(48, 112),
+        audio_channels=(32, 64),
+        blocks=(1, 2),
+        exchange=(False, False),
+        time_strides=(1,),
+        head_dim=28,
+        embedding=128,
+        text_layers=1,
+    )
 
     config.lock()
     return config

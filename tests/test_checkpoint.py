@@ -195,7 +195,7 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     assert done.code == 0 and any("8 of 10 steps done" in line for line in done.err)
     assert checkpoint.newest_step(run, "denoiser") == tiny.get_config().denoiser.steps + 2
 
-    # ----------------------------------------------------------------------------------------- and by one with more layers
+    # -------------------------------------------------------------------------------------- and by one with more layers
     run = tmp_path / "grown"
     recipe = ["--config=tests/tiny.py", "--config.denoiser.model.text_layers=1"]
     done = command(checkpoint, "import", f"--weights={tmp_path / 'out'}", f"--workdir={run}", *recipe)

@@ -48,12 +48,61 @@ def test_convolutions_have_the_values_and_gradients_of_xla(case):
             out, back = jax.vjp(function, x, kernel)
             return out, back(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
 
-        return run(lambda x, k: layers.conv(x, k, strides, time_padding)), run(reference)
+        return run(lambda x, k: layers.conv(x, k, np.zeros(features, np.float32), strides, time_padding)), run(
+            reference
+        )
 
     got, want = jax.jit(both)(x, kernel)
     if strides is None:
         assert got[0].shape == (*shape[:-1], features)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+UNIT_STRIDES = [name for name, case in CONVOLUTIONS.items() if case[3] is None]
+
+
+@pytest.mark.parametrize("name", UNIT_STRIDES)
+def test_convolutions_in_bfloat16_are_those_of_rounded_operands(name):
+    shape, window, features, _, time_padding = CONVOLUTIONS[name]
+    rng = np.random.default_rng(0)
+    x, kernel, bias, weights = (
+        jnp.asarray(rng.normal(size=size), jnp.bfloat16).astype(jnp.float32)  # nothing is lost by rounding these
+        for size in (shape, (*window, shape[-1], features), (features,), (*shape[:-1], features))
+    )
+
+    def both(dtype):
+        def run(x, kernel, bias):
+            return layers.conv(x, kernel, bias, None, time_padding, dtype)
+
+        out, back = jax.vjp(run, x, kernel, bias)
+        return out, back(weights)
+
+    got, want = jax.jit(lambda: (both(jnp.bfloat16), both(jnp.float32)))()
+    assert got[0].dtype == jnp.float32
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dense_has_the_values_and_gradients_of_a_product(dtype):
+    rng = np.random.default_rng(0)
+    x, kernel, bias, weights = (
+        jnp.asarray(rng.normal(size=size), jnp.bfloat16).astype(jnp.float32)
+        for size in ((2, 3, 5), (5, 4), (4,), (2, 3, 4))
+    )
+    out, back = jax.vjp(lambda *a: layers.dense(*a, dtype), x, kernel, bias)
+    want, want_back = jax.vjp(lambda x, k, b: x @ k + b, x, kernel, bias)
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), back(weights), want_back(weights))
+    np.testing.assert_allclose(layers.dense(x, kernel, None, dtype), want - bias, rtol=1e-5, atol=1e-5)
+
+
+def test_upsampling_repeats_and_its_gradient_sums():
+    x = np.random.default_rng(0).normal(size=(2, 2, 3, 1, 4)).astype(np.float32)
+    out, back = jax.vjp(lambda x: layers.upsample(x, (2, 1, 3)), x)
+    np.testing.assert_array_equal(out, x.repeat(2, 1).repeat(3, 3))
+    weights = np.random.default_rng(1).normal(size=out.shape).astype(np.float32)
+    want = weights.reshape(2, 2, 2, 3, 1, 3, 4).sum((2, 5))
+    np.testing.assert_allclose(back(weights)[0], want, rtol=1e-5, atol=1e-6)
 
 
 def later_frames_changed(x, frame):
@@ -119,6 +168,59 @@ def test_group_norm_is_flax_group_norm_of_each_frame(shape, frames, folded):
     params = init_weights(module, x)
     want = nn.GroupNorm(num_groups=4, epsilon=1e-5).apply({"params": params}, x.reshape(folded)).reshape(shape)
     np.testing.assert_allclose(module.apply({"params": params}, x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_group_norm_takes_an_offset_before_and_a_film_and_an_activation_after():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 3, 4, 5, 12)).astype(np.float32)
+    offset, scale, shift = rng.normal(size=(3, 2, 3, 12)).astype(np.float32)
+    offset = offset[:, :1]  # the same for all frames
+    module = layers.GroupNorm(groups=4, activation=nn.silu)
+    params = init_weights(module, x)
+    weights = rng.normal(size=x.shape).astype(np.float32)
+
+    def ours(params, x, offset, scale, shift):
+        return module.apply({"params": params}, x, offset, (scale, shift))
+
+    def plain(params, x, offset, scale, shift):
+        x = (x + offset[:, :, None, None]).reshape(6, 4, 5, 12)
+        h = nn.GroupNorm(num_groups=4, epsilon=1e-5).apply({"params": params}, x).reshape(2, 3, 4, 5, 12)
+        return nn.silu(h * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+
+    arguments = (params, x, offset, scale, shift)
+    got, want = (jax.jit(lambda *a, f=f: (f(*a), jax.vjp(f, *a)[1](weights)))(*arguments) for f in (ours, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
+
+
+def test_layer_norm_is_flax_layer_norm():
+    x = np.random.default_rng(0).normal(2.0, 3.0, size=(2, 3, 12)).astype(np.float32)
+    params = init_weights(layers.LayerNorm(), x)
+    weights = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+
+    def both(module):
+        out, back = jax.vjp(lambda params, x: module.apply({"params": params}, x), params, x)
+        return out, back(weights)
+
+    got, want = both(layers.LayerNorm()), both(nn.LayerNorm())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got, want)
+
+
+def test_forms_of_accelerators_have_the_values_and_gradients_of_those_of_a_cpu():
+    x = np.random.default_rng(0).normal(size=(1, 3, 4, 4, 8)).astype(np.float32)
+    embedding = np.random.default_rng(1).normal(size=(1, 3, 5)).astype(np.float32)
+    block = layers.ResidualBlock(6, groups=2)
+    params = init_weights(block, x, embedding)
+
+    def run():
+        out, back = jax.vjp(lambda params, x: block.apply({"params": params}, x, embedding), params, x)
+        return out, back(jnp.cos(out))
+
+    here = run()
+    with layers.forms_of("tpu"):
+        assert "custom_vjp" not in str(jax.make_jaxpr(run)())
+        there = run()
+    assert "custom_vjp" in str(jax.make_jaxpr(run)())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), here, there)
 
 
 def test_space_to_depth_keeps_each_square_together():

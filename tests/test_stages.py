@@ -77,6 +77,11 @@ WRONG = {  # changes -> the message holds these words, and what it names works
     ),
     "clip patch": ({"clip.model.video.patch": 5}, "clip.model.video.patch"),
     "stft windows": ({"audio_autoencoder.stft_windows": (64, 2048)}, "stft_windows"),
+    "patch": ({"denoiser.model.patch": 3}, "denoiser.model.patch=3 does not divide the 4x4 latents"),
+    "sound channels": (
+        {"denoiser.model.audio_channels": (8,)},
+        "audio_channels=(8,) must have 2 values",
+    ),
     "too few blocks": ({"denoiser.model.blocks": (1,)}, "denoiser.model.blocks=(1,) must have 2 values"),
     "too many strides": ({"video_autoencoder.model.time_strides": (2, 2)}, "time_strides=(2, 2) must have 1 values"),
     "attention": ({"denoiser.model.attention": (True,) * 3}, "denoiser.model.attention"),

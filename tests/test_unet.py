@@ -12,7 +12,9 @@ from vdm_jax.models.clip import TextEncoder
 from vdm_jax.models.unet import Exchange, LevelEmbedding, TokenMixer, UNet
 
 SETTINGS = dict(
+    patch=1,
     channels=(8, 16),
+    audio_channels=(),
     blocks=(1, 1),
     attention=(False, True),
     exchange=(False, True),
@@ -169,6 +171,25 @@ def test_attention_and_exchange_are_chosen_by_level():
     for m in ("video", "audio"):
         assert tree[f"middle_attention_{m}/self/key/kernel"] == (16, 2, 8)
         assert tree[f"middle_attention_{m}/cross/key/kernel"] == (16, 2, 8)
+
+
+def test_sound_may_be_narrower_and_the_picture_cut_into_squares():
+    changes = dict(audio_channels=(4, 8), patch=2)
+    tree = parameters(**changes)
+    assert tree["stem_video/kernel"] == (1, 3, 3, 12, 8) and tree["head_video/kernel"] == (1, 3, 3, 8, 12)
+    assert tree["stem_audio/kernel"] == (3, 5, 4) and tree["middle_in_audio/conv_in/time/kernel"] == (3, 8, 8)
+    assert tree["middle_exchange/to_video/key/kernel"] == (
+        8,
+        2,
+        8,
+    )  # 2 heads, of 8 channels of sound
+    model, arguments = UNet(**{**SETTINGS, **changes}), inputs()
+    params = init_weights(model, *arguments)
+    run = jax.jit(lambda z: model.apply({"params": params}, z, *arguments[1:]))
+    out, z = run(arguments[0]), arguments[0]
+    assert all(out[m].shape == z[m].shape and np.abs(out[m]).min() > 0 for m in z)
+    other = {**z, "video": z["video"] + np.eye(4, dtype=np.float32)[:1, :, None]}  # row 0, place 0 of the picture
+    assert np.abs(run(other)["video"] - out["video"]).max((0, 1, 4))[:2, :2].min() > 1e-4
 
 
 def test_levels_blocks_and_strides_are_chosen():

@@ -4,6 +4,7 @@ python -m vdm_jax.train --config=tests/tiny.py --workdir=DIR
 """
 
 from configs import common
+from vdm_jax.data import world
 
 
 def get_config():
@@ -33,6 +34,7 @@ def get_config():
     clip.model.text.update(width=16, layers=1, heads=2)
     clip.model.video.update(channels=(8, 16))
     clip.model.embedding = 16
+    clip.near_misses = (world.COLOURS, world.SHAPES, world.DIRECTIONS)
 
     denoiser = config.denoiser
     denoiser.update(tiny)

@@ -30,6 +30,7 @@ from etils import epath
 from vdm_jax import checkpoint, cli, flops, generate, sample, samplers, sharding, stages, text, train_state
 from vdm_jax.data import pipeline
 from vdm_jax.errors import UserError
+from vdm_jax.models import layers
 
 logger = logging.getLogger("vdm_jax")
 
@@ -92,7 +93,7 @@ def train(config, name, mesh, repeats):
     frozen = stages.abstract_frozen(config) if name == "denoiser" else {}
     batch = stages.abstract_batch(config, name)
     key = jax.random.key(1)
-    _, work = flops.count(lambda p, f, k, b: stage.loss(p, k, b, f)[0], program.abstract["params"], frozen, key, batch)
+    _, work = count(lambda p, f, k, b: stage.loss(p, k, b, f)[0], program.abstract["params"], frozen, key, batch)
 
     state = program.init()
     frozen = jax.device_put(noise(frozen), sharding.state_shardings(frozen, mesh))
@@ -117,7 +118,7 @@ def sampling(config, repeats):
     arrays, static = generator.arguments()
     arrays |= dict(key=jax.random.key(0), numbers=np.arange(rows))
     arrays["tokens"] = text.encode([PROMPT] * rows, config.data.text_length)
-    work, _ = flops.count(lambda _, given: generator.run(**given, **static), (), arrays)
+    work, _ = count(lambda _, given: generator.run.__wrapped__(**given, **static), (), arrays)
     program, seconds = compiled(functools.partial(generator.run.lower, **static), **arrays)
     result = measured(lambda: program(**arrays), program, seconds, work, rows, repeats)
     result["denoise_ms"] = result["step_ms"] / config.sample.steps
@@ -135,7 +136,7 @@ def encode(config, repeats):
         z = stages.encode(config, frozen, batch["video"], batch["audio"])
         return z, stages.encode_text(config, frozen, batch["tokens"])
 
-    work, _ = flops.count(lambda _, f, b: run(f, b), (), frozen, batch)
+    work, _ = count(lambda _, f, b: run(f, b), (), frozen, batch)
     arguments = jax.device_put((noise(frozen), noise(batch)))
     program, seconds = compiled(jax.jit(run).lower, *arguments)
     result = measured(lambda: program(*arguments), program, seconds, work, rows, repeats)
@@ -164,6 +165,15 @@ def data(config, name):
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def count(function, trained, *arguments):
+    """flops.count of the forms that accelerators get: their products are the model's, whatever this device is given.
+
+    Not of jitted functions, which keep the form that they were first traced in.
+    """
+    with layers.forms_of("tpu"):
+        return flops.count(function, trained, *arguments)
 
 
 def compiled(lower, *arguments, **options):

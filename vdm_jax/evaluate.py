@@ -255,7 +255,13 @@ def recall(config, frozen, held_out):
 
     video = np.stack([item["video"] for item in items])
     words, pictures = batched(functools.partial(embed, params), config, tokens_of(config, items), video)
-    return {"recall_at_1": retrieval.recall_at_k(words, pictures), "candidates": len(items)}
+    found = {"recall_at_1": retrieval.recall_at_k(words, pictures), "candidates": len(items)}
+    if config.clip.near_misses:
+        near = [text.near_miss(item["caption"], config.clip.near_misses) for item in items]
+        others = batched(functools.partial(embed, params), config, text.encode(near, config.data.text_length), video)[0]
+        right, wrong = (np.sum(pictures * x, 1) for x in (words, others))
+        found["near_miss_told"] = float(np.mean(right > wrong))
+    return found
 
 
 def loss_by_level(config, frozen, items, truth, seed):

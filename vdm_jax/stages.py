@@ -86,8 +86,8 @@ def _check_depths(config):
     for stage in STAGES:
         model = config[stage].model
         for name, value in model.items():
-            levels = name in ("blocks", "attention", "exchange")
-            if levels or name.endswith("strides"):
+            levels = name in ("blocks", "attention", "exchange", "audio_channels")
+            if (levels or name.endswith("strides")) and not (name == "audio_channels" and not value):
                 wanted = len(model.channels) - (not levels)
                 if len(value) != wanted:
                     raise UserError(
@@ -98,6 +98,9 @@ def _check_depths(config):
 def _check_halvings(denoiser, side, tokens):
     """Raises UserError unless latents [side, side] and K = tokens a frame halve as often as the denoiser asks."""
     halvings = len(denoiser.channels) - 1
+    if side % denoiser.patch:
+        raise UserError(f"denoiser.model.patch={denoiser.patch} does not divide the {side}x{side} latents")
+    side //= denoiser.patch
     if side % 2**halvings:
         raise UserError(
             f"denoiser.model.channels halve the {side}x{side} latents {halvings} times, and {side} is no multiple of "
@@ -165,6 +168,8 @@ def abstract_batch(config, name):
         "audio": jax.ShapeDtypeStruct((rows, size.samples), jnp.float32),
         "tokens": tokens,
     }
+    if name == "clip" and config.clip.near_misses:
+        clips["near_miss"] = tokens
     if name != "denoiser" or not config.denoiser.cached_clips:
         return clips
     words = jax.eval_shape(lambda p, t: encode_text(config, p, t), abstract_frozen(config), tokens)
@@ -282,12 +287,20 @@ def build(config):
     def clip_loss(params, key, batch, frozen):
         tokens, video = batch["tokens"], to_float(batch["video"])
         words, pictures, scale = made["clip"].apply({"params": params}, tokens, text.mask(tokens), video)
-        logits = scale * words @ pictures.T  # [B, B]
-        labels = jnp.arange(len(logits))
+        logits = scale * words @ pictures.T  # [B, B], a row a text
+        by_video, labels = logits.T, jnp.arange(len(logits))
+        metrics = {"recall_at_1": jnp.mean(jnp.argmax(logits, 1) == labels), "temperature": 1 / scale}
+        if "near_miss" in batch:  # captions that are nearly right are wrong answers, too: arXiv:2210.01936, section 4
+            near = batch["near_miss"]
+            wrong = made["clip"].apply({"params": params}, near, text.mask(near), method="embed_text")
+            wrong = scale * pictures @ wrong.T  # [B, B], a row a video
+            same = jnp.all(near == tokens, 1)  # had no word to change
+            told = (jnp.diagonal(wrong) < jnp.diagonal(logits)) & ~same
+            metrics["near_miss_told"] = told.sum() / (~same).sum()
+            by_video = jnp.concatenate([by_video, jnp.where(same, -jnp.inf, wrong)], 1)
         cross = optax.softmax_cross_entropy_with_integer_labels
-        loss = 0.5 * (cross(logits, labels).mean() + cross(logits.T, labels).mean())  # arXiv:2103.00020, fig. 3
-        recall = jnp.mean(jnp.argmax(logits, 1) == labels)
-        return loss, {"loss": loss, "recall_at_1": recall, "temperature": 1 / scale}
+        loss = 0.5 * (cross(logits, labels).mean() + cross(by_video, labels).mean())  # arXiv:2103.00020, fig. 3
+        return loss, {"loss": loss, **metrics}
 
     def denoiser_loss(params, key, batch, frozen):
         z, words = batch.get("z"), batch.get("text")

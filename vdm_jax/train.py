@@ -102,8 +102,10 @@ def train_stage(name, config, workdir, mesh, source):
     if items is source:
         length = config.data.text_length
 
+        kinds = config.clip.near_misses if name == "clip" else ()
+
         def to_example(item):
-            return pipeline.example(item, length)
+            return pipeline.example(item, length, kinds)
 
     batches = pipeline.batches(
         items,

@@ -34,13 +34,16 @@ def source(config, split="train"):
     raise UserError(f"data.source={data.source!r} is unknown: use world, files or tfds")
 
 
-def example(item, text_length):
-    """A source's item as a training example: {'video', 'audio', 'tokens' int32 [L]}."""
-    return {
-        "video": item["video"],
-        "audio": item["audio"],
-        "tokens": text.encode([item["caption"]], text_length)[0],
-    }
+def example(item, text_length, kinds=()):
+    """A source's item as a training example: {'video', 'audio', 'tokens' int32 [L]}.
+
+    With kinds of words there is also 'near_miss' int32 [L], a caption that is nearly the item's (text.near_miss).
+    """
+    caption = item["caption"]
+    out = {"video": item["video"], "audio": item["audio"], "tokens": text.encode([caption], text_length)[0]}
+    if kinds:
+        out["near_miss"] = text.encode([text.near_miss(caption, kinds)], text_length)[0]
+    return out
 
 
 class _Batches:

@@ -41,6 +41,7 @@ LABELS = {
     "si_sdr": "SI-SDR",
     "onset_within_half_frame": "onsets within half a frame",
     "recall_at_1": "text finds its video first",
+    "near_miss_told": "video tells its text from a near miss",
 }
 SHARES = {
     *OUTCOMES,
@@ -54,6 +55,7 @@ SHARES = {
     "shape",
     "onset_within_half_frame",
     "recall_at_1",
+    "near_miss_told",
 }
 DECIBELS = {"psnr", "si_sdr", "first_frame_psnr", "first_frame_psnr_reconstructed"}
 MEDIA = {  # suffix -> element and MIME type

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vdm_jax.models.layers import Conv, GroupNorm, ResidualBlock
+from vdm_jax.models.layers import Conv, Dense, GroupNorm, ResidualBlock
 
 INITIAL_LOG_VARIANCE = -8.0  # learning starts with little noise in the way
 
@@ -33,13 +33,13 @@ class AudioAutoencoder(nn.Module):
         levels = range(len(self.channels))
         self.stem = conv(self.channels[0], (3,))
         self.down = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in levels]
-        self.shrink = [nn.Dense(self.channels[i + 1], dtype=self.dtype) for i in levels[:-1]]
-        self.norm_latent = GroupNorm(self.groups, dtype=self.dtype)
-        self.to_latent = nn.Dense(2 * self.latent_channels, dtype=self.dtype)
+        self.shrink = [Dense(self.channels[i + 1], dtype=self.dtype) for i in levels[:-1]]
+        self.norm_latent = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype)
+        self.to_latent = Dense(2 * self.latent_channels, dtype=self.dtype)
         self.from_latent = conv(self.channels[-1], (3,))
         self.up = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in levels]
-        self.grow = [nn.Dense(self.channels[i] * self.strides[i], dtype=self.dtype) for i in levels[:-1]]
-        self.norm_samples = GroupNorm(self.groups, dtype=self.dtype)
+        self.grow = [Dense(self.channels[i] * self.strides[i], dtype=self.dtype) for i in levels[:-1]]
+        self.norm_samples = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype)
         self.to_samples = conv(self.patch, (3,))
 
     def encode(self, audio):
@@ -50,7 +50,7 @@ class AudioAutoencoder(nn.Module):
                 x = block(x)
             if i < len(self.shrink):  # a strided convolution whose window is its stride
                 x = self.shrink[i](x.reshape(x.shape[0], x.shape[1] // self.strides[i], -1))
-        x = self.to_latent(nn.silu(self.norm_latent(x))).astype(jnp.float32)
+        x = self.to_latent(self.norm_latent(x)).astype(jnp.float32)
         mean, log_variance = jnp.split(x, 2, -1)
         log_variance = log_variance + INITIAL_LOG_VARIANCE
         return mean, jnp.clip(log_variance, -20.0, 10.0)
@@ -64,7 +64,7 @@ class AudioAutoencoder(nn.Module):
                 x = x.reshape(x.shape[0], x.shape[1] * self.strides[i], -1)
             for block in self.up[i]:
                 x = block(x)
-        x = self.to_samples(nn.silu(self.norm_samples(x)))
+        x = self.to_samples(self.norm_samples(x))
         return x.reshape(x.shape[0], -1).astype(jnp.float32)
 
     def __call__(self, audio, key):

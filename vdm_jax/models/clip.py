@@ -4,7 +4,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vdm_jax.models.layers import Conv, GroupNorm, ResidualBlock, space_to_depth, transformer_layer
+from vdm_jax.models.layers import (
+    Conv,
+    Dense,
+    GroupNorm,
+    LayerNorm,
+    ResidualBlock,
+    space_to_depth,
+    stored,
+    transformer_layer,
+)
 
 
 class TextEncoder(nn.Module):
@@ -23,11 +32,12 @@ class TextEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, mask):
-        x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name="tokens")(tokens)
-        x = x + nn.Embed(self.length, self.width, dtype=self.dtype, name="positions")(jnp.arange(tokens.shape[1]))
+        x = nn.Embed(self.vocabulary, self.width, dtype=stored(self.dtype), name="tokens")(tokens)
+        positions = nn.Embed(self.length, self.width, dtype=stored(self.dtype), name="positions")
+        x = x + positions(jnp.arange(tokens.shape[1]))
         for i in range(self.layers):
             x = transformer_layer(x, mask, self.heads, i, dtype=self.dtype)
-        states = nn.LayerNorm(dtype=self.dtype, name="norm_out")(x)
+        states = LayerNorm(dtype=self.dtype, name="norm_out")(x)
         weights = mask[..., None].astype(states.dtype)
         pooled = (states * weights).sum(1) / weights.sum(1)
         return states, pooled
@@ -52,10 +62,10 @@ class VideoTower(nn.Module):
             if i < len(self.channels) - 1:
                 stride = tuple(2 if size > 1 else 1 for size in x.shape[1:4])
                 x = Conv(channels, (3, 2, 2), strides=stride, dtype=self.dtype, name=f"shrink_{i}")(x)
-        x = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="norm")(x))
+        x = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype, name="norm")(x)
         b, t, h, w, c = x.shape
         # Position matters to direction words: mean over time, not over space, then a learnt summary.
-        x = nn.Dense(c, dtype=self.dtype, name="summary")(x.mean(1).reshape(b, h * w * c))
+        x = Dense(c, dtype=self.dtype, name="summary")(x.mean(1).reshape(b, h * w * c))
         return x
 
 
@@ -70,8 +80,8 @@ class Clip(nn.Module):
     def setup(self):
         self.text_encoder = TextEncoder(**self.text, dtype=self.dtype)
         self.video_tower = VideoTower(**self.video, dtype=self.dtype)
-        self.text_out = nn.Dense(self.embedding, use_bias=False, dtype=self.dtype)
-        self.video_out = nn.Dense(self.embedding, use_bias=False, dtype=self.dtype)
+        self.text_out = Dense(self.embedding, use_bias=False, dtype=self.dtype)
+        self.video_out = Dense(self.embedding, use_bias=False, dtype=self.dtype)
         self.log_temperature = self.param("log_temperature", nn.initializers.constant(jnp.log(1 / 0.07)), ())
 
     def encode_text(self, tokens, mask):

@@ -1,24 +1,88 @@
 """The layers all models share: convolutions, normalisation, embeddings, attention.
 
-Arrays are channels last. A video is [B, T, H, W, C]; a sound is [B, N, C]. Convolution forms are chosen here and only
-here: accelerators get XLA's direct convolutions; a CPU gets forms with the same values that measured faster there.
+Arrays are channels last. A video is [B, T, H, W, C]; a sound is [B, N, C]. Forms are chosen here and only here:
+accelerators get XLA's own; a CPU gets those of cpu.py, of the same values.
+
+`dtype` of a layer is what products are computed in. Accelerators keep the arrays between products in it, too; a CPU
+keeps them in float32.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vdm_jax.models import cpu
 from vdm_jax.sharding import constrain
+
+_platform = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def forms_of(platform):
+    """Inside, layers take the forms of `platform`, whatever this process runs on: to compile for it, or to count."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def on_cpu():
+    return (_platform.get() or jax.default_backend()) == "cpu"
+
+
+def stored(dtype):
+    """The type of arrays between the layers of a model whose products are in `dtype`."""
+    return jnp.float32 if on_cpu() else dtype
+
+
+# ------------------------------------------------------------------------------------------------------------- products
+
+
+def dense(x, kernel, bias, dtype):
+    """x [..., K] @ kernel [K, N] + bias [N]; bias may be None."""
+    if on_cpu():
+        return cpu.dense(x, kernel, bias, dtype)
+    out = x.astype(dtype) @ kernel.astype(dtype)
+    return out if bias is None else out + bias.astype(dtype)
+
+
+class Dense(nn.Module):
+    """A linear layer from the last `axes` dimensions of x to `features`, a size or several."""
+
+    features: int | tuple[int, ...]
+    axes: int = 1
+    use_bias: bool = True
+    zero: bool = False  # zero-initialised: the layer starts as nothing
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        given, wanted = x.shape[-self.axes :], math.prod(features)
+
+        def init(key, shape):
+            draw = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
+            return draw(key, (math.prod(given), wanted)).reshape(shape)
+
+        kernel = self.param("kernel", init, (*given, *features)).reshape(-1, wanted)
+        bias = self.param("bias", nn.initializers.zeros, features).reshape(-1) if self.use_bias else None
+        x = x.reshape(*x.shape[: -self.axes], -1)
+        return dense(x, kernel, bias, self.dtype).reshape(*x.shape[:-1], *features)
+
 
 # ---------------------------------------------------------------------------------------------------- convolutions
 
 
-def conv(x, kernel, strides=None, time_padding="same"):
-    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out], any number of space dimensions.
+def conv(x, kernel, bias, strides=None, time_padding="same", dtype=jnp.float32):
+    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out], any number of space dimensions; adds the bias.
 
     "Same" padding in space; the first dimension is time and may be "causal" (all padding before the first frame).
     """
@@ -27,86 +91,29 @@ def conv(x, kernel, strides=None, time_padding="same"):
     padding = [((k - 1) // 2, k // 2) for k in window]
     if time_padding == "causal":
         padding[0] = (window[0] - 1, 0)
-    if jax.default_backend() == "cpu" and max(strides) == 1:
-        return _conv_unit(x, kernel, tuple(padding))
-    x = _pad(x, padding)
-    if jax.default_backend() == "cpu":
-        return _conv_products(x, kernel, strides)
-    return _conv_direct(x, kernel, strides)
-
-
-def _pad(x, padding):
-    return jnp.pad(x, [(0, 0), *padding, (0, 0)])
-
-
-def _conv_direct(x, kernel, strides):
+    if on_cpu() and max(window) == 1 and max(strides) == 1:
+        return cpu.dense(x, kernel.reshape(kernel.shape[-2:]), bias, dtype)
+    if on_cpu() and max(strides) == 1:
+        return cpu.conv(x, kernel, bias, tuple(padding), dtype)
+    x, kernel, bias = x.astype(dtype), kernel.astype(dtype), bias.astype(dtype)
+    x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
+    if on_cpu():
+        return (_conv_products(x, kernel, strides) + bias).astype(jnp.float32)
     space = "DHW"[-len(strides) :]
     dims = (f"N{space}C", f"{space}IO", f"N{space}C")
-    return jax.lax.conv_general_dilated(x, kernel, strides, "VALID", dimension_numbers=dims)
-
-
-def _slice(x, tap, window, strides):
-    """What the kernel taps `tap` meet of padded x [B, *space, C]; `tap` may name only the leading space dimensions."""
-    index = [slice(None)]
-    for i, k, s, size in zip(tap, window, strides, x.shape[1:-1]):
-        index.append(slice(i, i + (size - k) // s * s + 1, s))
-    return x[tuple(index)]
-
-
-def _side_by_side(x, window, strides):
-    """The taps of the last window dimension as channels: [B, ..., W, C] -> [B, ..., W', taps * C]."""
-    k, s, size = window[-1], strides[-1], x.shape[-2]
-    taps = [x[..., i : i + (size - k) // s * s + 1 : s, :] for i in range(k)]
-    return taps[0] if k == 1 else jnp.concatenate(taps, -1)
+    return jax.lax.conv_general_dilated(x, kernel, strides, "VALID", dimension_numbers=dims) + bias
 
 
 def _conv_products(x, kernel, strides):
-    """VALID convolution as a sum of products of matrices.
+    """VALID convolution of any strides as one product of matrices: all taps lie side by side in the channels."""
+    *window, c_in, c_out = kernel.shape
+    size = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:-1], window, strides)]
 
-    One for each kernel tap of all window dimensions but the last, whose taps lie side by side in the channels.
-    """
-    *rest, last, c_in, c_out = kernel.shape
-    window = kernel.shape[:-2]
-    x = _side_by_side(x, window, strides)
-    kernel = kernel.reshape(*rest, last * c_in, c_out)
-    return sum(_slice(x, tap, window, strides) @ kernel[tap] for tap in np.ndindex(*rest))
+    def met_by(tap):
+        return x[(slice(None), *(slice(i, i + (n - 1) * s + 1, s) for i, n, s in zip(tap, size, strides)))]
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv_unit(x, kernel, padding):
-    """Convolution with unit strides that keeps the size, for XLA's CPU backend.
-
-    Its own convolutions and above all their weight gradients are slow; products of matrices are fast. With few input
-    channels such products are too thin, and the direct form with frames folded into the batch is faster. Both
-    gradients are sums of products as well.
-    """
-    window = kernel.shape[:-2]
-    x = _pad(x, padding)
-    if x.ndim < 5 or x.shape[-1] >= 32 or window[1:] == (1, 1):
-        return _conv_products(x, kernel, (1,) * len(window))
-    frames, out = x.shape[1] - kernel.shape[0] + 1, 0
-    for t in range(kernel.shape[0]):
-        folded = x[:, t : t + frames].reshape(-1, *x.shape[2:])  # [B*T, H, W, C]
-        y = _conv_direct(folded, kernel[t], (1, 1))
-        out = out + y.reshape(x.shape[0], frames, *y.shape[1:])
-    return out
-
-
-def _conv_unit_backward(padding, saved, grad):
-    x, kernel = saved
-    window = kernel.shape[:-2]
-    flipped = jnp.flip(kernel, range(len(window))).swapaxes(-1, -2)
-    x_grad = _conv_unit(grad, flipped, tuple(pad[::-1] for pad in padding))
-    ones = (1,) * len(window)
-    columns = _side_by_side(_pad(x, padding), window, ones)
-    flat = grad.reshape(-1, grad.shape[-1])
-    taps = [
-        _slice(columns, tap, window, ones).reshape(-1, columns.shape[-1]).T @ flat for tap in np.ndindex(*window[:-1])
-    ]
-    return x_grad, jnp.stack(taps).reshape(kernel.shape)
-
-
-_conv_unit.defvjp(lambda x, kernel, padding: (_conv_unit(x, kernel, padding), (x, kernel)), _conv_unit_backward)
+    columns = jnp.concatenate([met_by(tap) for tap in np.ndindex(*window)], -1)
+    return dense(columns, kernel.reshape(-1, c_out), None, x.dtype)
 
 
 class Conv(nn.Module):
@@ -124,8 +131,7 @@ class Conv(nn.Module):
         init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (*self.window, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        out = conv(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.time_padding)
-        return out + bias.astype(self.dtype)
+        return conv(x, kernel, bias, self.strides, self.time_padding, self.dtype)
 
 
 class FactorisedConv(nn.Module):
@@ -148,6 +154,13 @@ class FactorisedConv(nn.Module):
         return make(window=(3, 1, 1), zero=self.zero, name="time")(x)
 
 
+def upsample(x, factors):
+    """Nearest-neighbour upsampling of x [B, *space, C] by a factor for each space dimension."""
+    if on_cpu():
+        return cpu.repeated(x, tuple(factors))
+    return functools.reduce(lambda x, i: jnp.repeat(x, factors[i], i + 1), range(len(factors)), x)
+
+
 def space_to_depth(x, patch):
     """[B, T, H, W, C] -> [B, T, H/p, W/p, p*p*C]."""
     b, t, h, w, c = x.shape
@@ -166,34 +179,95 @@ def depth_to_space(x, patch, time=1):
 # --------------------------------------------------------------------------------------------------- normalisation
 
 
-class GroupNorm(nn.Module):
-    """Group normalisation (arXiv:1803.08494) within each frame: statistics over space and the group's channels.
+def _same(x):
+    return x
 
-    Statistics of one frame never mix with another's, so that a causal model stays causal, and frames at different
-    noise levels do not disturb each other. For sound [B, N, C], `frames` cuts the time axis into that many frames;
-    0 takes every sample on its own. A video with `frames` = 1 shares its statistics over all frames.
+
+class GroupNorm(nn.Module):
+    """Group normalisation (arXiv:1803.08494) within each frame, then `activation`.
+
+    Statistics are over space and the group's channels. Those of one frame never mix with another's, so that a causal
+    model stays causal, and frames at different noise levels do not disturb each other. For sound [B, N, C], `frames`
+    cuts the time axis into that many frames; 0 takes every sample on its own. A video with `frames` = 1 shares its
+    statistics over all frames.
+
+    offset [B, frames, C] is added to x before, film = (scale, shift), each [B, frames, C], acts after the
+    normalisation: y -> y * (1 + scale) + shift (FiLM, arXiv:1709.07871). `frames` may be 1 in each.
     """
 
     groups: int = 8
     frames: int = 0
     eps: float = 1e-5
+    activation: Callable = _same
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, offset=None, film=None):
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        groups = math.gcd(self.groups, channels)
+        shape = x.shape
+        x = x.astype(jnp.float32).reshape(shape[0], self.frames or shape[1], -1, channels)  # [B, frames, P, C]
+        pixels = x.shape[2]
+
+        def coefficients(total, squares, parameters):
+            """All of the above as y = x * a + b, from each channel's sums: a, b [B, frames, C]."""
+            scale, bias, offset, film = parameters
+            if offset is not None:
+                squares = squares + offset * (2 * total + pixels * offset)
+                total = total + pixels * offset
+
+            def group_mean(sums):
+                means = sums.reshape(*sums.shape[:-1], groups, -1).mean(-1, keepdims=True) / pixels
+                return jnp.broadcast_to(means, (*means.shape[:-1], channels // groups)).reshape(sums.shape)
+
+            mean = group_mean(total)
+            variance = jnp.maximum(group_mean(squares) - jnp.square(mean), 0.0)
+            a = jax.lax.rsqrt(variance + self.eps) * scale
+            b = bias - mean * a
+            if film is not None:
+                a, b = a * (1 + film[0]), b * (1 + film[0]) + film[1]
+            return a, b if offset is None else b + offset * a
+
+        parameters = jax.tree.map(lambda p: p.astype(jnp.float32), (scale, bias, offset, film))
+        if on_cpu():
+            return cpu.scaled(coefficients, self.activation, x, parameters).reshape(shape)
+        a, b = coefficients(x.sum(2), jnp.square(x).sum(2), parameters)
+        return self.activation(x * a[:, :, None] + b[:, :, None]).reshape(shape).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation (arXiv:1607.06450) of the last dimension."""
+
+    eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        channels = x.shape[-1]
-        groups = math.gcd(self.groups, channels)
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        frames = self.frames or x.shape[1]
-        g = x.astype(jnp.float32).reshape(x.shape[0], frames, -1, groups, channels // groups)
-        mean = g.mean((2, 4), keepdims=True)
-        variance = jnp.square(g).mean((2, 4), keepdims=True) - jnp.square(mean)
-        inverse = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.eps)
-        # One multiply-add over the array: y = x * a + b with a, b [B, frames, 1, groups, C/groups].
-        a = inverse * scale.reshape(groups, -1)
-        b = bias.reshape(groups, -1) - mean * a
-        return (g * a + b).reshape(x.shape).astype(self.dtype)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
+        return _affine((x - mean) * jax.lax.rsqrt(variance + self.eps), scale, bias).astype(stored(self.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (arXiv:1910.07467) of the last dimension; keeps attention logits bounded."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)
+        return _affine(x * jax.lax.rsqrt(mean_square + 1e-6), scale, None).astype(x.dtype)
+
+
+def _affine(x, scale, bias):
+    """x [..., C] * scale [C] + bias [C]; bias may be None."""
+    if on_cpu():
+        return cpu.affine(x, scale, bias)
+    return x * scale if bias is None else x * scale + bias
 
 
 # ------------------------------------------------------------------------------------------------------ embeddings
@@ -225,17 +299,18 @@ ATTENTION_AT_ONCE = 2**16  # scores of one head above which a CPU takes one exam
 
 def attention(query, key, value, mask=None):
     """Softmax attention. query [B, N, heads, d], key and value [B, M, heads, d], mask [B, M] True = may be read."""
-    if mask is None:
-        mask = jnp.ones(key.shape[:2], bool)
-    if jax.default_backend() != "cpu" or query.shape[1] * key.shape[1] < ATTENTION_AT_ONCE:
+    if not on_cpu() or query.shape[1] * key.shape[1] < ATTENTION_AT_ONCE:
         return _attention_direct(query, key, value, mask)
     # On a CPU the scores of all examples at once go through memory several times; those of one stay in its cache.
+    mask = jnp.ones(key.shape[:2], bool) if mask is None else mask
     return jax.lax.map(lambda one: _attention_blocked(*one), (query, key, value, mask))
 
 
 def _attention_direct(query, key, value, mask):
     scores = jnp.einsum("...nhd,...mhd->...hnm", query, key) / math.sqrt(query.shape[-1])
-    scores = jnp.where(mask[..., None, None, :], scores.astype(jnp.float32), -1e9)
+    scores = scores.astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[..., None, None, :], scores, -1e9)
     weights = jax.nn.softmax(scores, -1).astype(value.dtype)
     return jnp.einsum("...hnm,...mhd->...nhd", weights, value)
 
@@ -266,15 +341,14 @@ class Attention(nn.Module):
         context = x if context is None else context
         context_positions = positions if context_positions is None else context_positions
         shape = (self.heads, self.head_dim)
-        dense = functools.partial(nn.DenseGeneral, shape, use_bias=not self.plain, dtype=self.dtype)
-        query, key, value = dense(name="query")(x), dense(name="key")(context), dense(name="value")(context)
+        make = functools.partial(Dense, shape, use_bias=not self.plain, dtype=self.dtype)
+        query, key, value = make(name="query")(x), make(name="key")(context), make(name="value")(context)
         if not self.plain:
             query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
         if positions is not None:
             query, key = rotary(query, positions), rotary(key, context_positions)
         out = attention(query, key, value, mask)
-        init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
-        out = nn.DenseGeneral(x.shape[-1], axis=(-2, -1), kernel_init=init, dtype=self.dtype, name="out")(out)
+        out = Dense(x.shape[-1], axes=2, zero=self.zero, dtype=self.dtype, name="out")(out)
         return constrain(out, "batch", "token", "channel")
 
 
@@ -284,22 +358,11 @@ def transformer_layer(x, mask, heads, index, zero=False, dtype=jnp.float32):
     mask: bool [B, L], True = may be read. zero: the layer starts as nothing.
     """
     channels = x.shape[-1]
-    h = nn.LayerNorm(dtype=dtype, name=f"norm_attention_{index}")(x)
+    h = LayerNorm(dtype=dtype, name=f"norm_attention_{index}")(x)
     x = x + Attention(heads, channels // heads, dtype=dtype, name=f"attention_{index}")(h, mask=mask)
-    h = nn.LayerNorm(dtype=dtype, name=f"norm_mlp_{index}")(x)
-    h = nn.gelu(nn.Dense(4 * channels, dtype=dtype, name=f"expand_{index}")(h))
-    init = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
-    return x + nn.Dense(channels, kernel_init=init, dtype=dtype, name=f"contract_{index}")(h)
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalisation (arXiv:1910.07467) of the last dimension; keeps attention logits bounded."""
-
-    @nn.compact
-    def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)
-        return (x * jax.lax.rsqrt(mean_square + 1e-6) * scale).astype(x.dtype)
+    h = LayerNorm(dtype=dtype, name=f"norm_mlp_{index}")(x)
+    h = nn.gelu(Dense(4 * channels, dtype=dtype, name=f"expand_{index}")(h))
+    return x + Dense(channels, zero=zero, dtype=dtype, name=f"contract_{index}")(h)
 
 
 # ------------------------------------------------------------------------------------------------- residual blocks
@@ -321,26 +384,18 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x, embedding=None):
         frames = embedding.shape[1] if embedding is not None else 0
-        norm = functools.partial(GroupNorm, self.groups, frames, dtype=self.dtype)
+        norm = functools.partial(GroupNorm, self.groups, frames, activation=nn.silu, dtype=self.dtype)
         layer = functools.partial(FactorisedConv, self.features, self.factorised, self.time_padding, dtype=self.dtype)
-        h = layer(name="conv_in")(nn.silu(norm(name="norm_in")(x)))
-        h = norm(name="norm_out")(h)
+        h = layer(name="conv_in")(norm(name="norm_in")(x))
+        film = None
         if embedding is not None:
-            film = nn.Dense(2 * self.features, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="film")
-            scale, shift = jnp.split(film(embedding), 2, -1)  # [B, T, C] each
-            h = h * (1 + _to_frames(scale, h)) + _to_frames(shift, h)
-        h = layer(zero=True, name="conv_out")(nn.silu(h))
+            film = Dense(2 * self.features, zero=True, dtype=self.dtype, name="film")(embedding)
+            film = jnp.split(film, 2, -1)  # [B, T, C] each
+        h = layer(zero=True, name="conv_out")(norm(name="norm_out")(h, film=film))
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=self.dtype, name="skip")(x)
+            x = Dense(self.features, dtype=self.dtype, name="skip")(x)
         x = x + h
         return constrain_activation(x)
-
-
-def _to_frames(per_frame, x):
-    """[B, T, C] shaped to broadcast over x [B, T, H, W, C] or [B, K*T, C]."""
-    if x.ndim == 5:
-        return per_frame[:, :, None, None]
-    return jnp.repeat(per_frame, x.shape[1] // per_frame.shape[1], 1)
 
 
 def constrain_activation(x):

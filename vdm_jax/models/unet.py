@@ -13,11 +13,17 @@ import jax.numpy as jnp
 from vdm_jax.models.layers import (
     Attention,
     Conv,
+    Dense,
     GroupNorm,
+    LayerNorm,
     ResidualBlock,
     constrain_activation,
+    depth_to_space,
     fourier_features,
+    space_to_depth,
+    stored,
     transformer_layer,
+    upsample,
 )
 
 
@@ -30,7 +36,7 @@ class LevelEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, log_snr, pooled):
-        dense = functools.partial(nn.Dense, self.features, dtype=self.dtype)
+        dense = functools.partial(Dense, self.features, dtype=self.dtype)
         # Levels span about [-12, 12]; a step of 0.01 should be seen, so they are stretched before the sinusoids.
         level = fourier_features(log_snr * 10.0, self.features, max_period=1000.0)
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
@@ -61,9 +67,9 @@ class TokenMixer(nn.Module):
         else:
             place = 0.0
         attention = functools.partial(Attention, max(1, channels // self.head_dim), self.head_dim, dtype=self.dtype)
-        norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
+        norm = functools.partial(LayerNorm, dtype=self.dtype)
         tokens = tokens + attention(name="self")(norm(name="norm_self")(tokens) + place, positions=seconds)
-        words = cond["states"].astype(self.dtype)
+        words = cond["states"].astype(stored(self.dtype))
         tokens = tokens + attention(name="cross")(norm(name="norm_cross")(tokens), words, cond["mask"])
         return constrain_activation(tokens.reshape(x.shape))
 
@@ -80,7 +86,7 @@ class Exchange(nn.Module):
     @nn.compact
     def __call__(self, video, audio, video_seconds, audio_seconds):
         v = video.reshape(video.shape[0], -1, video.shape[-1])
-        norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
+        norm = functools.partial(LayerNorm, dtype=self.dtype)
         v_in, a_in = norm(name="norm_video")(v), norm(name="norm_audio")(audio)
         heads = lambda x: max(1, x.shape[-1] // self.head_dim)  # noqa: E731
         attention = functools.partial(Attention, head_dim=self.head_dim, dtype=self.dtype)
@@ -106,7 +112,7 @@ class TextRefiner(nn.Module):
 
     @nn.compact
     def __call__(self, states, mask):
-        x = states.astype(self.dtype)
+        x = states.astype(stored(self.dtype))
         for i in range(self.layers):
             heads = max(1, x.shape[-1] // self.head_dim)
             x = transformer_layer(x, mask, heads, i, zero=True, dtype=self.dtype)
@@ -119,12 +125,16 @@ class UNet(nn.Module):
     z = {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}, log_snr = {'video': [B, T], 'audio': [B, T]},
     cond = {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]} -> a tree like z, float32.
 
-    Level i has channels[i] and blocks[i] residual blocks on the way down and again on the way up; space halves between
-    levels, time by time_strides[i] (1 or 2), sound always by 2. attention[i] puts a TokenMixer, exchange[i] an
-    Exchange after the level's blocks; the bottleneck always has both. text_layers transformer layers refine the text.
+    The picture is cut into squares of patch x patch latents first. Level i has channels[i], for sound
+    audio_channels[i] (or the same where that is empty), and blocks[i] residual blocks on the way down and again on the
+    way up; space halves between levels, time by time_strides[i] (1 or 2), sound always by 2. attention[i] puts a
+    TokenMixer, exchange[i] an Exchange after the level's blocks; the bottleneck always has both. text_layers
+    transformer layers refine the text.
     """
 
+    patch: int
     channels: tuple[int, ...]
+    audio_channels: tuple[int, ...]
     blocks: tuple[int, ...]
     attention: tuple[bool, ...]
     exchange: tuple[bool, ...]
@@ -142,6 +152,7 @@ class UNet(nn.Module):
         asked = z["video"].shape[1], z["audio"].shape[1]
         z, log_snr = _pad_frames(z, log_snr, math.prod(self.time_strides))
         frames = z["video"].shape[1]
+        channels = {"video": self.channels, "audio": self.audio_channels or self.channels}
         refine = TextRefiner(self.text_layers, self.head_dim, self.dtype, name="text")
         cond = {**cond, "states": refine(cond["states"], cond["mask"])}
         embed = functools.partial(LevelEmbedding, self.embedding, self.latent_fps, dtype=self.dtype)
@@ -157,9 +168,9 @@ class UNet(nn.Module):
             a = ((jnp.arange(n) + 0.5) * (frames / n) - 0.5) / self.latent_fps
             return {"video": jnp.repeat(t, x["video"].shape[2] * x["video"].shape[3]), "audio": a}
 
-        def residual(x, features, name):
+        def residual(x, level, name):
             pooled = {m: _to_length(e, x["video"].shape[1]) for m, e in embedding.items()}
-            return {m: block(features, name=f"{name}_{m}")(x[m], pooled[m]) for m in x}
+            return {m: block(channels[m][level], name=f"{name}_{m}")(x[m], pooled[m]) for m in x}
 
         def mix(x, name, attend, exchange):
             where = seconds(x)
@@ -175,51 +186,48 @@ class UNet(nn.Module):
             return x
 
         # Down
-        first = self.channels[0]
         x = {
-            "video": conv(first, (1, 3, 3), name="stem_video")(z["video"]),
-            "audio": conv(first, (3,), name="stem_audio")(z["audio"]),
+            "video": conv(channels["video"][0], (1, 3, 3), name="stem_video")(space_to_depth(z["video"], self.patch)),
+            "audio": conv(channels["audio"][0], (3,), name="stem_audio")(z["audio"]),
         }
         skips = []
         levels = range(len(self.channels))
         for i in levels:
             for j in range(self.blocks[i]):
-                x = residual(x, self.channels[i], f"down_{i}_{j}")
+                x = residual(x, i, f"down_{i}_{j}")
                 if j == self.blocks[i] - 1:
                     x = mix(x, f"down_{i}", self.attention[i], self.exchange[i])
                 skips.append(x)
             if i < len(self.channels) - 1:
-                t = self.time_strides[i]
-                x = {
-                    "video": conv(self.channels[i], (t, 2, 2), strides=(t, 2, 2), name=f"shrink_{i}_video")(x["video"]),
-                    "audio": conv(self.channels[i], (2,), strides=(2,), name=f"shrink_{i}_audio")(x["audio"]),
-                }
+                strides = {"video": (self.time_strides[i], 2, 2), "audio": (2,)}
+                x = {m: conv(channels[m][i], s, strides=s, name=f"shrink_{i}_{m}")(x[m]) for m, s in strides.items()}
 
         # Bottleneck
-        x = residual(x, self.channels[-1], "middle_in")
+        x = residual(x, -1, "middle_in")
         x = mix(x, "middle", attend=True, exchange=True)
-        x = residual(x, self.channels[-1], "middle_out")
+        x = residual(x, -1, "middle_out")
 
         # Up
         for i in reversed(levels):
             for j in range(self.blocks[i]):
                 skip = skips.pop()
                 x = {m: jnp.concatenate([x[m], skip[m]], -1) for m in x}
-                x = residual(x, self.channels[i], f"up_{i}_{j}")
+                x = residual(x, i, f"up_{i}_{j}")
             x = mix(x, f"up_{i}", self.attention[i], self.exchange[i])
             if i:
                 t = self.time_strides[i - 1]
-                video = jnp.repeat(jnp.repeat(jnp.repeat(x["video"], t, 1), 2, 2), 2, 3)
+                video, audio = upsample(x["video"], (t, 2, 2)), upsample(x["audio"], (2,))
                 x = {
-                    "video": conv(self.channels[i - 1], (1, 3, 3), name=f"grow_{i}_video")(video),
-                    "audio": conv(self.channels[i - 1], (3,), name=f"grow_{i}_audio")(jnp.repeat(x["audio"], 2, 1)),
+                    "video": conv(channels["video"][i - 1], (1, 3, 3), name=f"grow_{i}_video")(video),
+                    "audio": conv(channels["audio"][i - 1], (3,), name=f"grow_{i}_audio")(audio),
                 }
 
         # Head
-        norm = functools.partial(GroupNorm, self.groups, dtype=self.dtype)
-        video = nn.silu(norm(name="norm_video")(x["video"]))
-        audio = nn.silu(norm(frames=frames, name="norm_audio")(x["audio"]))
-        video = conv(z["video"].shape[-1], (1, 3, 3), zero=True, name="head_video")(video)
+        norm = functools.partial(GroupNorm, self.groups, activation=nn.silu, dtype=self.dtype)
+        video = norm(name="norm_video")(x["video"])
+        audio = norm(frames=frames, name="norm_audio")(x["audio"])
+        video = conv(z["video"].shape[-1] * self.patch**2, (1, 3, 3), zero=True, name="head_video")(video)
+        video = depth_to_space(video, self.patch)
         audio = conv(z["audio"].shape[-1], (3,), zero=True, name="head_audio")(audio)
         return {
             "video": video[:, : asked[0]].astype(jnp.float32),

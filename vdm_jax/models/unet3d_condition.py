@@ -13,7 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdm_jax.errors import UserError
-from vdm_jax.models.layers import Attention, Conv, GroupNorm, constrain_activation, fourier_features
+from vdm_jax.models.layers import (
+    Attention,
+    Conv,
+    Dense,
+    GroupNorm,
+    LayerNorm,
+    constrain_activation,
+    fourier_features,
+    stored,
+    upsample,
+)
 
 MODELSCOPE = dict(  # damo-vilab/text-to-video-ms-1.7b and cerspense/zeroscope_v2_576w, 1.41 B parameters
     channels=(320, 640, 1280, 1280),
@@ -38,12 +48,12 @@ class FrameBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, embedding):
-        norm = functools.partial(GroupNorm, self.groups, dtype=self.dtype)
+        norm = functools.partial(GroupNorm, self.groups, activation=nn.silu, dtype=self.dtype)
         conv = functools.partial(Conv, self.features, (1, 3, 3), dtype=self.dtype)
-        dense = functools.partial(nn.Dense, self.features, dtype=self.dtype)
-        h = conv(name="conv_in")(nn.silu(norm(name="norm_in")(x)))
-        h = h + dense(name="embedding")(embedding)[:, None, None, None]
-        h = conv(name="conv_out")(nn.silu(norm(name="norm_out")(h)))
+        dense = functools.partial(Dense, self.features, dtype=self.dtype)
+        h = conv(name="conv_in")(norm(name="norm_in")(x))
+        h = norm(name="norm_out")(h, offset=dense(name="embedding")(embedding)[:, None])
+        h = conv(name="conv_out")(h)
         if x.shape[-1] != self.features:
             x = dense(name="skip")(x)
         return x + h
@@ -59,7 +69,7 @@ class TimeBlock(nn.Module):
     def __call__(self, x):
         h = x
         for i in range(1, 5):
-            h = nn.silu(GroupNorm(self.groups, frames=1, dtype=self.dtype, name=f"norm_{i}")(h))
+            h = GroupNorm(self.groups, frames=1, activation=nn.silu, dtype=self.dtype, name=f"norm_{i}")(h)
             h = Conv(x.shape[-1], (3, 1, 1), zero=i == 4, dtype=self.dtype, name=f"conv_{i}")(h)
         return x + h
 
@@ -79,8 +89,8 @@ class Transformer(nn.Module):
     def __call__(self, x, text=None):
         b, t, h, w, c = x.shape
         width = self.heads * self.head_dim
-        dense = functools.partial(nn.Dense, dtype=self.dtype)
-        norm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=self.dtype)
+        dense = functools.partial(Dense, dtype=self.dtype)
+        norm = functools.partial(LayerNorm, eps=1e-5, dtype=self.dtype)
         attention = functools.partial(Attention, self.heads, self.head_dim, plain=True, dtype=self.dtype)
         over_time = text is None
 
@@ -144,12 +154,12 @@ class UNet3DCondition(nn.Module):
     def __call__(self, video, timesteps, text):
         first, levels = self.channels[0], len(self.channels)
         conv = functools.partial(Conv, window=(1, 3, 3), dtype=self.dtype)
-        dense = functools.partial(nn.Dense, 4 * first, dtype=self.dtype)
+        dense = functools.partial(Dense, 4 * first, dtype=self.dtype)
         block = functools.partial(Block, head_dim=self.head_dim, groups=self.groups, dtype=self.dtype)
 
         level = fourier_features(timesteps, first, max_period=10000.0)
         embedding = nn.silu(dense(name="level_out")(nn.silu(dense(name="level_in")(level))))  # [B, E]
-        text = text.astype(self.dtype)
+        text = text.astype(stored(self.dtype))
 
         x = conv(first, name="stem")(video)
         x = Transformer(8, self.head_dim, self.groups, self.dtype, name="attend_stem")(x)
@@ -175,10 +185,10 @@ class UNet3DCondition(nn.Module):
                 x = block(features, attend, name=f"up_{i}_{j}")(x, embedding, text)
             if i < levels - 1:
                 h, w = skips[-1].shape[2:4]  # odd sizes were rounded up when halved
-                x = jnp.repeat(jnp.repeat(x, 2, 2), 2, 3)[:, :, :h, :w]
+                x = upsample(x, (1, 2, 2))[:, :, :h, :w]
                 x = conv(features, name=f"grow_{i}")(x)
 
-        x = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(x))
+        x = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype, name="norm_out")(x)
         return conv(self.out_channels, name="head")(x).astype(jnp.float32)
 
 
