@@ -12,7 +12,8 @@ def get_config():
     config.checkpoint_every = 500  # steps
     config.log_every = 50  # steps
     config.preview_every = 1000  # steps; 0 for none
-    config.compute_dtype = "float32"  # or "bfloat16"; parameters and optimiser are always float32
+    # Or "bfloat16"; parameters and optimiser are always float32, and on a CPU all but the operands of products.
+    config.compute_dtype = "float32"
     config.compilation_cache = ""  # folder of the persistent compilation cache; "" for none
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, sequence=1, tensor=1))  # -1 takes the devices that are left
 
@@ -145,6 +146,6 @@ def get_config():
             history=4,  # latent frames that each window of a long clip is given of the one before
         )
     )
-    config.evaluate = ConfigDict(dict(clips=64, prompts=32, batch_size=16))
+    config.evaluate = ConfigDict(dict(clips=64, prompts=128, batch_size=16))  # prompts of each number of objects
     config.lock()
     return config

@@ -69,7 +69,7 @@ EOF
 "$PY" -m vdm_jax.sample --prompts="$out/prompts.txt" --out="$out"
 
 echo "== 3. what the reference weights reach"
-"$PY" -m vdm_jax.evaluate --out="$out/report"
+"$PY" -m vdm_jax.evaluate --out="$out/report" --prompts=32
 
 echo
 echo "made in $((SECONDS / 60)) min $((SECONDS % 60)) s:"

@@ -27,9 +27,8 @@ def clips_of(items):
 
 def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     out = tmp_path / "new" / "report"
-    done = command(
-        evaluate, f"--workdir={tiny_run}", f"--out={out}", "--clips=3", "--prompts=3", "--steps=4", "--tasks=2"
-    )
+    counts = ["--clips=3", "--prompts=3", "--steps=4", "--tasks=2", "--samplers=ddim:2"]
+    done = command(evaluate, f"--workdir={tiny_run}", f"--out={out}", *counts)
     assert done.code == 0, done.err
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics["tasks"]) == {"image", "continue", "foley", "sound", "roll_out"}
@@ -41,6 +40,9 @@ def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     assert metrics["samples"]["one_object"] == metrics["autoencoder"]["one_object"] == 0  # weights are random
     assert 0 < metrics["reconstruction"]["psnr"] < 20
     assert metrics["clip"]["candidates"] == 64 and 0 <= metrics["clip"]["recall_at_1"] < 0.2
+    assert 0 <= metrics["clip"]["near_miss_told"] <= 1
+    assert set(metrics["samplers"]) == {"ddim 2"} and set(metrics["samplers"]["ddim 2"]) == set(report.OUTCOMES)
+    assert "by sampler and steps" in done.out
     levels = metrics["loss_per_noise_level"]
     assert levels["log_snr"] == [-10.5, -7.5, -4.5, -1.5, 1.5, 4.5, 7.5, 10.5]
     assert all(len(levels[m]) == 8 and min(levels[m]) > 0 for m in ("video", "audio"))
@@ -91,6 +93,8 @@ def test_a_folder_of_videos_has_no_state_but_all_else(tmp_path, command, config)
         (["--out={tmp}/r", "--workdir={tmp}/none"], "no run folder"),
         (["--out={tmp}/r", "--workdir={tmp}/none", "--only=reconstruction"], "config.json is missing"),
         (["--out={tmp}/r", "--only=samples"], "--only"),
+        (["--out={tmp}/r", "--samplers=ddim"], "--samplers=ddim"),
+        (["--out={tmp}/r", "--samplers=dpm:4"], "dpmpp_2m"),
         (["--out={tmp}/r", "--clips=0"], "--clips"),
         (["--out={tmp}/r", "--method=euler"], "--method"),
         (["--out={tmp}/r", "more"], "unexpected argument 'more'"),

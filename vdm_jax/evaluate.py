@@ -1,12 +1,13 @@
 """Measures a trained run on clips and prompts that its training did not show.
 
     python -m vdm_jax.evaluate --out=report/ [--workdir=DIR] [--clips=64 --prompts=32 --steps=32 --guidance=4
-        --method=dpmpp_2m --seed=0] [--only=reconstruction] [--tasks=32]
+        --method=dpmpp_2m --seed=0] [--only=reconstruction] [--tasks=32] [--samplers=dpmpp_2m:16,ddim:64]
 
 Without --workdir the reference weights that ship with the package are measured; counts and sampler default to those of
 the run's config. Writes metrics.json, report.html (one file that can be sent on) and the pictures and clips in it, and
 prints the table. --only=reconstruction needs no more than the two autoencoders, whatever else is trained. --tasks also
-completes that many held-out clips from a part of them (task_metrics.py says what is measured).
+completes that many held-out clips from a part of them (task_metrics.py says what is measured). --samplers makes the
+same prompts once more by each method and number of steps named.
 
 Real renders (truth), their reconstructions (autoencoder) and samples are all read by the same tracker. It knows only
 the procedural world: of other data it says nothing, and their samples are made from held-out captions.
@@ -30,6 +31,7 @@ from vdm_jax import (
     media,
     preview,
     sample,
+    samplers,
     stages,
     task_metrics,
     text,
@@ -57,6 +59,7 @@ def main(argv):
     config, frozen = load(options.workdir, AUTOENCODERS.values() if options.only else checkpoint.STAGES)
     if options.tasks and (options.only or config.data.source != "world"):
         raise UserError("--tasks is for whole runs on the procedural world, whose clips the tracker reads")
+    samplers_asked = [read_sampler(name) for name in options.samplers]
     sample.set_sampler(config)
     config.evaluate.update({k: options[k].value for k in ("clips", "prompts") if options[k].value is not None})
     held_out, out = pipeline.source(config, "held_out"), sample.make_folder(options.out)
@@ -89,6 +92,13 @@ def main(argv):
         made = dict(zip(AUTOENCODERS, generator(texts, seed=options.seed)))
         metrics["samples"] = measure(config, made, [prompt["objects"] for prompt in prompts])
         figures = show_samples(config, out, texts, made) + figures
+        if samplers_asked:
+            metrics["samplers"] = {}
+        for method, steps in samplers_asked:
+            logger.info("sampling again: %s, %d steps", method, steps)
+            made = dict(zip(AUTOENCODERS, generator(texts, seed=options.seed, method=method, steps=steps)))
+            by_sampler = measure(config, made, [prompt["objects"] for prompt in prompts])
+            metrics["samplers"][f"{method} {steps}"] = {key: by_sampler[key] for key in report.OUTCOMES}
         if options.tasks:
             metrics["tasks"] = task_metrics.measure(generator, items[: options.tasks], options.seed)
 
@@ -106,6 +116,15 @@ def main(argv):
     page = report.write_report(out, metrics, settings=settings, media=figures)
     print(report.format_table(metrics))
     logger.info("wrote %s in %d s", page, time.perf_counter() - began)
+
+
+def read_sampler(name):
+    """'dpmpp_2m:16' -> ('dpmpp_2m', 16). Raises UserError."""
+    method, _, steps = name.partition(":")
+    diffusion.one_of("sampler", method, samplers.METHODS)
+    if not steps.isdecimal() or not 0 < int(steps) <= 10_000:
+        raise UserError(f"--samplers={name}: want a method and a number of steps, such as {method}:16")
+    return method, int(steps)
 
 
 def load(workdir, names):
@@ -338,6 +357,7 @@ def define_flags():
     flags.DEFINE_integer("clips", None, "Held-out clips; default of the run's config.", lower_bound=1)
     flags.DEFINE_integer("prompts", None, "Prompts, of each number of objects; default as above.", lower_bound=1)
     flags.DEFINE_integer("tasks", 0, "Also complete this many clips in each of the tasks.", lower_bound=0)
+    flags.DEFINE_list("samplers", [], "Also sample by each of these, such as dpmpp_2m:16,ddim:64.")
     flags.DEFINE_enum("only", None, ["reconstruction"], "Measure the autoencoders alone.")
 
 

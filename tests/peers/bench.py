@@ -1,9 +1,10 @@
 """Times our UNet3DCondition beside a PyTorch denoiser, by turns, so that both meet the same state of the machine.
 
-    python -m tests.peers.bench --peer=diffusers [--rounds=5 --batch=1 --out=peers.json]
+    python -m tests.peers.bench --peer=diffusers [--rounds=5 --batch=1 --dtype=float32 --out=peers.json]
 
-Latent clips [B, 16, 32, 32, 4] with text [B, 77, 512], float32, on the CPU; `forward` is a pass without gradients,
-`step` is forward, backward and Adam. `diffusers` is UNet3DConditionModel with the parameters of ours; `lucidrains` is
+Latent clips [B, 16, 32, 32, 4] with text [B, 77, 512], on the CPU; `forward` is a pass without gradients, `step` is
+forward, backward and Adam. With --dtype=bfloat16 both sides compute their products in it (theirs by autocast), and keep
+float32 parameters. `diffusers` is UNet3DConditionModel with the parameters of ours; `lucidrains` is
 video-diffusion-pytorch (pip install video-diffusion-pytorch), of the same widths, but another network.
 """
 
@@ -29,9 +30,9 @@ MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.
 class Side:
     """A worker process."""
 
-    def __init__(self, name):
+    def __init__(self, name, dtype):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.peers.worker", name],
+            [sys.executable, "-m", "tests.peers.worker", name, dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -74,8 +75,8 @@ def main(argv):
     options = flags.FLAGS
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
-    sides = {name: Side(name) for name in ("ours", options.peer)}
-    result = {"peer": options.peer, "batch": options.batch, "rounds": options.rounds}
+    sides = {name: Side(name, options.dtype) for name in ("ours", options.peer)}
+    result = {"peer": options.peer, "batch": options.batch, "rounds": options.rounds, "dtype": options.dtype}
     result["params"] = {name: side.params for name, side in sides.items()}
     print(" ".join(f"{name}: {n / 1e6:.2f} M parameters;" for name, n in result["params"].items()))
     print(f"{'':<20} {'median ms':>10} {'min':>8} {'max':>8}")
@@ -95,6 +96,7 @@ def main(argv):
 
 def define_flags():
     flags.DEFINE_enum("peer", "diffusers", ("diffusers", "lucidrains"), "What to run beside ours.")
+    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "What products are computed in.")
     flags.DEFINE_integer("rounds", 5, "Turns of each side that count.", lower_bound=1)
     flags.DEFINE_integer("batch", 1, "Clips.", lower_bound=1)
     flags.DEFINE_string("out", None, "JSON file to write.")

@@ -1,6 +1,6 @@
 """One denoiser in a process of its own, timed on request.
 
-    python -m tests.peers.worker ours     # or diffusers, lucidrains
+    python -m tests.peers.worker ours float32     # or diffusers, lucidrains; or bfloat16
 
 What to run and with how many clips, 'forward 1' or 'step 1', comes on stdin; the answer is one line of JSON on stdout.
 The first line tells the number of parameters. PyTorch's models run in evaluation mode, so without dropout, in the
@@ -40,7 +40,7 @@ def lucidrains():
 
 
 class Torch:
-    def __init__(self, make):
+    def __init__(self, make, dtype):
         import torch
 
         self.torch = torch
@@ -48,6 +48,7 @@ class Torch:
         torch.set_num_threads(THREADS)
         self.model, self.call = make()
         self.model.eval()
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
         self.optimiser = torch.optim.Adam(self.model.parameters(), 1e-4)
         self.params = sum(p.numel() for p in self.model.parameters())
 
@@ -55,27 +56,31 @@ class Torch:
         return {}
 
     def forward(self, *job):
-        with self.torch.no_grad():
+        with self.torch.no_grad(), self.autocast:
             self.call(self.model, *job)
 
     def step(self, video, timesteps, text):
         self.optimiser.zero_grad(set_to_none=True)
-        (self.call(self.model, video, timesteps, text) - self.torch.as_tensor(video)).square().mean().backward()
+        with self.autocast:
+            loss = (self.call(self.model, video, timesteps, text) - self.torch.as_tensor(video)).square().mean()
+        loss.backward()
         self.optimiser.step()
 
 
 class Ours:
     """A training step gives its state away to the next."""
 
-    def __init__(self):
+    def __init__(self, dtype):
         import jax
+        import jax.numpy as jnp
         import optax
 
         from tests.helpers import weights
         from vdm_jax.models.unet3d_condition import UNet3DCondition, abstract_params
 
         jax.config.update("jax_platforms", "cpu")
-        model, optimiser = UNet3DCondition(**unet3d.SETTINGS), optax.adam(1e-4)
+        model = UNet3DCondition(**unet3d.SETTINGS, dtype=jnp.dtype(dtype))
+        optimiser = optax.adam(1e-4)
         params = weights(abstract_params(model))
         self.state = jax.device_put((params, optimiser.init(params)))
         self.params = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -115,7 +120,7 @@ SIDES = {
 
 
 def main():
-    side, prepared = SIDES[sys.argv[1]](), {}
+    side, prepared = SIDES[sys.argv[1]](dtype=sys.argv[2]), {}
     print(json.dumps({"params": side.params}), flush=True)
     for line in sys.stdin:
         what, batch = line.split()

@@ -107,6 +107,8 @@ def _tables(metrics: Mapping) -> list[_Table]:
             for x, row in zip(log_snr, losses, strict=True)
         ]
         tables.append(_Table("Loss by noise level", [*levels], by_level))
+    if samplers := metrics.get("samplers"):
+        tables.append(_Table("The same prompts by sampler and steps", [*samplers], rows(*samplers.values())))
     for task, figures in metrics.get("tasks", {}).items():
         curve = {k: v for k, v in figures.items() if isinstance(v, list)}
         if single := {k: v for k, v in figures.items() if k not in curve}:

@@ -117,12 +117,16 @@ def _conv_products(x, kernel, strides):
 
 
 class Conv(nn.Module):
-    """A convolution over [B, *space, C]; `window` has one size per space dimension, time first."""
+    """A convolution over [B, *space, C]; `window` has one size per space dimension, time first.
+
+    With factors in `upsample`, one per space dimension, x is first upsampled by them (nearest neighbours).
+    """
 
     features: int
     window: tuple[int, ...]
     strides: tuple[int, ...] | None = None
     time_padding: str = "same"
+    upsample: tuple[int, ...] | None = None
     zero: bool = False  # zero-initialised: the layer starts as nothing
     dtype: jnp.dtype = jnp.float32
 
@@ -131,6 +135,9 @@ class Conv(nn.Module):
         init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (*self.window, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        if self.upsample and self.upsample[1:] == (2, 2) and self.window == (1, 3, 3) and on_cpu():
+            return cpu.conv_of_doubled(upsample(x, (self.upsample[0], 1, 1)), kernel, bias, self.dtype)
+        x = upsample(x, self.upsample) if self.upsample else x
         return conv(x, kernel, bias, self.strides, self.time_padding, self.dtype)
 
 

@@ -23,7 +23,6 @@ from vdm_jax.models.layers import (
     space_to_depth,
     stored,
     transformer_layer,
-    upsample,
 )
 
 
@@ -215,11 +214,10 @@ class UNet(nn.Module):
                 x = residual(x, i, f"up_{i}_{j}")
             x = mix(x, f"up_{i}", self.attention[i], self.exchange[i])
             if i:
-                t = self.time_strides[i - 1]
-                video, audio = upsample(x["video"], (t, 2, 2)), upsample(x["audio"], (2,))
+                grow = {"video": ((1, 3, 3), (self.time_strides[i - 1], 2, 2)), "audio": ((3,), (2,))}
                 x = {
-                    "video": conv(channels["video"][i - 1], (1, 3, 3), name=f"grow_{i}_video")(video),
-                    "audio": conv(channels["audio"][i - 1], (3,), name=f"grow_{i}_audio")(audio),
+                    m: conv(channels[m][i - 1], window, upsample=factors, name=f"grow_{i}_{m}")(x[m])
+                    for m, (window, factors) in grow.items()
                 }
 
         # Head

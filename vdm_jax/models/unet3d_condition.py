@@ -185,8 +185,11 @@ class UNet3DCondition(nn.Module):
                 x = block(features, attend, name=f"up_{i}_{j}")(x, embedding, text)
             if i < levels - 1:
                 h, w = skips[-1].shape[2:4]  # odd sizes were rounded up when halved
-                x = upsample(x, (1, 2, 2))[:, :, :h, :w]
-                x = conv(features, name=f"grow_{i}")(x)
+                grow = functools.partial(conv, features, name=f"grow_{i}")
+                if (h, w) == (2 * x.shape[2], 2 * x.shape[3]):
+                    x = grow(upsample=(1, 2, 2))(x)
+                else:
+                    x = grow()(upsample(x, (1, 2, 2))[:, :, :h, :w])
 
         x = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype, name="norm_out")(x)
         return conv(self.out_channels, name="head")(x).astype(jnp.float32)
