@@ -1,5 +1,7 @@
 """The layers against XLA's convolutions, Flax's normalisation and their own promises."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -288,11 +290,14 @@ def test_attention_is_a_softmax_over_what_the_mask_allows():
             np.testing.assert_allclose(out[b, :, h], want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("queries", [300, 2100])  # one block; three
-def test_attention_in_blocks_has_the_values_and_gradients_of_the_direct_form(queries):
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("queries", [7, 300, 2100])  # all at once; one block an example; three
+def test_attention_on_a_cpu_has_the_values_and_gradients_of_the_direct_form(queries, bounded):
     rng = np.random.default_rng(0)
     query = rng.normal(size=(2, queries, 2, 4)).astype(np.float32)
     key, value = rng.normal(size=(2, 2, 300, 2, 4)).astype(np.float32)
+    if not bounded:
+        query *= 100  # scores that no exponential would survive
     mask = rng.random((2, 300)) < 0.5
     weights = rng.normal(size=query.shape).astype(np.float32)
 
@@ -300,9 +305,11 @@ def test_attention_in_blocks_has_the_values_and_gradients_of_the_direct_form(que
         loss = lambda *x: jnp.sum(function(*x, mask) * weights)  # noqa: E731
         return function(query, key, value, mask), jax.grad(loss, (0, 1, 2))(query, key, value)
 
-    assert query.shape[1] * key.shape[1] >= layers.ATTENTION_AT_ONCE
-    got, want = both(layers.attention), both(layers._attention_direct)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+    assert (query.shape[1] * key.shape[1] >= layers.ATTENTION_AT_ONCE) == (queries > 7)
+    got = both(functools.partial(layers.attention, bounded=bounded))
+    want = both(layers._attention_direct)
+    scale = 1 if bounded else 100
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale), got, want)
 
 
 def test_attention_module_reads_the_context_at_its_time():

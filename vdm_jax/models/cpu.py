@@ -207,6 +207,57 @@ def _conv_products(x, kernel, padding):
     return sum(parts)
 
 
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attention(query, key, value, mask, bounded):
+    """Softmax attention of query [B, N, heads, d] to key and value [B, M, heads, d], mask bool [B, M] or None.
+
+    bounded: queries and keys are normalised, so that no score is large and the largest need not be found first. The
+    backward pass takes the sum that a softmax's gradient needs from the output (arXiv:2205.14135, appendix B.2), which
+    spares a pass over all scores.
+    """
+    return _attention_forward(query, key, value, mask, bounded)[0]
+
+
+def _heads_first(x):
+    return x.swapaxes(1, 2)  # [B, N, heads, d] <-> [B, heads, N, d]
+
+
+def _batched(a, b, contract):
+    """Products of a and b [B, heads, ...], over dimension contract[0] of a and contract[1] of b."""
+    axes = tuple((i,) for i in contract)
+    return jax.lax.dot_general(a, b, (axes, ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+
+
+def _attention_forward(query, key, value, mask, bounded):
+    query, key, value = (_heads_first(x) for x in (query, key, value))
+    query = query / np.float32(np.sqrt(query.shape[-1]))
+    scores = _batched(query, key, (3, 3))
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, -1e9)
+    scores = jnp.minimum(scores, 60.0) if bounded else scores - scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores)  # not yet divided by their sum
+    total = jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    out = _batched(weights, value, (3, 2)) / total
+    return _heads_first(out), (query, key, value, weights, total, out)
+
+
+def _attention_backward(bounded, saved, grad):
+    query, key, value, weights, total, out = saved
+    grad = _heads_first(grad)
+    along = (grad * out).sum(-1, keepdims=True) / total
+    grad = grad / total
+    scores_grad = weights * (_batched(grad, value, (3, 3)) - along)
+    turned = [jax.lax.optimization_barrier(x.swapaxes(2, 3)) for x in (weights, scores_grad)]
+    query_grad = _batched(scores_grad, key, (3, 2)) / np.float32(np.sqrt(query.shape[-1]))
+    key_grad, value_grad = _batched(turned[1], query, (3, 2)), _batched(turned[0], grad, (3, 2))
+    return (*map(_heads_first, (query_grad, key_grad, value_grad)), None)
+
+
+attention.defvjp(_attention_forward, _attention_backward)
+
 # -------------------------------------------------------------------------------------------------------- normalisation
 
 

@@ -304,10 +304,15 @@ def rotary(x, positions, max_period=100.0):
 ATTENTION_AT_ONCE = 2**16  # scores of one head above which a CPU takes one example after the other
 
 
-def attention(query, key, value, mask=None):
-    """Softmax attention. query [B, N, heads, d], key and value [B, M, heads, d], mask [B, M] True = may be read."""
-    if not on_cpu() or query.shape[1] * key.shape[1] < ATTENTION_AT_ONCE:
+def attention(query, key, value, mask=None, bounded=False):
+    """Softmax attention. query [B, N, heads, d], key and value [B, M, heads, d], mask [B, M] True = may be read.
+
+    bounded: queries and keys are normalised, so that scores are small.
+    """
+    if not on_cpu():
         return _attention_direct(query, key, value, mask)
+    if query.shape[1] * key.shape[1] < ATTENTION_AT_ONCE:
+        return cpu.attention(query, key, value, mask, bounded)
     # On a CPU the scores of all examples at once go through memory several times; those of one stay in its cache.
     mask = jnp.ones(key.shape[:2], bool) if mask is None else mask
     return jax.lax.map(lambda one: _attention_blocked(*one), (query, key, value, mask))
@@ -354,7 +359,7 @@ class Attention(nn.Module):
             query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
         if positions is not None:
             query, key = rotary(query, positions), rotary(key, context_positions)
-        out = attention(query, key, value, mask)
+        out = attention(query, key, value, mask, bounded=not self.plain)
         out = Dense(x.shape[-1], axes=2, zero=self.zero, dtype=self.dtype, name="out")(out)
         return constrain(out, "batch", "token", "channel")
 
