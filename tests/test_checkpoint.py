@@ -215,8 +215,10 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     start = grown.frozen["denoiser"]["stem_video"]["kernel"]
     after = checkpoint.load_trained(run, stages.abstract_params).frozen["denoiser"]["stem_video"]["kernel"]
     assert 0 < np.abs(after - start).max() < 0.1  # one step from the weights, not from a fresh draw
-    done = command(checkpoint, "import", "--weights=reference", f"--workdir={tmp_path / 'no'}", *recipe)
-    assert done.code == 2 and len(done.err) == 1 and not (tmp_path / "no").exists()
+    other = "--config.denoiser.model.embedding=32"  # weights of another shape cannot be taken over
+    done = command(checkpoint, "import", "--weights=reference", f"--workdir={tmp_path / 'no'}", *recipe, other)
+    assert done.code == 2 and len(done.err) == 1 and "the config asks for" in done.err[0]
+    assert not (tmp_path / "no").exists()
 
     for options in (["export"], ["export", f"--workdir={tiny_run}"], [f"--workdir={tiny_run}", "--out=x"]):
         done = command(checkpoint, *options)
