@@ -199,10 +199,10 @@ def test_bad_steps_are_skipped_counted_and_named(command, reading, whole_run, tm
     stage, config = "audio_autoencoder", tiny.get_config()
     workdir = without(whole_run, stage, tmp_path / "run")
     ids = pipeline.sample_ids(pipeline.source(config), batch_size=4, seed=config.seed, step=4)
-    bad = pipeline.source(config)[ids[1]]["audio"]
+    bad = pipeline.source(config)[ids[1]]["video"]
 
     def spoil(item):
-        return {**item, "audio": item["audio"] * np.nan} if np.array_equal(item["audio"], bad) else item
+        return {**item, "audio": item["audio"] * np.nan} if np.array_equal(item["video"], bad) else item
 
     reading(spoil)
     done = command(train, *OPTIONS, f"--workdir={workdir}", f"--stage={stage}")

@@ -242,10 +242,13 @@ def open_run(folder, abstract_params):
     config = load_config(epath.Path(folder) / "config.json")
     try:
         return config, abstract_params(config)
-    except (AttributeError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever wrong settings make of models
         raise UserError(
-            f"{folder}/config.json is not that of a run of this version ({error}): train again, or restore the file"
-        ) from None
+            f"{folder}/config.json is not that of a run of this version ({type(error).__name__}: {_reason(error)}): "
+            "train again, or restore the file"
+        ) from error
 
 
 def newest_step(workdir, stage):

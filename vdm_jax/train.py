@@ -38,19 +38,8 @@ def main(argv):
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
 
     # ------------------------------------------------------------------------------------------------ run folder
-    # What does not fit is told before anything is written.
-    stages.models(config)
-    mesh = sharding.make_mesh(config.mesh)
     names = checkpoint.STAGES if options.stage == "all" else (options.stage,)
-    counts = {f"{name}.steps": config[name].steps for name in names}
-    counts |= {key: config[key] for key in ("checkpoint_every", "log_every")}
-    counts["skip.stop_after"] = config.skip.stop_after
-    for key, value in counts.items():
-        if value < 1:
-            raise UserError(f"{key}={value} must be at least 1")
-    for name in names:
-        sharding.check_batch(config[name].batch_size, mesh)
-    source = pipeline.source(config)
+    mesh, source = check(config, names)  # before anything is written
     if jax.process_index() == 0:
         write_config(workdir, config)
     logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
@@ -68,6 +57,21 @@ def main(argv):
                     f"{name}: cannot write in {workdir}: {error.strerror}; "
                     + (f"step {newest} is the newest checkpoint" if newest is not None else "there is no checkpoint")
                 ) from None
+
+
+def check(config, names):
+    """-> (mesh, data source) for training the stages `names`. Raises UserError where settings do not fit."""
+    stages.models(config)
+    mesh = sharding.make_mesh(config.mesh)
+    counts = {f"{name}.steps": config[name].steps for name in names}
+    counts |= {key: config[key] for key in ("checkpoint_every", "log_every")}
+    counts["skip.stop_after"] = config.skip.stop_after
+    for key, value in counts.items():
+        if value < 1:
+            raise UserError(f"{key}={value} must be at least 1")
+    for name in names:
+        sharding.check_batch(config[name].batch_size, mesh)
+    return mesh, pipeline.source(config)
 
 
 def write_config(workdir, config):
