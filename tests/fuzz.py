@@ -12,6 +12,7 @@ import random
 import resource
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,8 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 20  # s, an input
+LIMIT = 20  # s of a processor, an input; so that a busy machine is not taken for a hang
+PATIENCE = 300  # s of waiting, an input
 CAP = 2 << 30  # bytes a process may take up
 
 
@@ -66,14 +68,17 @@ def fuzz(count, seed=0, only=""):
                 assert worker.stdout.readline() == "ready\n", folder.with_suffix(".err").read_text()[-3000:]
             worker.stdin.write(f"{case}\n")
             worker.stdin.flush()
-            answered = select.select([worker.stdout], [], [], LIMIT)[0]
+            answered = select.select([worker.stdout], [], [], PATIENCE)[0]
             line = worker.stdout.readline() if answered else ""
             if line:
                 answer = json.loads(line)
             else:
-                worker.kill()
-                answer = {"way": f"case {case}", "outcome": "died" if answered else "hung", "memory": 0}
-                answer["fault"] = f"exit {worker.wait()}"
+                if not answered:
+                    worker.kill()
+                code = worker.wait()
+                hung = not answered or code == -signal.SIGPROF
+                answer = {"way": f"case {case}", "outcome": "hung" if hung else "died", "memory": 0}
+                answer["fault"] = f"exit code {code}"
                 worker = None
             counts[answer["way"], answer["outcome"]] += 1
             peak = max(peak, answer["memory"])
@@ -85,6 +90,8 @@ def fuzz(count, seed=0, only=""):
                 before = listing(folder)
             if "fault" in answer:
                 faults.append(f"case {case}, {answer['way']}: {answer['fault']}")
+            if case % 100 == 99 or "fault" in answer:
+                print(f"{case + 1} inputs, {len(faults)} faults {answer.get('fault', '')}", flush=True)
         if worker is not None:
             worker.stdin.close()
             worker.wait()
@@ -115,6 +122,7 @@ def work(folder, seed, only):
         shutil.rmtree(inside, ignore_errors=True)
         inside.mkdir()
         answer = {"way": way}
+        signal.setitimer(signal.ITIMER_PROF, LIMIT)  # whose signal ends the process
         try:
             ways[way](draw, inside)
             answer["outcome"] = "read"

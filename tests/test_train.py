@@ -167,34 +167,6 @@ def test_a_signal_ends_a_run_and_the_next_goes_on_from_there(command, reading, w
     assert [signal.getsignal(n) for n in preemption.SIGNALS] == handlers
 
 
-def test_a_second_signal_ends_a_run_at_once_and_one_before_there_is_a_step_too(tmp_path):
-    processes = {}
-    for name, signals in {"second": 2, "early": 1}.items():
-        process = start("-c", STUCK, name)
-        assert process.stdout.readline() == "ready\n"
-        for _ in range(signals):
-            process.send_signal(signal.SIGTERM)
-            if signals == 2:
-                assert "SIGTERM" in process.stderr.readline()
-                signals = 0
-        processes[name] = finish(process, 60)
-    assert processes["second"][0] == -signal.SIGTERM
-    assert processes["early"][0] == 0 and "nothing to save" in processes["early"][2][-1]
-
-
-STUCK = """
-import logging, sys, time
-from vdm_jax import preemption
-logging.getLogger("vdm_jax").addHandler(logging.StreamHandler())
-logging.getLogger("vdm_jax").setLevel("INFO")
-with preemption.watching() as stop:
-    stop.stepping = sys.argv[1] == "second"
-    print("ready", flush=True)
-    while True:
-        time.sleep(0.1)
-"""
-
-
 def test_bad_steps_are_skipped_counted_and_named(command, reading, whole_run, tmp_path):
     stage, config = "audio_autoencoder", tiny.get_config()
     workdir = without(whole_run, stage, tmp_path / "run")
