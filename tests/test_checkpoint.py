@@ -194,6 +194,32 @@ def test_a_state_from_before_it_had_a_loss_mean_comes_back(tmp_path):
     equal(restored, state(3))
 
 
+MESHES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from vdm_jax import checkpoint, sharding
+
+tree = {"params": {"kernel": np.arange(64.0, dtype="f").reshape(8, 8), "bias": np.ones(8, "f")}, "step": np.int32(3)}
+ways = dict(one=dict(data=2, fsdp=2), two=dict(data=1, fsdp=4), three=dict(data=2, tensor=2), four=dict(data=4))
+meshes = {k: sharding.make_mesh({"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1, **way}) for k, way in ways.items()}
+with checkpoint.manager(sys.argv[1]) as checkpoints:
+    checkpoint.save(checkpoints, jax.device_put(tree, sharding.state_shardings(tree, meshes["one"])))
+for mesh in meshes.values():
+    shardings = sharding.state_shardings(tree, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+    with checkpoint.manager(sys.argv[1]) as checkpoints:
+        back = checkpoint.restore(checkpoints, abstract)
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+    assert jax.tree.map(lambda x: x.sharding, back) == shardings
+print("restored on", len(meshes))
+"""
+
+
+def test_a_state_is_restored_on_another_mesh(tmp_path):
+    code, out, err = finish(start("-c", MESHES, tmp_path / "run", JAX_NUM_CPU_DEVICES="4"), 300)
+    assert code == 0 and out == "restored on 4\n", err
+
+
 # -------------------------------------------------------------------------------------------------------- damage
 
 

@@ -50,7 +50,7 @@ def manager(directory, newest=2, best=1):
     def seal():
         """Runs when a save's files are complete, before it is renamed to be a checkpoint: no checkpoint is without."""
         for folder in directory.iterdir() if jax.process_index() == 0 else ():
-            if not ocp.utils.is_checkpoint_finalized(folder):
+            if folder.is_dir() and not ocp.utils.is_checkpoint_finalized(folder):
                 checksums.write(folder)
 
     def loss(metrics):
@@ -101,7 +101,7 @@ def _saving(checkpoints, step):
     except UserError:
         raise
     except Exception as error:  # a full disk is an OSError here and a ValueError of TensorStore there
-        good = [s for s in ocp.utils.checkpoint_steps(checkpoints.directory)]
+        good = ocp.utils.checkpoint_steps(checkpoints.directory)
         left = f"step {max(good)} is the newest checkpoint" if good else "there is no checkpoint"
         reason = _reason(error)
         raise UserError(f"cannot save step {step} in {checkpoints.directory}: {reason}; {left}") from error
