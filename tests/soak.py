@@ -135,10 +135,10 @@ def read_log(path):
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
-def flips(count, seed, folder, steps=8):
+def flips(count, seed, folder, steps=8, onward=5):
     """Flips a bit at `count` random places of the newest checkpoint, each time anew. -> {what came of it: times}.
 
-    Every fifth time the run goes on: it must end like an undisturbed one. Places are drawn over all bytes stored.
+    One in `onward` times the run goes on: it must end like an undisturbed one.
     """
     config, draw, counts = settings(steps, 4), random.Random(seed), collections.Counter()
     whole = folder / "whole"
@@ -169,7 +169,7 @@ def flips(count, seed, folder, steps=8):
             continue
         assert len(list((run / STAGE / "damaged").iterdir())) == 1
         counts["detected, set aside"] += 1
-        if turn % 5 == 0:
+        if turn % onward == 0:
             finish(begin(config, run), run)
             assert digest(final_state(run, STAGE, config)) == good, "the run that went on ends otherwise"
             counts["of these, trained on to the right end"] += 1
@@ -184,10 +184,14 @@ def main():
     parser.add_argument("what", choices=("kill", "flips"))
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--onward", type=int, default=5, help="of so many flips, one is trained on from")
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        counts = {"kill": kill, "flips": flips}[options.what](options.count, options.seed, Path(folder))
+        if options.what == "kill":
+            counts = kill(options.count, options.seed, Path(folder))
+        else:
+            counts = flips(options.count, options.seed, Path(folder), onward=options.onward)
     print(f"{options.what}: {dict(counts)} in {time.monotonic() - began:.0f} s; all as it must be")
 
 

@@ -228,6 +228,8 @@ WRONG = {  # options -> what the line says
     "no clips": ((CONFIG, "--workdir=DIR", "--config.clip.batch_size=0"), "batch_size=0 must be at least 1"),
     "too many devices": ((CONFIG, "--workdir=DIR", "--config.mesh.fsdp=64"), "does not fill"),
     "sizes": ((CONFIG, "--workdir=DIR", "--config.data.size=18"), "data.size=18 is not a multiple of 4: use 16"),
+    "too many layers": ((CONFIG, "--workdir=DIR", "--config.clip.model.text.layers=9999"), "from 0 to 1000"),
+    "no stride": ((CONFIG, "--workdir=DIR", "--config.video_autoencoder.model.time_strides=(0,)"), "from 1 to 1000000"),
     "no such data": ((CONFIG, "--workdir=DIR", "--config.data.source=wrld"), "use world, files or tfds"),
     "a file for a folder": ((CONFIG, "--workdir=EMPTY"), "cannot write to --workdir"),
     "denoiser first": ((CONFIG, "--workdir=DIR", "--stage=denoiser"), "stage video_autoencoder has no checkpoint"),
