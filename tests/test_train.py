@@ -167,9 +167,8 @@ def test_a_signal_ends_a_run_and_the_next_goes_on_from_there(command, reading, w
     assert [signal.getsignal(n) for n in preemption.SIGNALS] == handlers
 
 
-def test_bad_steps_are_skipped_counted_and_named(command, reading, whole_run, tmp_path):
-    stage, config = "audio_autoencoder", tiny.get_config()
-    workdir = without(whole_run, stage, tmp_path / "run")
+def test_bad_steps_are_skipped_counted_and_named(command, reading, tmp_path):
+    stage, config, workdir = "audio_autoencoder", tiny.get_config(), tmp_path / "run"
     ids = pipeline.sample_ids(pipeline.source(config), batch_size=4, seed=config.seed, step=4)
     bad = pipeline.source(config)[ids[1]]["video"]
 
