@@ -11,7 +11,12 @@ def get_config():
     config.seed = 0
     config.checkpoint_every = 500  # steps
     config.log_every = 50  # steps
+    config.keep = ConfigDict(dict(newest=2, best=1))  # checkpoints; best: of least loss over the steps before
     config.preview_every = 1000  # steps; 0 for none
+    config.heartbeat_every = 10.0  # seconds, at least, between two writings of DIR/heartbeat.json
+    # Steps with numbers that are not finite are skipped, and with loss_over_mean > 0 those whose loss is more than that
+    # many times its moving average; stop_after of them in a row end the run.
+    config.skip = ConfigDict(dict(loss_over_mean=0.0, stop_after=10))
     # Or "bfloat16"; parameters and optimiser are always float32, and on a CPU all but the operands of products.
     config.compute_dtype = "float32"
     config.compilation_cache = ""  # folder of the persistent compilation cache; "" for none

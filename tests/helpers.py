@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vdm_jax import checkpoint, stages, train_state
 from vdm_jax.sharding import path_name
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,23 @@ def init_weights(module, *arguments, seed=0, **options):
 def names(tree):
     """{path: shape} of a tree of arrays."""
     return {path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def digest(state):
+    """A hash of all arrays of a train state, with their names."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(state)):
+        leaf = np.asarray(leaf)
+        sha.update(f"{path_name(path)} {leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
+    return sha.hexdigest()
+
+
+def final_state(workdir, stage, config):
+    """The newest train state of a stage of a run, on the host."""
+    params = stages.abstract_params(config)[stage]
+    abstract = jax.eval_shape(lambda p: train_state.create(p, config[stage]), params)
+    with checkpoint.manager(workdir / stage / "checkpoints") as checkpoints:
+        return jax.device_get(checkpoint.restore(checkpoints, abstract))
 
 
 def start(*arguments, **environment):

@@ -1,5 +1,6 @@
 """Weights and settings come back as they were, and what is broken or missing is told."""
 
+import shutil
 import time
 
 import jax
@@ -11,7 +12,8 @@ from etils import epath
 from configs import t2v_pod, world_tiny
 from tests import tiny
 from tests.conftest import write_run
-from vdm_jax import checkpoint, stages, train
+from tests.helpers import finish, start
+from vdm_jax import checkpoint, checksums, stages, train
 from vdm_jax.errors import UserError
 
 PARAMS = {
@@ -26,10 +28,34 @@ def state(step, factor=1.0):
     return {"step": jnp.asarray(step), "params": params, "ema": jax.tree.map(lambda x: 2 * x, params)}
 
 
-def save(directory, *states, keep=2):
-    with checkpoint.manager(directory, keep) as checkpoints:
-        for one in states:
-            checkpoint.save(checkpoints, one)
+ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state(0))
+
+
+def save(directory, *states, losses=None, **keep):
+    with checkpoint.manager(directory, **keep) as checkpoints:
+        for i, one in enumerate(states):
+            checkpoint.save(checkpoints, one, losses[i] if losses else 1.0)
+
+
+def restore(directory, abstract=None):
+    with checkpoint.manager(directory) as checkpoints:
+        return checkpoint.restore(checkpoints, abstract or ABSTRACT)
+
+
+def steps(directory):
+    return sorted(int(p.name) for p in directory.iterdir())
+
+
+def flip(path, place=None, bit=0):
+    """Changes one bit of a file, by default in its middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if place is None else place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def arrays(folder):
+    """The largest file of a checkpoint, where its arrays are."""
+    return max((p for p in (folder / "default").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
 def equal(a, b):
@@ -89,19 +115,17 @@ def test_damaged_safetensors_are_told(tmp_path):
 def test_the_newest_state_comes_back(tmp_path):
     save(tmp_path, state(1), state(2, 5.0), state(3, 7.0))
     with checkpoint.manager(tmp_path) as checkpoints:
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state(0))
-        restored = checkpoint.restore(checkpoints, abstract)
+        restored = checkpoint.restore(checkpoints, ABSTRACT)
         assert checkpoints.all_steps() == [2, 3]
     equal(restored, state(3, 7.0))
-    with checkpoint.manager(tmp_path / "none") as checkpoints:
-        assert checkpoint.restore(checkpoints, abstract) is None
+    assert restore(tmp_path / "none") is None
 
 
 def test_weights_are_the_average_of_the_newest_state(tmp_path):
     save(tmp_path / "clip" / "checkpoints", state(1), state(2, 5.0))
     equal(checkpoint.load_params(tmp_path, "clip", EXPECTED), jax.tree.map(lambda x: 10 * x, PARAMS))
     other = {**EXPECTED, "scale": jax.ShapeDtypeStruct((2,), np.float32)}
-    with pytest.raises(UserError, match=r"scale has shape \(\), the config asks for \(2,\)"):
+    with pytest.raises(UserError, match=r"scale is float32 \(\), the config asks for float32 \(2,\)"):
         checkpoint.load_params(tmp_path, "clip", other)
 
 
@@ -120,6 +144,188 @@ def test_a_save_that_was_cut_off_does_not_count(tmp_path):
                 break
             time.sleep(0.1)
     assert not rest.exists()
+
+
+def test_the_newest_and_the_best_are_never_deleted(tmp_path):
+    losses = [3.0, 1.0, 2.0, np.nan, 4.0, np.inf]
+    save(tmp_path, *map(state, range(1, 7)), losses=losses)
+    assert steps(tmp_path) == [2, 5, 6]  # one that is no number is nobody's best
+    save(tmp_path, state(7), losses=[0.5])  # in a later process, too
+    assert steps(tmp_path) == [6, 7]
+    save(tmp_path, state(8), state(9), newest=1, best=0)
+    assert steps(tmp_path) == [9]
+
+
+def test_a_step_is_not_saved_twice(tmp_path):
+    with checkpoint.manager(tmp_path) as checkpoints:
+        checkpoint.save(checkpoints, state(4))
+        for again in (4, 3):
+            with pytest.raises(UserError, match=f"step {again} is not saved: .* holds step 4"):
+                checkpoint.save(checkpoints, state(again, 9.0))
+    equal(restore(tmp_path), state(4))
+
+
+def test_another_dtype_shape_or_name_is_refused(tmp_path):
+    save(tmp_path / "clip" / "checkpoints", state(1))
+    folder = tmp_path / "clip" / "checkpoints"
+
+    def other(**changes):
+        return {**ABSTRACT, "params": {**ABSTRACT["params"], **changes}}
+
+    half, long = jax.ShapeDtypeStruct((), jnp.bfloat16), jax.ShapeDtypeStruct((3,), jnp.float32)
+    for abstract, words in (
+        (other(scale=half), r"params/scale is float32 \(\), the config asks for bfloat16 \(\)"),
+        (other(scale=long), r"params/scale is float32 \(\), the config asks for float32 \(3,\)"),
+        (other(more=long), "has no params/more"),
+        ({k: v for k, v in ABSTRACT.items() if k != "ema"}, "has ema/scale, which the config does not"),
+    ):
+        with pytest.raises(UserError, match=words):
+            restore(folder, abstract)
+    with pytest.raises(UserError, match="scale is float32 .*, the config asks for bfloat16"):
+        checkpoint.load_params(tmp_path, "clip", {**EXPECTED, "scale": half})
+
+
+def test_a_state_from_before_it_had_a_loss_mean_comes_back(tmp_path):
+    save(tmp_path, state(3))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mean = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding)
+    restored = restore(tmp_path, {**ABSTRACT, "loss_mean": mean})
+    assert np.isnan(restored.pop("loss_mean"))
+    equal(restored, state(3))
+
+
+MESHES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from vdm_jax import checkpoint, sharding
+
+tree = {"params": {"kernel": np.arange(64.0, dtype="f").reshape(8, 8), "bias": np.ones(8, "f")}, "step": np.int32(3)}
+ways = dict(one=dict(data=2, fsdp=2), two=dict(data=1, fsdp=4), three=dict(data=2, tensor=2), four=dict(data=4))
+meshes = {k: sharding.make_mesh({"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1, **way}) for k, way in ways.items()}
+with checkpoint.manager(sys.argv[1]) as checkpoints:
+    checkpoint.save(checkpoints, jax.device_put(tree, sharding.state_shardings(tree, meshes["one"])))
+for mesh in meshes.values():
+    shardings = sharding.state_shardings(tree, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+    with checkpoint.manager(sys.argv[1]) as checkpoints:
+        back = checkpoint.restore(checkpoints, abstract)
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+    assert jax.tree.map(lambda x: x.sharding, back) == shardings
+print("restored on", len(meshes))
+"""
+
+
+def test_a_state_is_restored_on_another_mesh(tmp_path):
+    code, out, err = finish(start("-c", MESHES, tmp_path / "run", JAX_NUM_CPU_DEVICES="4"), 300)
+    assert code == 0 and out == "restored on 4\n", err
+
+
+# -------------------------------------------------------------------------------------------------------- damage
+
+
+def test_a_damaged_checkpoint_is_named_and_set_aside(tmp_path, caplog):
+    folder = tmp_path / "clip" / "checkpoints"
+    save(folder, state(1), state(2, 5.0), state(3, 7.0), newest=3)
+    checkpoint.set_damaged_aside(folder)
+    assert steps(folder) == [1, 2, 3] and not caplog.text
+    content = files(folder / "3")
+    flip(arrays(folder / "3"))
+    with pytest.raises(UserError, match=f"{arrays(folder / '3')} is damaged"):  # a reader leaves it where it is
+        checkpoint.load_params(tmp_path, "clip", EXPECTED)
+    checkpoint.set_damaged_aside(folder)
+    (record,) = caplog.records
+    (aside,) = (tmp_path / "clip" / "damaged").iterdir()
+    assert record.levelname == "ERROR" and f"3/{arrays(aside).relative_to(aside)} is damaged" in record.message
+    assert set(files(aside)) == set(content) and files(aside) != content
+    equal(restore(folder), state(2, 5.0))
+    save(folder, state(3, 7.0))  # the run comes by again
+    equal(checkpoint.load_params(tmp_path, "clip", EXPECTED), jax.tree.map(lambda x: 14 * x, PARAMS))
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_where_all_are_damaged_none_is_moved(tmp_path, command):
+    folder = tmp_path / "clip" / "checkpoints"
+    save(folder, state(1), state(2))
+    shutil.rmtree(folder / "1" / "default")
+    flip(folder / "2" / checksums.NAME)
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=f"no checkpoint in {folder} is whole .*2/checksums.txt is damaged.*restore a"):
+        checkpoint.set_damaged_aside(folder)
+    assert files(tmp_path) == before
+    done = command(checkpoint, "verify", tmp_path)
+    assert done.code == 2 and done.out.count("DAMAGED") == 2
+    assert len(done.err) == 1 and "is missing, and 1 more are damaged" in done.err[0]
+
+
+def test_any_flipped_bit_is_found_or_changes_nothing(tmp_path):
+    """The short form of `python -m tests.soak flips`."""
+    folder, rng = tmp_path / "clip" / "checkpoints", np.random.default_rng(0)
+    save(folder, state(1), state(2, 5.0))
+    whole = files(folder / "2")
+    found = 0
+    for _ in range(40):
+        name = rng.choice(sorted(map(str, whole)))
+        place = rng.integers(len(whole[epath.Path(name)]) or 1)
+        if not whole[epath.Path(name)]:
+            continue
+        flip(folder / "2" / name, place, rng.integers(8))
+        checkpoint.set_damaged_aside(folder)
+        if steps(folder) == [1]:
+            found += 1
+            shutil.rmtree(tmp_path / "clip" / "damaged")
+            for path, content in whole.items():
+                (folder / "2" / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / "2" / path).write_bytes(content)
+        else:  # Orbax's own notes: what was saved comes back all the same
+            assert name in checksums.LATER
+            equal(restore(folder), state(2, 5.0))
+            (folder / "2" / name).write_bytes(whole[epath.Path(name)])
+    assert found > 25
+
+
+def test_checkpoints_from_before_there_were_checksums_are_used_with_a_warning(tmp_path, caplog):
+    folder = tmp_path / "clip" / "checkpoints"
+    save(folder, state(1))
+    (folder / "1" / checksums.NAME).unlink()
+    checkpoint.set_damaged_aside(folder)
+    assert "has no checksums" in caplog.text
+    equal(restore(folder), state(1))
+
+
+SAVES = """
+import resource, signal, sys
+import jax.numpy as jnp
+from vdm_jax import checkpoint, cli
+
+def main(argv):
+    folder, limit = sys.argv[1], int(sys.argv[2])
+    with checkpoint.manager(folder) as checkpoints:
+        checkpoint.save(checkpoints, {"step": jnp.asarray(1), "x": jnp.ones(1000)})
+        checkpoint.finish(checkpoints)
+    checkpoints = checkpoint.manager(folder)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # a write past it fails, as on a full disk
+    checkpoint.save(checkpoints, {"step": jnp.asarray(2), "x": jnp.arange(1e6) ** 0.5})
+    checkpoint.finish(checkpoints)
+
+sys.argv[0] = "saves"
+from absl import flags
+cli.run(lambda argv: main(argv))
+"""
+
+
+def test_a_disk_that_is_full_ends_the_run_with_the_last_checkpoint_whole(tmp_path):
+    folder = tmp_path / "clip" / "checkpoints"
+    code, out, err = finish(start("-c", SAVES, folder, 1_000_000), 300)
+    errors = [line for line in err if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and errors[0] == err[-1], "\n".join(err)
+    assert f"cannot save step 2 in {folder}" in errors[0] and "step 1 is the newest checkpoint" in errors[0]
+    checkpoint.set_damaged_aside(folder)
+    abstract = {"step": jax.ShapeDtypeStruct((), jnp.int32), "x": jax.ShapeDtypeStruct((1000,), jnp.float32)}
+    equal(restore(folder, abstract), {"step": 1, "x": np.ones(1000)})
 
 
 # ----------------------------------------------------------------------------------------------------------- runs
@@ -171,6 +377,8 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     trained = checkpoint.load_trained(tiny_run, stages.abstract_params)
     assert set(trained.frozen) == {*checkpoint.STAGES, "statistics"}
     monkeypatch.setattr(checkpoint, "REFERENCE", epath.Path(tmp_path / "out"))
+    done = command(checkpoint, "verify", tiny_run)
+    assert done.code == 0 and done.out.count(": good") == 4 and "GB/s" in done.out
     with pytest.raises(UserError, match="no reference weights"):
         checkpoint.load_trained(None, stages.abstract_params)
     done = command(checkpoint, "export", f"--workdir={tiny_run}", f"--out={tmp_path / 'out'}")
@@ -215,12 +423,23 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     start = grown.frozen["denoiser"]["stem_video"]["kernel"]
     after = checkpoint.load_trained(run, stages.abstract_params).frozen["denoiser"]["stem_video"]["kernel"]
     assert 0 < np.abs(after - start).max() < 0.1  # one step from the weights, not from a fresh draw
-    done = command(checkpoint, "import", "--weights=reference", f"--workdir={tmp_path / 'no'}", *recipe)
-    assert done.code == 2 and len(done.err) == 1 and not (tmp_path / "no").exists()
+    other = "--config.denoiser.model.embedding=32"  # weights of another shape cannot be taken over
+    done = command(checkpoint, "import", "--weights=reference", f"--workdir={tmp_path / 'no'}", *recipe, other)
+    assert done.code == 2 and len(done.err) == 1 and "the config asks for" in done.err[0]
+    assert not (tmp_path / "no").exists()
 
     for options in (["export"], ["export", f"--workdir={tiny_run}"], [f"--workdir={tiny_run}", "--out=x"]):
         done = command(checkpoint, *options)
         assert done.code == 2 and len(done.err) == 1 and "usage" in done.err[0]
+    done = command(checkpoint, "verify", tmp_path / "out")
+    assert done.code == 0 and done.out.count(": good") == 1
+    done = command(checkpoint, "verify", tmp_path / "nothing")
+    assert done.code == 2 and len(done.err) == 1 and "is not a folder" in done.err[0]
+    flip(tmp_path / "out" / "clip.safetensors")
+    with pytest.raises(UserError, match="clip.safetensors is damaged"):
+        checkpoint.load_trained(None, stages.abstract_params)
+    done = command(checkpoint, "verify", tmp_path / "out")
+    assert done.code == 2 and len(done.err) == 1 and "clip.safetensors is damaged" in done.err[0]
     (tmp_path / "out" / "clip.safetensors").unlink()
     with pytest.raises(UserError, match="clip.safetensors is missing"):
         checkpoint.load_trained(None, stages.abstract_params)
@@ -232,6 +451,7 @@ def test_the_reference_weights_are_those_of_their_recipe():
         assert exported[stage].to_dict() == recipe[stage].to_dict()
     for part in ("data", "sample", "evaluate"):
         assert exported[part].to_dict() == recipe[part].to_dict()
+    assert checksums.check(checkpoint.REFERENCE) > 1e6
     assert (
         checkpoint.load_exported(checkpoint.REFERENCE, stages.abstract_params)[1]["denoiser"] == recipe.denoiser.steps
     )

@@ -44,6 +44,14 @@ def test_a_batch_follows_from_seed_and_step():
     np.testing.assert_array_equal(numbers(2, start=49_999_999)[1:], far)
 
 
+def test_the_samples_of_a_step_can_be_named():
+    whole = numbers(12)
+    for step in (0, 5, 11):
+        ids = pipeline.sample_ids(Numbers(10), batch_size=4, seed=0, step=step)
+        np.testing.assert_array_equal(ids, whole[step])
+    assert pipeline.sample_ids(Numbers(10), batch_size=4, seed=1, step=0) != list(whole[0])
+
+
 def test_every_epoch_holds_every_item_once_in_another_order():
     epochs = numbers(10).reshape(4, 10)
     assert (np.sort(epochs, 1) == np.arange(10)).all()

@@ -1,8 +1,11 @@
 """Training as a user runs it: from start to end, killed and started again, and with wrong input."""
 
 import hashlib
+import itertools
 import json
+import os
 import shutil
+import signal
 import sys
 import time
 
@@ -11,8 +14,9 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.helpers import finish, start
-from vdm_jax import checkpoint, stages, train, train_state
+from tests.helpers import digest, final_state, finish, start
+from vdm_jax import checkpoint, latents, preemption, train
+from vdm_jax.data import pipeline, world
 
 CONFIG = "--config=tests/tiny.py"
 STEPS = 40  # of the denoiser, so that there is time to kill it
@@ -34,15 +38,6 @@ def files(folder):
     return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def final_state(workdir, stage):
-    """The newest train state of a stage, on the host."""
-    config = tiny.get_config()
-    params = stages.abstract_params(config)[stage]
-    abstract = jax.eval_shape(lambda p: train_state.create(p, config[stage]), params)
-    with checkpoint.manager(workdir / stage / "checkpoints") as checkpoints:
-        return jax.device_get(checkpoint.restore(checkpoints, abstract))
-
-
 def test_a_run_from_start_to_end_then_killed_and_resumed(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     longer = f"--config.denoiser.steps={STEPS}"
@@ -62,7 +57,7 @@ def test_a_run_from_start_to_end_then_killed_and_resumed(tmp_path):
         folders = sorted(int(p.name) for p in (whole / stage / "checkpoints").iterdir())
         assert folders == [steps - 4, steps]
         assert list((whole / stage).glob("events.out.tfevents.*"))
-        state = final_state(whole, stage)
+        state = final_state(whole, stage, tiny.get_config())
         assert state["step"] == steps
         assert not all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state["params"], state["ema"]))))
     previews = {p.relative_to(whole).as_posix() for p in whole.rglob("previews/*")}
@@ -99,16 +94,114 @@ def test_a_run_from_start_to_end_then_killed_and_resumed(tmp_path):
     resumed = lines(killed, "denoiser")
     assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in resumed] == [line["loss"] for line in lines(whole, "denoiser")]
-    states = [final_state(folder, "denoiser") for folder in (killed, whole)]
+    states = [final_state(folder, "denoiser", tiny.get_config()) for folder in (killed, whole)]
     jax.tree.map(np.testing.assert_array_equal, *states)
     assert not list(killed.rglob("*.orbax-checkpoint-tmp"))
 
 
+@pytest.fixture
+def reading(monkeypatch):
+    """call(function): training data, encoded or not, is from now on function(item) of what it was."""
+    originals = [(kind, kind.__getitem__) for kind in (world.World, latents.Encoded)]
+
+    def call(function):
+        for kind, original in originals:
+            monkeypatch.setattr(kind, "__getitem__", lambda self, i, get=original: function(get(self, i)))
+
+    return call
+
+
+OPTIONS = (CONFIG, "--config.preview_every=0", "--config.log_every=3")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run of tests/tiny.py that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    code, err = run(workdir, *OPTIONS[1:])
+    assert code == 0, "\n".join(err)
+    return workdir
+
+
+def without(whole, stage, workdir):
+    """A copy of a run in which a stage has not begun; what the denoiser prepares is kept."""
+    keep = ("latents", "statistics.json")
+    shutil.copytree(whole, workdir, ignore=lambda folder, names: [stage] if folder == str(whole) else [])
+    for path in [p for p in (whole / stage).iterdir() if p.name in keep]:
+        (workdir / stage).mkdir(exist_ok=True)
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, workdir / stage / path.name)
+    return workdir
+
+
+@pytest.mark.parametrize("stage", checkpoint.STAGES)
+def test_a_signal_ends_a_run_and_the_next_goes_on_from_there(command, reading, whole_run, tmp_path, stage):
+    workdir, number = (
+        without(whole_run, stage, tmp_path / "run"),
+        preemption.SIGNALS[checkpoint.STAGES.index(stage) % 2],
+    )
+    handlers = [signal.getsignal(n) for n in preemption.SIGNALS]
+    read = itertools.count()
+
+    def send(item):
+        if next(read) == 25:  # of the seventh batch, which may be read ahead
+            os.kill(os.getpid(), number)
+        return item
+
+    reading(send)
+    done = command(train, *OPTIONS, f"--workdir={workdir}", f"--stage={stage}")
+    assert done.code == 0 and not any("error" in line for line in done.err), done.err
+    assert any(signal.Signals(number).name in line for line in done.err)
+    (told,) = [line for line in done.err if "stopped at step" in line]
+    step = int(told.split("stopped at step ")[1].split(",")[0])
+    assert 1 <= step <= 7 and checkpoint.newest_step(workdir, stage) == step
+    assert lines(workdir, stage)[-1]["step"] == step
+    assert json.loads((workdir / "heartbeat.json").read_text())["step"] == step
+
+    reading(lambda item: item)
+    done = command(train, *OPTIONS, f"--workdir={workdir}")
+    assert done.code == 0 and any(f"{stage}: " in line and f"{step} of 8 steps done" in line for line in done.err)
+    numbers = [line["step"] for line in lines(workdir, stage)]
+    assert numbers == sorted(set(numbers)) and numbers[-1] == 8 and step in numbers
+    config = tiny.get_config()
+    assert digest(final_state(workdir, stage, config)) == digest(final_state(whole_run, stage, config))
+    assert [signal.getsignal(n) for n in preemption.SIGNALS] == handlers
+
+
+def test_bad_steps_are_skipped_counted_and_named(command, reading, tmp_path):
+    stage, config, workdir = "audio_autoencoder", tiny.get_config(), tmp_path / "run"
+    ids = pipeline.sample_ids(pipeline.source(config), batch_size=4, seed=config.seed, step=4)
+    bad = pipeline.source(config)[ids[1]]["video"]
+
+    def spoil(item):
+        return {**item, "audio": item["audio"] * np.nan} if np.array_equal(item["video"], bad) else item
+
+    reading(spoil)
+    done = command(train, *OPTIONS, f"--workdir={workdir}", f"--stage={stage}")
+    assert done.code == 0
+    (told,) = [line for line in done.err if "is skipped" in line]
+    assert f"step 5 is skipped (loss nan, gradient norm nan), its samples are {ids}" in told
+    kept = lines(workdir, stage)
+    assert [line["skipped"] for line in kept] == [0, 0, 1, 0] and [line["step"] for line in kept] == [3, 4, 6, 8]
+    assert all(np.isfinite(line["loss"]) for line in kept)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(final_state(workdir, stage, config)))
+
+    # ------------------------------------------------------------------------ too many in a row, from the fifth step on
+    shutil.rmtree(workdir / stage)
+    read = itertools.count()
+    reading(lambda item: {**item, "audio": item["audio"] * (np.nan if next(read) >= 16 else 1)})
+    options = (*OPTIONS, "--config.skip.stop_after=3", "--config.data.threads=1", "--config.checkpoint_every=2")
+    done = command(train, *options, f"--workdir={workdir}", f"--stage={stage}")
+    assert done.code == 2 and done.err[-1].startswith("error: ")
+    assert "audio_autoencoder: 3 steps in a row were skipped, from step 5 on (loss nan" in done.err[-1]
+    assert "the newest checkpoint is of step 4" in done.err[-1]
+    assert checkpoint.newest_step(workdir, stage) == 4  # the saves of step 6 and 8 were not made
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    options = "--stage=audio_autoencoder", "--config.audio_autoencoder.learning_rate=1e30"
+    options = "--stage=audio_autoencoder", "--config.audio_autoencoder.learning_rate=1e30", "--config.skip.stop_after=3"
     code, err = run(tmp_path, *options)
     assert code == 2 and not any("Traceback" in line for line in err)
-    assert "error: audio_autoencoder: the loss is nan at step" in err[-1]
+    assert "error: audio_autoencoder: 3 steps in a row were skipped, from step" in err[-1]
     assert "lower audio_autoencoder.learning_rate" in err[-1]
     json.loads((tmp_path / "audio_autoencoder" / "metrics.jsonl").read_text().splitlines()[-1])  # nan is no JSON
 
@@ -134,6 +227,8 @@ WRONG = {  # options -> what the line says
     "no clips": ((CONFIG, "--workdir=DIR", "--config.clip.batch_size=0"), "batch_size=0 must be at least 1"),
     "too many devices": ((CONFIG, "--workdir=DIR", "--config.mesh.fsdp=64"), "does not fill"),
     "sizes": ((CONFIG, "--workdir=DIR", "--config.data.size=18"), "data.size=18 is not a multiple of 4: use 16"),
+    "too many layers": ((CONFIG, "--workdir=DIR", "--config.clip.model.text.layers=9999"), "from 0 to 1000"),
+    "no stride": ((CONFIG, "--workdir=DIR", "--config.video_autoencoder.model.time_strides=(0,)"), "from 1 to 1000000"),
     "no such data": ((CONFIG, "--workdir=DIR", "--config.data.source=wrld"), "use world, files or tfds"),
     "a file for a folder": ((CONFIG, "--workdir=EMPTY"), "cannot write to --workdir"),
     "denoiser first": ((CONFIG, "--workdir=DIR", "--stage=denoiser"), "stage video_autoencoder has no checkpoint"),

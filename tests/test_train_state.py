@@ -77,6 +77,60 @@ def test_a_resumed_run_draws_and_ends_as_if_uninterrupted():
     assert [m["draw"] for m in rest] == [m["draw"] for m in kept[4:]]
 
 
+# ------------------------------------------------------------------------------------------------------ bad numbers
+
+
+def steps_of(batches, loss_over_mean=0.0):
+    """-> [(state, metrics)] after each of the batches, on a loss of batch * sum(p^2)."""
+
+    def loss_fn(p, key, batch, frozen):
+        value = batch * sum(jnp.sum(jnp.square(x)) for x in p.values())
+        return value, {"loss": value}
+
+    config = settings(warmup_steps=0, learning_rate=1e-3)
+    step = jax.jit(train_state.make_step(loss_fn, config, loss_over_mean))
+    state, kept = train_state.create(params(), config), []
+    for batch in batches:
+        state, metrics = step(state, jax.random.key(0), jnp.float32(batch), None)
+        kept.append((jax.device_get(state), jax.device_get(metrics)))
+    return kept
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_step_that_is_not_finite_moves_nothing_but_its_number(bad):
+    (before, first), (after, metrics), (third, last) = steps_of([1.0, bad, 1.0])
+    assert [m["skipped"] for m in (first, metrics, last)] == [0, 1, 0]
+    assert after["step"] == 2 and not np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, {**after, "step": 1}, before)
+    good = steps_of([1.0, 1.0])[1][0]  # as if the bad one had not been, but for its number and the average's ramp
+    for part in ("params", "opt", "loss_mean"):
+        jax.tree.map(np.testing.assert_array_equal, third[part], good[part])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(third))
+
+
+def test_gradients_alone_may_be_what_is_not_finite():
+    def loss_fn(p, key, batch, frozen):
+        value = jnp.sum(jnp.sqrt(p["x"]))  # 0 at 0, where its slope is infinite
+        return value, {"loss": value}
+
+    state = train_state.create({"x": jnp.zeros(2)}, settings())
+    after, metrics = train_state.make_step(loss_fn, settings())(state, jax.random.key(0), None, None)
+    assert metrics["loss"] == 0 and np.isinf(metrics["grad_norm"]) and metrics["skipped"] == 1
+    np.testing.assert_array_equal(after["params"]["x"], 0)
+
+
+def test_a_spike_of_the_loss_is_skipped_only_where_asked():
+    batches = [1.0, 1.0, 2.5, 1.0, 3.5, 1.0]
+    assert [m["skipped"] for _, m in steps_of(batches)] == [0] * 6
+    kept = steps_of(batches, loss_over_mean=3.0)
+    assert [m["skipped"] for _, m in kept] == [0, 0, 0, 0, 1, 0]
+    means, losses = [s["loss_mean"] for s, _ in kept], [m["loss"] for _, m in kept]
+    np.testing.assert_allclose(means[0], losses[0])
+    np.testing.assert_allclose(means[2], 0.98 * means[1] + 0.02 * losses[2], rtol=1e-6)
+    assert means[4] == means[3]
+    jax.tree.map(np.testing.assert_array_equal, kept[4][0]["params"], kept[3][0]["params"])
+
+
 def test_moving_average():
     state, _ = run(0)
     ema = jax.tree.map(np.asarray, state["params"])

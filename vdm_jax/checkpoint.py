@@ -2,14 +2,21 @@
 
     python -m vdm_jax.checkpoint export --workdir=DIR --out=FOLDER    # EMA weights of all stages, half precision
     python -m vdm_jax.checkpoint import --weights=FOLDER --workdir=DIR    # a run that goes on from exported weights
+    python -m vdm_jax.checkpoint verify DIR    # are the files of a run, or of exported weights, what was written?
 
 An imported run stands where the exported one stood, less its optimiser's memory: raise a stage's steps to train it on,
 or delete a stage's folder to train that one anew. --weights=reference names the weights that ship with the package.
 With --config=FILE the run is that recipe's, whose models may have parameters that the weights lack: those begin as
 drawn, and a stage that has such begins at step 0. Added layers that start as nothing leave a model what it was.
+
+Every checkpoint, and every folder of exported weights, holds checksums of its files; nothing is restored unverified.
 """
 
+import contextlib
 import json
+import logging
+import math
+import time
 from typing import NamedTuple
 
 import jax
@@ -20,32 +27,175 @@ import orbax.checkpoint as ocp
 import safetensors.numpy
 from absl import flags
 from etils import epath
+from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 
-from vdm_jax import cli
+from vdm_jax import checksums, cli
 from vdm_jax.errors import UserError
 from vdm_jax.sharding import path_name
+
+logger = logging.getLogger("vdm_jax")
 
 STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 REFERENCE = epath.Path(__file__).parent / "reference"
 
 
-def manager(directory, keep=2):
-    """Orbax manager of `directory`: asynchronous saves, leftovers of killed saves removed, newest `keep` kept."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(epath.Path(directory).absolute(), options=options)
+def manager(directory, newest=2, best=1):
+    """Orbax manager of `directory`: asynchronous saves, leftovers of killed saves removed.
+
+    The `newest` checkpoints are kept, and the `best` ones of least loss.
+    """
+    directory = epath.Path(directory).absolute()
+
+    def seal():
+        """Runs when a save's files are complete, before it is renamed to be a checkpoint: no checkpoint is without."""
+        for folder in directory.iterdir() if jax.process_index() == 0 else ():
+            if folder.is_dir() and not ocp.utils.is_checkpoint_finalized(folder):
+                checksums.write(folder)
+
+    def loss(metrics):
+        return metrics["loss"]
+
+    policies = ocp.checkpoint_managers
+    options = ocp.CheckpointManagerOptions(
+        cleanup_tmp_directories=True,
+        best_fn=loss,
+        best_mode="min",
+        preservation_policy=policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(max(1, newest)),
+                policies.BestN(get_metric_fn=loss, reverse=True, n=best, keep_checkpoints_without_metrics=False),
+            ]
+        ),
+        async_options=ocp.AsyncOptions(post_finalization_callback=seal),
+    )
+    return ocp.CheckpointManager(directory, options=options)
 
 
-def save(checkpoints, state):
-    checkpoints.save(int(state["step"]), args=ocp.args.StandardSave(state))
+def save(checkpoints, state, loss=math.inf):
+    """Begins to save a state, which may be donated at once; `loss` is what checkpoints are ranked by.
+
+    Raises UserError where this or the save before fails, and where the step, or a later one, is saved already.
+    """
+    step = int(state["step"])
+    with _saving(checkpoints, step):
+        there = checkpoints.latest_step()
+        loss = loss if math.isfinite(loss) else math.inf  # Orbax would rank nan as the best
+        if not checkpoints.save(step, args=ocp.args.StandardSave(state), metrics={"loss": loss}):
+            raise UserError(
+                f"step {step} is not saved: {checkpoints.directory} holds step {there}; two runs cannot share a folder"
+            )
+
+
+def finish(checkpoints):
+    """Waits for the save under way. Raises UserError where it failed."""
+    with _saving(checkpoints, checkpoints.latest_step()):
+        checkpoints.wait_until_finished()
+        checkpoints.check_for_errors()
+
+
+@contextlib.contextmanager
+def _saving(checkpoints, step):
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a full disk is an OSError here and a ValueError of TensorStore there
+        good = ocp.utils.checkpoint_steps(checkpoints.directory)
+        left = f"step {max(good)} is the newest checkpoint" if good else "there is no checkpoint"
+        reason = _reason(error)
+        raise UserError(f"cannot save step {step} in {checkpoints.directory}: {reason}; {left}") from error
+
+
+def _reason(error):
+    """The telling part of an error of Orbax or TensorStore, on one line."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return "no space left on the device" if "No space left" in text else text[:300] or type(error).__name__
+
+
+def set_damaged_aside(directory):
+    """Before a run goes on: moves checkpoints that are not what was written to the folder `damaged` beside theirs.
+
+    Raises UserError where no good one is left; then all stay where they are. One from before there were checksums
+    counts as good, with a warning.
+    """
+    directory, fault = epath.Path(directory).absolute(), ""
+    if jax.process_index() == 0 and directory.exists():
+        damaged = {}
+        steps = sorted(ocp.utils.checkpoint_steps(directory), reverse=True)
+        for step in steps:
+            try:
+                _verify(directory / str(step))
+            except checksums.Damaged as error:
+                damaged[step] = error
+        if steps and len(damaged) == len(steps):
+            fault = f"no checkpoint in {directory} is whole ({damaged[steps[0]]})"
+        else:
+            for step, error in damaged.items():
+                aside = directory.parent / "damaged" / f"{step}-{time.time_ns()}"
+                aside.parent.mkdir(exist_ok=True)
+                (directory / str(step)).rename(aside)
+                logger.error("%s; set aside as %s", error, aside)
+    if jax.process_count() > 1:  # all begin with the same checkpoint, or none does
+        fault = multihost_utils.broadcast_one_to_all(np.int32(bool(fault))) and (fault or "no checkpoint is whole")
+    if fault:
+        raise UserError(f"{fault}: restore a copy, or delete {directory.parent} to train this stage anew")
+
+
+def _verify(folder):
+    """Raises Damaged unless the files in `folder` are those whose checksums it holds. -> bytes read."""
+    count = checksums.check(folder)
+    if count is None:
+        logger.warning("%s has no checksums, so damage would not be seen", folder)
+    return count
 
 
 def restore(checkpoints, abstract_state):
-    """The newest state, with the shapes and shardings of abstract_state; None when there is none."""
+    """The newest state, with the shapes and shardings of abstract_state; None when there is none.
+
+    Raises UserError where another model was stored, naming what differs.
+    """
     step = checkpoints.latest_step()
     if step is None:
         return None
-    return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract_state))
+    folder, wanted = checkpoints.directory / str(step) / "default", dict(abstract_state)
+    with _reading(folder):
+        stored = _stored(folder)
+        fresh = {}
+        if ("loss_mean",) not in stored and "loss_mean" in wanted:  # of a checkpoint older than this part of the state
+            fresh = {"loss_mean": jax.device_put(np.float32(np.nan), wanted.pop("loss_mean").sharding)}
+        _check_stored(stored, wanted, folder)
+        return checkpoints.restore(step, args=ocp.args.StandardRestore(wanted)) | fresh
+
+
+@contextlib.contextmanager
+def _reading(folder):
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file that was tampered with may make of the libraries
+        raise UserError(f"{folder} cannot be restored: {_reason(error)}") from error
+
+
+def _stored(folder):
+    """{path of an array in a checkpoint: its metadata}."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return ocp.tree.to_flat_dict(checkpointer.metadata(folder).item_metadata.tree)
+
+
+def _check_stored(stored, wanted, where):
+    """Raises UserError unless the arrays are stored as they are wanted: Orbax would silently cast another dtype."""
+    wanted = ocp.tree.to_flat_dict(wanted)
+    for path, want in wanted.items():
+        name = "/".join(map(str, path))
+        if path not in stored:
+            raise UserError(f"{where} has no {name}: it is of another model or optimiser")
+        found, asked = ((tuple(x.shape), np.dtype(x.dtype).name) for x in (stored[path], want))
+        if found != asked:
+            raise UserError(f"{where}: {name} is {found[1]} {found[0]}, the config asks for {asked[1]} {asked[0]}")
+    if extra := sorted("/".join(map(str, path)) for path in stored if path not in wanted):
+        raise UserError(f"{where} has {extra[0]}, which the config does not: it is of another model or optimiser")
 
 
 # ------------------------------------------------------------------------------------------------- trained weights
@@ -79,6 +229,7 @@ def load_exported(folder, abstract_params):
     if not (folder / "config.json").exists():
         what = "this installation carries no reference weights" if folder == REFERENCE else f"{folder} holds no weights"
         raise UserError(f"{what}: give --workdir of a trained run")
+    _verify(folder)
     config, expected = open_run(folder, abstract_params)
     read = {s: read_safetensors(folder / f"{s}.safetensors", expected[s]) for s in STAGES}
     params = {s: tree for s, (tree, _) in read.items()}
@@ -91,10 +242,13 @@ def open_run(folder, abstract_params):
     config = load_config(epath.Path(folder) / "config.json")
     try:
         return config, abstract_params(config)
-    except (AttributeError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever wrong settings make of models
         raise UserError(
-            f"{folder}/config.json is not that of a run of this version ({error}): train again, or restore the file"
-        ) from None
+            f"{folder}/config.json is not that of a run of this version ({type(error).__name__}: {_reason(error)}): "
+            "train again, or restore the file"
+        ) from error
 
 
 def newest_step(workdir, stage):
@@ -112,16 +266,22 @@ def load_params(workdir, stage, expected):
             f"{workdir} is unfinished: stage {stage} has no checkpoint; go on with "
             f"python -m vdm_jax.train --config=FILE --workdir={workdir} --stage={stage}"
         )
-    target = {"ema": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)}
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    target, folder = (
+        {"ema": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)},
+        directory.absolute(),
+    )
+    _verify(folder / str(step))
+    folder = folder / str(step) / "default"
+    with _reading(folder), ocp.PyTreeCheckpointer() as checkpointer:
+        _check_stored(
+            {path: x for path, x in _stored(folder).items() if path[0] == "ema"}, target, f"{workdir}/{stage}"
+        )
         arguments = ocp.args.PyTreeRestore(
             item=target,
             partial_restore=True,
             restore_args=jax.tree.map(lambda x: ocp.ArrayRestoreArgs(restore_type=np.ndarray), target),
         )
-        restored = checkpointer.restore(directory.absolute() / str(step) / "default", args=arguments)["ema"]
-    _check_shapes(restored, expected, f"{workdir}/{stage}")
-    return restored
+        return checkpointer.restore(folder, args=arguments)["ema"]
 
 
 def _check_shapes(tree, expected, where):
@@ -217,6 +377,8 @@ def main(argv):
     options = flags.FLAGS
     if argv[1:] == ["export"] and options.workdir and options.out:
         return export(options.workdir, epath.Path(options.out), stages.abstract_params)
+    if len(argv) == 3 and argv[1] == "verify":
+        return verify(epath.Path(argv[2]))
     if argv[1:] == ["import"] and options.weights and options.workdir:
         weights = REFERENCE if options.weights == "reference" else options.weights
         trained, steps = load_exported(weights, stages.abstract_params)
@@ -225,7 +387,8 @@ def main(argv):
         return take_over(trained, steps, epath.Path(options.workdir), train_state.create)
     raise UserError(
         "usage: python -m vdm_jax.checkpoint export --workdir=DIR --out=FOLDER, "
-        "or python -m vdm_jax.checkpoint import --weights=FOLDER --workdir=DIR [--config=FILE]"
+        "or python -m vdm_jax.checkpoint import --weights=FOLDER --workdir=DIR [--config=FILE], "
+        "or python -m vdm_jax.checkpoint verify DIR"
     )
 
 
@@ -236,8 +399,33 @@ def export(workdir, out, abstract_params):
         write_safetensors(out / f"{stage}.safetensors", trained.frozen[stage], newest_step(workdir, stage))
     (out / "config.json").write_text(trained.config.to_json_best_effort(indent=1) + "\n")
     write_statistics(out / "statistics.json", trained.frozen["statistics"])
+    checksums.write(out)
     size = sum((out / f"{stage}.safetensors").stat().length for stage in STAGES)
     print(f"wrote {out}: {size / 1e6:.2f} MB of weights")
+
+
+def verify(folder):
+    """Checks all checkpoints and exported weights in `folder`; prints each. Raises UserError where one is damaged."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give a run, a checkpoint or exported weights")
+    marks = [epath.Path(path) for path in checksums.files(folder)]
+    marks = [p for p in marks if p.name in (checksums.NAME, "_CHECKPOINT_METADATA") and "damaged" not in p.parts]
+    folders = {folder / mark.parent for mark in marks}
+    faults, total, began = [], 0, time.perf_counter()
+    for one in sorted(folders):
+        try:
+            count = checksums.check(one)
+            total += count or 0
+            print(f"{one}: {'good' if count is not None else 'no checksums, made by an earlier version'}")
+        except checksums.Damaged as error:
+            faults.append(error)
+            print(f"{one}: DAMAGED")
+    seconds = time.perf_counter() - began
+    print(f"read {total / 1e9:.3f} GB at {total / 1e9 / seconds:.2f} GB/s")
+    if faults:
+        raise UserError(f"{faults[0]}" + (f", and {len(faults) - 1} more are damaged" if len(faults) > 1 else ""))
+    if not folders:
+        raise UserError(f"{folder} holds neither checkpoints nor exported weights")
 
 
 def grow(trained, steps, config, init_fns):

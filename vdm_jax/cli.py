@@ -72,4 +72,6 @@ def _explain(error):
     lines = [line.strip(" '\"\\") for line in str(error).replace("\\n", "\n").splitlines()]
     if any(line.startswith("Traceback") for line in lines):  # of the recipe: its last line says what was wrong
         lines = ["the recipe is broken", lines[-1]]
+    if isinstance(error, KeyError) and len(lines) == 1 and " " not in lines[0]:
+        lines = [f"the config has no {lines[0]!r}"]
     return ": ".join(line for line in lines if line) or type(error).__name__

@@ -81,10 +81,24 @@ def layout(config, frames=None):
     )
 
 
+def _check_numbers(name, value):
+    """Raises UserError unless the settings of a model are whole numbers, and such as can be built."""
+    if hasattr(value, "items"):  # settings of a part
+        for key, part in value.items():
+            _check_numbers(f"{name}.{key}", part)
+        return
+    counts = ("blocks", "middle_blocks", "layers", "text_layers", "attention", "exchange", "factorised")
+    low, high = (0, 1000) if name.split(".")[-1] in counts else (1, 1_000_000)
+    for one in value if isinstance(value, tuple | list) else (value,):
+        if not isinstance(one, int) or not low <= one <= high:
+            raise UserError(f"{name}={value!r} must be of whole numbers from {low} to {high}")
+
+
 def _check_depths(config):
     """Raises UserError unless the settings of each level are as many as the model's channels."""
     for stage in STAGES:
         model = config[stage].model
+        _check_numbers(f"{stage}.model", model)
         for name, value in model.items():
             levels = name in ("blocks", "attention", "exchange", "audio_channels")
             if (levels or name.endswith("strides")) and not (name == "audio_channels" and not value):

@@ -2,9 +2,11 @@
 
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
-A finished stage is skipped, an interrupted one goes on from its newest checkpoint.
+A finished stage is skipped, an interrupted one goes on from its newest checkpoint. SIGTERM and SIGINT end the run after
+the step under way, saved, with exit code 0; a second such signal ends it at once.
 """
 
+import errno
 import json
 import logging
 import time
@@ -13,14 +15,15 @@ import jax
 import numpy as np
 from absl import flags
 from etils import epath
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from vdm_jax import checkpoint, cli, latents, preview, sharding, stages, train_state
+from vdm_jax import checkpoint, cli, latents, preemption, preview, run_log, sharding, stages, train_state
 from vdm_jax.data import pipeline
 from vdm_jax.errors import UserError
 
 logger = logging.getLogger("vdm_jax")
+
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def main(argv):
@@ -35,25 +38,40 @@ def main(argv):
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
 
     # ------------------------------------------------------------------------------------------------ run folder
-    # What does not fit is told before anything is written.
+    names = checkpoint.STAGES if options.stage == "all" else (options.stage,)
+    mesh, source = check(config, names)  # before anything is written
+    if jax.process_index() == 0:
+        write_config(workdir, config)
+    logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
+
+    with jax.set_mesh(mesh), preemption.watching() as stop:
+        for name in names:
+            try:
+                if not train_stage(name, config, workdir, mesh, source, stop):
+                    break
+            except OSError as error:
+                if error.errno not in DISK_FAULTS:
+                    raise
+                newest = checkpoint.newest_step(workdir, name)
+                raise UserError(
+                    f"{name}: cannot write in {workdir}: {error.strerror}; "
+                    + (f"step {newest} is the newest checkpoint" if newest is not None else "there is no checkpoint")
+                ) from None
+
+
+def check(config, names):
+    """-> (mesh, data source) for training the stages `names`. Raises UserError where settings do not fit."""
     stages.models(config)
     mesh = sharding.make_mesh(config.mesh)
-    names = checkpoint.STAGES if options.stage == "all" else (options.stage,)
     counts = {f"{name}.steps": config[name].steps for name in names}
     counts |= {key: config[key] for key in ("checkpoint_every", "log_every")}
+    counts["skip.stop_after"] = config.skip.stop_after
     for key, value in counts.items():
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
     for name in names:
         sharding.check_batch(config[name].batch_size, mesh)
-    source = pipeline.source(config)
-    if jax.process_index() == 0:
-        write_config(workdir, config)
-    logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
-
-    with jax.set_mesh(mesh):
-        for name in names:
-            train_stage(name, config, workdir, mesh, source)
+    return mesh, pipeline.source(config)
 
 
 def write_config(workdir, config):
@@ -77,23 +95,25 @@ def write_config(workdir, config):
         raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
 
 
-def train_stage(name, config, workdir, mesh, source):
-    settings = config[name]
+def train_stage(name, config, workdir, mesh, source, stop):
+    """-> whether the stage is finished, rather than stopped by a signal."""
+    watch, settings = run_log.Watch(), config[name]
     directory = workdir / name
     directory.mkdir(parents=True, exist_ok=True)
     lead = jax.process_index() == 0
 
     # ---------------------------------------------------------------------------- state, abstract first, then restored
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    program = train_state.program(stages.build(config)[name], settings, init_key, mesh)
-    checkpoints = checkpoint.manager(directory / "checkpoints")
+    program = train_state.program(stages.build(config)[name], settings, init_key, mesh, config.skip.loss_over_mean)
+    checkpoint.set_damaged_aside(directory / "checkpoints")
+    checkpoints = checkpoint.manager(directory / "checkpoints", **config.keep)
     newest = checkpoints.latest_step()  # 0 where imported weights are to be trained from the start
     done = newest or 0
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(program.abstract["params"]))
     logger.info("%s: %.2f M parameters, %d of %d steps done", name, parameters / 1e6, done, settings.steps)
     if done >= settings.steps:
         checkpoints.close()
-        return
+        return True
 
     # --------------------------------------------------------------------------------- earlier stages, frozen, and data
     frozen, items, to_example = {}, source, None
@@ -119,84 +139,77 @@ def train_stage(name, config, workdir, mesh, source):
     state = program.init() if newest is None else checkpoint.restore(checkpoints, program.abstract)
 
     # ----------------------------------------------------------------------------------------------------------- loop
-    writer = SummaryWriter(str(directory)) if lead else None
     show = preview.make(name, config, directory / "previews") if lead and config.preview_every else None
-    log = MetricsLog(directory / "metrics.jsonl", done) if lead else None
+    log = run_log.MetricsLog(directory, done) if lead else None
     steps = tqdm(range(done, settings.steps), name, settings.steps, initial=done, disable=None, unit="step")
-    history, waited, began = [], 0.0, time.perf_counter()
+    history, losses, row, saved, due, stopped = [], [], run_log.Row(), newest, False, False
+    stop.stepping, beat = True, 0.0
+    watch.start()
     for step in steps:
-        asked = time.perf_counter()
-        batch = pipeline.to_devices(next(batches), batch_sharding)
-        waited += time.perf_counter() - asked
-        state, metrics = program.step(state, step_key, batch, frozen)
+        with watch("data"):
+            batch = pipeline.to_devices(next(batches), batch_sharding)
+        if step == done:
+            with watch("compiling"):
+                state, metrics = jax.block_until_ready(program.step(state, step_key, batch, frozen))
+        else:
+            state, metrics = program.step(state, step_key, batch, frozen)
         history.append(metrics)
         number = step + 1
-        last = number == settings.steps
+        stopped = stop(number)
+        last = number == settings.steps or stopped
+        due = due or number % config.checkpoint_every == 0 or last
 
-        if number % config.log_every == 0 or last:
-            means = average(history)
-            seconds = (time.perf_counter() - began) / len(history)
-            means |= {"step_seconds": seconds, "data_wait_share": waited / len(history) / seconds}
-            history, waited, began = [], 0.0, time.perf_counter()
+        if number % config.log_every == 0 or due:  # before each save: what a later start goes on from is logged
+            means, skipped = run_log.summarise(history, number + 1 - len(history))
+            losses.append((means["loss"], len(history) - len(skipped)))
+            means |= watch.lap(len(history))
+            means["goodput"] = watch.goodput()
+            history = []
             if lead:
-                log.write(number, means)
-                for key, value in means.items():
-                    writer.add_scalar(f"{name}/{key}", value, number)
-                steps.set_postfix(loss=f"{means['loss']:.4f}")
+                log.write(number, name, means)
+                left = run_log.clock((settings.steps - number) * means["step_seconds"])
+                shown = dict(loss=f"{means['loss']:.4f}", data=f"{means['data_wait_share']:.0%}")
+                shown |= dict(skipped=log.skipped, saved="-" if saved is None else saved)
+                steps.set_postfix(shown)
                 if steps.disable:  # no terminal: plain lines
-                    left = (settings.steps - number) * seconds
                     logger.info(
-                        "%s %d/%d loss %.4f  %.0f ms/step  %s left",
-                        name, number, settings.steps, means["loss"], 1e3 * seconds, clock(left),
+                        "%s %d/%d loss %s  %.0f ms/step, %s of it waiting for data  %d skipped  saved %s  %s left",
+                        name, number, settings.steps, shown["loss"], 1e3 * means["step_seconds"], shown["data"],
+                        shown["skipped"], shown["saved"], left,
                     )  # fmt: skip
-            if not np.isfinite(means["loss"]):
-                raise UserError(f"{name}: the loss is {means['loss']} at step {number}; lower {name}.learning_rate")
-        if number % config.checkpoint_every == 0 or last:
-            checkpoint.save(checkpoints, state)
-        if show and (number % config.preview_every == 0 or last):
-            show(state["ema"], frozen, number)
-    checkpoints.wait_until_finished()
+            for one in skipped if lead else ():
+                ids = pipeline.sample_ids(items, batch_size=settings.batch_size, seed=config.seed, step=one.step - 1)
+                logger.warning("%s: step %d is skipped (%s), its samples are %s", name, one.step, one.why(), ids)
+            if row.add(skipped, number, config.skip.stop_after):
+                checkpoint.finish(checkpoints)
+                raise UserError(
+                    f"{name}: {len(row.steps)} steps in a row were skipped, from step {row.steps[0].step} on "
+                    f"({row.steps[0].why()}); the newest checkpoint is of step {saved}; lower {name}.learning_rate, "
+                    f"or look at these samples"
+                )
+        if due and (last or not row.steps):  # not in a row of bad steps, which the state may be to blame for
+            with watch("saving"):
+                checkpoint.save(checkpoints, state, run_log.mean(losses))
+            saved, losses, due = number, [], False
+        if lead and (time.monotonic() - beat > config.heartbeat_every or last):
+            beat = time.monotonic()
+            run_log.write_heartbeat(
+                workdir / "heartbeat.json", stage=name, step=number, steps=settings.steps, saved=saved,
+                skipped=log.skipped, goodput=watch.goodput(),
+            )  # fmt: skip
+        if show and not stopped and (number % config.preview_every == 0 or last):
+            with watch("preview"):
+                show(state["ema"], frozen, number)
+        if stopped:
+            break
+    checkpoint.finish(checkpoints)
     checkpoints.close()
+    stop.stepping = False
     if lead:
         log.close()
-        writer.close()
-
-
-def average(history):
-    """Means over the steps since the last line; a part of the loss that a step did not measure (nan) is left out."""
-    values = jax.device_get(history)
-    series = {key: np.array([v[key] for v in values], np.float64) for key in values[0]}
-    measured = {k: v if k == "loss" else v[~np.isnan(v)] for k, v in series.items()}
-    return {k: float(v.mean()) for k, v in measured.items() if len(v)}
-
-
-class MetricsLog:
-    """metrics.jsonl: one object a line. Lines past the restored step, and a torn last line, are dropped on resume."""
-
-    def __init__(self, path, step):
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError):
-                    continue
-            path.write_text("".join(f"{line}\n" for line in kept))
-        self.file = open(path, "a", buffering=1)
-
-    def write(self, step, metrics):
-        finite = {k: (v if np.isfinite(v) else None) for k, v in metrics.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
-
-    def close(self):
-        self.file.close()
-
-
-def clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+    if stopped:
+        logger.info("%s: stopped at step %d, saved; the same command goes on from there", name, number)
+    return not stopped and stop.signal is None
 
 
 def define_flags():

@@ -1,4 +1,4 @@
-"""The train state: a plain dict {'step', 'params', 'opt', 'ema'} and the one function that moves it on."""
+"""The train state: a plain dict {'step', 'params', 'opt', 'ema', 'loss_mean'} and the one function that moves it on."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +9,8 @@ import optax
 
 from vdm_jax import optim, sharding
 
+LOSS_DECAY = 0.98  # a step, of the moving average of the loss
+
 
 def create(params, config):
     """A fresh state for `params` under a stage's optimiser settings."""
@@ -17,13 +19,17 @@ def create(params, config):
         "params": params,
         "opt": optim.optimiser(config).init(params),
         "ema": jax.tree.map(jnp.copy, params),
+        "loss_mean": jnp.full((), jnp.nan, jnp.float32),  # moving average over steps, nan before the first
     }
 
 
-def make_step(loss_fn, config):
+def make_step(loss_fn, config, loss_over_mean=0.0):
     """-> step(state, key, batch, frozen) -> (state, metrics). loss_fn(params, key, batch, frozen) -> (scalar, metrics).
 
     The key of a step is folded from its number, so a resumed run draws what it would have drawn.
+
+    A step whose loss or gradients are not finite is skipped: only its number moves on, and metrics["skipped"] is 1.
+    With loss_over_mean > 0 so is one whose loss is more than that many times the moving average of the losses before.
     """
     optimiser = optim.optimiser(config)
 
@@ -33,11 +39,20 @@ def make_step(loss_fn, config):
         updates, opt = optimiser.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         ema = optim.update_ema(state["ema"], params, state["step"], config.ema)
+        loss, norm, mean = metrics["loss"], optax.tree.norm(grads), state["loss_mean"]
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if loss_over_mean:
+            good &= ~(loss > loss_over_mean * mean)  # no mean yet (nan): no spike
         metrics |= {
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "learning_rate": jnp.asarray(optim.schedule(config)(state["step"])),
+            "skipped": 1.0 - good,
         }
-        return {"step": state["step"] + 1, "params": params, "opt": opt, "ema": ema}, metrics
+        mean = jnp.where(jnp.isnan(mean), loss, LOSS_DECAY * mean + (1 - LOSS_DECAY) * loss)
+        moved = {"params": params, "opt": opt, "ema": ema, "loss_mean": mean}
+        # A select fuses with the update; a conditional would keep XLA from writing into the donated state.
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, {name: state[name] for name in moved})
+        return {"step": state["step"] + 1, **kept}, metrics
 
     return step
 
@@ -50,8 +65,8 @@ class Program(NamedTuple):
     abstract: Any  # the state as ShapeDtypeStructs with shardings
 
 
-def program(stage, config, key, mesh):
-    """The Program of a stages.Stage under its settings `config`; its parameters are drawn from `key`."""
+def program(stage, config, key, mesh, loss_over_mean=0.0):
+    """The Program of a stages.Stage under its settings `config`; its parameters are drawn from `key`. See make_step."""
 
     def init():
         return create(stage.init(key), config)
@@ -61,7 +76,9 @@ def program(stage, config, key, mesh):
     return Program(
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(
-            make_step(stage.loss, config), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))
+            make_step(stage.loss, config, loss_over_mean),
+            donate_argnums=0,
+            out_shardings=(shardings, sharding.replicated(mesh)),
         ),
         abstract=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings),
     )

@@ -74,6 +74,12 @@ def batches(items, *, batch_size, seed, start, data, to_example=None):
     return iter(grain.MapDataset.source(_Batches(samples, batch_size, start)).to_iter_dataset(read))
 
 
+def sample_ids(items, *, batch_size, seed, step):
+    """Which of the source's items the batch of step `step` (from 0) holds: what to look at when a step went wrong."""
+    order = grain.MapDataset.range(len(items)).seed(seed).shuffle().repeat()
+    return [int(order[step * batch_size + j]) for j in range(batch_size)]
+
+
 def to_devices(batch, sharding):
     """Each process's rows -> one global array a leaf, split as `sharding` says."""
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

@@ -1,0 +1,199 @@
+"""Long tests of what a run survives; the test suite runs short forms of them.
+
+    python -m tests.soak kill --count=100 [--seed=0]     # SIGKILL at random moments, saves included
+    python -m tests.soak flips --count=200 [--seed=0]    # flipped bits in stored checkpoints
+
+Each prints its counts, and fails where what is left is not what an undisturbed run leaves.
+"""
+
+import argparse
+import collections
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+from tests import tiny
+from tests.helpers import digest, final_state
+from vdm_jax import checkpoint, checksums, train
+from vdm_jax.errors import UserError
+
+STAGE = "clip"
+PATIENCE = 300  # s, for a single start
+
+
+def settings(steps, checkpoint_every):
+    config = tiny.get_config()
+    config.update(checkpoint_every=checkpoint_every, log_every=2, preview_every=0)
+    config[STAGE].steps = steps
+    return config
+
+
+def options(config, workdir):
+    changed = {key: config[key] for key in ("checkpoint_every", "log_every", "preview_every")}
+    changed[f"{STAGE}.steps"] = config[STAGE].steps
+    flags = [f"--config.{key}={value}" for key, value in changed.items()]
+    return ["train", "--config=tests/tiny.py", f"--workdir={workdir}", f"--stage={STAGE}", *flags]
+
+
+def train_here(arguments, output):
+    """For a process of its own, forked from one that has imported everything but started no JAX."""
+    sys.argv = arguments
+    for number in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    train.define_flags()
+    train.cli.run(train.main)
+
+
+def begin(config, workdir):
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.soak"])
+    process = server.Process(target=train_here, args=(options(config, workdir), f"{workdir}.txt"))
+    process.start()
+    return process
+
+
+def finish(process, workdir):
+    process.join(PATIENCE)
+    output = Path(f"{workdir}.txt").read_text()
+    assert process.exitcode == 0, output[-3000:]
+    assert "Traceback" not in output, output[-3000:]
+
+
+def moment(draw, workdir, process):
+    """Waits for a random moment of a run. -> what it is in: "begin", "steps" or "save"."""
+    directory, started = workdir / STAGE, time.monotonic()
+    log = directory / "metrics.jsonl"
+    size = log.stat().st_size if log.exists() else 0
+
+    def wait(happened):
+        while process.is_alive() and not happened():
+            assert time.monotonic() - started < PATIENCE
+            time.sleep(0.001)
+
+    kind = draw.choices(("begin", "steps", "save"), (1, 3, 4))[0]
+    if kind == "begin":
+        time.sleep(draw.uniform(0, 6))
+        return kind
+    wait(lambda: log.exists() and log.stat().st_size > size)
+    time.sleep(draw.uniform(0, 0.5))
+    if kind == "save":
+        wait(lambda: list((directory / "checkpoints").glob("*tmp*")))
+        time.sleep(draw.choice((0, 0.002, 0.01, 0.03)))
+    return "save" if list((directory / "checkpoints").glob("*tmp*")) else "steps"
+
+
+def kills(counts):
+    return sum(counts[kind] for kind in ("begin", "steps", "save"))
+
+
+def kill(count, seed, folder, steps=240, checkpoint_every=4):
+    """Kills runs `count` times in all. -> {moment: kills}. Raises where an end is not that of an undisturbed run."""
+    config, draw, counts = settings(steps, checkpoint_every), random.Random(seed), collections.Counter()
+    whole, killed = folder / "whole", folder / "killed"
+    finish(begin(config, whole), whole)
+    ended, right = True, digest(final_state(whole, STAGE, config))
+    while kills(counts) < count or not ended:
+        if ended:
+            shutil.rmtree(killed, ignore_errors=True)
+        process = begin(config, killed)
+        if kills(counts) < count:
+            kind = moment(draw, killed, process)
+            process.kill()
+        process.join(PATIENCE)
+        assert process.exitcode in (0, -9), Path(f"{killed}.txt").read_text()[-3000:]
+        ended = process.exitcode == 0
+        if not ended:
+            counts[kind] += 1
+            print(f"{kills(counts)} of {count}: {kind}, at step {checkpoint.newest_step(killed, STAGE)}", flush=True)
+            continue
+        finish(process, killed)
+        counts["runs brought to their right end"] += 1
+        logs = [read_log(run / STAGE / "metrics.jsonl") for run in (whole, killed)]
+        assert logs[0] == logs[1], "metrics.jsonl differs"
+        assert digest(final_state(killed, STAGE, config)) == right, "the final states differ"
+        left = list(killed.rglob("*tmp*"))
+        assert not left, f"left behind: {left}"
+        assert not (killed / STAGE / "damaged").exists()
+    return counts
+
+
+def read_log(path):
+    """[(step, loss, gradient norm)] of a metrics.jsonl, all lines of which must be whole."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def flips(count, seed, folder, steps=8, onward=5):
+    """Flips a bit at `count` random places of the newest checkpoint, each time anew. -> {what came of it: times}.
+
+    One in `onward` times the run goes on: it must end like an undisturbed one.
+    """
+    config, draw, counts = settings(steps, 4), random.Random(seed), collections.Counter()
+    whole = folder / "whole"
+    finish(begin(config, whole), whole)
+    checkpoints = whole / STAGE / "checkpoints"
+    good = digest(final_state(whole, STAGE, config))
+    logger = logging.getLogger("vdm_jax")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
+    for turn in range(count):
+        run = folder / "flipped"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(whole, run)
+        stored = [run / STAGE / "checkpoints" / str(steps) / name for name in checksums.files(checkpoints / str(steps))]
+        # Half of the flips over all bytes, which are mostly arrays, the others over all files, which are mostly notes.
+        weights = [path.stat().st_size if turn % 2 else 1 for path in stored]
+        path = draw.choices(stored, weights)[0]
+        content = bytearray(path.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        try:
+            checkpoint.set_damaged_aside(run / STAGE / "checkpoints")
+        except UserError:
+            raise AssertionError(f"{path}: the older checkpoint was lost, too") from None
+        if checkpoint.newest_step(run, STAGE) == steps:  # not seen
+            harmless = path.name in checksums.LATER and digest(final_state(run, STAGE, config)) == good
+            counts["harmless: a note of Orbax, right state" if harmless else "RESTORED WRONG"] += 1
+            continue
+        assert len(list((run / STAGE / "damaged").iterdir())) == 1
+        counts["detected, set aside"] += 1
+        if turn % onward == 0:
+            finish(begin(config, run), run)
+            assert digest(final_state(run, STAGE, config)) == good, "the run that went on ends otherwise"
+            counts["of these, trained on to the right end"] += 1
+        if turn % 20 == 19:
+            print(turn + 1, dict(counts), flush=True)
+    assert not counts["RESTORED WRONG"]
+    return counts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("kill", "flips"))
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--onward", type=int, default=5, help="of so many flips, one is trained on from")
+    options = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.what == "kill":
+            counts = kill(options.count, options.seed, Path(folder))
+        else:
+            counts = flips(options.count, options.seed, Path(folder), onward=options.onward)
+    print(f"{options.what}: {dict(counts)} in {time.monotonic() - began:.0f} s; all as it must be")
+
+
+if __name__ == "__main__":
+    main()

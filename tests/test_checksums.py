@@ -1,0 +1,58 @@
+"""Every change of a file is found, and named."""
+
+import numpy as np
+import pytest
+
+from vdm_jax import checksums
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name, size in (("a/large", checksums.CHUNK + 77), ("a/b/small file", 40), ("empty", 0)):
+        (tmp_path / name).write_bytes(rng.bytes(size))
+    checksums.write(tmp_path)
+    return tmp_path
+
+
+def test_what_is_unchanged_is_good(folder):
+    assert checksums.check(folder) == checksums.CHUNK + 77 + 40
+    (folder / "more").write_text("of someone else")
+    (folder / checksums.LATER[0]).write_text("of Orbax")
+    assert checksums.check(folder) == checksums.CHUNK + 77 + 40
+    (folder / checksums.NAME).unlink()
+    assert checksums.check(folder) is None
+
+
+@pytest.mark.parametrize("name", ["a/large", "a/b/small file", "checksums.txt"])
+def test_every_flipped_bit_is_found(folder, name):
+    whole = (folder / name).read_bytes()
+    for seed in range(20):
+        changed = bytearray(whole)
+        place, bit = np.random.default_rng(seed).integers([len(whole), 8])
+        changed[place] ^= 1 << bit
+        (folder / name).write_bytes(changed)
+        with pytest.raises(checksums.Damaged, match=f"{name} is damaged"):
+            checksums.check(folder)
+    (folder / name).write_bytes(whole)
+    checksums.check(folder)
+
+
+def test_what_is_missing_cut_or_longer_is_found(folder):
+    path = folder / "a" / "b" / "small file"
+    whole = path.read_bytes()
+    for content in (whole[:-1], b"", whole + b"\0"):
+        path.write_bytes(content)
+        with pytest.raises(checksums.Damaged, match="small file is damaged"):
+            checksums.check(folder)
+    path.unlink()
+    with pytest.raises(checksums.Damaged, match="small file is missing"):
+        checksums.check(folder)
+    path.mkdir()
+    with pytest.raises(checksums.Damaged, match="small file cannot be read"):
+        checksums.check(folder)
+    for content in (b"", b"\n", b"\xff\xfe", (folder / "checksums.txt").read_bytes()[:-20]):
+        (folder / "checksums.txt").write_bytes(content)
+        with pytest.raises(checksums.Damaged, match="checksums.txt is damaged"):
+            checksums.check(folder)

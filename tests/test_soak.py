@@ -1,0 +1,20 @@
+"""Short forms of the long tests: `python -m tests.soak` and `python -m tests.fuzz` are the same code."""
+
+from tests import fuzz, soak
+
+
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
+    counts = soak.kill(3, 0, tmp_path, steps=16)
+    assert soak.kills(counts) == 3 and counts["runs brought to their right end"] >= 1
+
+
+def test_flipped_bits_are_detected_and_the_run_goes_on(tmp_path):
+    counts = soak.flips(6, 0, tmp_path)
+    assert counts["detected, set aside"] >= 5 and counts["of these, trained on to the right end"] >= 1
+
+
+def test_wrong_input_is_refused_in_one_line(tmp_path):
+    counts, faults, peak = fuzz.fuzz(70)
+    assert not faults, "\n".join(faults)
+    assert sum(counts.values()) == 70 and peak < fuzz.CAP
+    assert {outcome for _, outcome in counts} == {"read", "refused"}
