@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import absl.logging
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -14,6 +15,12 @@ from vdm_jax.errors import UserError
 def define_config():
     """Defines --config=FILE, with --config.some.key=value to change a value."""
     return config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/world.py.", lock_config=True)
+
+
+def use_cache(config):
+    """Keeps compiled programs in the folder config.compilation_cache, if any, for later processes."""
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
 
 
 def run(main):

@@ -26,11 +26,12 @@ def make_step(loss_fn, config):
     The key of a step is folded from its number, so a resumed run draws what it would have drawn.
     """
     optimiser = optim.optimiser(config)
+    gradients = accumulated(jax.grad(loss_fn, has_aux=True), config.accumulate)
 
     def step(state, key, batch, frozen):
         key = jax.random.fold_in(key, state["step"])
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(state["params"], key, batch, frozen)
-        updates, opt = optimiser.update(grads, state["opt"], state["params"])
+        grads, metrics = gradients(state["params"], key, batch, frozen)
+        updates, opt = jax.named_scope("optimiser")(optimiser.update)(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         ema = optim.update_ema(state["ema"], params, state["step"], config.ema)
         metrics |= {
@@ -40,6 +41,28 @@ def make_step(loss_fn, config):
         return {"step": state["step"] + 1, "params": params, "opt": opt, "ema": ema}, metrics
 
     return step
+
+
+def accumulated(gradients, parts):
+    """gradients(params, key, batch, frozen) -> (grads, metrics), for `parts` parts of the batch one after the other.
+
+    The means of both over the parts; a part draws from a key of its own. A loss that compares the clips of a batch
+    with one another (the text encoder's) sees those of a part.
+    """
+    if parts == 1:
+        return gradients
+
+    def run(params, key, batch, frozen):
+        def add(total, numbered):
+            number, part = numbered
+            grads, metrics = gradients(params, jax.random.fold_in(key, number), part, frozen)
+            return jax.tree.map(jnp.add, total, grads), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        total, metrics = jax.lax.scan(add, zeros, (jnp.arange(parts), sharding.in_parts(batch, parts)))
+        return jax.tree.map(lambda x: x / parts, total), jax.tree.map(jnp.nanmean, metrics)
+
+    return run
 
 
 class Program(NamedTuple):
