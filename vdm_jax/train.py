@@ -16,7 +16,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from vdm_jax import checkpoint, cli, latents, preview, sharding, stages, train_state
+from vdm_jax import checkpoint, cli, hosts, latents, preview, profiling, sharding, stages, train_state
 from vdm_jax.data import pipeline
 from vdm_jax.errors import UserError
 
@@ -31,8 +31,9 @@ def main(argv):
     if config is None or not options.workdir:
         raise UserError("give both --config=FILE and --workdir=DIR, e.g. --config=configs/world_tiny.py --workdir=run")
     workdir = epath.Path(options.workdir)
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    span = profiling.span(options.profile)
+    hosts.initialize(options)
+    cli.use_cache(config)
 
     # ------------------------------------------------------------------------------------------------ run folder
     # What does not fit is told before anything is written.
@@ -45,15 +46,16 @@ def main(argv):
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
     for name in names:
-        sharding.check_batch(config[name].batch_size, mesh)
+        sharding.check_batch(config[name].batch_size, mesh, config[name].accumulate)
+    stages.check_mesh(config, mesh, names)
     source = pipeline.source(config)
-    if jax.process_index() == 0:
-        write_config(workdir, config)
+    write_config(workdir, config)
     logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
 
-    with jax.set_mesh(mesh):
+    alive = hosts.watchdog(config.watchdog_seconds)
+    with jax.set_mesh(mesh), hosts.together_to_the_end():
         for name in names:
-            train_stage(name, config, workdir, mesh, source)
+            train_stage(name, config, workdir, mesh, source, alive, span)
 
 
 def write_config(workdir, config):
@@ -70,6 +72,9 @@ def write_config(workdir, config):
         for key in ("size", "fps", "sample_rate", "text_length"):
             if key in before.data and before.data[key] != config.data[key]:
                 raise UserError(f"{workdir} was begun with data.{key}={before.data[key]}: use another --workdir")
+    hosts.agreed(True)  # that all have looked
+    if not hosts.lead():
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         path.write_text(stored)
@@ -77,11 +82,11 @@ def write_config(workdir, config):
         raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
 
 
-def train_stage(name, config, workdir, mesh, source):
+def train_stage(name, config, workdir, mesh, source, alive, span):
     settings = config[name]
     directory = workdir / name
     directory.mkdir(parents=True, exist_ok=True)
-    lead = jax.process_index() == 0
+    lead = hosts.lead()
 
     # ---------------------------------------------------------------------------- state, abstract first, then restored
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
@@ -91,6 +96,8 @@ def train_stage(name, config, workdir, mesh, source):
     done = newest or 0
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(program.abstract["params"]))
     logger.info("%s: %.2f M parameters, %d of %d steps done", name, parameters / 1e6, done, settings.steps)
+    for line in sharding.table(program.abstract["params"], mesh.shape) if mesh.size > 1 else ():
+        logger.info("  %s", line)
     if done >= settings.steps:
         checkpoints.close()
         return
@@ -105,30 +112,36 @@ def train_stage(name, config, workdir, mesh, source):
         def to_example(item):
             return pipeline.example(item, length)
 
+    batch_sharding = sharding.batch_sharding(mesh)
     batches = pipeline.batches(
         items,
         batch_size=settings.batch_size,
+        rows=sharding.local_rows(batch_sharding, settings.batch_size),
         seed=config.seed,
         start=done,
         data=config.data,
         to_example=to_example,
     )
-    batch_sharding = sharding.batch_sharding(mesh)
     state = program.init() if newest is None else checkpoint.restore(checkpoints, program.abstract)
 
     # ----------------------------------------------------------------------------------------------------------- loop
     writer = SummaryWriter(str(directory)) if lead else None
-    show = preview.make(name, config, directory / "previews") if lead and config.preview_every else None
+    show = preview.make(name, config, directory / "previews") if config.preview_every else None
     log = MetricsLog(directory / "metrics.jsonl", done) if lead else None
     steps = tqdm(range(done, settings.steps), name, settings.steps, initial=done, disable=None, unit="step")
     history, waited, began = [], 0.0, time.perf_counter()
+    trace = profiling.tracer(span, directory)
+    trace(done)
+    alive("the start of a stage")
     for step in steps:
         asked = time.perf_counter()
-        batch = pipeline.to_devices(next(batches), batch_sharding)
+        batch = pipeline.to_devices(next(batches), batch_sharding, settings.batch_size)
         waited += time.perf_counter() - asked
         state, metrics = program.step(state, step_key, batch, frozen)
         history.append(metrics)
         number = step + 1
+        trace(number, metrics)
+        alive(f"step {number} of {name}")
         last = number == settings.steps
 
         if number % config.log_every == 0 or last:
@@ -155,6 +168,7 @@ def train_stage(name, config, workdir, mesh, source):
             show(state["ema"], frozen, number)
     checkpoints.wait_until_finished()
     checkpoints.close()
+    alive(None)
     if lead:
         log.close()
         writer.close()
@@ -199,6 +213,8 @@ def clock(seconds):
 
 def define_flags():
     cli.define_config()
+    hosts.define_flags()
+    flags.DEFINE_string("profile", None, "Steps of each stage to trace for xprof, such as 10:15.")
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_enum("stage", "all", ("all", *checkpoint.STAGES), "Stage to train.")
 
