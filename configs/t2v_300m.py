@@ -3,8 +3,8 @@
     python -m vdm_jax.train --config=configs/t2v_300m.py --workdir=gs://BUCKET/run --config.data.path=gs://BUCKET/tfds
     python -m vdm_jax.dry_run --config=configs/t2v_300m.py --topology=v5e:2x4
 
-For the eight chips of a v5e or v6e host. On a single chip, or a free Colab TPU: --config.denoiser.batch_size=4. Latents
-are [9, 16, 16, 16] for the picture and [9 * 20, 32] for the sound.
+For the eight chips of a v5e or v6e host. On a single chip, as a free Colab TPU: --config.denoiser.batch_size=4. What the
+TPU compiler says of it: not yet run. Latents are [9, 16, 16, 16] for the picture and [9 * 20, 32] for the sound.
 """
 
 from configs import common
@@ -19,7 +19,7 @@ def get_config():
     config.data.update(source="tfds", frames=33, size=128, fps=16, sample_rate=16000, text_length=256, threads=16)
 
     for stage in ("video_autoencoder", "audio_autoencoder", "clip", "denoiser"):
-        config[stage].optimiser = "adamw"
+        config[stage].update(optimiser="adamw", remat="blocks")
     vae = config.video_autoencoder
     vae.update(steps=100_000, batch_size=64, learning_rate=2e-4)
     vae.model.update(
@@ -35,7 +35,7 @@ def get_config():
     clip.model.embedding = 512
 
     denoiser = config.denoiser
-    denoiser.update(steps=300_000, batch_size=64, learning_rate=1e-4, warmup_steps=5000, ema=0.9999, remat="blocks")
+    denoiser.update(steps=300_000, batch_size=64, learning_rate=1e-4, warmup_steps=5000, ema=0.9999)
     denoiser.model.update(
         channels=(256, 512, 768),
         blocks=(2, 3, 3),
