@@ -3,8 +3,8 @@
     python -m vdm_jax.train --config=configs/t2v_300m.py --workdir=gs://BUCKET/run --config.data.path=gs://BUCKET/tfds
     python -m vdm_jax.dry_run --config=configs/t2v_300m.py --topology=v5e:2x4
 
-For the eight chips of a v5e or v6e host. On a single chip, as a free Colab TPU: --config.denoiser.batch_size=4. What the
-TPU compiler says of it: not yet run. Latents are [9, 16, 16, 16] for the picture and [9 * 20, 32] for the sound.
+For the eight chips of a v5e or v6e host. On a single chip, as a free Colab TPU: --config.denoiser.batch_size=4. What
+the TPU compiler says of it: not yet run. Latents are [9, 16, 16, 16] for the picture and [9 * 20, 32] for the sound.
 """
 
 from configs import common

@@ -3,9 +3,9 @@
     python -m vdm_jax.train --config=configs/t2v_pod.py --workdir=gs://BUCKET/t2v --config.data.path=gs://BUCKET/tfds
     python -m vdm_jax.dry_run --config=configs/t2v_pod.py --topology=v5e:16x16,v6e:8x8,v5p:4x4x4
 
-Parameters are split over groups of 16 chips, so that a shard is still wide and a larger slice has more such groups, with
-the same memory and traffic a chip; each block's inside is computed again in the backward pass. What the TPU compiler says
-of it: not yet run.
+Parameters are split over groups of 16 chips, so that a shard is still wide and a larger slice has more such groups,
+with the same memory and traffic a chip; each block's inside is computed again in the backward pass. What the TPU
+compiler says of it: not yet run.
 
 Latents are [17, 32, 32, 16] for the picture and [17 * 20, 32] for the sound.
 """
