@@ -117,11 +117,12 @@ def _check_halvings(denoiser, side, tokens):
 
 
 def check_mesh(config, mesh, names):
-    """Raises UserError where the mesh does not divide the models, or the latents, of stages `names`."""
+    """Raises UserError where the mesh does not divide models or latents of stages `names`, or `remat` is unknown."""
     params, size = abstract_params(config), layout(config)
     frames = {"denoiser": size.latent_frames, "audio_autoencoder": size.latent_frames * size.audio[0]}
     side = size.video[0]
     for name in names:
+        diffusion.one_of(f"{name}.remat", config[name].remat, REMAT)
         shape, dimensions = (1, frames.get(name, size.frames), side, side, 1), VIDEO
         if name == "audio_autoencoder":
             shape, dimensions = (1, frames[name], 1), SOUND
@@ -281,7 +282,7 @@ def rematerialised(apply, mode):
     """
     policies = jax.checkpoint_policies
     blocks = policies.save_only_these_names(sharding.ACTIVATION)
-    if diffusion.one_of("remat", mode, REMAT) == "none":
+    if mode == "none":
         return apply
     if mode == "blocks":
         return jax.checkpoint(apply, policy=blocks)
