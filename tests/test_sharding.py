@@ -274,7 +274,7 @@ def compare_samples(config):
     for title, mesh in on_meshes():
         with jax.set_mesh(mesh):
             drawn = jax.jit(noise, out_shardings=sharding.batch_sharding(mesh))()
-            video, audio = generate.Generator(config, frozen)(prompts)
+            video, audio = generate.Generator(config, frozen, mesh)(prompts)
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(drawn), want)
         print(f"equal: noise, {title}")
         if title in ("data", "fsdp"):

@@ -19,13 +19,13 @@ class Generator:
     """A trained model, ready to sample: one compiled program for each (shape, method, number of steps).
 
     config, frozen: as in checkpoint.Trained. Call it with prompts; see `__call__`. `run` is the program: text in,
-    frames and sound out. On the mesh that is set clips are split over `data` and `fsdp`; every process gets them all.
+    frames and sound out. Weights are put on `mesh`, if one is given, or stay where they are; with that mesh set, clips
+    are split over `data` and `fsdp`, and every process gets them all.
     """
 
-    def __init__(self, config, frozen):
-        mesh = jax.sharding.get_mesh()
+    def __init__(self, config, frozen, mesh=None):
         self.config = config
-        self.frozen = jax.device_put(frozen, None if mesh.empty else sharding.state_shardings(frozen, mesh))
+        self.frozen = jax.device_put(frozen, mesh and sharding.state_shardings(frozen, mesh))
         self.run = jax.jit(self._sample, static_argnames=("method", "interval", "guides", "fraction"))
         self._encode = jax.jit(lambda frozen, v, a: sharding.whole(stages.encode(self.config, frozen, v, a)))
 

@@ -111,8 +111,10 @@ def main(argv):
     given, start = read_given(config, frames, {flag: options[flag].value for flag in GIVEN})
     make_folder(out.parent if options.prompts is None else out)
     # Whatever mesh it was trained on: weights split over all devices there are, and the prompts, too.
-    with jax.set_mesh(sharding.make_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1))):
-        video, audio = make(config, trained.frozen, prompts, frames, given, start, options.seed)
+    mesh = sharding.make_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1))
+    with jax.set_mesh(mesh):
+        generator = generate.Generator(config, trained.frozen, mesh)
+        video, audio = make(generator, prompts, frames, given, start, options.seed)
     if not hosts.lead():
         return
     # File names are numbers: a prompt is nobody's path.
@@ -125,13 +127,12 @@ def main(argv):
         logger.info("wrote %s", out / "contact_sheet.png")
 
 
-def make(config, frozen, prompts, frames, given, start, seed):
+def make(generator, prompts, frames, given, start, seed):
     """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]); given, start: as read_given gives them."""
-    generator = generate.Generator(config, frozen)
     if start is not None:  # the same beginning for every prompt
         start = tuple(np.repeat(part, len(prompts), 0) for part in start)
         frames += start[0].shape[1]
-    if start is not None or frames > config.data.frames:
+    if start is not None or frames > generator.config.data.frames:
         return generator.roll_out(prompts, frames, seed=seed, given=given, start=start)
     return generator(prompts, seed=seed, frames=frames, given=given)
 
