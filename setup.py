@@ -33,7 +33,15 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "test": ["pytest", "pytest-xdist", "ruff", "nbmake", "ipykernel"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "nbmake",
+            "ipykernel",
+            # The TPU compiler, for tests of dry_run; it needs no TPU.
+            "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        ],
         # What the tests compare with. Pinned, because the comparison is with one implementation.
         "peers": ["torch==2.13.0", "diffusers"],
         "notebooks": ["jupyterlab"],

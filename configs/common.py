@@ -20,6 +20,7 @@ def get_config():
     # Or "bfloat16"; parameters and optimiser are always float32, and on a CPU all but the operands of products.
     config.compute_dtype = "float32"
     config.compilation_cache = ""  # folder of the persistent compilation cache; "" for none
+    config.watchdog_seconds = 1800.0  # of several processes: without a step for so long, all end; 0 for never
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, sequence=1, tensor=1))  # -1 takes the devices that are left
 
     # ------------------------------------------------------------------------------------------------------- data
@@ -44,6 +45,8 @@ def get_config():
         base = dict(
             steps=2000,
             batch_size=16,  # clips, over all devices
+            accumulate=1,  # parts of a batch whose gradients are computed one after the other
+            remat="none",  # what the backward pass computes again: "none", "pointwise" or "blocks"; see stages.py
             optimiser="muon",  # or "adamw"
             learning_rate=2e-3,  # peak, after warm-up; cosine decay to zero
             warmup_steps=100,

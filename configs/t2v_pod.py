@@ -1,6 +1,11 @@
 """Text to video with sound on a TPU pod: about 2 B parameters, 65 frames at 256 px, 16 kHz. Not yet run.
 
     python -m vdm_jax.train --config=configs/t2v_pod.py --workdir=gs://BUCKET/t2v --config.data.path=gs://BUCKET/tfds
+    python -m vdm_jax.dry_run --config=configs/t2v_pod.py --topology=v5e:16x16,v6e:8x8,v5p:4x4x4
+
+Parameters are split over groups of 16 chips, so that a shard is still wide and a larger slice has more such groups,
+with the same memory and traffic a chip; each block's inside is computed again in the backward pass. What the TPU
+compiler says of it: not yet run.
 
 Latents are [17, 32, 32, 16] for the picture and [17 * 20, 32] for the sound.
 """
@@ -13,11 +18,11 @@ def get_config():
     config.unlock()
     config.compute_dtype = "bfloat16"
     config.checkpoint_every = 1000
-    config.mesh.update(data=1, fsdp=-1)
+    config.mesh.update(data=-1, fsdp=16)
     config.data.update(source="tfds", frames=65, size=256, fps=16, sample_rate=16000, text_length=256, threads=16)
 
     for stage in ("video_autoencoder", "audio_autoencoder", "clip", "denoiser"):
-        config[stage].optimiser = "adamw"
+        config[stage].update(optimiser="adamw", remat="blocks")
     vae = config.video_autoencoder
     vae.update(steps=200_000, batch_size=256, learning_rate=2e-4)
     vae.model.update(

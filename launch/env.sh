@@ -3,10 +3,11 @@
 # package (editable) with the extras named, and sets PY to its Python. It needs Python 3.11+ and pip, nothing else.
 #
 # One stamp a set of requirements records what was installed from which setup.py, so a second call takes no time, and
-# a call that names fewer extras leaves the others in place.
+# a call that names fewer extras leaves the others in place. With JAX_VERSION set, that version is installed, into a
+# .venv-jax-VERSION of its own.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-VENV="$ROOT/.venv"
+VENV="$ROOT/.venv${JAX_VERSION:+-jax-$JAX_VERSION}"
 PY="$VENV/bin/python"
 
 die() {
@@ -27,7 +28,7 @@ make_venv() {
     done
     [[ -n "$base" ]] || die "Python 3.11 or newer is needed, and ${candidates[0]} is" \
         "'$("${candidates[0]}" --version 2>&1 || true)': install one, or name it: PYTHON=/path/to/python3.11 $0"
-    echo "making .venv with $("$base" --version)"
+    echo "making $(basename "$VENV") with $("$base" --version)"
     # Some distributions ship venv without ensurepip; then the pip of the base Python puts one in.
     if "$base" -c 'import ensurepip' 2>/dev/null; then
         "$base" -m venv --clear "$VENV"
@@ -49,9 +50,10 @@ ensure_venv() {
         [[ "$(cat "$VENV/.installed-$name" 2>/dev/null)" == "$hash" ]] || missing="yes"
     done
     [[ -n "$missing" ]] || return 0
-    echo "installing vdm_jax${extras:+ with extras $extras} into .venv (some minutes the first time)"
+    echo "installing vdm_jax${extras:+ with extras $extras} into $(basename "$VENV") (some minutes the first time)"
     # PYTHONWARNINGS: the build back end warns of every editable package that is not in a src folder
-    PYTHONWARNINGS=ignore "$PY" -m pip install --quiet --disable-pip-version-check --editable "$ROOT${extras:+[${extras// /,}]}"
+    PYTHONWARNINGS=ignore "$PY" -m pip install --quiet --disable-pip-version-check --editable "$ROOT${extras:+[${extras// /,}]}" \
+        ${JAX_VERSION:+"jax==$JAX_VERSION"}
     for name in base $extras; do
         echo "$hash" >"$VENV/.installed-$name"
     done

@@ -4,11 +4,12 @@ set -euo pipefail
 
 usage() {
     cat <<'EOF'
-usage: launch/test.sh [--no-peers] [pytest arguments]
+usage: launch/test.sh [--no-peers] [--jax=VERSION] [pytest arguments]
 
 Sets up .venv at the top of the repository (quick the second time), then runs ruff and pytest on the CPU.
 
   --no-peers   leave out PyTorch and diffusers; the tests that compare with them are skipped
+  --jax=0.7.2  with this version of JAX, in a .venv-jax-0.7.2 of its own (0.7.2 is what Colab's TPU machines have)
   --help       this text
 
 Other arguments go to pytest:    launch/test.sh -k samplers
@@ -16,9 +17,6 @@ One process, with output:        launch/test.sh -n 0 -s
 A certain Python:                PYTHON=python3.12 launch/test.sh
 EOF
 }
-
-# shellcheck source=launch/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 extras=(test peers)
 arguments=()
@@ -29,10 +27,13 @@ for argument in "$@"; do
             exit 0
             ;;
         --no-peers) extras=(test) ;;
+        --jax=*) JAX_VERSION="${argument#*=}" ;;
         *) arguments+=("$argument") ;;
     esac
 done
 
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$ROOT"
 ensure_venv "${extras[@]}"
 export JAX_PLATFORMS=cpu

@@ -28,9 +28,9 @@ class Numbers:
         return {"number": np.int64(i)}
 
 
-def numbers(count, start=0, seed=0, batch_size=4, length=10):
+def numbers(count, start=0, seed=0, batch_size=4, length=10, rows=None):
     """[count, rows]: the items in `count` batches from step `start` on."""
-    batches = pipeline.batches(Numbers(length), batch_size=batch_size, seed=seed, start=start, data=DATA)
+    batches = pipeline.batches(Numbers(length), batch_size=batch_size, seed=seed, start=start, data=DATA, rows=rows)
     return np.stack([batch["number"] for batch in itertools.islice(batches, count)])
 
 
@@ -59,15 +59,10 @@ def test_every_epoch_holds_every_item_once_in_another_order():
     assert len(set(numbers(100, length=2**31 - 1).ravel())) == 400  # the world's length
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_rows_of_all_processes_are_the_batch_of_one(monkeypatch, processes):
+def test_rows_of_all_processes_are_the_batch_of_one():
     whole = numbers(5, start=3, batch_size=8)
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
-    parts = []
-    for index in range(processes):
-        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        parts.append(numbers(5, start=3, batch_size=8))
-    np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+    parts = [numbers(5, start=3, batch_size=8, rows=rows) for rows in ([0, 1, 2, 3], [4, 6], [5, 7])]
+    np.testing.assert_array_equal(np.concatenate(parts, 1), whole[:, [0, 1, 2, 3, 4, 6, 5, 7]])
 
 
 def test_batches_of_the_world():
@@ -98,7 +93,7 @@ def test_batches_of_the_world():
     assert (held_out[0]["video"] != source[0]["video"]).any()
 
     mesh = sharding.make_mesh(config.mesh)
-    on_devices = pipeline.to_devices(first, sharding.batch_sharding(mesh))
+    on_devices = pipeline.to_devices(first, sharding.batch_sharding(mesh), 3)
     jax.tree.map(np.testing.assert_array_equal, on_devices, first)
     assert on_devices["video"].sharding.spec == jax.P(("data", "fsdp"))
 

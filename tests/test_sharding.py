@@ -17,11 +17,16 @@ from jax.sharding import PartitionSpec as P
 
 from tests import tiny
 from tests.helpers import finish, names, start, weights
-from vdm_jax import sharding, stages, text, train_state
+from vdm_jax import generate, overview, sharding, stages, text, train_state
 from vdm_jax.errors import UserError
 
 ONE = dict(data=-1, fsdp=1, sequence=1, tensor=1)
-MESHES = {"data": dict(data=8), "fsdp": dict(fsdp=8), "fsdp, tensor": dict(fsdp=4, tensor=2)}
+MESHES = {
+    "data": dict(data=8),
+    "fsdp": dict(fsdp=8),
+    "fsdp, tensor": dict(fsdp=4, tensor=2),
+    "data, sequence": dict(data=4, sequence=2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +115,58 @@ def test_batches_that_do_not_divide_are_told():
             sharding.check_batch(size, mesh)
 
 
+def test_parts_of_a_batch_must_divide_too():
+    mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), sharding.MESH_AXES)
+    sharding.check_batch(32, mesh, 4)
+    for size, parts, words in (
+        (16, 4, r"x 4 parts \(accumulate\): use 32$"),
+        (40, 2, "use 32 or 48"),
+        (8, 0, "accumulate=0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            sharding.check_batch(size, mesh, parts)
+
+
+@pytest.mark.parametrize("sizes, told", [
+    (dict(tensor=4), "mesh.tensor=4 does not divide the 2 of .*/kernel: use 1 or 2$"),
+    (dict(sequence=5), "mesh.sequence=5 does not divide time or height of the clips of denoiser .*: use 1, 2, 3"),
+])  # fmt: skip
+def test_axes_that_split_nothing_are_told(sizes, told):
+    config = with_attention(tiny.get_config())
+    mesh = jax.sharding.AbstractMesh(tuple({**ONE, "data": 1, **sizes}.values()), sharding.MESH_AXES)
+    with pytest.raises(UserError, match=told):
+        stages.check_mesh(config, mesh, ["denoiser"])
+    two = jax.sharding.AbstractMesh((1, 1, 2, 2), sharding.MESH_AXES)
+    stages.check_mesh(config, two, stages.STAGES)
+
+
+def test_sequence_takes_height_where_frames_do_not_divide():
+    mesh = dict(data=2, fsdp=2, sequence=2, tensor=1)
+    assert sharding.activation_spec(stages.VIDEO, (4, 6, 8, 8, 3), mesh) == P(
+        ("data", "fsdp"), "sequence", None, None, None
+    )
+    spec = sharding.activation_spec(stages.VIDEO, (4, 5, 8, 8, 3), mesh)
+    assert spec == P(("data", "fsdp"), None, "sequence", None, None)
+
+
+def test_the_resolved_table_is_shown(command):
+    done = command(overview, "--config=tests/tiny.py", "--stage=clip", "--chips=8", "--config.mesh.fsdp=4")
+    assert done.code == 0 and "mesh     data=2, fsdp=4, sequence=1, tensor=1" in done.out
+    lines = [line.split() for line in done.out.splitlines()]
+    kernel = next(line for line in lines if line and line[-1] == "text_encoder/expand_0/kernel")
+    assert kernel[:-1] == ["1,024", "(16,", "64)", "fsdp", "-"]
+    whole = next(line for line in lines if line and line[-1] == "log_temperature")
+    assert whole[-2] == "-"
+    counted = sum(float(line[-3]) for line in lines if len(line) > 4 and line[1] == "x" and line[-2] == "M")
+    assert counted == pytest.approx(0.023, abs=0.01)  # the table's lines hold all parameters
+    assert command(overview, "--config=tests/tiny.py", "--chips=8", "--config.mesh.fsdp=3").code == 2
+
+
+def test_each_process_loads_the_rows_that_its_devices_hold():
+    mesh = sharding.make_mesh({**ONE, "data": jax.device_count()})
+    assert sharding.local_rows(sharding.batch_sharding(mesh), 6) == list(range(6))
+
+
 def test_constrain_raises_on_unknown_names_and_is_nothing_without_a_mesh():
     x = jnp.ones((2, 3))
     assert sharding.constrain(x, "batch", None) is x
@@ -130,49 +187,107 @@ def test_eight_devices_compute_what_one_does():
     code, out, err = finish(start(__file__, JAX_NUM_CPU_DEVICES="8"), seconds=900)
     assert code == 0, "\n".join(err[-20:])
     lines = [line for line in out.splitlines() if line.startswith("equal")]
-    assert len(lines) == 2 * len(MESHES), out
+    assert len(lines) == (4 + 2) * len(MESHES), out
 
 
-def compare():
-    assert jax.device_count() == 8
-    config = with_attention(tiny.get_config())
-    built, trees = stages.build(config), stages.abstract_params(config)
-    rng = np.random.default_rng(0)
+def distance(tree, want):
+    """The largest distance of a leaf from what it should be, as a share of the whole tree's norm."""
+    scale = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(want)))
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: np.linalg.norm(np.asarray(a) - b) / scale, tree, want)))
+
+
+def on_meshes():
+    for title, sizes in MESHES.items():
+        yield title, sharding.make_mesh({**ONE, **dict(data=1), **sizes})
+
+
+def batches(config, rng):
+    """{stage: 8 examples}; the denoiser's are encoded already."""
     size = stages.layout(config)
     z = {m: rng.normal(size=(8, *shape)).astype(np.float32) for m, shape in stages.latent_shapes(size).items()}
     tokens = text.encode([f"clip {i}" for i in range(8)], config.data.text_length)
     words = {"states": rng.normal(size=(8, 96, 16)), "pooled": rng.normal(size=(8, 16))}
     words = {k: x.astype(np.float32) for k, x in words.items()} | {"mask": text.mask(tokens)}
-    batches = {
-        "video_autoencoder": {"video": rng.integers(0, 256, (8, 5, 16, 16, 3), np.uint8)},
+    video = rng.integers(0, 256, (8, 5, 16, 16, 3), np.uint8)
+    audio = rng.uniform(-1, 1, (8, size.samples)).astype(np.float32)
+    return {
+        "video_autoencoder": {"video": video},
+        "audio_autoencoder": {"audio": audio},
+        "clip": {"tokens": tokens, "video": video},
         "denoiser": {"z": z, "text": words},
     }
-    for name, batch in batches.items():
+
+
+def compare_losses(config):
+    """Loss and gradients of each stage. Half of them in two parts, and with each way of rematerialisation."""
+    trees = stages.abstract_params(config)
+    for i, (name, batch) in enumerate(batches(config, np.random.default_rng(0)).items()):
+        config[name].remat = stages.REMAT[i % 3]
+        config[name].accumulate = 1 + i % 2 if name != "clip" else 1
+        loss = stages.build(config)[name].loss
         params = weights(trees[name])
         frozen = {"clip": weights(trees["clip"])} if name == "denoiser" else {}
+        gradients = train_state.accumulated(jax.grad(loss, has_aux=True), config[name].accumulate)
 
-        def run(params, batch, frozen, name=name):
-            return jax.value_and_grad(built[name].loss, has_aux=True)(params, jax.random.key(0), batch, frozen)
+        def run(params, batch, frozen, gradients=gradients):
+            return gradients(params, jax.random.key(0), batch, frozen)
 
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        (want, _), want_grads = jax.device_get(jax.jit(run)(*jax.device_put((params, batch, frozen), one)))
-        for title, sizes in MESHES.items():
-            mesh = sharding.make_mesh({**ONE, **dict(data=1), **sizes})
+        want_grads, want = jax.device_get(jax.jit(run)(params, batch, frozen))
+        for title, mesh in on_meshes():
             split = sharding.state_shardings(params, mesh)
             place = jax.device_put(params, split), jax.device_put(batch, sharding.batch_sharding(mesh))
             whole = sum(s.is_fully_replicated for s in jax.tree.leaves(split))
-            assert (whole == len(jax.tree.leaves(split))) == (title == "data")
+            assert (whole == len(jax.tree.leaves(split))) == ("fsdp" not in title)
             with jax.set_mesh(mesh):
-                program = jax.jit(run, out_shardings=((None, None), split)).lower(*place, frozen).compile()
-                (loss, _), grads = program(*place, frozen)
+                program = jax.jit(run, out_shardings=(split, None)).lower(*place, frozen).compile()
+                grads, metrics = program(*place, frozen)
             assert jax.tree.map(lambda g: g.sharding, grads) == split
             assert "all-reduce" in program.as_text()
-            np.testing.assert_allclose(loss, want, rtol=1e-5)
-            scale = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(want_grads)))
-            apart = jax.tree.map(lambda a, b: np.linalg.norm(np.asarray(a) - b), grads, want_grads)
-            assert max(jax.tree.leaves(apart)) < 1e-5 * scale, apart
-            print(f"equal: {name}, {title}, off by {max(jax.tree.leaves(apart)) / scale:.1e}")
+            np.testing.assert_allclose(metrics["loss"], want["loss"], rtol=1e-5)
+            assert distance(grads, want_grads) < 1e-5
+            print(f"equal: {name}, {title}, off by {distance(grads, want_grads):.1e}")
+
+
+def compare_samples(config):
+    """The noise that sampling begins with, and what it ends with."""
+    trees, size = stages.abstract_params(config), stages.layout(config)
+    statistics = {m: {"mean": np.zeros(s[-1], "f"), "std": np.ones(s[-1], "f")} for m, s in
+                  stages.latent_shapes(size).items()}  # fmt: skip
+    frozen = {**{name: weights(tree) for name, tree in trees.items()}, "statistics": statistics}
+    prompts = [f"clip {i}" for i in range(8)]
+    alone = generate.Generator(config, frozen)
+    one = alone(prompts)
+    # A device that has one of eight clips computes what one device does with that clip alone, to the last bit. With
+    # eight at once its products are of other shapes, and round otherwise.
+    arrays, static = alone.arguments()
+    tokens, key = text.encode(prompts, config.data.text_length), jax.random.fold_in(jax.random.key(0), 0)
+    singly = [
+        jax.device_get(alone.run(key=key, numbers=np.arange(i, i + 1), tokens=tokens[i : i + 1], **arrays, **static))
+        for i in range(8)
+    ]
+    singly = [np.concatenate(parts) for parts in zip(*singly)]
+
+    def noise():
+        return generate.draw(jax.random.key(3), jnp.arange(8), stages.latent_shapes(size), 0)
+
+    want = jax.device_get(jax.jit(noise)())
+    for title, mesh in on_meshes():
+        with jax.set_mesh(mesh):
+            drawn = jax.jit(noise, out_shardings=sharding.batch_sharding(mesh))()
+            video, audio = generate.Generator(config, frozen, mesh)(prompts)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(drawn), want)
+        print(f"equal: noise, {title}")
+        if title in ("data", "fsdp"):
+            np.testing.assert_array_equal(video, singly[0])
+            np.testing.assert_array_equal(audio, singly[1])
+        # A frame may round to the next of 256 levels.
+        assert np.abs(video.astype(int) - one[0].astype(int)).max() <= 1
+        np.testing.assert_allclose(audio, one[1], atol=1e-4)
+        print(f"equal: samples, {title}, off by {np.abs(audio - one[1]).max():.1e}")
 
 
 if __name__ == "__main__":
-    compare()
+    assert jax.device_count() == 8
+    recipe = with_attention(tiny.get_config())
+    compare_losses(recipe)
+    compare_samples(recipe)

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs import common, files, t2v_pod, world, world_tiny
+from configs import common, files, t2v_300m, t2v_pod, world, world_tiny
 from tests import tiny
 from tests.helpers import weights
-from vdm_jax import stages, text
+from vdm_jax import flops, sharding, stages, text
 from vdm_jax.checkpoint import STAGES
 from vdm_jax.errors import UserError
 from vdm_jax.sharding import path_name
@@ -51,7 +51,9 @@ def test_layout(config):
     assert stages.latent_shapes(size) == {"video": (3, 4, 4, 4), "audio": (12, 4)}
 
 
-@pytest.mark.parametrize("recipe", [common, files, t2v_pod, world, world_tiny, tiny], ids=lambda r: r.__name__)
+@pytest.mark.parametrize(
+    "recipe", [common, files, t2v_300m, t2v_pod, world, world_tiny, tiny], ids=lambda r: r.__name__
+)
 def test_every_recipe_fits_together(recipe):
     config = recipe.get_config()
     size = stages.layout(config)
@@ -220,3 +222,35 @@ def test_stft_distance():
             assert 0 <= value < 1e-3 and np.isfinite(gradient).all()
     noise = 1e-3 * np.random.default_rng(0).normal(size=sine.shape).astype(np.float32)
     assert stages.stft_distance(noise, 0 * sine, 256) < 3  # -60 dB beside silence
+
+
+@pytest.mark.parametrize("name", ["audio_autoencoder", "video_autoencoder"])
+def test_rematerialisation_keeps_less_and_changes_nothing(config, name):
+    params = weights(stages.abstract_params(config)[name])
+    batch, key = clips(), jax.random.key(0)
+    kept, losses, grads, work = {}, {}, {}, {}
+    with jax.set_mesh(sharding.make_mesh(config.mesh)):
+        for mode in stages.REMAT:
+            config[name].remat = mode
+            loss = stages.build(config)[name].loss
+
+            def value(p, loss=loss):
+                return loss(p, key, batch, {})[0]
+
+            residuals = jax.tree.leaves(jax.eval_shape(lambda p, value=value: jax.vjp(value, p)[1], params))
+            kept[mode] = sum(x.size for x in residuals)
+            losses[mode], grads[mode] = jax.jit(jax.value_and_grad(value))(params)
+            work[mode] = flops.count(lambda p, value=value: value(p), params)
+    assert kept["blocks"] < kept["none"] and kept["pointwise"] <= kept["none"]
+    assert len(set(work.values())) == 1  # recomputation is none of the model's FLOPs
+    for mode in stages.REMAT[1:]:
+        np.testing.assert_allclose(losses[mode], losses["none"], rtol=1e-6)
+        scale = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads["none"])))
+        apart = jax.tree.map(lambda a, b: np.linalg.norm(a - b), grads[mode], grads["none"])
+        assert max(jax.tree.leaves(apart)) < 1e-5 * scale
+
+
+def test_an_unknown_rematerialisation_is_named(config):
+    config.clip.remat = "some"
+    with pytest.raises(UserError, match="no clip.remat 'some': did you mean 'none'"):
+        stages.check_mesh(config, sharding.make_mesh(config.mesh), ["clip"])

@@ -14,6 +14,7 @@ from vdm_jax.errors import UserError
 def settings(**different):
     base = dict(
         optimiser="adamw",
+        accumulate=1,
         steps=20,
         learning_rate=0.1,
         warmup_steps=5,
@@ -75,6 +76,24 @@ def test_a_resumed_run_draws_and_ends_as_if_uninterrupted():
     resumed, rest = run(5, jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), half))
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     assert [m["draw"] for m in rest] == [m["draw"] for m in kept[4:]]
+
+
+def test_parts_of_a_batch_make_the_mean_gradient():
+    config = settings(accumulate=4)
+    batch = jnp.arange(8.0)
+
+    def apart(p, key, batch, frozen):
+        value = sum(jnp.sum(jnp.square(x - batch.mean())) for x in p.values()) * frozen
+        return value, {"loss": value, "rare": jnp.where(batch[0] < 1, batch[0] + 2, jnp.nan)}
+
+    gradients = train_state.accumulated(jax.grad(apart, has_aux=True), config.accumulate)
+    grads, metrics = jax.jit(gradients)(params(), jax.random.key(0), batch, 2.0)
+    # Part i is rows i and i + 4.
+    each = [jax.grad(apart, has_aux=True)(params(), None, batch[i::4], 2.0) for i in range(4)]
+    for name in grads:
+        np.testing.assert_allclose(grads[name], np.mean([g[name] for g, _ in each], 0), rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], np.mean([m["loss"] for _, m in each]), rtol=1e-6)
+    assert metrics["rare"] == 2  # of the one part that measured it
 
 
 # ------------------------------------------------------------------------------------------------------ bad numbers

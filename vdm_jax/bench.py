@@ -50,6 +50,7 @@ def main(argv):
     if config is None:
         raise UserError("--config=FILE is missing")
     config.sample.update({key: options[key].value for key in ("steps", "method") if options[key].value is not None})
+    cli.use_cache(config)
     stages.models(config)  # what does not fit is told first
     out = None
     if options.out:
@@ -87,7 +88,7 @@ def show(key, value):
 def train(config, name, mesh, repeats):
     """One train step of stage `name`; the state is moved on, as in training."""
     settings = config[name]
-    sharding.check_batch(settings.batch_size, mesh)
+    sharding.check_batch(settings.batch_size, mesh, settings.accumulate)
     stage = stages.build(config)[name]
     program = train_state.program(stage, settings, jax.random.key(0), mesh)
     frozen = stages.abstract_frozen(config) if name == "denoiser" else {}

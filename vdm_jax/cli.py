@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import absl.logging
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -16,19 +17,45 @@ def define_config():
     return config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/world.py.", lock_config=True)
 
 
+def use_cache(config):
+    """Keeps compiled programs in the folder config.compilation_cache, if any, for later processes."""
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+
+
 def run(main):
     """absl's app.run, with UserError and flag errors as one line on stderr and exit code 2."""
-    absl.logging.set_verbosity(absl.logging.ERROR)  # of libraries; what users need to know, this package says
-    logger = logging.getLogger("vdm_jax")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    _log()
     try:
         app.run(_guarded(main), flags_parser=_parse)
     except UserError as error:
         fail(error)
+
+
+def call(script, *options):
+    """What `python -m SCRIPT OPTIONS` does, inside this process: in a notebook the TPU belongs to it and to no other.
+
+    script: a module with define_flags and main. Raises UserError.
+    """
+    _log()
+    known = set(flags.FLAGS)
+    script.define_flags()
+    try:
+        script.main(_parse([script.__name__, *options]))
+    finally:
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+
+
+def _log():
+    absl.logging.set_verbosity(absl.logging.ERROR)  # of libraries; what users need to know, this package says
+    logger = logging.getLogger("vdm_jax")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _guarded(main):

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdm_jax import conditioning, samplers, stages, tasks, text
+from vdm_jax import conditioning, samplers, sharding, stages, tasks, text
 from vdm_jax.diffusion import add_noise, one_of, spread
 from vdm_jax.errors import UserError
+from vdm_jax.sharding import constrain
 
 BATCH = 8  # prompts sampled at once
 FADE = 0.005  # s, over which the sound of one window of a roll-out gives way to the next one's
@@ -18,13 +19,15 @@ class Generator:
     """A trained model, ready to sample: one compiled program for each (shape, method, number of steps).
 
     config, frozen: as in checkpoint.Trained. Call it with prompts; see `__call__`. `run` is the program: text in,
-    frames and sound out.
+    frames and sound out. Weights are put on `mesh`, if one is given, or stay where they are; with that mesh set, clips
+    are split over `data` and `fsdp`, and every process gets them all.
     """
 
-    def __init__(self, config, frozen):
-        self.config, self.frozen = config, jax.device_put(frozen)
+    def __init__(self, config, frozen, mesh=None):
+        self.config = config
+        self.frozen = jax.device_put(frozen, mesh and sharding.state_shardings(frozen, mesh))
         self.run = jax.jit(self._sample, static_argnames=("method", "interval", "guides", "fraction"))
-        self._encode = jax.jit(lambda frozen, v, a: stages.encode(self.config, frozen, v, a))
+        self._encode = jax.jit(lambda frozen, v, a: sharding.whole(stages.encode(self.config, frozen, v, a)))
 
     def __call__(self, prompts, *, seed=0, window=0, frames=None, given=None, **options):
         """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]) for P prompts, as NumPy arrays.
@@ -117,20 +120,9 @@ class Generator:
         settings = self.config.denoiser.diffusion
         shapes = {name: x.shape[1:] for name, x in clean.items()}
 
-        def draw(which):
-            """Noise like the latents of clips `numbers`; `which` tells draws of one clip apart."""
-
-            def one(number, name):
-                place = 2 * which + sorted(shapes).index(name)
-                key = jax.random.fold_in(jax.random.fold_in(noise_key, number), place)
-                # Drawn flat: the same numbers, and XLA takes half a minute to compile a draw of this shape for a CPU.
-                return jax.random.normal(key, (math.prod(shapes[name]),)).reshape(shapes[name])
-
-            return {name: jax.vmap(lambda n, name=name: one(n, name))(numbers) for name in shapes}
-
         clean = {name: jnp.broadcast_to(x, (len(numbers), *x.shape[1:])) for name, x in clean.items()}
         known = {name: spread(masks[name][None], x) for name, x in clean.items()}
-        noise, other = draw(0), draw(1)
+        noise, other = (draw(noise_key, numbers, shapes, which) for which in (0, 1))
         first = {name: levels[name][:1] for name in shapes}  # [1, T]
         exact = {name: spread(first[name] >= settings.log_snr_max, clean[name]) for name in shapes}
         noised = add_noise(
@@ -138,9 +130,10 @@ class Generator:
         )
         shown = {name: jnp.where(exact[name], clean[name], noised[name]) for name in shapes}
         z = {name: jnp.where(known[name], shown[name], noise[name]) for name in shapes}
+        z = {"video": constrain(z["video"], *stages.VIDEO), "audio": constrain(z["audio"], *stages.SOUND)}
 
         model = stages.models(self.config)["denoiser"]
-        denoise = conditioning.denoise_fn(model, frozen["denoiser"])
+        denoise = conditioning.denoise_fn(model, sharding.gathered(frozen["denoiser"], model.dtype))
         cond = stages.encode_text(self.config, frozen, tokens)
         null = stages.encode_text(self.config, frozen, text.encode([text.NULL_TEXT], tokens.shape[1]))
         terms = samplers.text_guidance(weights["guidance"], null)
@@ -153,7 +146,19 @@ class Generator:
         sampler_key = jax.random.fold_in(sampler_key, numbers[0])
         z = samplers.sample(denoise, sampler_key, z, cond, levels, method, settings)
         z = {name: jnp.where(known[name], clean[name], z[name]) for name in z}
-        return stages.decode(self.config, frozen, z)
+        return sharding.whole(stages.decode(self.config, frozen, z))
+
+
+def draw(key, numbers, shapes, which):
+    """Noise for clips `numbers` [B] -> {name: [B, *shapes[name]]}; `which` tells draws of one clip apart."""
+
+    def one(number, name):
+        place = 2 * which + sorted(shapes).index(name)
+        own = jax.random.fold_in(jax.random.fold_in(key, number), place)
+        # Drawn flat: the same numbers, and XLA takes half a minute to compile a draw of this shape for a CPU.
+        return jax.random.normal(own, (math.prod(shapes[name]),)).reshape(shapes[name])
+
+    return {name: jax.vmap(lambda n, name=name: one(n, name))(numbers) for name in shapes}
 
 
 def joined(audio, more, overlap, fade):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from vdm_jax import checkpoint, sharding, stages
+from vdm_jax import checkpoint, hosts, sharding, stages
 from vdm_jax.data import pipeline
 
 logger = logging.getLogger("vdm_jax")
@@ -25,12 +25,11 @@ def prepare(config, workdir, source, mesh):
     expected = stages.abstract_params(config)
     directory = workdir / "denoiser"
     params = {name: checkpoint.load_params(workdir, name, expected[name]) for name in checkpoint.STAGES[:3]}
-    lead = jax.process_index() == 0
 
     path = directory / "statistics.json"
-    if not path.exists():
+    if not hosts.agreed(path.exists()):
         statistics = measure(config, params, source)
-        if lead:
+        if hosts.lead():
             checkpoint.write_statistics(path, statistics)
     else:
         statistics = checkpoint.read_statistics(path)
@@ -61,7 +60,10 @@ def measure(config, params, source):
 
 
 def _encoded_batches(config, frozen, source, count):
-    """Yields (latents, text) of the source's first `count` training examples, in whole batches."""
+    """Yields (latents, text) of the source's first `count` training examples, in whole batches.
+
+    Each process encodes its share of a batch; all get the whole of it.
+    """
 
     @jax.jit
     def encode(frozen, batch):
@@ -71,12 +73,20 @@ def _encoded_batches(config, frozen, source, count):
     def to_example(item):
         return pipeline.example(item, config.data.text_length)
 
+    own = -(-ENCODE_BATCH // jax.process_count())
+    first, rows = jax.process_index() * own, jax.process_count() * own
     batches = pipeline.batches(
-        source, batch_size=ENCODE_BATCH, seed=config.seed, start=0, data=config.data, to_example=to_example
+        source,
+        batch_size=rows,
+        rows=range(first, first + own),
+        seed=config.seed,
+        start=0,
+        data=config.data,
+        to_example=to_example,
     )
     with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=jax.local_devices()[:1])):
-        for _ in tqdm(range(-(-count // ENCODE_BATCH)), "encode", disable=None, unit="batch"):
-            yield jax.device_get(encode(frozen, next(batches)))
+        for _ in tqdm(range(-(-count // rows)), "encode", disable=None if hosts.lead() else True, unit="batch"):
+            yield hosts.together(encode(frozen, next(batches)))
 
 
 class Encoded:
@@ -99,7 +109,7 @@ def _cached(config, frozen, source, folder):
     """The cache in `folder` if it was made by these weights and this data, else made now. Half precision."""
     mark = _fingerprint(config, frozen)
     names = ("video", "audio", "states", "mask", "pooled")
-    if (folder / "fingerprint").exists() and (folder / "fingerprint").read_text() == mark:
+    if hosts.agreed((folder / "fingerprint").exists() and (folder / "fingerprint").read_text() == mark):
         return Encoded({name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in names})
     count = config.denoiser.cached_clips
     logger.info("encoding %d clips once", count)
@@ -109,7 +119,7 @@ def _cached(config, frozen, source, folder):
             half = name in ("video", "audio", "states")
             parts[name].append(np.asarray(x, np.float16) if half else np.asarray(x))
     arrays = {name: np.concatenate(x)[:count] for name, x in parts.items()}
-    if jax.process_index() == 0:
+    if hosts.lead():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "fingerprint").unlink(missing_ok=True)  # written last: it vouches for the files
         for name, x in arrays.items():

@@ -1,6 +1,9 @@
 """Shows what a recipe builds: every parameter with its shape, and the sizes of clips and latents.
 
-python -m vdm_jax.overview --config=configs/world_tiny.py [--stage=denoiser]
+python -m vdm_jax.overview --config=configs/world_tiny.py [--stage=denoiser] [--chips=256]
+
+With --chips, how the recipe's mesh splits each parameter over that many devices, and what the table in sharding.py
+comes to.
 """
 
 import math
@@ -8,7 +11,7 @@ import math
 import jax
 from absl import flags
 
-from vdm_jax import checkpoint, cli, stages
+from vdm_jax import checkpoint, cli, sharding, stages
 from vdm_jax.errors import UserError
 from vdm_jax.sharding import path_name
 
@@ -19,6 +22,9 @@ def main(argv):
         raise UserError("--config=FILE is missing")
     chosen = checkpoint.STAGES if flags.FLAGS.stage == "all" else (flags.FLAGS.stage,)
     size = stages.layout(config)
+    mesh = sharding.mesh_shape(config.mesh, flags.FLAGS.chips) if flags.FLAGS.chips else None
+    if mesh:
+        print(f"mesh     {', '.join(f'{axis}={n}' for axis, n in mesh.items())}")
     print(f"clip     {size.frames} frames of {config.data.size}x{config.data.size}, {size.samples} samples of sound")
     for name, shape in stages.latent_shapes(size).items():
         print(f"latents  {name} {shape}, {size.latent_fps:g} latent frames a second")
@@ -28,10 +34,21 @@ def main(argv):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         print(f"\n{stage}: {sum(math.prod(x.shape) for _, x in leaves) / 1e6:.3f} M parameters")
         for path, x in leaves:
-            print(f"  {math.prod(x.shape):>10,}  {str(x.shape):<24} {path_name(path)}")
+            split = ""
+            if mesh:
+                spec = sharding.parameter_spec(path_name(path), x.shape, mesh)
+                split = f"{' '.join(a or '-' for a in spec) or '-':<24} "
+            print(f"  {math.prod(x.shape):>10,}  {str(x.shape):<24} {split}{path_name(path)}")
+        for line in sharding.table(tree, mesh) if mesh else ():
+            print(f"  {line}")
+
+
+def define_flags():
+    cli.define_config()
+    flags.DEFINE_enum("stage", "all", ("all", *checkpoint.STAGES), "Stage to show.")
+    flags.DEFINE_integer("chips", None, "Devices that config.mesh is to split parameters over.", lower_bound=1)
 
 
 if __name__ == "__main__":
-    cli.define_config()
-    flags.DEFINE_enum("stage", "all", ("all", *checkpoint.STAGES), "Stage to show.")
+    define_flags()
     cli.run(main)

@@ -3,14 +3,17 @@
 import jax
 import numpy as np
 
-from vdm_jax import generate, media, stages
+from vdm_jax import generate, hosts, media, sharding, stages
 from vdm_jax.data import pipeline
 
 CLIPS = 4
 
 
 def make(name, config, folder):
-    """-> write(params, frozen, step), which leaves <step>.png (and .mp4) of stage `name` in `folder`; compiles once."""
+    """-> write(params, frozen, step), which leaves <step>.png (and .mp4) of stage `name` in `folder`; compiles once.
+
+    For all processes: they compute together, and the first one writes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     held_out = pipeline.source(config, "held_out")
     items = [held_out[i] for i in range(CLIPS)]
@@ -27,6 +30,8 @@ def make(name, config, folder):
                 generators.append(generate.Generator(config, parts))
             generators[0].frozen = parts
             video, audio = generators[0](captions)
+            if not hosts.lead():
+                return
             media.contact_sheet(folder / f"{step}.png", list(video), captions)
             media.write_mp4(folder / f"{step}.mp4", video[0], audio[0], config.data.fps, rate)
 
@@ -34,10 +39,12 @@ def make(name, config, folder):
 
     part = name.removesuffix("_autoencoder")  # "video" or "audio"
     truth = np.stack([item[part] for item in items])
-    reconstruct = jax.jit(lambda params, x: stages.reconstruct(config, name, params, x))
+    reconstruct = jax.jit(lambda params, x: sharding.whole(stages.reconstruct(config, name, params, x)))
 
     def write(params, frozen, step):
         out = np.asarray(reconstruct(params, truth))
+        if not hosts.lead():
+            return None
         if part == "audio":
             return media.spectrogram(folder / f"{step}.png", np.stack([truth, out], 1).reshape(-1), rate)
         rows = [clip for pair in zip(truth, out, strict=True) for clip in pair]

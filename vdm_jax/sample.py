@@ -18,11 +18,12 @@ Clips longer than those of training are rolled out: window after window, each gi
 
 import logging
 
+import jax
 import numpy as np
 from absl import flags
 from etils import epath
 
-from vdm_jax import checkpoint, cli, generate, media, samplers, stages, tasks, text
+from vdm_jax import checkpoint, cli, generate, hosts, media, samplers, sharding, stages, tasks, text
 from vdm_jax.errors import UserError
 
 logger = logging.getLogger("vdm_jax")
@@ -101,20 +102,21 @@ def main(argv):
     if options.prompts is None and out.suffix.lower() != ".mp4":
         raise UserError(f"--out={options.out} must end in .mp4")
 
+    hosts.initialize(options)
     trained = checkpoint.load_trained(options.workdir, stages.abstract_params)
     config = trained.config
+    cli.use_cache(config)
     set_sampler(config)
     frames = config.data.frames if options.seconds is None else frames_of(options.seconds, config)
     given, start = read_given(config, frames, {flag: options[flag].value for flag in GIVEN})
     make_folder(out.parent if options.prompts is None else out)
-    generator = generate.Generator(config, trained.frozen)
-    if start is not None:  # the same beginning for every prompt
-        start = tuple(np.repeat(part, len(prompts), 0) for part in start)
-        frames += start[0].shape[1]
-    if start is not None or frames > config.data.frames:
-        video, audio = generator.roll_out(prompts, frames, seed=options.seed, given=given, start=start)
-    else:
-        video, audio = generator(prompts, seed=options.seed, frames=frames, given=given)
+    # Whatever mesh it was trained on: weights split over all devices there are, and the prompts, too.
+    mesh = sharding.make_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1))
+    with jax.set_mesh(mesh):
+        generator = generate.Generator(config, trained.frozen, mesh)
+        video, audio = make(generator, prompts, frames, given, start, options.seed)
+    if not hosts.lead():
+        return
     # File names are numbers: a prompt is nobody's path.
     paths = [out] if options.prompts is None else [out / f"{i:03d}.mp4" for i in range(len(prompts))]
     for path, v, a in zip(paths, video, audio, strict=True):
@@ -123,6 +125,16 @@ def main(argv):
     if options.prompts is not None:
         media.contact_sheet(out / "contact_sheet.png", list(video), prompts)
         logger.info("wrote %s", out / "contact_sheet.png")
+
+
+def make(generator, prompts, frames, given, start, seed):
+    """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]); given, start: as read_given gives them."""
+    if start is not None:  # the same beginning for every prompt
+        start = tuple(np.repeat(part, len(prompts), 0) for part in start)
+        frames += start[0].shape[1]
+    if start is not None or frames > generator.config.data.frames:
+        return generator.roll_out(prompts, frames, seed=seed, given=given, start=start)
+    return generator(prompts, seed=seed, frames=frames, given=given)
 
 
 def set_sampler(config):
@@ -158,6 +170,7 @@ def define_run_flags():
 
 def define_flags():
     define_run_flags()
+    hosts.define_flags()
     flags.DEFINE_string("prompt", None, "What to show.")
     flags.DEFINE_string("prompts", None, "Text file with one prompt a line.")
     flags.DEFINE_string("out", None, "MP4 to write, or with --prompts a folder.")

@@ -1,5 +1,6 @@
 """What each of the four stages trains: its parameters, its loss, and how clips become latents and come back."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vdm_jax import conditioning, diffusion, text
+from vdm_jax import conditioning, diffusion, sharding, text
 from vdm_jax.checkpoint import STAGES
 from vdm_jax.errors import UserError
 from vdm_jax.models.audio_autoencoder import AudioAutoencoder
 from vdm_jax.models.clip import Clip
 from vdm_jax.models.unet import UNet
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
+
+VIDEO = ("batch", "time", "height", "width", "channel")  # dimensions of pictures, and of their latents
+SOUND = ("batch", "token", "channel")
+REMAT = ("none", "pointwise", "blocks")
 
 
 class Stage(NamedTuple):
@@ -126,6 +131,19 @@ def _check_halvings(denoiser, side, tokens):
                 f"{tokens} sound tokens a latent frame do not halve {i} times: use fewer denoiser levels, or another "
                 "audio_autoencoder.model.patch or strides"
             )
+
+
+def check_mesh(config, mesh, names):
+    """Raises UserError where the mesh does not divide models or latents of stages `names`, or `remat` is unknown."""
+    params, size = abstract_params(config), layout(config)
+    frames = {"denoiser": size.latent_frames, "audio_autoencoder": size.latent_frames * size.audio[0]}
+    side = size.video[0]
+    for name in names:
+        diffusion.one_of(f"{name}.remat", config[name].remat, REMAT)
+        shape, dimensions = (1, frames.get(name, size.frames), side, side, 1), VIDEO
+        if name == "audio_autoencoder":
+            shape, dimensions = (1, frames[name], 1), SOUND
+        sharding.check_axes(mesh, params[name], {f"the clips of {name}": (shape, dimensions)})
 
 
 # ---------------------------------------------------------------------------------------------------------- models
@@ -270,7 +288,28 @@ def encode_text(config, frozen, tokens):
 
 
 def _apply(made, frozen, stage, method, *arguments):
-    return made[stage].apply({"params": frozen[stage]}, *arguments, method=method)
+    with jax.named_scope(f"{stage}_{method}" if method else stage):
+        params = sharding.gathered(frozen[stage], made[stage].dtype)
+        return made[stage].apply({"params": params}, *arguments, method=method)
+
+
+def rematerialised(apply, mode):
+    """apply(params, ...) whose backward pass keeps less of the forward one. mode: "none" or
+
+    "pointwise"  keeps what convolutions and matrix products give; norms and activation functions are computed again
+    "blocks"     keeps the output of each block only: about a third more FLOPs
+    """
+    policies = jax.checkpoint_policies
+    blocks = policies.save_only_these_names(sharding.ACTIVATION)
+    if mode == "none":
+        return apply
+    if mode == "blocks":
+        return jax.checkpoint(apply, policy=blocks)
+
+    def products(primitive, *_, **__):
+        return primitive.name in ("conv_general_dilated", "dot_general")
+
+    return jax.checkpoint(apply, policy=policies.save_from_both_policies(blocks, products))
 
 
 # ---------------------------------------------------------------------------------------------------------- losses
@@ -280,9 +319,17 @@ def build(config):
     """{name: Stage} of the four stages."""
     made, inits, size = models(config), init_fns(config), layout(config)
 
+    def apply(stage, method=None):
+        """(params, ...) -> what the stage's model gives, on any mesh, rematerialised as the config says."""
+
+        def call(params, *arguments):
+            return _apply(made, {stage: params}, stage, method, *arguments)
+
+        return rematerialised(call, config[stage].remat)
+
     def video_loss(params, key, batch, frozen):
         video = to_float(batch["video"])
-        out, mean, log_variance = made["video_autoencoder"].apply({"params": params}, video, key)
+        out, mean, log_variance = apply("video_autoencoder")(params, video, key)
         mse = jnp.mean(jnp.square(out - video))
         kl = _kl(mean, log_variance) / video[0, ..., 0].size
         loss = mse + jnp.mean(jnp.abs(out - video)) + config.video_autoencoder.kl_weight * kl
@@ -290,7 +337,7 @@ def build(config):
 
     def audio_loss(params, key, batch, frozen):
         audio = pad_audio(batch["audio"], size)
-        out, mean, log_variance = made["audio_autoencoder"].apply({"params": params}, audio, key)
+        out, mean, log_variance = apply("audio_autoencoder")(params, audio, key)
         wave = jnp.mean(jnp.abs(out - audio)) + 10 * jnp.mean(jnp.square(out - audio))
         stft = sum(stft_distance(out, audio, w) for w in config.audio_autoencoder.stft_windows)
         kl = _kl(mean, log_variance) / audio.shape[1]
@@ -300,13 +347,13 @@ def build(config):
 
     def clip_loss(params, key, batch, frozen):
         tokens, video = batch["tokens"], to_float(batch["video"])
-        words, pictures, scale = made["clip"].apply({"params": params}, tokens, text.mask(tokens), video)
+        words, pictures, scale = apply("clip")(params, tokens, text.mask(tokens), video)
         logits = scale * words @ pictures.T  # [B, B], a row a text
         by_video, labels = logits.T, jnp.arange(len(logits))
         metrics = {"recall_at_1": jnp.mean(jnp.argmax(logits, 1) == labels), "temperature": 1 / scale}
         if "near_miss" in batch:  # captions that are nearly right are wrong answers, too: arXiv:2210.01936, section 4
             near = batch["near_miss"]
-            wrong = made["clip"].apply({"params": params}, near, text.mask(near), method="embed_text")
+            wrong = apply("clip", "embed_text")(params, near, text.mask(near))
             wrong = scale * pictures @ wrong.T  # [B, B], a row a video
             same = jnp.all(near == tokens, 1)  # had no word to change
             told = (jnp.diagonal(wrong) < jnp.diagonal(logits)) & ~same
@@ -324,7 +371,7 @@ def build(config):
         drop_key, key = jax.random.split(key)
         null = encode_text(config, frozen, text.encode([text.NULL_TEXT], config.data.text_length))
         cond = conditioning.drop_text(drop_key, words, null, config.denoiser.text_dropout)
-        denoise = conditioning.denoise_fn(made["denoiser"], params)
+        denoise = functools.partial(apply("denoiser"), params)
         loss, metrics = diffusion.loss(denoise, key, z, cond, config.denoiser.diffusion)
         return loss, {"loss": loss, **metrics}
 

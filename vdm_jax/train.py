@@ -17,7 +17,19 @@ from absl import flags
 from etils import epath
 from tqdm import tqdm
 
-from vdm_jax import checkpoint, cli, latents, preemption, preview, run_log, sharding, stages, train_state
+from vdm_jax import (
+    checkpoint,
+    cli,
+    hosts,
+    latents,
+    preemption,
+    preview,
+    profiling,
+    run_log,
+    sharding,
+    stages,
+    train_state,
+)
 from vdm_jax.data import pipeline
 from vdm_jax.errors import UserError
 
@@ -34,20 +46,21 @@ def main(argv):
     if config is None or not options.workdir:
         raise UserError("give both --config=FILE and --workdir=DIR, e.g. --config=configs/world_tiny.py --workdir=run")
     workdir = epath.Path(options.workdir)
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    span = profiling.span(options.profile)
+    hosts.initialize(options)
+    cli.use_cache(config)
 
     # ------------------------------------------------------------------------------------------------ run folder
     names = checkpoint.STAGES if options.stage == "all" else (options.stage,)
     mesh, source = check(config, names)  # before anything is written
-    if jax.process_index() == 0:
-        write_config(workdir, config)
+    write_config(workdir, config)
     logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
 
-    with jax.set_mesh(mesh), preemption.watching() as stop:
+    alive = hosts.watchdog(config.watchdog_seconds)
+    with jax.set_mesh(mesh), hosts.together_to_the_end(), preemption.watching() as stop:
         for name in names:
             try:
-                if not train_stage(name, config, workdir, mesh, source, stop):
+                if not train_stage(name, config, workdir, mesh, source, stop, alive, span):
                     break
             except OSError as error:
                 if error.errno not in DISK_FAULTS:
@@ -70,7 +83,8 @@ def check(config, names):
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
     for name in names:
-        sharding.check_batch(config[name].batch_size, mesh)
+        sharding.check_batch(config[name].batch_size, mesh, config[name].accumulate)
+    stages.check_mesh(config, mesh, names)
     return mesh, pipeline.source(config)
 
 
@@ -88,6 +102,9 @@ def write_config(workdir, config):
         for key in ("size", "fps", "sample_rate", "text_length"):
             if key in before.data and before.data[key] != config.data[key]:
                 raise UserError(f"{workdir} was begun with data.{key}={before.data[key]}: use another --workdir")
+    hosts.agreed(True)  # that all have looked
+    if not hosts.lead():
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         path.write_text(stored)
@@ -95,12 +112,12 @@ def write_config(workdir, config):
         raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
 
 
-def train_stage(name, config, workdir, mesh, source, stop):
+def train_stage(name, config, workdir, mesh, source, stop, alive, span):
     """-> whether the stage is finished, rather than stopped by a signal."""
     watch, settings = run_log.Watch(), config[name]
     directory = workdir / name
     directory.mkdir(parents=True, exist_ok=True)
-    lead = jax.process_index() == 0
+    lead = hosts.lead()
 
     # ---------------------------------------------------------------------------- state, abstract first, then restored
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
@@ -111,6 +128,8 @@ def train_stage(name, config, workdir, mesh, source, stop):
     done = newest or 0
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(program.abstract["params"]))
     logger.info("%s: %.2f M parameters, %d of %d steps done", name, parameters / 1e6, done, settings.steps)
+    for line in sharding.table(program.abstract["params"], mesh.shape) if mesh.size > 1 else ():
+        logger.info("  %s", line)
     if done >= settings.steps:
         checkpoints.close()
         return True
@@ -127,27 +146,31 @@ def train_stage(name, config, workdir, mesh, source, stop):
         def to_example(item):
             return pipeline.example(item, length, kinds)
 
+    batch_sharding = sharding.batch_sharding(mesh)
     batches = pipeline.batches(
         items,
         batch_size=settings.batch_size,
+        rows=sharding.local_rows(batch_sharding, settings.batch_size),
         seed=config.seed,
         start=done,
         data=config.data,
         to_example=to_example,
     )
-    batch_sharding = sharding.batch_sharding(mesh)
     state = program.init() if newest is None else checkpoint.restore(checkpoints, program.abstract)
 
     # ----------------------------------------------------------------------------------------------------------- loop
-    show = preview.make(name, config, directory / "previews") if lead and config.preview_every else None
+    show = preview.make(name, config, directory / "previews") if config.preview_every else None
     log = run_log.MetricsLog(directory, done) if lead else None
     steps = tqdm(range(done, settings.steps), name, settings.steps, initial=done, disable=None, unit="step")
     history, losses, row, saved, due, stopped = [], [], run_log.Row(), newest, False, False
+    trace = profiling.tracer(span, directory)
+    trace(done)
+    alive("the start of a stage")
     stop.stepping, beat = True, 0.0
     watch.start()
     for step in steps:
         with watch("data"):
-            batch = pipeline.to_devices(next(batches), batch_sharding)
+            batch = pipeline.to_devices(next(batches), batch_sharding, settings.batch_size)
         if step == done:
             with watch("compiling"):
                 state, metrics = jax.block_until_ready(program.step(state, step_key, batch, frozen))
@@ -155,6 +178,8 @@ def train_stage(name, config, workdir, mesh, source, stop):
             state, metrics = program.step(state, step_key, batch, frozen)
         history.append(metrics)
         number = step + 1
+        trace(number, metrics)
+        alive(f"step {number} of {name}")
         stopped = stop(number)
         last = number == settings.steps or stopped
         due = due or number % config.checkpoint_every == 0 or last
@@ -204,6 +229,7 @@ def train_stage(name, config, workdir, mesh, source, stop):
             break
     checkpoint.finish(checkpoints)
     checkpoints.close()
+    alive(None)
     stop.stepping = False
     if lead:
         log.close()
@@ -214,6 +240,8 @@ def train_stage(name, config, workdir, mesh, source, stop):
 
 def define_flags():
     cli.define_config()
+    hosts.define_flags()
+    flags.DEFINE_string("profile", None, "Steps of each stage to trace for xprof, such as 10:15.")
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_enum("stage", "all", ("all", *checkpoint.STAGES), "Stage to train.")
 

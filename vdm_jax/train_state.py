@@ -32,11 +32,12 @@ def make_step(loss_fn, config, loss_over_mean=0.0):
     With loss_over_mean > 0 so is one whose loss is more than that many times the moving average of the losses before.
     """
     optimiser = optim.optimiser(config)
+    gradients = accumulated(jax.grad(loss_fn, has_aux=True), config.accumulate)
 
     def step(state, key, batch, frozen):
         key = jax.random.fold_in(key, state["step"])
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(state["params"], key, batch, frozen)
-        updates, opt = optimiser.update(grads, state["opt"], state["params"])
+        grads, metrics = gradients(state["params"], key, batch, frozen)
+        updates, opt = jax.named_scope("optimiser")(optimiser.update)(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         ema = optim.update_ema(state["ema"], params, state["step"], config.ema)
         loss, norm, mean = metrics["loss"], optax.tree.norm(grads), state["loss_mean"]
@@ -55,6 +56,28 @@ def make_step(loss_fn, config, loss_over_mean=0.0):
         return {"step": state["step"] + 1, **kept}, metrics
 
     return step
+
+
+def accumulated(gradients, parts):
+    """gradients(params, key, batch, frozen) -> (grads, metrics), for `parts` parts of the batch one after the other.
+
+    The means of both over the parts; a part draws from a key of its own. A loss that compares the clips of a batch
+    with one another (the text encoder's) sees those of a part.
+    """
+    if parts == 1:
+        return gradients
+
+    def run(params, key, batch, frozen):
+        def add(total, numbered):
+            number, part = numbered
+            grads, metrics = gradients(params, jax.random.fold_in(key, number), part, frozen)
+            return jax.tree.map(jnp.add, total, grads), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        total, metrics = jax.lax.scan(add, zeros, (jnp.arange(parts), sharding.in_parts(batch, parts)))
+        return jax.tree.map(lambda x: x / parts, total), jax.tree.map(jnp.nanmean, metrics)
+
+    return run
 
 
 class Program(NamedTuple):

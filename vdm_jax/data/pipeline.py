@@ -47,31 +47,32 @@ def example(item, text_length, kinds=()):
 
 
 class _Batches:
-    """Random access to this process's rows of the global batch of every step from `start` on."""
+    """Random access to `rows` of the global batch of every step from `start` on."""
 
-    def __init__(self, samples, batch_size, start):
-        self.samples, self.batch_size, self.start = samples, batch_size, start
-        self.local = batch_size // jax.process_count()
+    def __init__(self, samples, batch_size, start, rows):
+        self.samples, self.batch_size, self.start, self.rows = samples, batch_size, start, rows
 
     def __len__(self):
         return 2**31 - 1
 
     def __getitem__(self, step):
-        first = (self.start + step) * self.batch_size + jax.process_index() * self.local
-        rows = [self.samples[first + j] for j in range(self.local)]
+        first = (self.start + step) * self.batch_size
+        rows = [self.samples[first + j] for j in self.rows]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
-def batches(items, *, batch_size, seed, start, data, to_example=None):
-    """Endless iterator of this process's numpy batches, beginning with the batch of step `start`.
+def batches(items, *, batch_size, seed, start, data, to_example=None, rows=None):
+    """Endless iterator of numpy batches, beginning with the batch of step `start`.
 
     items: a random-access source; to_example maps one of its items to a dict of arrays (default: the item itself).
+    rows: which of the batch this process is to load (default: all).
     """
     samples = grain.MapDataset.source(items).seed(seed).shuffle().repeat()
     if to_example is not None:
         samples = samples.map(to_example)
+    batches = _Batches(samples, batch_size, start, range(batch_size) if rows is None else rows)
     read = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
-    return iter(grain.MapDataset.source(_Batches(samples, batch_size, start)).to_iter_dataset(read))
+    return iter(grain.MapDataset.source(batches).to_iter_dataset(read))
 
 
 def sample_ids(items, *, batch_size, seed, step):
@@ -80,6 +81,10 @@ def sample_ids(items, *, batch_size, seed, step):
     return [int(order[step * batch_size + j]) for j in range(batch_size)]
 
 
-def to_devices(batch, sharding):
-    """Each process's rows -> one global array a leaf, split as `sharding` says."""
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+def to_devices(batch, sharding, batch_size):
+    """Each process's rows -> one global array a leaf, of `batch_size` rows, split as `sharding` says."""
+
+    def one(rows):
+        return jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+
+    return jax.tree.map(one, batch)

@@ -1,0 +1,50 @@
+"""Text to video with sound on one TPU host: about 300 M parameters, 33 frames at 128 px, 16 kHz. Not yet run.
+
+    python -m vdm_jax.train --config=configs/t2v_300m.py --workdir=gs://BUCKET/run --config.data.path=gs://BUCKET/tfds
+    python -m vdm_jax.dry_run --config=configs/t2v_300m.py --topology=v5e:2x4
+
+For the eight chips of a v5e or v6e host. On a single chip, as a free Colab TPU: --config.denoiser.batch_size=4. What
+the TPU compiler says of it: not yet run. Latents are [9, 16, 16, 16] for the picture and [9 * 20, 32] for the sound.
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.unlock()
+    config.compute_dtype = "bfloat16"
+    config.checkpoint_every = 1000
+    config.mesh.update(data=1, fsdp=-1)
+    config.data.update(source="tfds", frames=33, size=128, fps=16, sample_rate=16000, text_length=256, threads=16)
+
+    for stage in ("video_autoencoder", "audio_autoencoder", "clip", "denoiser"):
+        config[stage].update(optimiser="adamw", remat="blocks")
+    vae = config.video_autoencoder
+    vae.update(steps=100_000, batch_size=64, learning_rate=2e-4)
+    vae.model.update(
+        patch=2, channels=(128, 256, 384), space_strides=(2, 2), blocks=(1, 2, 2), middle_blocks=2, groups=32
+    )
+    audio = config.audio_autoencoder
+    audio.update(steps=100_000, batch_size=64, learning_rate=2e-4)
+    audio.model.update(patch=8, channels=(128, 256, 512), blocks=(2, 2, 2), latent_channels=32, groups=32)
+    clip = config.clip
+    clip.update(steps=50_000, batch_size=1024, learning_rate=5e-4, weight_decay=0.1)
+    clip.model.text.update(width=512, layers=8, heads=8)
+    clip.model.video.update(patch=8, channels=(128, 256, 512), groups=32)
+    clip.model.embedding = 512
+
+    denoiser = config.denoiser
+    denoiser.update(steps=300_000, batch_size=64, learning_rate=1e-4, warmup_steps=5000, ema=0.9999)
+    denoiser.model.update(
+        channels=(256, 512, 768),
+        blocks=(2, 3, 3),
+        attention=(False, False, True),
+        exchange=(False, False, True),
+        time_strides=(1, 2),
+        head_dim=128,
+        embedding=1024,
+        groups=32,
+    )
+    config.lock()
+    return config

@@ -1,0 +1,91 @@
+# shellcheck shell=bash
+# Sourced by the launch scripts for TPUs and clusters. Options are --name=value; --print shows the commands and runs
+# nothing. A script declares its options with `option NAME DEFAULT TEXT`, then calls `parse "$@"`; ${opt[NAME]} is what
+# was given, ${rest[@]} what stands behind `--`.
+
+declare -A opt=() described=()
+order=() rest=()
+printing=""
+# shellcheck disable=SC2034 # the scripts that source this use it
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+option() {
+    order+=("$1")
+    opt[$1]="$2"
+    described[$1]="$3"
+}
+
+help() {
+    local name
+    usage
+    echo
+    echo "options:"
+    for name in "${order[@]}"; do
+        printf '  --%-24s %s%s\n' "$name=..." "${described[$name]}" "${opt[$name]:+ (${opt[$name]})}"
+    done
+    printf '  --%-24s %s\n' print "show the commands, run nothing" help "this text"
+}
+
+parse() {
+    local argument name
+    for argument in "$@"; do
+        [[ "$argument" != --help && "$argument" != -h ]] || {
+            help
+            exit 0
+        }
+        [[ "$argument" != -- ]] || break
+    done
+    while (($#)); do
+        case "$1" in
+            --print) printing=yes ;;
+            --)
+                shift
+                # shellcheck disable=SC2034
+                rest=("$@")
+                return
+                ;;
+            --*=*)
+                name="${1%%=*}"
+                name="${name#--}"
+                [[ -v "opt[$name]" ]] || die "unknown option --$name; see --help"
+                opt[$name]="${1#*=}"
+                ;;
+            *) die "unexpected argument '$1': options are --name=value; see --help" ;;
+        esac
+        shift
+    done
+}
+
+need() {
+    local name
+    for name in "$@"; do
+        [[ -n "${opt[$name]}" ]] || die "--$name is missing; see --help"
+    done
+}
+
+# Runs a command, or with --print shows it as it could be typed.
+run() {
+    if [[ -n "$printing" ]]; then
+        quoted "$@"
+    else
+        "$@"
+    fi
+}
+
+# A command as one line that a shell reads back as the same words.
+quoted() {
+    local word line=""
+    for word in "$@"; do
+        if [[ "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
+            line+="$word "
+        else
+            line+="'${word//\'/\'\\\'\'}' "
+        fi
+    done
+    echo "${line% }"
+}

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# A TPU VM of one or many hosts: create, set up, train, log in, delete. See usage.
+set -euo pipefail
+
+usage() {
+    cat <<'EOF'
+usage: launch/tpu_vm.sh ACTION --name=NAME --zone=ZONE [options] [-- training arguments]
+
+  create   makes the TPU VM
+  setup    puts the code and its packages on every worker
+  train    trains on all workers at once, in the background; what stands behind -- goes to python -m vdm_jax.train
+  logs     shows the end of every worker's log
+  stop     asks the training on every worker to stop
+  ssh      logs in to worker 0
+  delete   deletes the TPU VM
+
+launch/tpu_vm.sh create --name=one --zone=us-west4-a --type=v5litepod-8
+launch/tpu_vm.sh setup --name=one --zone=us-west4-a --repository=https://example.com/vdm_jax.git
+launch/tpu_vm.sh train --name=one --zone=us-west4-a -- --config=configs/t2v_300m.py --workdir=gs://BUCKET/run
+EOF
+}
+
+# shellcheck source=launch/cloud.sh
+source "$(dirname "${BASH_SOURCE[0]}")/cloud.sh"
+option name "" "name of the TPU VM"
+option zone "" "zone, such as us-west4-a"
+option project "" "project; gcloud's own unless given"
+option type v5litepod-8 "accelerator type"
+option version v2-alpha-tpuv5-lite "TPU software version"
+option spot no "yes: a spot VM, cheaper, may be taken away"
+option repository "" "git address of the code, for setup"
+option branch main "branch of it"
+
+[[ "${1:-}" != -* && $# -gt 0 ]] || {
+    parse "$@"
+    die "an action is missing; see --help"
+}
+action="$1"
+shift
+parse "$@"
+need name zone
+
+common=("--zone=${opt[zone]}")
+[[ -z "${opt[project]}" ]] || common+=("--project=${opt[project]}")
+tpu=(gcloud compute tpus tpu-vm)
+
+everywhere() { # runs a shell command on all workers
+    run "${tpu[@]}" ssh "${opt[name]}" "${common[@]}" --worker=all --command="$1"
+}
+
+case "$action" in
+    create)
+        [[ "${opt[spot]}" == no ]] || common+=(--spot)
+        run "${tpu[@]}" create "${opt[name]}" "${common[@]}" \
+            "--accelerator-type=${opt[type]}" "--version=${opt[version]}"
+        ;;
+    setup)
+        need repository
+        everywhere "$("$here/startup.sh" setup "${opt[repository]}" "${opt[branch]}")"
+        ;;
+    train) everywhere "$("$here/startup.sh" train "${rest[@]}")" ;;
+    logs) everywhere "tail -n 20 ~/train.log" ;;
+    stop) everywhere "pkill -TERM -u \"\$USER\" -f 'python -m vdm_jax[.]train' || true" ;;
+    ssh) run "${tpu[@]}" ssh "${opt[name]}" "${common[@]}" --worker=0 ;;
+    delete) run "${tpu[@]}" delete "${opt[name]}" "${common[@]}" --quiet ;;
+    *) die "unknown action '$action'; see --help" ;;
+esac

@@ -1,0 +1,197 @@
+"""Several processes on this machine: they compute what one does, go on from each other, and none waits for the dead."""
+
+import http.server
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.conftest import write_run
+from tests.helpers import finish, start
+from vdm_jax import checkpoint, hosts, media, sample, train
+
+CONFIG, STEPS = "--config=tests/tiny.py", 20
+LIMIT = float(os.environ.get("VDM_JAX_HOSTS_SECONDS", 170))  # for all of a test's processes together
+
+
+class Deadline:
+    """What is left of LIMIT. On leaving, whoever still runs is killed: after initialize, SIGTERM does not end them."""
+
+    def __enter__(self):
+        self.end, self.processes = time.monotonic() + LIMIT, []
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def left(self):
+        return max(1, self.end - time.monotonic())
+
+    def start(self, count, module, *options, devices):
+        """Starts `count` processes of one job, with `devices` virtual devices each."""
+        several = []
+        if count > 1:
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                several = [f"--coordinator=localhost:{free.getsockname()[1]}", f"--processes={count}"]
+        made = []
+        for i in range(count):
+            own = [*several, f"--process={i}"] if several else []
+            made.append(start("-m", f"vdm_jax.{module}", *options, *own, JAX_NUM_CPU_DEVICES=str(devices)))
+        self.processes += made
+        return made
+
+    def finish(self, processes):
+        """Waits for processes -> [(exit code, lines of stderr)]."""
+        ended = [finish(process, self.left()) for process in processes]
+        return [(code, err) for code, _, err in ended]
+
+
+def losses(workdir, stage):
+    rows = [json.loads(line) for line in (workdir / stage / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def options(workdir, stage, steps, *more):
+    return [CONFIG, f"--workdir={workdir}", f"--stage={stage}", f"--config.{stage}.steps={steps}",
+            "--config.checkpoint_every=20", *more]  # fmt: skip
+
+
+SPLIT = ["--config.mesh.data=2", "--config.mesh.fsdp=-1"]
+
+
+def test_two_processes_train_as_one_and_others_go_on(tmp_path):
+    stage, one, two = "clip", tmp_path / "one", tmp_path / "two"
+    with Deadline() as deadline:
+        # Without a mesh, and over 2 x 2 devices.
+        alone = deadline.start(1, "train", *options(one, stage, STEPS), devices=1)
+        pair = deadline.start(2, "train", *options(two, stage, STEPS, *SPLIT), devices=2)
+        for code, err in deadline.finish([*alone, *pair]):
+            assert code == 0, "\n".join(err)
+        assert set(losses(two, stage)) == set(range(1, STEPS + 1))
+        np.testing.assert_allclose([*losses(two, stage).values()], [*losses(one, stage).values()], rtol=1e-5, atol=1e-5)
+
+        # From the checkpoint of two processes one goes on, and four.
+        runs, going = {count: tmp_path / f"by_{count}" for count in (1, 4)}, []
+        for count, folder in runs.items():
+            shutil.copytree(two, folder)
+            mesh = ["--config.mesh.fsdp=-1", "--config.mesh.data=1"] if count > 1 else []
+            going += deadline.start(count, "train", *options(folder, stage, STEPS + 3, *mesh), devices=1)
+        for code, err in deadline.finish(going):
+            assert code == 0, "\n".join(err)
+    after = {count: [losses(folder, stage)[STEPS + i] for i in (1, 2, 3)] for count, folder in runs.items()}
+    np.testing.assert_allclose(after[4], after[1], rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_encode_as_one(tmp_path):
+    """Latent statistics, the cache of clips, previews: what the denoiser needs, and what only one process writes."""
+    folders = [write_run(tmp_path / n, tiny.get_config(), checkpoint.STAGES[:3]) for n in ("one", "two")]
+    more = ["--config.preview_every=2"]
+    with Deadline() as deadline:
+        alone = deadline.start(1, "train", *options(folders[0], "denoiser", 2, *more), devices=1)
+        pair = deadline.start(2, "train", *options(folders[1], "denoiser", 2, *more, *SPLIT), devices=2)
+        for code, err in deadline.finish([*alone, *pair]):
+            assert code == 0, "\n".join(err)
+    one, two = (losses(folder, "denoiser") for folder in folders)
+    np.testing.assert_allclose([*two.values()], [*one.values()], rtol=1e-5)
+    cached = [np.load(folder / "denoiser" / "latents" / "video.npy").astype(np.float32) for folder in folders]
+    assert cached[0].shape == cached[1].shape
+    np.testing.assert_allclose(*cached, atol=2e-3 * np.abs(cached[0]).max())  # stored in half precision
+    for folder in folders:
+        assert {"2.png", "2.mp4"} <= {p.name for p in (folder / "denoiser" / "previews").iterdir()}
+
+
+def test_two_processes_sample_the_same_clips(tmp_path, tiny_run):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    clips, making = {count: tmp_path / f"clips_{count}" for count in (1, 2)}, []
+    with Deadline() as deadline:
+        for count, folder in clips.items():
+            given = [f"--workdir={tiny_run}", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={folder}"]
+            making += deadline.start(count, "sample", *given, devices=1)
+        for code, err in deadline.finish(making):
+            assert code == 0, "\n".join(err)
+    # To a level or two of 256, as the clips are compressed.
+    data = tiny.get_config().data
+    sizes = dict(fps=data.fps, size=data.size, sample_rate=data.sample_rate)
+    for name in ("000.mp4", "001.mp4"):
+        one, two = (media.read_video(folder / name, **sizes)[0].astype(int) for folder in clips.values())
+        assert one.shape == two.shape and np.abs(one - two).max() <= 3
+    assert sorted(p.name for p in clips[2].iterdir()) == ["000.mp4", "001.mp4", "contact_sheet.png"]
+
+
+@pytest.mark.parametrize("how", ["stuck", "dead"])
+def test_nobody_waits_for_a_process_that_is(tmp_path, how):
+    run, stage = tmp_path / "run", "clip"
+    with Deadline() as deadline:
+        given = options(run, stage, 100_000, *SPLIT, "--config.watchdog_seconds=15")
+        first, second = deadline.start(2, "train", *given, devices=1)
+        while not (run / stage / "metrics.jsonl").exists() or not losses(run, stage):
+            assert first.poll() is None and deadline.left() > 60, "no step in time"
+            time.sleep(0.5)
+        os.kill(second.pid, signal.SIGSTOP if how == "stuck" else signal.SIGKILL)
+        ((code, err),) = deadline.finish([first])
+    told = "nothing has happened for 15 s after step" if how == "stuck" else "a peer is gone"
+    assert code == hosts.TRY_AGAIN
+    assert any(told in line and "exit code 75" in line for line in err), "\n".join(err[-20:])
+
+
+# ------------------------------------------------------------------------------------------------- finding the others
+
+
+@pytest.mark.parametrize("environment, told", [
+    ({}, None),
+    ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "slurm"),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),  # in an allocation, but not started by srun
+    ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, "gke"),
+    ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+    ({"MEGASCALE_NUM_SLICES": "2"}, "gke"),
+])  # fmt: skip
+def test_surroundings(environment, told):
+    assert hosts.surroundings(environment) == told
+
+
+@pytest.mark.parametrize("answer, told", [("a:b:10.0.0.1,c:d:10.0.0.2", "tpu"), ("a:b:10.0.0.1", None), (None, None)])
+def test_a_tpu_vm_asks_its_metadata(answer, told):
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = answer is not None and self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write((answer or "").encode() if found else b"")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("localhost", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert hosts.surroundings({"GCE_METADATA_HOST": f"localhost:{server.server_port}"}) == told
+        server.shutdown()
+
+
+@pytest.mark.parametrize("script, needs", [(train, [CONFIG, "--workdir=x"]), (sample, ["--prompt=x", "--out=x.mp4"])])
+@pytest.mark.parametrize("options, told", [
+    (["--processes=2"], "--coordinator is missing"),
+    (["--coordinator=localhost:1", "--processes=2"], "--process is missing"),
+    (["--coordinator=localhost:1", "--processes=2", "--process=2"], "--process=2 must be below --processes=2"),
+])  # fmt: skip
+def test_flags_that_do_not_fit_are_told(command, script, needs, options, told):
+    done = command(script, *needs, *options)
+    assert done.code == 2 and len(done.err) == 1 and told in done.err[0]
+
+
+def test_one_process_is_alone():
+    assert hosts.lead() and hosts.agreed(3) == 3
+    assert hosts.together({"x": np.ones(2)})["x"].tolist() == [1, 1]
+    alive = hosts.watchdog(1e-3)
+    alive("a step")
+    time.sleep(0.2)  # and is not ended
