@@ -129,7 +129,7 @@ def train_stage(name, config, workdir, mesh, source, alive, span):
     show = preview.make(name, config, directory / "previews") if config.preview_every else None
     log = MetricsLog(directory / "metrics.jsonl", done) if lead else None
     steps = tqdm(range(done, settings.steps), name, settings.steps, initial=done, disable=None, unit="step")
-    history, waited, began = [], 0.0, time.perf_counter()
+    history, waited, began, take = [], 0.0, time.perf_counter(), None
     trace = profiling.tracer(span, directory)
     trace(done)
     alive("the start of a stage")
@@ -137,7 +137,8 @@ def train_stage(name, config, workdir, mesh, source, alive, span):
         asked = time.perf_counter()
         batch = pipeline.to_devices(next(batches), batch_sharding, settings.batch_size)
         waited += time.perf_counter() - asked
-        state, metrics = program.step(state, step_key, batch, frozen)
+        take = take or hosts.compiled(program.step, state, step_key, batch, frozen)
+        state, metrics = take(state, step_key, batch, frozen)
         history.append(metrics)
         number = step + 1
         trace(number, metrics)
