@@ -8,8 +8,8 @@ usage: launch/slurm.sh --nodes=N [options] -- training arguments
 
 Submits a job that runs python -m vdm_jax.train on each node; the processes find each other by what Slurm tells. The
 environment .venv must be there: bash -c 'source launch/env.sh; ensure_venv cuda'. Slurm sends SIGTERM two minutes
-before the time is up; exit code 75 (a peer was lost) and a stop by signal put the job back in the queue, where it goes
-on from the newest checkpoint.
+before the time is up; that, exit code 75 (a peer was lost) and a death by signal put the job back in the queue, where it
+goes on from the newest checkpoint.
 
 launch/slurm.sh --nodes=2 --gpus=8 --time=24:00:00 -- --config=configs/t2v_300m.py --workdir=/shared/run
 EOF
@@ -56,7 +56,7 @@ while true; do # a signal ends one wait, not the job
     code=\$?
     kill -0 \$running 2>/dev/null || break
 done
-if [ \$code -eq 75 ] || [ -n "\$stopped" ]; then
+if [ \$code -eq 75 ] || [ \$code -ge 128 ] || [ -n "\$stopped" ]; then
     scontrol requeue "\$SLURM_JOB_ID"
 fi
 exit \$code

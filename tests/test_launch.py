@@ -160,7 +160,7 @@ def test_a_slurm_job_comes_back(launch, tmp_path):
     for name, text in (("srun", "exit $CODE"), ("scontrol", "echo $@")):
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    for code, told in ((0, ""), (2, ""), (75, "requeue 7\n")):
+    for code, told in ((0, ""), (1, ""), (2, ""), (75, "requeue 7\n"), (134, "requeue 7\n")):
         environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
         done = subprocess.run(
             ["bash", "-c", job], env={**environment, "CODE": str(code)}, capture_output=True, text=True, timeout=60

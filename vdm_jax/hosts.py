@@ -4,8 +4,9 @@ Each process of a job runs the same command. They find each other by what Slurm,
 
     python -m vdm_jax.train ... --coordinator=HOST:PORT --processes=2 --process=0    # and --process=1 on the other
 
-A peer that dies, or stands still for longer than config.watchdog_seconds, ends every process with exit code 75, so that
-a scheduler starts the job again; it goes on from the newest checkpoint.
+A peer that dies, or stands still for longer than config.watchdog_seconds, ends the others: with exit code 75 those that
+notice, by JAX's own abort those whose coordinator is then gone. A scheduler starts the job again, and it goes on from
+the newest checkpoint.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from absl import flags
 from jax.experimental import multihost_utils
 
@@ -25,6 +27,7 @@ from vdm_jax.errors import UserError
 
 logger = logging.getLogger("vdm_jax")
 
+COMPILING = 3600  # seconds in which the slowest process must have compiled
 TRY_AGAIN = 75  # exit code: EX_TEMPFAIL of sysexits.h
 METADATA = "http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints"  # of a TPU VM: who its peers are
 
@@ -93,6 +96,18 @@ def together(tree):
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(jax.device_get(tree), tiled=True)
+
+
+def compiled(step, *arguments):
+    """A jitted `step`, compiled for its arguments by all processes before one of them runs it.
+
+    A peer that waits in a step for one that still compiles would give it up: on a CPU after half a minute.
+    """
+    if jax.process_count() == 1:
+        return step
+    program = step.lower(*arguments).compile()
+    ocp.multihost.sync_global_processes("compiled", timeout=COMPILING)
+    return program
 
 
 def give_up(why):

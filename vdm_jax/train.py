@@ -163,6 +163,7 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
     log = run_log.MetricsLog(directory, done) if lead else None
     steps = tqdm(range(done, settings.steps), name, settings.steps, initial=done, disable=None, unit="step")
     history, losses, row, saved, due, stopped = [], [], run_log.Row(), newest, False, False
+    take = None
     trace = profiling.tracer(span, directory)
     trace(done)
     alive("the start of a stage")
@@ -171,11 +172,10 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
     for step in steps:
         with watch("data"):
             batch = pipeline.to_devices(next(batches), batch_sharding, settings.batch_size)
-        if step == done:
+        if take is None:
             with watch("compiling"):
-                state, metrics = jax.block_until_ready(program.step(state, step_key, batch, frozen))
-        else:
-            state, metrics = program.step(state, step_key, batch, frozen)
+                take = hosts.compiled(program.step, state, step_key, batch, frozen)
+        state, metrics = take(state, step_key, batch, frozen)
         history.append(metrics)
         number = step + 1
         trace(number, metrics)
