@@ -8,8 +8,8 @@ usage: launch/slurm.sh --nodes=N [options] -- training arguments
 
 Submits a job that runs python -m vdm_jax.train on each node; the processes find each other by what Slurm tells. The
 environment .venv must be there: bash -c 'source launch/env.sh; ensure_venv cuda'. Slurm sends SIGTERM two minutes
-before the time is up; that, exit code 75 (a peer was lost) and a death by signal put the job back in the queue, where it
-goes on from the newest checkpoint.
+before the time is up; that, exit code 75 (a peer was lost) and a death by signal put the job back in the queue, where
+it goes on from the newest checkpoint.
 
 launch/slurm.sh --nodes=2 --gpus=8 --time=24:00:00 -- --config=configs/t2v_300m.py --workdir=/shared/run
 EOF
