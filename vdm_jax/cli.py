@@ -38,11 +38,13 @@ def call(script, *options):
     script: a module with define_flags and main. Raises UserError.
     """
     _log()
-    known = set(flags.FLAGS)
+    known, before = set(flags.FLAGS), sys.argv
+    sys.argv = [script.__name__, *options]  # where ml_collections looks for --config.some.key
     script.define_flags()
     try:
-        script.main(_parse([script.__name__, *options]))
+        script.main(_parse(sys.argv))
     finally:
+        sys.argv = before
         for name in set(flags.FLAGS) - known:
             delattr(flags.FLAGS, name)
 

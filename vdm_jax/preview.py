@@ -9,7 +9,7 @@ from vdm_jax.data import pipeline
 CLIPS = 4
 
 
-def make(name, config, folder):
+def make(name, config, folder, mesh):
     """-> write(params, frozen, step), which leaves <step>.png (and .mp4) of stage `name` in `folder`; compiles once.
 
     For all processes: they compute together, and the first one writes.
@@ -27,7 +27,7 @@ def make(name, config, folder):
         def write(params, frozen, step):
             parts = {**frozen, name: params}
             if not generators:
-                generators.append(generate.Generator(config, parts))
+                generators.append(generate.Generator(config, parts, mesh))
             generators[0].frozen = parts
             video, audio = generators[0](captions)
             if not hosts.lead():

@@ -30,6 +30,10 @@ ACTIVATION_AXES = {
     "channel": None,
 }
 
+# Least part of a dimension on one device. XLA's partitioner of convolutions computes wrong values where a part is no
+# larger than the halo that it needs of its neighbours.
+LEAST = {"time": 2, "height": 2, "token": 2}
+
 # First match wins; axes are for the trailing dimensions, earlier ones stay whole.
 PARAMETER_RULES = (
     (r"/(query|key|value)/kernel$", ("fsdp", "tensor", None)),  # [C, heads, d]
@@ -96,18 +100,18 @@ def activation_spec(names, shape, mesh_shape):
     spec, free = [], set(MESH_AXES)
     for name, size in zip(names, shape, strict=True):
         axes = ACTIVATION_AXES[name] if name is not None else None
-        taken = _dividing([a for a in axes or () if a in free], size, mesh_shape)
+        taken = _dividing([a for a in axes or () if a in free], size, mesh_shape, LEAST.get(name, 1))
         spec.append(taken)
         free -= set(taken or ())
     return P(*spec)
 
 
-def _dividing(axes, size, mesh_shape):
-    """The leading ones of `axes` whose product divides `size` (a smaller array is left whole on the rest)."""
+def _dividing(axes, size, mesh_shape, least=1):
+    """The leading ones of `axes` whose product divides `size` into parts of at least `least`; the rest leave it whole."""
     kept, product = [], 1
     for axis in axes or ():
         product *= mesh_shape[axis]
-        if size % product:
+        if size % product or size < least * product:
             break
         if mesh_shape[axis] > 1:
             kept.append(axis)

@@ -159,7 +159,7 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
     state = program.init() if newest is None else checkpoint.restore(checkpoints, program.abstract)
 
     # ----------------------------------------------------------------------------------------------------------- loop
-    show = preview.make(name, config, directory / "previews") if config.preview_every else None
+    show = preview.make(name, config, directory / "previews", mesh) if config.preview_every else None
     log = run_log.MetricsLog(directory, done) if lead else None
     steps = tqdm(range(done, settings.steps), name, settings.steps, initial=done, disable=None, unit="step")
     history, losses, row, saved, due, stopped = [], [], run_log.Row(), newest, False, False
