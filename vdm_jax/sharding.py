@@ -107,7 +107,7 @@ def activation_spec(names, shape, mesh_shape):
 
 
 def _dividing(axes, size, mesh_shape, least=1):
-    """The leading ones of `axes` whose product divides `size` into parts of `least` or more; the others leave it whole."""
+    """The leading ones of `axes` whose product divides `size` into parts of `least` or more; others leave it whole."""
     kept, product = [], 1
     for axis in axes or ():
         product *= mesh_shape[axis]
