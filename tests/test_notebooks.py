@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers import finish, start
 
-MADE = {"quickstart": {"clips.mp4", "longer.mp4", "report"}, "tpu_training": {"run", "compiled"}}
+MADE = {"quickstart": {"clips.mp4", "longer.mp4", "report"}, "tpu_training": {"run"}}
 FOLDER = Path(__file__).parents[1] / "notebooks"
 
 
