@@ -128,27 +128,6 @@ def _conv_backward(padding, dtype, saved, grad):
 conv.defvjp(_conv_forward, _conv_backward)
 
 
-def conv_of_doubled(x, kernel, bias, dtype):
-    """`conv` with kernel [1, 3, 3, C_in, C_out] of x [B, T, h, w, C_in] at twice its height and width.
-
-    Of the 9 taps on nearest neighbours some meet the same pixel of x: four convolutions of 2x2 taps, one for each
-    place in a square of the output, are the same in 4/9 of the operations.
-    """
-    b, t, h, w, _ = x.shape
-
-    def merged(kernel, axis, place):  # the three taps along an axis -> two, for even and odd places of the output
-        first, middle, last = jnp.split(kernel, 3, axis)
-        pair = (first, middle + last) if place == 0 else (first + middle, last)
-        return jnp.concatenate(pair, axis)
-
-    def one(i, j):
-        padding = ((0, 0), (1 - i, i), (1 - j, j))
-        return conv(x, merged(merged(kernel, 1, i), 2, j), bias, padding, dtype)
-
-    out = jnp.stack([jnp.stack([one(i, j) for j in range(2)], 4) for i in range(2)], 3)  # [B, T, h, 2, w, 2, C_out]
-    return out.reshape(b, t, 2 * h, 2 * w, -1)
-
-
 def _conv_direct(x, kernel, padding):
     """XLA's own convolution of two dimensions, of which the others are folded into the batch or summed over."""
     if x.ndim == 3:  # sound

@@ -135,8 +135,6 @@ class Conv(nn.Module):
         init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (*self.window, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        if self.upsample and self.upsample[1:] == (2, 2) and self.window == (1, 3, 3) and on_cpu():
-            return cpu.conv_of_doubled(upsample(x, (self.upsample[0], 1, 1)), kernel, bias, self.dtype)
         x = upsample(x, self.upsample) if self.upsample else x
         x = conv(x, kernel, bias, self.strides, self.time_padding, self.dtype)
         return constrain_activation(x) if self.strides else x  # fewer places: they may be split over fewer devices
