@@ -164,8 +164,7 @@ def flips(count, seed, folder, steps=8, onward=5):
         except UserError:
             raise AssertionError(f"{path}: the older checkpoint was lost, too") from None
         if checkpoint.newest_step(run, STAGE) == steps:  # not seen
-            harmless = path.name in checksums.LATER and digest(final_state(run, STAGE, config)) == good
-            counts["harmless: a note of Orbax, right state" if harmless else "RESTORED WRONG"] += 1
+            counts["NOT DETECTED"] += 1
             continue
         assert len(list((run / STAGE / "damaged").iterdir())) == 1
         counts["detected, set aside"] += 1
@@ -175,7 +174,7 @@ def flips(count, seed, folder, steps=8, onward=5):
             counts["of these, trained on to the right end"] += 1
         if turn % 20 == 19:
             print(turn + 1, dict(counts), flush=True)
-    assert not counts["RESTORED WRONG"]
+    assert not counts["NOT DETECTED"]
     return counts
 
 

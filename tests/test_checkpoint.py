@@ -35,6 +35,7 @@ def save(directory, *states, losses=None, **keep):
     with checkpoint.manager(directory, **keep) as checkpoints:
         for i, one in enumerate(states):
             checkpoint.save(checkpoints, one, losses[i] if losses else 1.0)
+        checkpoint.finish(checkpoints)
 
 
 def restore(directory, abstract=None):
@@ -260,7 +261,7 @@ def test_where_all_are_damaged_none_is_moved(tmp_path, command):
     assert len(done.err) == 1 and "is missing, and 1 more are damaged" in done.err[0]
 
 
-def test_any_flipped_bit_is_found_or_changes_nothing(tmp_path):
+def test_any_flipped_bit_is_found(tmp_path):
     """The short form of `python -m tests.soak flips`."""
     folder, rng = tmp_path / "clip" / "checkpoints", np.random.default_rng(0)
     save(folder, state(1), state(2, 5.0))
@@ -273,17 +274,13 @@ def test_any_flipped_bit_is_found_or_changes_nothing(tmp_path):
             continue
         flip(folder / "2" / name, place, rng.integers(8))
         checkpoint.set_damaged_aside(folder)
-        if steps(folder) == [1]:
-            found += 1
-            shutil.rmtree(tmp_path / "clip" / "damaged")
-            for path, content in whole.items():
-                (folder / "2" / path).parent.mkdir(parents=True, exist_ok=True)
-                (folder / "2" / path).write_bytes(content)
-        else:  # Orbax's own notes: what was saved comes back all the same
-            assert name in checksums.LATER
-            equal(restore(folder), state(2, 5.0))
-            (folder / "2" / name).write_bytes(whole[epath.Path(name)])
-    assert found > 25
+        assert steps(folder) == [1], name
+        found += 1
+        shutil.rmtree(tmp_path / "clip" / "damaged")
+        for path, content in whole.items():
+            (folder / "2" / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "2" / path).write_bytes(content)
+    assert found > 35
 
 
 def test_checkpoints_from_before_there_were_checksums_are_used_with_a_warning(tmp_path, caplog):

@@ -25,6 +25,20 @@ def test_what_is_unchanged_is_good(folder):
     assert checksums.check(folder) is None
 
 
+def test_what_comes_later_can_be_added(folder):
+    whole = (folder / checksums.NAME).read_text()
+    checksums.add_later(folder)
+    assert (folder / checksums.NAME).read_text() == whole
+    for name in checksums.LATER:
+        (folder / name).write_text("of Orbax")
+    checksums.add_later(folder)
+    assert checksums.check(folder) == checksums.CHUNK + 77 + 40 + 16
+    (folder / checksums.LATER[1]).write_text("of orbax")
+    checksums.add_later(folder)  # does not make good what is damaged
+    with pytest.raises(checksums.Damaged, match=f"{checksums.LATER[1]} is damaged"):
+        checksums.check(folder)
+
+
 @pytest.mark.parametrize("name", ["a/large", "a/b/small file", "checksums.txt"])
 def test_every_flipped_bit_is_found(folder, name):
     whole = (folder / name).read_bytes()

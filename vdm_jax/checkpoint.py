@@ -78,6 +78,7 @@ def save(checkpoints, state, loss=math.inf):
     Raises UserError where this or the save before fails, and where the step, or a later one, is saved already.
     """
     step = int(state["step"])
+    finish(checkpoints)
     with _saving(checkpoints, step):
         there = checkpoints.latest_step()
         loss = loss if math.isfinite(loss) else math.inf  # Orbax would rank nan as the best
@@ -92,6 +93,10 @@ def finish(checkpoints):
     with _saving(checkpoints, checkpoints.latest_step()):
         checkpoints.wait_until_finished()
         checkpoints.check_for_errors()
+        step = checkpoints.latest_step()
+        if jax.process_index() == 0 and step is not None:
+            with contextlib.suppress(checksums.Damaged):  # is told when it is to be restored
+                checksums.add_later(checkpoints.directory / str(step))
 
 
 @contextlib.contextmanager
@@ -126,6 +131,7 @@ def set_damaged_aside(directory):
         for step in steps:
             try:
                 _verify(directory / str(step))
+                checksums.add_later(directory / str(step))  # a run that was killed may not have come to that
             except checksums.Damaged as error:
                 damaged[step] = error
         if steps and len(damaged) == len(steps):
@@ -462,6 +468,7 @@ def take_over(trained, steps, workdir, create):
         state = create(trained.frozen[stage], trained.config[stage])
         with manager(workdir / stage / "checkpoints") as checkpoints:
             save(checkpoints, state | {"step": state["step"] + steps[stage]})
+            finish(checkpoints)
     write_statistics(workdir / "denoiser" / "statistics.json", trained.frozen["statistics"])
     (workdir / "config.json").write_text(trained.config.to_json_best_effort(indent=1, sort_keys=True) + "\n")
     print(f"made {workdir}: " + ", ".join(f"{stage} at step {steps[stage]}" for stage in STAGES))

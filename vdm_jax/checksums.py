@@ -13,7 +13,7 @@ from vdm_jax.errors import UserError
 
 NAME = "checksums.txt"
 CHUNK = 1 << 22  # bytes
-# Orbax writes these when all else in a checkpoint is complete; no array and no name of one is read from them.
+# Orbax writes these when all else in a checkpoint is complete, its checksums too; no array is read by them.
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
@@ -27,7 +27,21 @@ def write(folder):
     paths = [p for p in sorted(files(folder)) if p not in (NAME, *LATER)]
     with ThreadPoolExecutor() as threads:
         lines = "".join(threads.map(lambda path: _line(folder, path)[0] + "\n", paths))
-    (folder / NAME).write_text(f"{zlib.crc32(lines.encode()):08x}\n{lines}")
+    (folder / NAME).write_text(_sealed(lines))
+
+
+def add_later(folder):
+    """Adds the checksums of the files named in LATER to those in `folder`, where there are any and these are missing."""
+    folder = epath.Path(folder)
+    if not (folder / NAME).exists():
+        return
+    lines = _read_lines(folder)
+    known = {line.split(" ", 2)[2] for line in lines.split("\n")[:-1]}
+    more = [name for name in LATER if name not in known and (folder / name).exists()]
+    if more:
+        lines += "".join(_line(folder, name)[0] + "\n" for name in more)
+        (folder / f"{NAME}.new").write_text(_sealed(lines))
+        (folder / f"{NAME}.new").replace(folder / NAME)  # a run killed here leaves the one or the other
 
 
 def check(folder):
@@ -35,9 +49,7 @@ def check(folder):
     folder = epath.Path(folder)
     if not (folder / NAME).exists():
         return None
-    first, _, lines = (folder / NAME).read_bytes().partition(b"\n")
-    if first.decode("utf-8", "replace") != f"{zlib.crc32(lines):08x}":
-        raise Damaged(f"{folder / NAME} is damaged")
+    lines = _read_lines(folder)
 
     def read(line):
         path = line.split(" ", 2)[2]
@@ -52,7 +64,19 @@ def check(folder):
         return count
 
     with ThreadPoolExecutor() as threads:
-        return sum(threads.map(read, lines.decode().split("\n")[:-1]))
+        return sum(threads.map(read, lines.split("\n")[:-1]))
+
+
+def _sealed(lines):
+    return f"{zlib.crc32(lines.encode()):08x}\n{lines}"
+
+
+def _read_lines(folder):
+    content = (folder / NAME).read_bytes().decode("utf-8", "replace")
+    lines = content.partition("\n")[2]
+    if content != _sealed(lines):
+        raise Damaged(f"{folder / NAME} is damaged")
+    return lines
 
 
 def files(folder, above=""):
