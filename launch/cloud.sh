@@ -61,6 +61,30 @@ parse() {
     done
 }
 
+# What the scripts for TPU VMs have in common; $1 is the accelerator type unless one is given. Sets $action and $common.
+tpu_vm() {
+    option name "" "name of the TPU VM"
+    option zone "" "zone, such as us-west4-a"
+    option project "" "project; gcloud's own unless given"
+    option type "$1" "accelerator type"
+    option version v2-alpha-tpuv5-lite "TPU software version"
+    option spot no "yes: spot capacity, cheaper, may be taken away"
+    option repository "" "git address of the code"
+    option branch main "branch of it"
+    shift
+    [[ "${1:-}" != -* && $# -gt 0 ]] || {
+        parse "$@"
+        die "an action is missing; see --help"
+    }
+    # shellcheck disable=SC2034
+    action="$1"
+    shift
+    parse "$@"
+    need name zone
+    common=("--zone=${opt[zone]}")
+    [[ -z "${opt[project]}" ]] || common+=("--project=${opt[project]}")
+}
+
 need() {
     local name
     for name in "$@"; do

@@ -19,27 +19,8 @@ EOF
 
 # shellcheck source=launch/cloud.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cloud.sh"
-option name "" "name of the resource, and of its node"
-option zone "" "zone, such as us-east5-a"
-option project "" "project; gcloud's own unless given"
-option type v5litepod-256 "accelerator type"
-option version v2-alpha-tpuv5-lite "TPU software version"
-option spot no "yes: spot capacity, cheaper, may be taken away"
-option repository "" "git address of the code"
-option branch main "branch of it"
 option every 300 "watch: seconds between two looks"
-
-[[ "${1:-}" != -* && $# -gt 0 ]] || {
-    parse "$@"
-    die "an action is missing; see --help"
-}
-action="$1"
-shift
-parse "$@"
-need name zone
-
-common=("--zone=${opt[zone]}")
-[[ -z "${opt[project]}" ]] || common+=("--project=${opt[project]}")
+tpu_vm v5litepod-256 "$@"
 queued=(gcloud compute tpus queued-resources)
 
 create() {

@@ -22,26 +22,7 @@ EOF
 
 # shellcheck source=launch/cloud.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cloud.sh"
-option name "" "name of the TPU VM"
-option zone "" "zone, such as us-west4-a"
-option project "" "project; gcloud's own unless given"
-option type v5litepod-8 "accelerator type"
-option version v2-alpha-tpuv5-lite "TPU software version"
-option spot no "yes: a spot VM, cheaper, may be taken away"
-option repository "" "git address of the code, for setup"
-option branch main "branch of it"
-
-[[ "${1:-}" != -* && $# -gt 0 ]] || {
-    parse "$@"
-    die "an action is missing; see --help"
-}
-action="$1"
-shift
-parse "$@"
-need name zone
-
-common=("--zone=${opt[zone]}")
-[[ -z "${opt[project]}" ]] || common+=("--project=${opt[project]}")
+tpu_vm v5litepod-8 "$@"
 tpu=(gcloud compute tpus tpu-vm)
 
 everywhere() { # runs a shell command on all workers
