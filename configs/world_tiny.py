@@ -47,28 +47,28 @@ def get_config():
     clip.model.embedding = 96
 
     denoiser = config.denoiser
-    denoiser.update(steps=2400, batch_size=32, learning_rate=3e-3, ema=0.999, cached_clips=24576)
+    denoiser.update(steps=9200, batch_size=32, learning_rate=3e-3, ema=0.999, cached_clips=24576)
     denoiser.diffusion.loss_weights.audio = 0.5
     denoiser.diffusion.patterns = dict(
-        same=0.7,
+        same=0.64,
         per_modality=0.06,
         per_frame=0.04,
         video_given=0.04,
-        audio_given=0.04,
-        image_given=0.05,
-        first_given=0.04,
-        ends_given=0.015,
-        pyramid=0.015,
+        audio_given=0.08,
+        image_given=0.04,
+        first_given=0.06,
+        ends_given=0.02,
+        pyramid=0.02,
     )
     denoiser.model.update(
         channels=(48, 112),
         audio_channels=(32, 64),
         blocks=(1, 2),
-        exchange=(False, False),
+        exchange=(False, True),
         time_strides=(1,),
         head_dim=28,
         embedding=128,
-        text_layers=1,
+        text_layers=2,
     )
 
     config.lock()

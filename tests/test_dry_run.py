@@ -62,6 +62,13 @@ def test_what_does_not_fit_is_told_with_what_would(tmp_path):
     assert fitting[0]["hbm_bytes_per_chip"] < made["hbm_capacity_bytes"]
 
 
+@compiler
+def test_slices_smaller_than_a_host_are_known():
+    script = "from vdm_jax import dry_run; print([len(dry_run.devices(f'v5e:{n}')) for n in ('1x1', '2x1', '2x4')])"
+    code, out, _ = finish(start("-c", script), 120)
+    assert code == 0 and out.strip() == "[1, 2, 8]"
+
+
 def test_suggestions_keep_to_the_mesh():
     config = tiny.get_config()
     config.clip.batch_size = 64

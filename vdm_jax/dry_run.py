@@ -110,8 +110,10 @@ def devices(name):
     told |= dict(TPU_LOG_DIR="disabled", TPU_STDERR_LOG_LEVEL="3")
     for key, value in told.items():
         os.environ.setdefault(key, value)
+    sides = [int(n) for n in re.findall(r"\d+", name.partition(":")[2])]
+    host = {"chips_per_host_bounds": [*sides, 1][:3]} if 0 < math.prod(sides) < 4 else {}  # otherwise 2 x 2 at least
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name.strip()).devices
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name.strip(), **host).devices
     except Exception as error:  # of several kinds, by the version of JAX
         told = str(error)
         if isinstance(error, AttributeError | FileNotFoundError | ModuleNotFoundError | TypeError):

@@ -121,6 +121,7 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
 
     # ---------------------------------------------------------------------------- state, abstract first, then restored
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    step_key = jax.device_put(step_key, sharding.replicated(mesh))
     program = train_state.program(stages.build(config)[name], settings, init_key, mesh, config.skip.loss_over_mean)
     checkpoint.set_damaged_aside(directory / "checkpoints")
     checkpoints = checkpoint.manager(directory / "checkpoints", **config.keep)
@@ -175,7 +176,8 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
         if take is None:
             with watch("compiling"):
                 take = hosts.compiled(program.step, state, step_key, batch, frozen)
-        state, metrics = take(state, step_key, batch, frozen)
+        with jax.transfer_guard("disallow"):  # all of it is where it is needed
+            state, metrics = take(state, step_key, batch, frozen)
         history.append(metrics)
         number = step + 1
         trace(number, metrics)
