@@ -10,54 +10,29 @@ compiler says of it: not yet run.
 Latents are [17, 32, 32, 16] for the picture and [17 * 20, 32] for the sound.
 """
 
-from configs import common
+from configs import t2v_300m
 
 
 def get_config():
-    config = common.get_config()
+    config = t2v_300m.get_config()
     config.unlock()
-    config.compute_dtype = "bfloat16"
-    config.checkpoint_every = 1000
     config.mesh.update(data=-1, fsdp=16)
-    config.data.update(source="tfds", frames=65, size=256, fps=16, sample_rate=16000, text_length=256, threads=16)
+    config.data.update(frames=65, size=256)
 
-    for stage in ("video_autoencoder", "audio_autoencoder", "clip", "denoiser"):
-        config[stage].update(optimiser="adamw", remat="blocks")
     vae = config.video_autoencoder
-    vae.update(steps=200_000, batch_size=256, learning_rate=2e-4)
-    vae.model.update(
-        patch=2,
-        channels=(128, 256, 512),
-        space_strides=(2, 2),
-        time_strides=(2, 2),
-        blocks=(2, 2, 2),
-        middle_blocks=2,
-        latent_channels=16,
-        groups=32,
-    )
-    audio = config.audio_autoencoder
-    audio.update(steps=200_000, batch_size=256, learning_rate=2e-4)
-    audio.model.update(
-        patch=8, channels=(128, 256, 512), strides=(5, 5), blocks=(2, 2, 2), latent_channels=32, groups=32
-    )
+    vae.update(steps=200_000, batch_size=256)
+    vae.model.update(channels=(128, 256, 512), blocks=(2, 2, 2))
+    config.audio_autoencoder.update(steps=200_000, batch_size=256)
     clip = config.clip
-    clip.update(steps=100_000, batch_size=4096, learning_rate=5e-4, weight_decay=0.1)
+    clip.update(steps=100_000, batch_size=4096)
     clip.model.text.update(width=1024, layers=12, heads=16)
-    clip.model.video.update(patch=8, channels=(256, 512, 1024), groups=32)
+    clip.model.video.update(channels=(256, 512, 1024))
     clip.model.embedding = 768
 
     denoiser = config.denoiser
-    denoiser.update(steps=500_000, batch_size=512, learning_rate=1e-4, warmup_steps=5000, ema=0.9999)
+    denoiser.update(steps=500_000, batch_size=512)
     denoiser.diffusion.shift = 0.5
-    denoiser.model.update(
-        channels=(512, 1024, 1792),
-        blocks=(3, 3, 4),
-        attention=(False, False, True),
-        exchange=(False, False, True),
-        time_strides=(1, 2),
-        head_dim=128,
-        embedding=2048,
-        groups=32,
-    )
+    denoiser.model.update(channels=(512, 1024, 1792), blocks=(3, 3, 4), embedding=2048)
+
     config.lock()
     return config
