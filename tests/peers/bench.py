@@ -5,7 +5,8 @@
 Latent clips [B, 16, 32, 32, 4] with text [B, 77, 512], on the CPU; `forward` is a pass without gradients, `step` is
 forward, backward and Adam. With --dtype=bfloat16 both sides compute their products in it (theirs by autocast), and keep
 float32 parameters. `diffusers` is UNet3DConditionModel with the parameters of ours; `lucidrains` is
-video-diffusion-pytorch (pip install video-diffusion-pytorch), of the same widths, but another network.
+video-diffusion-pytorch (pip install video-diffusion-pytorch), of the same widths, but another network: there the rates
+compare, in FLOPs that the models ask for, a step's with its backward pass.
 """
 
 import json
@@ -79,15 +80,17 @@ def main(argv):
     result = {"peer": options.peer, "batch": options.batch, "rounds": options.rounds, "dtype": options.dtype}
     result["params"] = {name: side.params for name, side in sides.items()}
     print(" ".join(f"{name}: {n / 1e6:.2f} M parameters;" for name, n in result["params"].items()))
-    print(f"{'':<20} {'median ms':>10} {'min':>8} {'max':>8}")
+    print(f"{'':<20} {'median ms':>10} {'min':>8} {'max':>8} {'GFLOP/s':>8}")
     for what in ("forward", "step"):
         figures = by_turns(sides, what, options.batch, options.rounds)
         for name, row in figures.items():
-            print(f"{what:<8} {name:<11} {row['median']:10.0f} {row['min']:8.0f} {row['max']:8.0f}")
-        ratio = figures["ours"]["median"] / figures[options.peer]["median"]
+            row["gflop_per_s"] = 1e3 * row["gflop"] / row["median"]
+            shown = [f"{row[key]:8.0f}" for key in ("min", "max", "gflop_per_s")]
+            print(f"{what:<8} {name:<11} {row['median']:10.0f} {' '.join(shown)}")
+        ratio, rates = (figures["ours"][key] / figures[options.peer][key] for key in ("median", "gflop_per_s"))
         compiled = figures["ours"]["compile_seconds"]
-        print(f"{what:<8} {'ratio':<11} {ratio:10.2f}   ours compiled in {compiled:.0f} s", flush=True)
-        result[what] = {**figures, "ratio": ratio}
+        print(f"{what:<8} {'ratio':<11} {ratio:10.2f} {rates:26.2f}   ours compiled in {compiled:.0f} s", flush=True)
+        result[what] = {**figures, "ratio": ratio, "ratio_of_gflop_per_s": rates}
     for side in sides.values():
         side.close()
     if options.out:

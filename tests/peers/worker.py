@@ -53,7 +53,11 @@ class Torch:
         self.params = sum(p.numel() for p in self.model.parameters())
 
     def prepare(self, what, job):
-        return {}
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            getattr(self, what)(*job)
+        return {"gflop": counter.get_total_flops() / 1e9}
 
     def forward(self, *job):
         with self.torch.no_grad(), self.autocast:
@@ -76,34 +80,41 @@ class Ours:
         import optax
 
         from tests.helpers import weights
+        from vdm_jax import flops
+        from vdm_jax.models import layers
         from vdm_jax.models.unet3d_condition import UNet3DCondition, abstract_params
 
         jax.config.update("jax_platforms", "cpu")
         model = UNet3DCondition(**unet3d.SETTINGS, dtype=jnp.dtype(dtype))
         optimiser = optax.adam(1e-4)
-        params = weights(abstract_params(model))
+        abstract = abstract_params(model)
+        params = weights(abstract)
         self.state = jax.device_put((params, optimiser.init(params)))
         self.params = sum(leaf.size for leaf in jax.tree.leaves(params))
 
         def forward(state, video, timesteps, text):
             return model.apply({"params": state[0]}, video, timesteps, text)
 
-        def step(state, video, timesteps, text):
-            def loss(params):
-                return ((forward((params,), video, timesteps, text) - video) ** 2).mean()
+        def loss(params, video, *rest):
+            return ((forward((params,), video, *rest) - video) ** 2).mean()
 
+        def count(what, job):
+            with layers.forms_of("gpu"):  # what the model asks for, not what a form of it for CPUs does
+                return flops.count(loss, abstract, *job)[what == "step"]
+
+        def step(state, *job):
             params, moments = state
-            value, gradient = jax.value_and_grad(loss)(params)
+            value, gradient = jax.value_and_grad(loss)(params, *job)
             updates, moments = optimiser.update(gradient, moments)
             return (optax.apply_updates(params, updates), moments), value
 
         self.jitted = {"forward": jax.jit(forward), "step": jax.jit(step, donate_argnums=0)}
-        self.compiled, self.wait = {}, jax.block_until_ready
+        self.compiled, self.wait, self.count = {}, jax.block_until_ready, count
 
     def prepare(self, what, job):
         start = time.perf_counter()
         self.compiled[what] = self.jitted[what].lower(self.state, *job).compile()
-        return {"compile_seconds": time.perf_counter() - start}
+        return {"compile_seconds": time.perf_counter() - start, "gflop": self.count(what, job) / 1e9}
 
     def forward(self, *job):
         self.wait(self.compiled["forward"](self.state, *job))
