@@ -3,8 +3,8 @@
     python -m vdm_jax.train --config=configs/t2v_300m.py --workdir=gs://BUCKET/run --config.data.path=gs://BUCKET/tfds
     python -m vdm_jax.dry_run --config=configs/t2v_300m.py --topology=v5e:2x4
 
-For the eight chips of a v5e or v6e host. On a single chip, as a free Colab TPU: --config.denoiser.batch_size=4 (compiled
-with --topology=v5e:1x1: not yet run). Latents are [9, 16, 16, 16] for the picture and [9 * 20, 32] for the sound.
+For the eight chips of a v5e or v6e host. On a single chip, as a free Colab TPU: --config.denoiser.batch_size=4, with
+--topology=v5e:1x1 not yet compiled. Latents are [9, 16, 16, 16] for the picture and [9 * 20, 32] for the sound.
 
 The second command: 335.9 M parameters, 8 clips a chip. A step is 5.92 TFLOP a chip, 95 % of those executed, and needs
 2.27 of 16 GiB; it receives 1.17 GiB in all-gathers, 0.51 in reduce-scatters, 0.06 in all-reduces. Bound: 48.5 ms, 58 %

@@ -6,9 +6,10 @@
 On two CPU cores that other work shared (with AMX, and config.compute_dtype=bfloat16 but for most of the video
 autoencoder): video autoencoder 4,000 steps of about 0.27 s, PSNR 35.6 dB and SSIM 0.983 on held-out clips; audio
 autoencoder 3,000 of 0.1 s, 97 % of onsets within half a frame; text encoder 1,500 of 0.7 s, the last 900 with near
-misses, recall at 1 of 100 % among 64; denoiser 8,400 of about 1.05 s, 269 thousand clips seen: One object right in 98 % of 128 prompts, two in
-15 % of 128, direction 66 %, permanence 78 %; PSNR 35.6 dB, SSIM 0.983; recall at 1 of 100 % among 64.. It was still
-improving. Figures: `python -m vdm_jax.evaluate --tasks=32`, the tables in README.md.
+misses, recall at 1 of 100 % among 64; denoiser 8,400 of about 1.05 s, 269 thousand clips seen: one object
+right in 98 % of 128 prompts, two in 15 % of 128, direction 66 %, permanence 78 %. Of one object all three are right;
+two still swap colours and shapes, and it was still improving. Figures: `python -m vdm_jax.evaluate --tasks=32`, the
+tables in README.md.
 
 The denoiser's run was not one: its learning rate fell as over 4,600, 3,200 and 10,000 steps before it fell as over
 8,400, and up to step 5,301 it had one text layer, sound and picture met at the bottleneck alone, and 4 % of its clips
@@ -18,7 +19,8 @@ What was tried: two levels of (64, 96) channels with time halved between them, 8
 right in 94 % of 32 prompts, two in none, nor after 5,000 more steps with two text layers. With time kept whole and
 two blocks a level of 112 channels two objects are there after 500 steps; after 2,400, 4 % of prompts with two are
 right, 64 % of directions, 65 % of impacts sound. Guidance of 2, 4 and 7 gives the same on 24 prompts of each kind.
-Near misses: of a caption and one with two words exchanged the text encoder preferred the right one in 62 % before (chance: 50 %), in 81 % after.
+Near misses: of a caption and one with two words exchanged the text encoder preferred the right one in 62 % before
+(chance: 50 %), in 81 % after.
 
 Muon against AdamW on the video autoencoder, same model, batches and data, PSNR with a sampled latent while training:
 28.1 dB against 23.9 dB after 300 steps (learning rates 4e-3 and 1.5e-3).

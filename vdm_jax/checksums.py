@@ -31,7 +31,7 @@ def write(folder):
 
 
 def add_later(folder):
-    """Adds the checksums of the files named in LATER to those in `folder`, where there are any and these are missing."""
+    """Adds the checksums of the files named in LATER to those in `folder`, if any, where they are missing."""
     folder = epath.Path(folder)
     if not (folder / NAME).exists():
         return
