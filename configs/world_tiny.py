@@ -11,7 +11,7 @@ right in 98 % of 128 prompts, two in 15 % of 128, direction 66 %, permanence 78 
 two still swap colours and shapes, and it was still improving. Figures: `python -m vdm_jax.evaluate --tasks=32`, the
 tables in README.md.
 
-The denoiser's run was not one: its learning rate fell as over 4,600, 3,200 and 10,000 steps before it fell as over
+The denoiser's run was not one: its learning rate fell as over 4,600, 3,200, 10,000 and 9,200 steps before as over
 8,400, and up to step 5,301 it had one text layer, sound and picture met at the bottleneck alone, and 4 % of its clips
 were given their sound where it is 8 % now. What was added began as nothing (zero outputs), so nothing was unlearnt.
 
