@@ -25,10 +25,9 @@ from vdm_jax.errors import UserError
 PAUSE = 0.3  # seconds between turns: the threads of the one before have gone to sleep
 WARM_UP = 2  # turns not counted
 # Both keep their memory from step to step and use large pages: what the system takes to hand out memory is not timed.
-# One arena, as others give theirs back after a step, which in a virtual machine the host takes while the peer has a turn.
-MALLOC = (
-    "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
-)
+# One arena: others give theirs back after a step, and the host of a virtual machine takes it in the peer's turn.
+_MALLOC = dict(mmap_max=0, trim_threshold=1 << 36, hugetlb=1, arena_max=1)
+MALLOC = ":".join(f"glibc.malloc.{key}={value}" for key, value in _MALLOC.items())
 
 
 class Side:
