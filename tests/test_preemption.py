@@ -136,4 +136,4 @@ def test_a_run_of_two_goes_on_in_one_with_the_same_losses(stopped, tmp_path):
     two, one = ({line["step"]: line["loss"] for line in lines(folder)} for folder in (two, one))
     assert list(two) == list(one) == list(range(1, steps + 1))
     after = range(newest + 1, steps + 1)  # before it, both have the lines of the run that was stopped
-    np.testing.assert_allclose([two[step] for step in after], [one[step] for step in after], rtol=1e-5)
+    np.testing.assert_allclose([two[step] for step in after], [one[step] for step in after], rtol=1e-6)

@@ -111,7 +111,8 @@ def devices(name):
     for key, value in told.items():
         os.environ.setdefault(key, value)
     sides = [int(n) for n in re.findall(r"\d+", name.partition(":")[2])]
-    host = {"chips_per_host_bounds": [*sides, 1][:3]} if 0 < math.prod(sides) < 4 else {}  # otherwise 2 x 2 at least
+    few = sides and 0 < math.prod(sides) < 4  # chips; a host has 2 x 2 unless told
+    host = {"chips_per_host_bounds": [*sides, 1][:3]} if few else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name.strip(), **host).devices
     except Exception as error:  # of several kinds, by the version of JAX
