@@ -27,7 +27,7 @@ def get_config():
     vae = config.video_autoencoder
     vae.update(steps=100_000, batch_size=64, learning_rate=2e-4)
     vae.model.update(
-        patch=2, channels=(128, 256, 384), space_strides=(2, 2), blocks=(1, 2, 2), middle_blocks=2, groups=32
+        patch=4, channels=(256, 384, 512), space_strides=(2, 1), blocks=(1, 2, 2), middle_blocks=2, groups=32
     )
     audio = config.audio_autoencoder
     audio.update(steps=100_000, batch_size=64, learning_rate=2e-4)

@@ -21,7 +21,7 @@ def get_config():
 
     vae = config.video_autoencoder
     vae.update(steps=200_000, batch_size=256)
-    vae.model.update(channels=(128, 256, 512), blocks=(2, 2, 2))
+    vae.model.update(channels=(256, 512, 512))
     config.audio_autoencoder.update(steps=200_000, batch_size=256)
     clip = config.clip
     clip.update(steps=100_000, batch_size=4096)
@@ -30,7 +30,7 @@ def get_config():
     clip.model.embedding = 768
 
     denoiser = config.denoiser
-    denoiser.update(steps=500_000, batch_size=512)
+    denoiser.update(steps=500_000, batch_size=512, remat="pointwise")
     denoiser.diffusion.shift = 0.5
     denoiser.model.update(channels=(512, 1024, 1792), blocks=(3, 3, 4), embedding=2048)
 

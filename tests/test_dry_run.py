@@ -63,10 +63,15 @@ def test_what_does_not_fit_is_told_with_what_would(tmp_path):
 
 
 @compiler
-def test_slices_smaller_than_a_host_are_known():
-    script = "from vdm_jax import dry_run; print([len(dry_run.devices(f'v5e:{n}')) for n in ('1x1', '2x1', '2x4')])"
+def test_slices_smaller_than_a_host_are_known_and_axes_that_take_part_of_a_side():
+    script = """
+from vdm_jax import dry_run, sharding
+print([len(dry_run.devices(f"v5e:{n}")) for n in ("1x1", "2x1", "2x4")])
+mesh = sharding.make_mesh(dict(data=-1, fsdp=16, sequence=1, tensor=1), dry_run.devices("v6e:8x8"))
+print(mesh.shape["data"], mesh.shape["fsdp"])
+"""
     code, out, _ = finish(start("-c", script), 120)
-    assert code == 0 and out.strip() == "[1, 2, 8]"
+    assert code == 0 and out.splitlines() == ["[1, 2, 8]", "4 16"]
 
 
 def test_suggestions_keep_to_the_mesh():

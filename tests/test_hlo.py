@@ -93,3 +93,5 @@ def test_groups_of_devices():
     assert hlo.group_size("replica_groups={{0,1,2},{3,4,5}}, more") == 3
     assert hlo.group_size("replica_groups=[16,4]<=[64]") == 4
     assert hlo.group_size("replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}") == 4
+    turned = "replica_groups=mesh['axis_0'=1,'axis_1'=16,'axis_2'=8], device_ids=([8,16]T(1,0)) {'axis_1'}"
+    assert hlo.group_size(turned) == 16

@@ -19,6 +19,7 @@ from tests import tiny
 from tests.helpers import finish, names, start, weights
 from vdm_jax import generate, overview, sharding, stages, text, train_state
 from vdm_jax.errors import UserError
+from vdm_jax.models import layers
 
 ONE = dict(data=-1, fsdp=1, sequence=1, tensor=1)
 MESHES = {
@@ -187,7 +188,7 @@ def test_eight_devices_compute_what_one_does():
     code, out, err = finish(start(__file__, JAX_NUM_CPU_DEVICES="8"), seconds=900)
     assert code == 0, "\n".join(err[-20:])
     lines = [line for line in out.splitlines() if line.startswith("equal")]
-    assert len(lines) == (4 + 2) * len(MESHES), out
+    assert len(lines) == (4 + 2 + 2) * len(MESHES), out
 
 
 def distance(tree, want):
@@ -218,10 +219,15 @@ def batches(config, rng):
     }
 
 
-def compare_losses(config):
-    """Loss and gradients of each stage. Half of them in two parts, and with each way of rematerialisation."""
+def compare_losses(config, convolved=False):
+    """Loss and gradients of each stage. Half of them in two parts, and with each way of rematerialisation.
+
+    convolved: of those with 3-D convolutions alone, in the forms of accelerators.
+    """
     trees = stages.abstract_params(config)
     for i, (name, batch) in enumerate(batches(config, np.random.default_rng(0)).items()):
+        if convolved and name not in ("video_autoencoder", "denoiser"):
+            continue
         config[name].remat = stages.REMAT[i % 3]
         config[name].accumulate = 1 + i % 2 if name != "clip" else 1
         loss = stages.build(config)[name].loss
@@ -290,4 +296,6 @@ if __name__ == "__main__":
     assert jax.device_count() == 8
     recipe = with_attention(tiny.get_config())
     compare_losses(recipe)
+    with layers.forms_of("tpu"):
+        compare_losses(recipe, convolved=True)
     compare_samples(recipe)

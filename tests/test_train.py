@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from tests import tiny
 from tests.helpers import digest, final_state, finish, start
@@ -267,6 +268,16 @@ def test_a_run_goes_on_with_its_own_models_only(command, tiny_run, option, words
     done = command(train, CONFIG, f"--workdir={tiny_run}", option)
     assert done.code == 2 and len(done.err) == 1 and words in done.err[0]
     assert (tiny_run / "config.json").read_text() == before
+
+
+def test_a_folder_is_for_one_training_at_a_time(command, tiny_run):
+    before = files(tiny_run)
+    with train.alone(epath.Path(tiny_run)):
+        done = command(train, CONFIG, f"--workdir={tiny_run}", "--stage=clip")
+    assert done.code == 2 and len(done.err) == 1 and "another training is under way" in done.err[0]
+    assert {p: h for p, h in files(tiny_run).items() if p.name != "lock"} == before
+    with train.alone(epath.Path(tiny_run)):  # and free again
+        pass
 
 
 def test_one_line_and_exit_code_2_from_a_shell(tmp_path):

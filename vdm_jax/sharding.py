@@ -11,7 +11,8 @@ import re
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vdm_jax.errors import UserError
@@ -53,7 +54,10 @@ def make_mesh(sizes, devices=None):
     """
     shape = mesh_shape(sizes, jax.device_count() if devices is None else len(devices))
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=types, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    # An axis may take part of a side of the slice: 16 devices of an 8 x 8 one.
+    placed = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def mesh_shape(sizes, count):
@@ -93,6 +97,26 @@ def constrain(x, *names):
     if mesh.size > 1:
         x = jax.lax.with_sharding_constraint(x, activation_spec(names, x.shape, mesh.shape))
     return checkpoint_name(x, ACTIVATION)
+
+
+def split(axis):
+    """Whether the current mesh splits anything along an axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape[axis] > 1
+
+
+def by_rows(f, x, *whole):
+    """f(x, *whole), in which each device sees its own rows of x [B, ...] alone and all of the others.
+
+    f may then merge rows with other dimensions, which a partitioner could not follow. Along other axes of the mesh
+    arrays are split as they were.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = None if mesh.empty else _dividing(ACTIVATION_AXES["batch"], x.shape[0], mesh.shape)
+    if axes is None:
+        return f(x, *whole)
+    specs = (P(axes), *(P() for _ in whole))
+    return jax.shard_map(f, in_specs=specs, out_specs=P(axes), axis_names=set(axes))(x, *whole)
 
 
 def activation_spec(names, shape, mesh_shape):

@@ -6,10 +6,16 @@ A finished stage is skipped, an interrupted one goes on from its newest checkpoi
 the step under way, saved, with exit code 0; a second such signal ends it at once.
 """
 
+import contextlib
 import errno
 import json
 import logging
 import time
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import jax
 import numpy as np
@@ -53,11 +59,11 @@ def main(argv):
     # ------------------------------------------------------------------------------------------------ run folder
     names = checkpoint.STAGES if options.stage == "all" else (options.stage,)
     mesh, source = check(config, names)  # before anything is written
-    write_config(workdir, config)
     logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
 
     alive = hosts.watchdog(config.watchdog_seconds)
-    with jax.set_mesh(mesh), hosts.together_to_the_end(), preemption.watching() as stop:
+    with alone(workdir), jax.set_mesh(mesh), hosts.together_to_the_end(), preemption.watching() as stop:
+        write_config(workdir, config)
         for name in names:
             try:
                 if not train_stage(name, config, workdir, mesh, source, stop, alive, span):
@@ -86,6 +92,30 @@ def check(config, names):
         sharding.check_batch(config[name].batch_size, mesh, config[name].accumulate)
     stages.check_mesh(config, mesh, names)
     return mesh, pipeline.source(config)
+
+
+@contextlib.contextmanager
+def alone(workdir):
+    """Keeps other trainings out of a run's folder, which it makes, as long as this process lives. Raises UserError.
+
+    In a bucket, which has no locks, it is for the launcher to start a run once.
+    """
+    if not hosts.lead() or fcntl is None or "://" in str(workdir):
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        held = open(workdir / "lock", "a")
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
+    with held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another training is under way in {workdir}: stop it, or use another --workdir") from None
+        except OSError as error:  # a file system without locks
+            logger.debug("%s cannot be locked: %s", workdir, error)
+        yield
 
 
 def write_config(workdir, config):

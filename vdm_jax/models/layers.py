@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdm_jax.models import cpu
-from vdm_jax.sharding import constrain
+from vdm_jax.sharding import by_rows, constrain, split
 
 _platform = contextvars.ContextVar("platform", default=None)
 
@@ -96,12 +96,44 @@ def conv(x, kernel, bias, strides=None, time_padding="same", dtype=jnp.float32):
     if on_cpu() and max(strides) == 1:
         return cpu.conv(x, kernel, bias, tuple(padding), dtype)
     x, kernel, bias = x.astype(dtype), kernel.astype(dtype), bias.astype(dtype)
-    x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
     if on_cpu():
+        x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
         return (_conv_products(x, kernel, strides) + bias).astype(jnp.float32)
+    return _conv_direct(x, kernel, tuple(strides), tuple(padding)) + bias
+
+
+def _conv_direct(x, kernel, strides, padding):
+    """XLA's own convolution; a factorised one of a video in as many dimensions as its window has.
+
+    With few clips a device XLA's form of a 3-D one for TPUs cuts frames into pieces with halos: up to half as many
+    FLOPs again. Frames stay outermost in both forms, so that nothing is moved from one to the other.
+    """
+
+    def space(x, kernel):  # frames of all clips are the batch
+        b, t = x.shape[:2]
+        x = x.swapaxes(0, 1).reshape(t * b, *x.shape[2:])
+        out = _convolved(x, kernel[0], strides[1:], padding[1:])
+        return out.reshape(t, b, *out.shape[1:]).swapaxes(0, 1)
+
+    def time(x, kernel):  # pixels of all clips are
+        b, t, h, w, c = x.shape
+        x = x.swapaxes(0, 1).reshape(t, b * h * w, c)
+        out = _convolved(x, kernel[:, 0, 0], strides[:1], padding[:1], "WNC")
+        return out.reshape(-1, b, h, w, out.shape[-1]).swapaxes(0, 1)
+
+    if kernel.ndim == 5 and not split("sequence"):
+        if kernel.shape[0] == strides[0] == 1:
+            return by_rows(space, x, kernel)
+        if kernel.shape[1:3] == strides[1:] == (1, 1):
+            return by_rows(time, x, kernel)
+    return _convolved(x, kernel, strides, padding)
+
+
+def _convolved(x, kernel, strides, padding, layout=None):
     space = "DHW"[-len(strides) :]
-    dims = (f"N{space}C", f"{space}IO", f"N{space}C")
-    return jax.lax.conv_general_dilated(x, kernel, strides, "VALID", dimension_numbers=dims) + bias
+    layout = layout or f"N{space}C"
+    dims = (layout, f"{space}IO", layout)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dims)
 
 
 def _conv_products(x, kernel, strides):
@@ -214,8 +246,9 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         groups = math.gcd(self.groups, channels)
         shape = x.shape
-        x = x.astype(jnp.float32).reshape(shape[0], self.frames or shape[1], -1, channels)  # [B, frames, P, C]
-        pixels = x.shape[2]
+        frames = self.frames or shape[1]
+        x = x.astype(jnp.float32).reshape(shape[0], frames, shape[1] // frames, *shape[2:])  # [B, frames, ..., C]
+        pixels = math.prod(x.shape[2:-1])
 
         def coefficients(total, squares, parameters):
             """All of the above as y = x * a + b, from each channel's sums: a, b [B, frames, C]."""
@@ -238,9 +271,12 @@ class GroupNorm(nn.Module):
 
         parameters = jax.tree.map(lambda p: p.astype(jnp.float32), (scale, bias, offset, film))
         if on_cpu():
+            x = x.reshape(shape[0], frames, pixels, channels)
             return cpu.scaled(coefficients, self.activation, x, parameters).reshape(shape)
-        a, b = coefficients(x.sum(2), jnp.square(x).sum(2), parameters)
-        return self.activation(x * a[:, :, None] + b[:, :, None]).reshape(shape).astype(self.dtype)
+        over = tuple(range(2, x.ndim - 1))  # height and width stay apart: to merge them XLA for TPUs would copy
+        a, b = coefficients(x.sum(over), jnp.square(x).sum(over), parameters)
+        a, b = jnp.expand_dims(a, over), jnp.expand_dims(b, over)
+        return self.activation(x * a + b).reshape(shape).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -363,14 +399,15 @@ class Attention(nn.Module):
         return constrain(out, "batch", "token", "channel")
 
 
-def transformer_layer(x, mask, heads, index, zero=False, dtype=jnp.float32):
+def transformer_layer(x, mask, heads, index, positions=None, zero=False, dtype=jnp.float32):
     """Layer number `index` of a pre-norm transformer over tokens x [B, L, C]; for use inside a compact module.
 
-    mask: bool [B, L], True = may be read. zero: the layer starts as nothing.
+    mask: bool [B, L], True = may be read. positions: [L], for rotary ones. zero: the layer starts as nothing.
     """
     channels = x.shape[-1]
+    attention = Attention(heads, channels // heads, dtype=dtype, name=f"attention_{index}")
     h = LayerNorm(dtype=dtype, name=f"norm_attention_{index}")(x)
-    x = x + Attention(heads, channels // heads, dtype=dtype, name=f"attention_{index}")(h, mask=mask)
+    x = x + attention(h, mask=mask, positions=positions)
     h = LayerNorm(dtype=dtype, name=f"norm_mlp_{index}")(x)
     h = nn.gelu(Dense(4 * channels, dtype=dtype, name=f"expand_{index}")(h))
     return x + Dense(channels, zero=zero, dtype=dtype, name=f"contract_{index}")(h)

@@ -102,7 +102,8 @@ class TextRefiner(nn.Module):
     """Transformer layers on the text states [B, L, D], trained with the denoiser.
 
     A contrastive text encoder names what is there, and hardly tells which colour goes with which shape
-    (arXiv:2210.01936): what it leaves out can be learnt here. The layers start as nothing.
+    (arXiv:2210.01936): what it leaves out can be learnt here. Which words belong together shows in how far apart they
+    are, hence the rotary positions. The layers start as nothing.
     """
 
     layers: int
@@ -112,9 +113,10 @@ class TextRefiner(nn.Module):
     @nn.compact
     def __call__(self, states, mask):
         x = states.astype(stored(self.dtype))
+        heads = max(1, x.shape[-1] // self.head_dim)
+        positions = jnp.arange(x.shape[1]) / 20  # bytes to rotary periods of 20 bytes, some three words, to 2,000
         for i in range(self.layers):
-            heads = max(1, x.shape[-1] // self.head_dim)
-            x = transformer_layer(x, mask, heads, i, zero=True, dtype=self.dtype)
+            x = transformer_layer(x, mask, heads, i, positions, zero=True, dtype=self.dtype)
         return x
 
 
