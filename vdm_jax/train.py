@@ -59,11 +59,10 @@ def main(argv):
     # ------------------------------------------------------------------------------------------------ run folder
     names = checkpoint.STAGES if options.stage == "all" else (options.stage,)
     mesh, source = check(config, names)  # before anything is written
-    logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
-
     alive = hosts.watchdog(config.watchdog_seconds)
     with alone(workdir), jax.set_mesh(mesh), hosts.together_to_the_end(), preemption.watching() as stop:
         write_config(workdir, config)
+        logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
         for name in names:
             try:
                 if not train_stage(name, config, workdir, mesh, source, stop, alive, span):
