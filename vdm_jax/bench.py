@@ -45,8 +45,7 @@ DATA_SECONDS = 3.0  # how long the pipeline is watched
 def main(argv):
     options = flags.FLAGS
     config = options.config
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
+    cli.only_options(argv)
     if config is None:
         raise UserError("--config=FILE is missing")
     config.sample.update({key: options[key].value for key in ("steps", "method") if options[key].value is not None})

@@ -17,6 +17,12 @@ def define_config():
     return config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/world.py.", lock_config=True)
 
 
+def only_options(argv):
+    """Raises UserError where a command line has a word that is no option."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
+
+
 def use_cache(config):
     """Keeps compiled programs in the folder config.compilation_cache, if any, for later processes."""
     if config.compilation_cache:

@@ -70,8 +70,7 @@ SHOWN = (
 def main(argv):
     options = flags.FLAGS
     config = options.config
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
+    cli.only_options(argv)
     if config is None or not options.topology:
         raise UserError("give both --config=FILE and --topology=NAME, e.g. --topology=v5e:4x4")
     if not 0 < options.mfu <= 1:

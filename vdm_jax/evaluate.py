@@ -51,8 +51,7 @@ SHOWN = 8  # samples on the page
 
 def main(argv):
     options = flags.FLAGS
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
+    cli.only_options(argv)
     if not options.out:
         raise UserError("--out is missing: the folder for the report")
     began = time.perf_counter()

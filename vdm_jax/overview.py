@@ -17,6 +17,7 @@ from vdm_jax.sharding import path_name
 
 
 def main(argv):
+    cli.only_options(argv)
     config = flags.FLAGS.config
     if config is None:
         raise UserError("--config=FILE is missing")

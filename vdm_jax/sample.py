@@ -91,8 +91,7 @@ def read_given(config, frames, files):
 
 def main(argv):
     options = flags.FLAGS
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
+    cli.only_options(argv)
     if not options.out:
         raise UserError("--out is missing: a file such as clip.mp4, or a folder with --prompts")
     if (options.prompt is None) == (options.prompts is None):

@@ -47,8 +47,7 @@ DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 def main(argv):
     options = flags.FLAGS
     config = options.config
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
+    cli.only_options(argv)
     if config is None or not options.workdir:
         raise UserError("give both --config=FILE and --workdir=DIR, e.g. --config=configs/world_tiny.py --workdir=run")
     workdir = epath.Path(options.workdir)

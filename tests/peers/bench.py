@@ -76,8 +76,7 @@ def by_turns(sides, what, batch, rounds):
 
 def main(argv):
     options = flags.FLAGS
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
+    cli.only_options(argv)
     sides = {name: Side(name, options.dtype) for name in ("ours", options.peer)}
     result = {"peer": options.peer, "batch": options.batch, "rounds": options.rounds, "dtype": options.dtype}
     result["params"] = {name: side.params for name, side in sides.items()}
