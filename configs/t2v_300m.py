@@ -6,9 +6,9 @@
 For the eight chips of a v5e or v6e host. On a single chip, as a free Colab TPU: --config.denoiser.batch_size=4, with
 --topology=v5e:1x1 not yet compiled. Latents are [9, 16, 16, 16] for the picture and [9 * 20, 32] for the sound.
 
-The second command: 335.9 M parameters, 8 clips a chip. A step is 5.92 TFLOP a chip, 95 % of those executed, and needs
-2.27 of 16 GiB; it receives 1.17 GiB in all-gathers, 0.51 in reduce-scatters, 0.06 in all-reduces. Bound: 48.5 ms, 58 %
-of it compute, 42 % memory; 50 chip-hours for all steps at an assumed 40 % of the peak.
+The second command: 335.9 M parameters, 8 clips a chip. A step is 6.00 TFLOP a chip, 96 % of those executed, and needs
+2.48 of 16 GiB; it receives 1.20 GiB in all-gathers, 0.66 in all-reduces, 0.22 in reduce-scatters. Bound: 57.2 ms, 51 %
+of it compute, 49 % memory; 51 chip-hours for all steps at an assumed 40 % of the peak.
 """
 
 from configs import common
