@@ -117,6 +117,7 @@ def test_goodput_is_the_share_of_time_in_steps():
     lap = watch.lap(3)
     assert watch.spent == {}
     assert 0 < lap["data_wait_share"] < 1 and lap["step_seconds"] > 0.1
+    assert 0.2 / 1000 < lap["saving_share"] < 1
     assert watch.stepping >= 0.3 and 0 < watch.goodput() < 1  # a sleep is at least as long as asked
 
 

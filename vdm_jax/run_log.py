@@ -79,13 +79,17 @@ class Watch:
         self.mark, self.spent = time.perf_counter(), {}
 
     def lap(self, steps):
-        """-> {'step_seconds', 'data_wait_share'} of the `steps` since the last lap, saves and previews left out."""
+        """-> {'step_seconds', 'data_wait_share'} of the `steps` since the last lap, saves and previews left out.
+
+        And 'saving_share': the share of all wall time since then that the steps stood still for a save.
+        """
         whole = time.perf_counter() - self.mark
         waited, compiling = (self.spent.pop(what, 0.0) for what in ("data", "compiling"))
         seconds = max(whole - sum(self.spent.values()), 1e-9)
+        saving = self.spent.get("saving", 0.0) / max(whole, 1e-9)
         self.stepping += seconds - waited - compiling
         self.start()
-        return {"step_seconds": seconds / steps, "data_wait_share": waited / seconds}
+        return {"step_seconds": seconds / steps, "data_wait_share": waited / seconds, "saving_share": saving}
 
     def goodput(self):
         """The share of wall time since the beginning of the stage that went into steps."""
