@@ -7,9 +7,13 @@ Parameters are split over groups of 16 chips, so that a shard is still wide and 
 with the same memory and traffic a chip; of the forward pass what products give is kept, the rest computed again. The
 autoencoder cuts frames into squares of 4 x 4 pixels first: from squares of 2 x 2 its encoder alone was half the bound.
 
-The TPU compiler of v5e:16x16 (6.5 minutes of CPU time): 1,957.8 M parameters, 2 clips a chip. A step is 35.5 TFLOP a
-chip, 33.2 as executed, and needs 7.3 of 16 GiB; it receives 7.1 GiB in all-gathers and 7.3 in all-reduces. Bound:
-255 ms, 64 % of it compute, 36 % memory. v6e:8x8 and v5p:4x4x4: not yet run.
+What the TPU compilers say of 1,957.8 M parameters and a batch of 512, at the lowest priority beside other work for the
+last two, so that their compile times say little (v5e:16x16: 6.5 minutes of CPU time):
+
+              clips a chip   executed/model   HBM a chip     all-gather, all-reduce   bound    compute  memory  network
+    v5e:16x16            2             0.94   7.3 of 16 GiB        7.1, 7.3 GiB       255 ms     64 %    36 %     30 %
+    v6e:8x8              8             0.93  21.6 of 32 GiB        7.1, 7.2 GiB       257 ms     52 %    48 %     13 %
+    v5p:4x4x4            8             0.93  18.7 of 95 GiB        7.1, 7.2 GiB       352 ms     81 %    19 %      7 %
 
 Latents are [17, 32, 32, 16] for the picture and [17 * 20, 32] for the sound.
 """
