@@ -4,7 +4,7 @@
     python -m vdm_jax.dry_run --config=configs/t2v_300m.py --topology=v5e:2x4
 
 For the eight chips of a v5e or v6e host. On a single chip, as a free Colab TPU: --config.denoiser.batch_size=4, which
---topology=v5e:1x1 says fits in 6.7 of 16 GiB (bound 48 ms, 27 % of it compute: 4 clips are few for the optimiser's bytes).
+--topology=v5e:1x1 says fits in 6.7 of 16 GiB (bound 48 ms, 27 % of it compute).
 Latents are [9, 16, 16, 16] for the picture and [9 * 20, 32] for the sound.
 
 The second command: 335.9 M parameters, 8 clips a chip. A step is 6.00 TFLOP a chip, 96 % of those executed, and needs
