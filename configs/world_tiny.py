@@ -13,8 +13,8 @@ The denoiser's run was not one: its learning rate fell as over 4,600, 3,200, 10,
 steps before as over 13,600. Up to step 5,301 it had one text layer, sound and picture met at the bottleneck alone, and
 4 % of its clips were given their sound where it is 8 % now; up to step 8,400 the text layers knew no positions;
 with them they began anew. What was added began as nothing (zero outputs), so that nothing was unlearnt. Up to step
-13,600 shift was 1 and sigmoid_bias -1; the 3,400 steps after began with a new optimiser, a peak of 2e-3 and the clips
-of seed 1.
+13,600 shift was 1 and sigmoid_bias -1; the 3,400 steps after, in float32 and on a machine without AMX, began with a new
+optimiser, a peak of 2e-3 (falling as over 4,500 steps for the first 449, then as over 3,400) and the clips of seed 1.
 
 Shift and bias: with 1 and -1 the denoiser told a caption of two objects from one with shapes exchanged for 97 % of
 96 clips at log_snr -4 and above, where clips show already what goes where, for 60 % at -6, where it is settled; and
