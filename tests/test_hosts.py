@@ -135,7 +135,8 @@ def test_nobody_waits_for_a_process_that_is(tmp_path, how):
         given = options(run, stage, 100_000, *SPLIT, "--config.watchdog_seconds=15")
         first, second = deadline.start(2, "train", *given, devices=1)
         while not (run / stage / "metrics.jsonl").exists() or not losses(run, stage):
-            assert first.poll() is None and deadline.left() > 60, "no step in time"
+            assert first.poll() is None, "\n".join(finish(first, 1)[2])
+            assert deadline.left() > 60, "no step in time"
             time.sleep(0.5)
         os.kill(second.pid, signal.SIGSTOP if how == "stuck" else signal.SIGKILL)
         ((code, err),) = deadline.finish([first])

@@ -195,7 +195,6 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
     take = None
     trace = profiling.tracer(span, directory)
     trace(done)
-    alive("the start of a stage")
     stop.stepping, beat = True, 0.0
     watch.start()
     for step in steps:
@@ -204,6 +203,7 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
         if take is None:
             with watch("compiling"):
                 take = hosts.compiled(program.step, state, step_key, batch, frozen)
+            alive(f"compiling the step of {name}")  # not before: that takes as long as it takes
         with jax.transfer_guard("disallow"):  # all of it is where it is needed
             state, metrics = take(state, step_key, batch, frozen)
         history.append(metrics)
