@@ -412,11 +412,12 @@ def test_all_guidance_is_one_call():
     assert guided["video"].shape == (2, FRAMES, 1, 1, 2)
 
 
-def test_given_frames_may_be_lightly_noised():
-    given = {"video": np.array([True, False, False])}
-    levels = samplers.schedule_matrix(4, FRAMES, CONFIG, given, given_time=0.02)["video"]
-    np.testing.assert_allclose(levels[:, 0], diffusion.log_snr(0.02, CONFIG), rtol=1e-6)
-    assert levels[0, 0] < 12 and (levels[-1, 1:] == 12).all()
+def test_frames_to_go_on_from_may_be_lightly_noised():
+    given = {"video": np.array([True, False, False]), "audio": np.ones(FRAMES, bool)}
+    levels = samplers.schedule_matrix(4, FRAMES, CONFIG, given, given_time=0.02)
+    np.testing.assert_allclose(levels["video"][:, 0], diffusion.log_snr(0.02, CONFIG), rtol=1e-6)
+    assert levels["video"][0, 0] < 12 and (levels["video"][-1, 1:] == 12).all()
+    assert (levels["audio"] == 12).all()  # given whole: exact
 
 
 # --------------------------------------------------------------------------------------------------

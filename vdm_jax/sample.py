@@ -2,7 +2,7 @@
 
     python -m vdm_jax.sample --prompt="a red circle moving right" --out=clip.mp4 [--workdir=DIR] [--seconds=2 --steps=32
         --guidance=4 --seed=0 --method=dpmpp_2m] [--image=x.png | --video=x.mp4 | --audio=x.wav | --continue=x.mp4 |
-        --between=x.mp4,y.mp4] [--history_guidance=1 --history_fraction=0 --modality_guidance=1 --given_time=0 --lag=0]
+        --between=x.mp4,y.mp4] [--history_guidance=1 --history_fraction=0 --modality_guidance=1 --given_time=0.02 --lag=0]
     python -m vdm_jax.sample --prompts=file.txt --out=FOLDER
 
 Without --workdir the reference weights that ship with the package are used.
@@ -162,7 +162,7 @@ def define_run_flags():
     flags.DEFINE_float("history_guidance", None, "Weight of what is given.")
     flags.DEFINE_float("modality_guidance", None, "Weight of the sound on the picture, and the other way round.")
     flags.DEFINE_float("history_fraction", None, "Guide by what is given, noised to this time; 0: as it is.")
-    flags.DEFINE_float("given_time", None, "Lightly noise what is given to this time, such as 0.02.")
+    flags.DEFINE_float("given_time", None, "Lightly noise frames to go on from to this time.")
     flags.DEFINE_integer("lag", None, "Steps each latent frame is behind the one before: a pyramid.", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**31 - 1)
 

@@ -31,9 +31,10 @@ def schedule_matrix(steps, frames, config, given=None, lag=0, spacing="time", rh
     """Levels {"video": [N+1, T], "audio": [N+1, T]} from pure noise to clean.
 
     steps: denoising steps of each frame; frames: T. given: {"video": [T], "audio": [T]} bool
-    (either may be left out), frames that are clean from the start, or stay lightly noised at time
-    given_time. lag: how many steps each frame is behind the one before it: 0, all together; more, a
-    pyramid of N = steps + lag * (frames to make - 1).
+    (either may be left out), frames that are clean from the start; where a modality is given in
+    part, to be gone on with, they stay lightly noised at time given_time (arXiv:2502.06764).
+    lag: how many steps each frame is behind the one before it: 0, all together; more, a pyramid of
+    N = steps + lag * (frames to make - 1).
     spacing: even in 'time' t, in 'log_snr', or as 'karras' in (sigma / alpha)^(1 / rho).
     """
     one_of("spacing", spacing, SPACINGS)
@@ -62,8 +63,8 @@ def schedule_matrix(steps, frames, config, given=None, lag=0, spacing="time", rh
     order = np.maximum(np.cumsum(~(masks["video"] & masks["audio"])) - 1, 0)  # [T]
     row = np.arange(steps + lag * order[-1] + 1)[:, None]
     matrix = ladder[np.clip(row - lag * order, 0, steps)]  # [N+1, T]
-    known = float(log_snr(given_time, config)) if given_time else high
-    return {name: jnp.asarray(np.where(mask, known, matrix)) for name, mask in masks.items()}
+    lightly = float(log_snr(given_time, config)) if given_time else high
+    return {n: jnp.asarray(np.where(mask, high if mask.all() else lightly, matrix)) for n, mask in masks.items()}
 
 
 # --------------------------------------------------------------------------------------------------
