@@ -2,7 +2,8 @@
 
     python -m vdm_jax.sample --prompt="a red circle moving right" --out=clip.mp4 [--workdir=DIR] [--seconds=2 --steps=32
         --guidance=4 --seed=0 --method=dpmpp_2m] [--image=x.png | --video=x.mp4 | --audio=x.wav | --continue=x.mp4 |
-        --between=x.mp4,y.mp4] [--history_guidance=1 --history_fraction=0 --modality_guidance=1 --given_time=0.02 --lag=0]
+        --between=x.mp4,y.mp4] [--history_guidance=1 --history_fraction=0 --modality_guidance=1 --given_time=0.02
+        --lag=0]
     python -m vdm_jax.sample --prompts=file.txt --out=FOLDER
 
 Without --workdir the reference weights that ship with the package are used.
