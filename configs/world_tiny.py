@@ -6,7 +6,7 @@
 On two CPU cores that other work shared (with AMX, and config.compute_dtype=bfloat16 but for most of the video
 autoencoder): video autoencoder 4,000 steps of about 0.27 s, PSNR 35.6 dB and SSIM 0.983 on held-out clips; audio
 autoencoder 3,000 of 0.1 s, 97 % of onsets within half a frame; text encoder 1,500 of 0.7 s, the last 900 with near
-misses, recall at 1 of 100 % among 64; denoiser 17,000 of 1.05 to 1.45 s, 544 thousand clips seen. Figures:
+misses, recall at 1 of 100 % among 64; denoiser 20,400 of 1.05 to 1.45 s, 653 thousand clips seen. Figures:
 `python -m vdm_jax.evaluate --tasks=32 --samplers=dpmpp_2m:16,ddim:64`, the tables in README.md.
 
 The denoiser's run was not one: its learning rate fell as over 4,600, 3,200, 10,000, 9,200, 8,400, 13,000 and 14,200
@@ -15,6 +15,7 @@ steps before as over 13,600. Up to step 5,301 it had one text layer, sound and p
 with them they began anew. What was added began as nothing (zero outputs), so that nothing was unlearnt. Up to step
 13,600 shift was 1 and sigmoid_bias -1; the 3,400 steps after, in float32 and on a machine without AMX, began with a new
 optimiser, a peak of 2e-3 (falling as over 4,500 steps for the first 449, then as over 3,400) and the clips of seed 1.
+So did the 3,400 after them, with seed 2, objects (0.3, 0.7), and from their step 201 on same 0.58, first_given 0.12.
 
 Shift and bias: with 1 and -1 the denoiser told a caption of two objects from one with shapes exchanged for 97 % of
 96 clips at log_snr -4 and above, where clips show already what goes where, for 60 % at -6, where it is settled; and
@@ -64,7 +65,7 @@ def get_config():
     clip.model.embedding = 96
 
     denoiser = config.denoiser
-    denoiser.update(steps=17000, batch_size=32, learning_rate=3e-3, ema=0.999, cached_clips=24576)
+    denoiser.update(steps=20400, batch_size=32, learning_rate=3e-3, ema=0.999, cached_clips=24576)
     # What moves, and which thing is which, shows in all latents of a clip at once: it is settled at far more noise than
     # a single latent would be.
     denoiser.diffusion.update(shift=0.135, sigmoid_bias=-5.0)
