@@ -30,7 +30,9 @@ class Numbers:
 
 def numbers(count, start=0, seed=0, batch_size=4, length=10, rows=None):
     """[count, rows]: the items in `count` batches from step `start` on."""
-    batches = pipeline.batches(Numbers(length), batch_size=batch_size, seed=seed, start=start, data=DATA, rows=rows)
+    batches = pipeline.batches(
+        Numbers(length), batch_size=batch_size, seed=seed, start=start, data=DATA, to_example=dict, rows=rows
+    )
     return np.stack([batch["number"] for batch in itertools.islice(batches, count)])
 
 

@@ -84,7 +84,9 @@ def _inputs(eqn, body, inputs):
     if eqn.primitive.name == "while":
         return inputs[eqn.params["cond_nconsts"] :]
     if eqn.primitive.name == "scan":  # what a step carries over, the next one reads
-        first, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+        same = lambda pairs: [a.aval.shape == b.aval.shape for a, b in pairs]  # noqa: E731 all else has an axis more
+        carried = sum(same(zip(eqn.outvars, body.outvars)))
+        first = sum(same(zip(eqn.invars, body.invars))) - carried
         told = _count(body, inputs)[2]
         again = [a or b for a, b in zip(inputs[first : first + carried], told[:carried])]
         return inputs[:first] + again + inputs[first + carried :]

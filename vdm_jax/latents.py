@@ -90,7 +90,7 @@ def _encoded_batches(config, frozen, source, count):
 
 
 class Encoded:
-    """Encoded clips in memory, as a data source: items {'z': latents, 'text': condition}."""
+    """Encoded clips in memory, as a data source."""
 
     def __init__(self, arrays):
         self.arrays = arrays
@@ -98,10 +98,10 @@ class Encoded:
     def __len__(self):
         return len(self.arrays["pooled"])
 
-    def __getitem__(self, i):
-        a = {name: x[i] for name, x in self.arrays.items()}
-        z = {"video": a["video"].astype(np.float32), "audio": a["audio"].astype(np.float32)}
-        words = {"states": a["states"].astype(np.float32), "mask": a["mask"], "pooled": a["pooled"]}
+    def take(self, numbers):
+        """The items of these numbers as one, {'z': latents, 'text': condition}: a leading axis more."""
+        a = {name: x[numbers] for name, x in self.arrays.items()}
+        z, words = ({name: a[name] for name in names} for names in (("video", "audio"), ("states", "mask", "pooled")))
         return {"z": z, "text": words}
 
 
@@ -116,8 +116,7 @@ def _cached(config, frozen, source, folder):
     parts = {name: [] for name in names}
     for z, words in _encoded_batches(config, frozen, source, count):
         for name, x in {**z, **words}.items():
-            half = name in ("video", "audio", "states")
-            parts[name].append(np.asarray(x, np.float16) if half else np.asarray(x))
+            parts[name].append(np.asarray(x, np.float16) if x.dtype == np.float32 else np.asarray(x))
     arrays = {name: np.concatenate(x)[:count] for name, x in parts.items()}
     if hosts.lead():
         folder.mkdir(parents=True, exist_ok=True)

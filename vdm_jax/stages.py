@@ -206,7 +206,7 @@ def abstract_batch(config, name):
         return clips
     words = jax.eval_shape(lambda p, t: encode_text(config, p, t), abstract_frozen(config), tokens)
     z = {m: jax.ShapeDtypeStruct((rows, *shape), jnp.float32) for m, shape in latent_shapes(size).items()}
-    return {"z": z, "text": words}
+    return jax.tree.map(lambda x: x if x.dtype == bool else x.update(dtype=jnp.float16), {"z": z, "text": words})
 
 
 def abstract_frozen(config):
@@ -368,6 +368,8 @@ def build(config):
         if z is None:
             z = jax.lax.stop_gradient(encode(config, frozen, batch["video"], batch["audio"]))
             words = jax.lax.stop_gradient(encode_text(config, frozen, batch["tokens"]))
+        else:  # from the cache, in half precision
+            z, words = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32), (z, words))
         drop_key, key = jax.random.split(key)
         null = encode_text(config, frozen, text.encode([text.NULL_TEXT], config.data.text_length))
         cond = conditioning.drop_text(drop_key, words, null, config.denoiser.text_dropout)

@@ -1,8 +1,9 @@
 """Times our UNet3DCondition beside a PyTorch denoiser, by turns, so that both meet the same state of the machine.
 
-    python -m tests.peers.bench --peer=diffusers [--rounds=5 --batch=1 --dtype=float32 --out=peers.json]
+    python -m tests.peers.bench --peer=diffusers [--rounds=5 --batch=1 --dtype=float32 --device=cpu --out=peers.json]
 
-Latent clips [B, 16, 32, 32, 4] with text [B, 77, 512], on the CPU; `forward` is a pass without gradients, `step` is
+Latent clips [B, 16, 32, 32, 4] with text [B, 77, 512], on the CPU or, --device=gpu, on a CUDA GPU, where theirs is
+compiled by torch.compile and channels last; `forward` is a pass without gradients, `step` is
 forward, backward and Adam. With --dtype=bfloat16 both sides compute their products in it (theirs by autocast), and keep
 float32 parameters. `diffusers` is UNet3DConditionModel with the parameters of ours; `lucidrains` is
 video-diffusion-pytorch (pip install video-diffusion-pytorch), of the same widths, but another network: there the rates
@@ -33,13 +34,13 @@ MALLOC = ":".join(f"glibc.malloc.{key}={value}" for key, value in _MALLOC.items(
 class Side:
     """A worker process."""
 
-    def __init__(self, name, dtype):
+    def __init__(self, name, dtype, device):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.peers.worker", name, dtype],
+            [sys.executable, "-m", "tests.peers.worker", name, dtype, device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "GLIBC_TUNABLES": MALLOC},
+            env={**os.environ, "GLIBC_TUNABLES": MALLOC, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # two on one GPU
         )
         self.params = self.read()["params"]
 
@@ -77,8 +78,9 @@ def by_turns(sides, what, batch, rounds):
 def main(argv):
     options = flags.FLAGS
     cli.only_options(argv)
-    sides = {name: Side(name, options.dtype) for name in ("ours", options.peer)}
+    sides = {name: Side(name, options.dtype, options.device) for name in ("ours", options.peer)}
     result = {"peer": options.peer, "batch": options.batch, "rounds": options.rounds, "dtype": options.dtype}
+    result["device"] = options.device
     result["params"] = {name: side.params for name, side in sides.items()}
     print(" ".join(f"{name}: {n / 1e6:.2f} M parameters;" for name, n in result["params"].items()))
     print(f"{'':<20} {'median ms':>10} {'min':>8} {'max':>8} {'GFLOP/s':>8}")
@@ -86,8 +88,8 @@ def main(argv):
         figures = by_turns(sides, what, options.batch, options.rounds)
         for name, row in figures.items():
             row["gflop_per_s"] = 1e3 * row["gflop"] / row["median"]
-            shown = [f"{row[key]:8.0f}" for key in ("min", "max", "gflop_per_s")]
-            print(f"{what:<8} {name:<11} {row['median']:10.0f} {' '.join(shown)}")
+            shown = [f"{row[key]:8.1f}" for key in ("min", "max", "gflop_per_s")]
+            print(f"{what:<8} {name:<11} {row['median']:10.1f} {' '.join(shown)}")
         ratio, rates = (figures["ours"][key] / figures[options.peer][key] for key in ("median", "gflop_per_s"))
         compiled = figures["ours"]["compile_seconds"]
         print(f"{what:<8} {'ratio':<11} {ratio:10.2f} {rates:26.2f}   ours compiled in {compiled:.0f} s", flush=True)
@@ -101,6 +103,7 @@ def main(argv):
 def define_flags():
     flags.DEFINE_enum("peer", "diffusers", ("diffusers", "lucidrains"), "What to run beside ours.")
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "What products are computed in.")
+    flags.DEFINE_enum("device", "cpu", ("cpu", "gpu"), "Where both run.")
     flags.DEFINE_integer("rounds", 5, "Turns of each side that count.", lower_bound=1)
     flags.DEFINE_integer("batch", 1, "Clips.", lower_bound=1)
     flags.DEFINE_string("out", None, "JSON file to write.")

@@ -1,10 +1,11 @@
 """One denoiser in a process of its own, timed on request.
 
-    python -m tests.peers.worker ours float32     # or diffusers, lucidrains; or bfloat16
+    python -m tests.peers.worker ours float32 cpu     # or diffusers, lucidrains; or bfloat16; or gpu
 
 What to run and with how many clips, 'forward 1' or 'step 1', comes on stdin; the answer is one line of JSON on stdout.
 The first line tells the number of parameters. PyTorch's models run in evaluation mode, so without dropout, in the
-training step as well: both sides compute the same.
+training step as well: both sides compute the same. On a GPU they are compiled and channels last, and what a job reads
+is there before it is timed.
 """
 
 import functools
@@ -40,41 +41,60 @@ def lucidrains():
 
 
 class Torch:
-    def __init__(self, make, dtype):
+    def __init__(self, make, dtype, device):
         import torch
 
-        self.torch = torch
+        self.torch, self.gpu = torch, device == "gpu"
+        self.device = "cuda" if self.gpu else "cpu"
         torch.manual_seed(0)
         torch.set_num_threads(THREADS)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as XLA does
         self.model, self.call = make()
-        self.model.eval()
-        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+        self.model.eval().to(self.device)
         self.optimiser = torch.optim.Adam(self.model.parameters(), 1e-4)
         self.params = sum(p.numel() for p in self.model.parameters())
+        self.run = self.model
+        if self.gpu:
+            self.run = torch.compile(self.model.to(memory_format=torch.channels_last))
+        self.autocast = torch.autocast(self.device, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def place(self, job):
+        return [self.torch.as_tensor(x, device=self.device) for x in job]
 
     def prepare(self, what, job):
         from torch.utils.flop_counter import FlopCounterMode
 
+        compiled, self.run = self.run, self.model
         with FlopCounterMode(display=False) as counter:
             getattr(self, what)(*job)
-        return {"gflop": counter.get_total_flops() / 1e9}
+        self.run = compiled
+        start = time.perf_counter()
+        if self.gpu:
+            getattr(self, what)(*job)
+        return {"compile_seconds": time.perf_counter() - start, "gflop": counter.get_total_flops() / 1e9}
+
+    def wait(self):
+        if self.gpu:
+            self.torch.cuda.synchronize()
 
     def forward(self, *job):
         with self.torch.no_grad(), self.autocast:
-            self.call(self.model, *job)
+            self.call(self.run, *job)
+        self.wait()
 
     def step(self, video, timesteps, text):
         self.optimiser.zero_grad(set_to_none=True)
         with self.autocast:
-            loss = (self.call(self.model, video, timesteps, text) - self.torch.as_tensor(video)).square().mean()
+            loss = (self.call(self.run, video, timesteps, text) - video).square().mean()
         loss.backward()
         self.optimiser.step()
+        self.wait()
 
 
 class Ours:
     """A training step gives its state away to the next."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, device):
         import jax
         import jax.numpy as jnp
         import optax
@@ -84,7 +104,7 @@ class Ours:
         from vdm_jax.models import layers
         from vdm_jax.models.unet3d_condition import UNet3DCondition, abstract_params
 
-        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_platforms", "cuda" if device == "gpu" else "cpu")
         model = UNet3DCondition(**unet3d.SETTINGS, dtype=jnp.dtype(dtype))
         optimiser = optax.adam(1e-4)
         abstract = abstract_params(model)
@@ -109,7 +129,7 @@ class Ours:
             return (optax.apply_updates(params, updates), moments), value
 
         self.jitted = {"forward": jax.jit(forward), "step": jax.jit(step, donate_argnums=0)}
-        self.compiled, self.wait, self.count = {}, jax.block_until_ready, count
+        self.compiled, self.wait, self.count, self.place = {}, jax.block_until_ready, count, jax.device_put
 
     def prepare(self, what, job):
         start = time.perf_counter()
@@ -131,11 +151,11 @@ SIDES = {
 
 
 def main():
-    side, prepared = SIDES[sys.argv[1]](dtype=sys.argv[2]), {}
+    side, prepared = SIDES[sys.argv[1]](dtype=sys.argv[2], device=sys.argv[3]), {}
     print(json.dumps({"params": side.params}), flush=True)
     for line in sys.stdin:
         what, batch = line.split()
-        job = unet3d.job(unet3d.SETTINGS, batch=int(batch))
+        job = side.place(unet3d.job(unet3d.SETTINGS, batch=int(batch)))
         if line not in prepared:
             prepared[line] = side.prepare(what, job)
         start = time.perf_counter()

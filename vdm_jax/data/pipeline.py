@@ -47,38 +47,44 @@ def example(item, text_length, kinds=()):
 
 
 class _Batches:
-    """Random access to `rows` of the global batch of every step from `start` on."""
+    """Random access to `rows` of the global batch of every step from `start` on; take(numbers) gives items as one."""
 
-    def __init__(self, samples, batch_size, start, rows):
-        self.samples, self.batch_size, self.start, self.rows = samples, batch_size, start, rows
+    def __init__(self, order, take, batch_size, start, rows):
+        self.order, self.take, self.batch_size, self.start, self.rows = order, take, batch_size, start, rows
 
     def __len__(self):
         return 2**31 - 1
 
     def __getitem__(self, step):
         first = (self.start + step) * self.batch_size
-        rows = [self.samples[first + j] for j in self.rows]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+        return self.take([int(self.order[first + j]) for j in self.rows])
 
 
 def batches(items, *, batch_size, seed, start, data, to_example=None, rows=None):
     """Endless iterator of numpy batches, beginning with the batch of step `start`.
 
-    items: a random-access source; to_example maps one of its items to a dict of arrays (default: the item itself).
-    rows: which of the batch this process is to load (default: all).
+    items: a random-access source; to_example maps one of its items to a dict of arrays. Or, without to_example, one
+    whose take(numbers) gives several items as one. rows: which of the batch this process is to load (default: all).
     """
-    samples = grain.MapDataset.source(items).seed(seed).shuffle().repeat()
-    if to_example is not None:
-        samples = samples.map(to_example)
-    batches = _Batches(samples, batch_size, start, range(batch_size) if rows is None else rows)
+
+    def take(numbers):
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *[to_example(items[i]) for i in numbers])
+
+    take = items.take if to_example is None else take
+    batches = _Batches(_order(items, seed), take, batch_size, start, range(batch_size) if rows is None else rows)
     read = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(read))
 
 
 def sample_ids(items, *, batch_size, seed, step):
     """Which of the source's items the batch of step `step` (from 0) holds: what to look at when a step went wrong."""
-    order = grain.MapDataset.range(len(items)).seed(seed).shuffle().repeat()
+    order = _order(items, seed)
     return [int(order[step * batch_size + j]) for j in range(batch_size)]
+
+
+def _order(items, seed):
+    """The endless shuffle of the items' numbers."""
+    return grain.MapDataset.range(len(items)).seed(seed).shuffle().repeat()
 
 
 def to_devices(batch, sharding, batch_size):
