@@ -8,6 +8,7 @@ from tests import tiny
 from tests.helpers import weights
 from vdm_jax import latents, sharding, stages
 from vdm_jax.data import pipeline
+from vdm_jax.models import layers
 
 
 @pytest.fixture
@@ -27,6 +28,16 @@ def test_statistics_give_zero_mean_and_unit_variance(config):
     for s in scaled.values():
         np.testing.assert_allclose(s["mean"], 0, atol=1e-3)
         np.testing.assert_allclose(s["std"], 1, rtol=1e-3)
+
+
+def test_accelerators_forms_measure_the_same(config):
+    params = {name: weights(tree) for name, tree in stages.abstract_params(config).items()}
+    config.denoiser.statistics_clips = 32
+    source = pipeline.source(config)
+    want = latents.measure(config, params, source)
+    with layers.forms_of("gpu"):
+        got = latents.measure(config, params, source)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
 
 
 def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run, tmp_path, monkeypatch):

@@ -84,7 +84,8 @@ def _encoded_batches(config, frozen, source, count):
         data=config.data,
         to_example=to_example,
     )
-    with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=jax.local_devices()[:1])):
+    alone = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.local_devices()[:1])
+    with jax.set_mesh(alone):
         for _ in tqdm(range(-(-count // rows)), "encode", disable=None if hosts.lead() else True, unit="batch"):
             yield hosts.together(encode(frozen, next(batches)))
 

@@ -55,7 +55,9 @@ class Torch:
         self.params = sum(p.numel() for p in self.model.parameters())
         self.run = self.model
         if self.gpu:
-            self.run = torch.compile(self.model.to(memory_format=torch.channels_last))
+            for p in self.model.parameters():  # those over time have a dimension more, which this format is not for
+                p.data = p.data.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p.data
+            self.run = torch.compile(self.model)
         self.autocast = torch.autocast(self.device, torch.bfloat16, enabled=dtype == "bfloat16")
 
     def place(self, job):
