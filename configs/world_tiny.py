@@ -9,8 +9,9 @@ autoencoder 3,000 of 0.1 s, 97 % of onsets within half a frame; text encoder 1,5
 misses, recall at 1 of 100 % among 64; denoiser 20,400 of 1.05 to 1.45 s, 653 thousand clips seen. Figures:
 `python -m vdm_jax.evaluate --tasks=32 --samplers=dpmpp_2m:16,ddim:64`, the tables in README.md.
 
-On an H100 (jax 0.11.2, batch_size 128, compute_dtype bfloat16): denoiser 25 ms a step by vdm_jax.bench, 5,063 clips a
-second, 17 TFLOP/s, 1.7 % of the peak, with a compile of 158 s beside two others; in training 60 ms a step.
+On an H100 (jax 0.11.2), `python -m vdm_jax.bench --config=configs/world_tiny.py --config.denoiser.batch_size=128
+--config.compute_dtype=bfloat16`: 25 ms a step, 5,063 clips a second, 17 TFLOP/s, 1.7 % of the peak, with a compile of
+158 s beside two other compiles; in training 60 ms a step.
 
 The denoiser's run was not one: its learning rate fell as over 4,600, 3,200, 10,000, 9,200, 8,400, 13,000 and 14,200
 steps before as over 13,600. Up to step 5,301 it had one text layer, sound and picture met at the bottleneck alone, and

@@ -84,13 +84,16 @@ def _inputs(eqn, body, inputs):
     if eqn.primitive.name == "while":
         return inputs[eqn.params["cond_nconsts"] :]
     if eqn.primitive.name == "scan":  # what a step carries over, the next one reads
-        same = lambda pairs: [a.aval.shape == b.aval.shape for a, b in pairs]  # noqa: E731 all else has an axis more
-        carried = sum(same(zip(eqn.outvars, body.outvars)))
-        first = sum(same(zip(eqn.invars, body.invars))) - carried
+        carried = _same_shapes(eqn.outvars, body.outvars)  # what is stacked or sliced has an axis more outside
+        first = _same_shapes(eqn.invars, body.invars) - carried
         told = _count(body, inputs)[2]
         again = [a or b for a, b in zip(inputs[first : first + carried], told[:carried])]
         return inputs[:first] + again + inputs[first + carried :]
     return inputs
+
+
+def _same_shapes(outside, inside):
+    return sum(a.aval.shape == b.aval.shape for a, b in zip(outside, inside))
 
 
 def _products(eqn):

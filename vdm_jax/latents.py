@@ -117,7 +117,7 @@ def _cached(config, frozen, source, folder):
     parts = {name: [] for name in names}
     for z, words in _encoded_batches(config, frozen, source, count):
         for name, x in {**z, **words}.items():
-            parts[name].append(np.asarray(x, np.float16) if x.dtype == np.float32 else np.asarray(x))
+            parts[name].append(np.asarray(x) if x.dtype == bool else np.asarray(x, np.float16))
     arrays = {name: np.concatenate(x)[:count] for name, x in parts.items()}
     if hosts.lead():
         folder.mkdir(parents=True, exist_ok=True)
