@@ -2,11 +2,12 @@
 
     python -m tests.peers.bench --peer=diffusers [--rounds=5 --batch=1 --dtype=float32 --device=cpu --out=peers.json]
 
-Latent clips [B, 16, 32, 32, 4] with text [B, 77, 512], on the CPU or, with --device=gpu, on a CUDA GPU, where theirs is
-compiled by torch.compile and channels last. `forward` is a pass without gradients, `step` is forward, backward and Adam. With --dtype=bfloat16 both sides compute their products in it (theirs by autocast), and keep
-float32 parameters. `diffusers` is UNet3DConditionModel with the parameters of ours; `lucidrains` is
-video-diffusion-pytorch (pip install video-diffusion-pytorch), of the same widths, but another network: there the rates
-compare, in FLOPs that the models ask for, a step's with its backward pass.
+Latent clips [B, 16, 32, 32, 4] with text [B, 77, 512], on the CPU or, with --device=gpu, on a CUDA GPU, where theirs
+is compiled by torch.compile and channels last. `forward` is a pass without gradients, `step` is forward, backward and
+Adam. With --dtype=bfloat16 both sides compute their products in it (theirs by autocast), and keep float32 parameters.
+`diffusers` is UNet3DConditionModel with the parameters of ours; `lucidrains` is video-diffusion-pytorch (pip install
+video-diffusion-pytorch), of the same widths, but another network: there the rates compare, in FLOPs that the models
+ask for, a step's with its backward pass.
 """
 
 import json
