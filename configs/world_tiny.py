@@ -81,7 +81,7 @@ def get_config():
     clip.model.embedding = 96
 
     denoiser = config.denoiser
-    denoiser.update(steps=20400, batch_size=32, learning_rate=3e-3, ema=0.999, cached_clips=24576)
+    denoiser.update(steps=27016, batch_size=32, learning_rate=3e-3, ema=0.999, cached_clips=24576)
     # What moves, and which thing is which, shows in all latents of a clip at once: it is settled at far more noise than
     # a single latent would be.
     denoiser.diffusion.update(shift=0.135, sigmoid_bias=-5.0)
