@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import common, files, t2v_300m, t2v_pod, world, world_tiny
+from configs import choices, common, files, t2v_300m, t2v_pod, world, world_tiny
 from tests import tiny
 from tests.helpers import weights
 from vdm_jax import flops, sharding, stages, text
@@ -49,6 +49,21 @@ def test_layout(config):
     assert size == stages.Layout(5, 1250, 250, 2, 3, 4.0, (4, 4, 4), (4, 4))
     assert stages.layout(config, 13).latent_frames == 7
     assert stages.latent_shapes(size) == {"video": (3, 4, 4, 4), "audio": (12, 4)}
+
+
+@pytest.mark.parametrize("choice", choices.CHOICES)
+def test_a_choice_differs_from_the_default_in_what_it_names(choice):
+    config, default = choices.get_config(choice).denoiser.to_dict(), choices.get_config().denoiser.to_dict()
+
+    def merged(base, changes):
+        return base | {k: merged(base[k], v) if isinstance(v, dict) else v for k, v in changes.items()}
+
+    assert config == merged(default, choices.CHOICES[choice]) and (config != default or choice == "default")
+
+
+def test_an_unknown_choice_is_named():
+    with pytest.raises(UserError, match="no choice 'eps': use one of default, noise, x0"):
+        choices.get_config("eps")
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,21 @@ def test_muon_moves_every_kernel_by_an_orthogonal_matrix_and_the_rest_as_adam():
         np.testing.assert_allclose(updates[name]["bias"], -0.1 * (1 + 0.09 / 0.19), rtol=1e-3)
 
 
+def test_muon_begins_as_that_of_optax_which_takes_kernels_one_by_one():
+    rng = np.random.default_rng(1)
+    shapes = {"a": (3, 3, 4, 16), "b": (16, 36), "c": (36, 16), "query": (32, 2, 8), "out": (2, 8, 32)}
+    inputs = {"a": 3, "b": 1, "c": 1, "query": 1, "out": 2}  # of the axes, the first so many
+    tree = {name: {"kernel": rng.normal(size=s).astype("f")} for name, s in shapes.items()}
+    ours = optim.optimiser(settings(optimiser="muon", warmup_steps=0, weight_decay=0.1, clip_norm=1e9))
+    axes = {
+        n: {"kernel": optax.contrib.MuonDimensionNumbers(tuple(range(i)), tuple(range(i, len(shapes[n]))))}
+        for n, i in inputs.items()
+    }
+    theirs = optax.contrib.muon(0.1, weight_decay=0.1, consistent_rms=0.2, muon_weight_dimension_numbers=axes)
+    mine, other = (method.update(tree, method.init(tree), tree)[0] for method in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), mine, other)
+
+
 def test_an_unknown_optimiser_is_named():
     with pytest.raises(UserError, match="'sgd' is unknown: use adamw or muon"):
         optim.optimiser(settings(optimiser="sgd"))
