@@ -341,6 +341,35 @@ def test_nothing_to_learn_is_no_loss():
     assert all(np.isnan(metrics[f"eps_mse_video_{i}"]) for i in range(4))
 
 
+@pytest.mark.parametrize("target", diffusion.TARGETS)
+def test_near_miss_loss_by_hand(target):
+    z, seen, config = latents(batch=4), {}, dict(log_snr=(-6.0, -2.0), weight=0.5, anchor=0.25)
+    right, wrong = {"off": jnp.array([0.1, 0.2, 0.3, 0.4])}, {"off": jnp.array([0.2, 0.1, 0.3, 0.5])}
+
+    def denoise(z_t, level, cond):  # each element of the picture's eps is off by what the condition says
+        assert cond["off"].shape == (8,)
+        seen["level"] = level
+        x = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), z)
+        exact = diffusion.to_target(x, diffusion.to_eps(x, z_t, level, "x0"), level, target)
+        off = cond["off"][:, None] / jnp.sqrt(diffusion.eps_error(level["video"], target))
+        return exact | {"video": exact["video"] + diffusion.spread(off, exact["video"])}
+
+    total, metrics = diffusion.near_miss_loss(denoise, jax.random.key(0), z, right, wrong, target, config)
+    for level in seen["level"].values():  # both captions of a clip at one level, one clip in each quarter of the range
+        np.testing.assert_array_equal(level, np.repeat(level[::2, :1], 2, axis=0) + 0 * level)
+        assert sorted(np.floor(level[::2, 0])) == [-6, -5, -4, -3]
+    error = np.square(np.stack([right["off"], wrong["off"]])) * 5 * 2 * 2 * 3
+    logit = (error[1] - error[0])[[0, 1, 3]]  # the third clip's captions are the same
+    told = np.log1p(np.exp(-logit)).mean()
+    np.testing.assert_allclose(metrics["near_miss_loss"], told, rtol=1e-3)
+    np.testing.assert_allclose(metrics["near_miss_told"], 2 / 3)
+    np.testing.assert_allclose(total, 0.5 * told + 0.25 * error[0].mean(), rtol=1e-3)
+
+    total, metrics = diffusion.near_miss_loss(denoise, jax.random.key(0), z, right, right, target, config)
+    np.testing.assert_allclose(total, 0.25 * error[0].mean(), rtol=1e-3)
+    assert np.isnan(metrics["near_miss_told"])
+
+
 @pytest.mark.parametrize("ends", [(-20.0, -19.0), (19.0, 20.0), (-12.0, 12.0)])
 @pytest.mark.parametrize("schedule", diffusion.SCHEDULES)
 def test_gradient_is_finite_at_both_extremes(schedule, ends):

@@ -63,6 +63,7 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
     size = stages.layout(config)
     assert {m: z.shape for m, z in item["z"].items()} == stages.latent_shapes(size)
     assert {k: x.shape for k, x in item["text"].items()} == {"states": (96, 16), "mask": (96,), "pooled": (16,)}
+    assert jax.tree.map(np.shape, item["near_miss"]) == jax.tree.map(np.shape, item["text"])
 
     # Item 5 is the sixth clip of the shuffled source.
     batch = next(
@@ -72,14 +73,15 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
             seed=config.seed,
             start=0,
             data=config.data,
-            to_example=lambda item: pipeline.example(item, config.data.text_length),
+            to_example=lambda item: pipeline.example(item, config.data.text_length, config.denoiser.near_misses),
         )
     )
     batch = {name: x[5:6] for name, x in batch.items()}
     z = jax.jit(lambda f, b: stages.encode(config, f, b["video"], b["audio"]))(frozen, batch)
-    words = jax.jit(lambda f, b: stages.encode_text(config, f, b["tokens"]))(frozen, batch)
+    words = jax.jit(lambda f, b: [stages.encode_text(config, f, b[name]) for name in ("tokens", "near_miss")])
+    words = dict(zip(("text", "near_miss"), words(frozen, batch)))
     same = lambda a, b: np.testing.assert_allclose(a, b[0], rtol=2e-3, atol=2e-3)  # noqa: E731 half precision
-    jax.tree.map(same, item, {"z": z, "text": words})
+    jax.tree.map(same, item, {"z": z, **words})
 
     again_frozen, again, times = prepare()
     assert times == 0
@@ -89,5 +91,7 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
     assert len(prepare()[1]) == 20 and len(encoded) == 1
     config.seed = 1
     assert prepare()[2] == 1
+    config.denoiser.near_misses = ()
+    assert set(prepare()[1].arrays) == {"z", "text"} and len(encoded) == 1
     config.denoiser.cached_clips = 0
     assert prepare()[1] is source

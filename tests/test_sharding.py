@@ -126,6 +126,9 @@ def test_parts_of_a_batch_must_divide_too():
     ):
         with pytest.raises(UserError, match=words):
             sharding.check_batch(size, mesh, parts)
+    sharding.check_batch(48, mesh, 2, 3)
+    with pytest.raises(UserError, match=r"x 2 parts \(accumulate\) x 3 clips \(near_miss.every\): use 48$"):
+        sharding.check_batch(32, mesh, 2, 3)
 
 
 @pytest.mark.parametrize("sizes, told", [
@@ -210,13 +213,14 @@ def batches(config, rng):
     tokens = text.encode([f"clip {i}" for i in range(8)], config.data.text_length)
     words = {"states": rng.normal(size=(8, 96, 16)), "pooled": rng.normal(size=(8, 16))}
     words = {k: x.astype(np.float32) for k, x in words.items()} | {"mask": text.mask(tokens)}
+    near = words | {"states": words["states"][::-1]}
     video = rng.integers(0, 256, (8, 5, 16, 16, 3), np.uint8)
     audio = rng.uniform(-1, 1, (8, size.samples)).astype(np.float32)
     return {
         "video_autoencoder": {"video": video},
         "audio_autoencoder": {"audio": audio},
         "clip": {"tokens": tokens, "video": video},
-        "denoiser": {"z": z, "text": words},
+        "denoiser": {"z": z, "text": words, "near_miss": near},
     }
 
 

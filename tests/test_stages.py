@@ -38,7 +38,7 @@ def clips(batch=4, seed=0):
     video = rng.integers(0, 256, (batch, 5, 16, 16, 3), np.uint8)
     audio = rng.uniform(-1, 1, (batch, 1250)).astype(np.float32)
     tokens = text.encode([f"clip {i}" for i in range(batch)], 96)
-    return {"video": video, "audio": audio, "tokens": tokens}
+    return {"video": video, "audio": audio, "tokens": tokens, "near_miss": tokens[::-1]}
 
 
 # ---------------------------------------------------------------------------------------------------------- sizes
@@ -211,12 +211,16 @@ def test_the_denoiser_takes_clips_or_what_they_encode_to(config, frozen):
     @jax.jit
     def run(key):
         z = stages.encode(config, frozen, batch["video"], batch["audio"])
-        words = stages.encode_text(config, frozen, batch["tokens"])
-        encoded = loss_fn(frozen["denoiser"], key, {"z": z, "text": words}, frozen)[0]
-        return encoded, loss_fn(frozen["denoiser"], key, batch, frozen)[0]
+        words, near = (stages.encode_text(config, frozen, batch[name]) for name in ("tokens", "near_miss"))
+        encoded = loss_fn(frozen["denoiser"], key, {"z": z, "text": words, "near_miss": near}, frozen)
+        plain = loss_fn(frozen["denoiser"], key, {"z": z, "text": words}, frozen)
+        return encoded, loss_fn(frozen["denoiser"], key, batch, frozen), plain
 
-    encoded, afresh = run(jax.random.key(0))
+    (encoded, told), (afresh, _), (plain, metrics) = run(jax.random.key(0))
     np.testing.assert_allclose(encoded, afresh, rtol=1e-5)
+    np.testing.assert_allclose(told["loss_video"], metrics["loss_video"], rtol=1e-5)
+    weight = config.denoiser.near_miss.weight
+    assert encoded - plain > weight * told["near_miss_loss"] > 0  # and the anchor
 
 
 def test_stft_distance():

@@ -38,7 +38,8 @@ def get_config():
 
     denoiser = config.denoiser
     denoiser.update(tiny)
-    denoiser.update(cached_clips=32, statistics_clips=32)
+    denoiser.update(cached_clips=32, statistics_clips=32, near_misses=(world.DIRECTIONS,))
+    denoiser.near_miss.every = 1
     # Time halves once, so T = 3 is odd there.
     denoiser.model.update(
         channels=(16, 16), blocks=(1, 1), attention=(False, False), exchange=(False, False), time_strides=(2,)

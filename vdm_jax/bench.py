@@ -87,7 +87,7 @@ def show(key, value):
 def train(config, name, mesh, repeats):
     """One train step of stage `name`; the state is moved on, as in training."""
     settings = config[name]
-    sharding.check_batch(settings.batch_size, mesh, settings.accumulate)
+    stages.check_batch(config, name, mesh)
     stage = stages.build(config)[name]
     program = train_state.program(stage, settings, jax.random.key(0), mesh)
     frozen = stages.abstract_frozen(config) if name == "denoiser" else {}

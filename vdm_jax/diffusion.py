@@ -1,4 +1,4 @@
-"""Diffusion maths: noise schedules, noising, prediction targets, loss weights, patterns, loss.
+"""Diffusion maths: noise schedules, noising, prediction targets, loss weights, patterns, losses.
 
 Pure functions of arrays, explicit keys and a config mapping; no network, no state. The process is
 variance preserving,
@@ -357,3 +357,43 @@ def loss(denoise_fn, key, z, cond, config):
             here = made & (bins == i)
             metrics[f"eps_mse_{name}_{i}"] = jnp.where(here, eps_mse, 0).sum() / here.sum()
     return total / weights, metrics
+
+
+def near_miss_loss(denoise_fn, key, z, right, wrong, target, config):
+    """Has the denoiser tell a clip's caption from one that is nearly right, as a classifier of the two would.
+
+    The squared error of eps by a caption stands for -log p(clip | caption), as in arXiv:2303.16203, section 3; here
+    that of the picture, summed, at one level a clip, even over config.log_snr, with the same noise for both. With
+    logit = error by the wrong caption - error by the right one, the loss is
+
+        weight * mean of softplus(-logit)  +  anchor * mean of the right one's error.
+
+    z: latents as for `loss`, of P clips; right, wrong: conditions of P rows; rows where they are the same count for
+    the anchor alone. target: what denoise_fn predicts. Returns (scalar float32, metrics): `near_miss_loss`, the mean
+    of softplus(-logit), and `near_miss_told`, the share with logit > 0; nan where no caption has a near miss.
+    """
+    level_key, noise_key = jax.random.split(key)
+    rows, frames = z["video"].shape[:2]
+    low, high = config["log_snr"]
+    one = low + (high - low) * _strata(level_key, rows, 1)  # [P, 1]
+    level = {name: jnp.broadcast_to(one, (rows, frames)) for name in z}
+
+    x = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), z)
+    eps = noise_like(noise_key, x)
+    z_t, wanted = add_noise(x, eps, level), to_target(x, eps, level, target)["video"]
+
+    def both(a, b):  # [2 P, ...]: one after the other, so that on a mesh each device keeps its own
+        return jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])
+
+    twice = jax.tree.map(lambda x: both(x, x), (z_t, level))
+    prediction = denoise_fn(*twice, jax.tree.map(both, right, wrong))["video"].astype(wanted.dtype)
+    squares = jnp.square(prediction.reshape(rows, 2, -1) - wanted.reshape(rows, 1, -1)).sum(2)
+    by_right, by_wrong = (eps_error(one, target) * squares).T
+
+    differ = [jnp.any((a != b).reshape(rows, -1), 1) for a, b in zip(jax.tree.leaves(right), jax.tree.leaves(wrong))]
+    differ = jnp.any(jnp.stack(differ), 0)
+    logit = by_wrong - by_right
+    told = jnp.where(differ, jax.nn.softplus(-logit), 0).sum()
+    total = config["weight"] * told / jnp.maximum(differ.sum(), 1) + config["anchor"] * by_right.mean()
+    share = (differ & (logit > 0)).sum() / differ.sum()
+    return total, {"near_miss_loss": told / differ.sum(), "near_miss_told": share}

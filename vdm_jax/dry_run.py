@@ -129,7 +129,7 @@ def check(config, part, stage, rows, found):
     mesh = sharding.make_mesh(config.mesh, found)
     stages.check_mesh(config, mesh, [stage])
     if part == "train":
-        sharding.check_batch(config[stage].batch_size, mesh, config[stage].accumulate)
+        stages.check_batch(config, stage, mesh)
     else:
         sharding.check_batch(rows, mesh)
 
@@ -291,16 +291,17 @@ def suggestions(config, stage, result):
     mesh = {**config.mesh, **{a: n for a, n in result["mesh"].items()}}
     ways = result["mesh"].get("data", 1) * result["mesh"].get("fsdp", 1)
     used, room = result["hbm_bytes_per_chip"], 0.9 * result["hbm_capacity_bytes"]
-    held, rows = result["argument_bytes"], settings.batch_size // ways
+    held, rows, every = result["argument_bytes"], settings.batch_size // ways, stages.together(config, stage)
     if used and held < room:
         # Temporaries shrink with the clips at once; gradients of parts are added up in float32.
         sums = 4 * result["params"] / result["mesh"].get("fsdp", 1)
-        for parts in (n for n in range(2, rows + 1) if rows % n == 0 and n > settings.accumulate):
+        for parts in (n for n in range(2, rows + 1) if rows % (n * every) == 0 and n > settings.accumulate):
             if held + sums + (used - held) * settings.accumulate / parts <= room:
                 found.append({f"{stage}.accumulate": parts})
                 break
         fewer = int(rows * (room - held) / (used - held))
-        if fewer := fewer // settings.accumulate * settings.accumulate:
+        least = settings.accumulate * every
+        if fewer := fewer // least * least:
             found.append({f"{stage}.batch_size": fewer * ways})
     if settings.remat != "blocks":
         found.append({f"{stage}.remat": "blocks"})

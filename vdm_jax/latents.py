@@ -46,8 +46,8 @@ def measure(config, params, source):
     count = config.denoiser.statistics_clips
     logger.info("measuring latent statistics on %d clips", count)
     sums = {}
-    for z, _ in _encoded_batches(config, params, source, count):
-        for name, x in z.items():
+    for batch in _encoded_batches(config, params, source, count):
+        for name, x in batch["z"].items():
             x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
             n, total, squares = sums.get(name, (0, 0.0, 0.0))
             sums[name] = n + len(x), total + x.sum(0), squares + np.square(x).sum(0)
@@ -60,18 +60,20 @@ def measure(config, params, source):
 
 
 def _encoded_batches(config, frozen, source, count):
-    """Yields (latents, text) of the source's first `count` training examples, in whole batches.
+    """Yields the source's first `count` training examples, encoded, in whole batches: {'z', 'text'[, 'near_miss']}.
 
     Each process encodes its share of a batch; all get the whole of it.
     """
+    kinds = config.denoiser.near_misses
 
     @jax.jit
     def encode(frozen, batch):
         z = stages.encode(config, frozen, batch["video"], batch["audio"])
-        return z, stages.encode_text(config, frozen, batch["tokens"])
+        texts = {"text": batch["tokens"]} | ({"near_miss": batch["near_miss"]} if kinds else {})
+        return {"z": z, **{name: stages.encode_text(config, frozen, tokens) for name, tokens in texts.items()}}
 
     def to_example(item):
-        return pipeline.example(item, config.data.text_length)
+        return pipeline.example(item, config.data.text_length, kinds)
 
     own = -(-ENCODE_BATCH // jax.process_count())
     first, rows = jax.process_index() * own, jax.process_count() * own
@@ -91,46 +93,46 @@ def _encoded_batches(config, frozen, source, count):
 
 
 class Encoded:
-    """Encoded clips in memory, as a data source."""
+    """Encoded clips in memory, as a data source: {'z': latents, 'text': condition[, 'near_miss': condition]}."""
 
     def __init__(self, arrays):
         self.arrays = arrays
 
     def __len__(self):
-        return len(self.arrays["pooled"])
+        return len(self.arrays["text"]["pooled"])
 
     def take(self, numbers):
-        """The items of these numbers as one, {'z': latents, 'text': condition}: a leading axis more."""
-        a = {name: x[numbers] for name, x in self.arrays.items()}
-        z, words = ({name: a[name] for name in names} for names in (("video", "audio"), ("states", "mask", "pooled")))
-        return {"z": z, "text": words}
+        """The items of these numbers as one: a leading axis more."""
+        return jax.tree.map(lambda x: x[numbers], self.arrays)
 
 
 def _cached(config, frozen, source, folder):
     """The cache in `folder` if it was made by these weights and this data, else made now. Half precision."""
     mark = _fingerprint(config, frozen)
-    names = ("video", "audio", "states", "mask", "pooled")
+    wanted = stages.abstract_batch(config, "denoiser")
+    paths = jax.tree_util.tree_map_with_path(
+        lambda path, _: folder / f"{sharding.path_name(path).replace('/', '_')}.npy", wanted
+    )
     if hosts.agreed((folder / "fingerprint").exists() and (folder / "fingerprint").read_text() == mark):
-        return Encoded({name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in names})
+        return Encoded(jax.tree.map(lambda path: np.load(path, allow_pickle=False), paths))
     count = config.denoiser.cached_clips
     logger.info("encoding %d clips once", count)
-    parts = {name: [] for name in names}
-    for z, words in _encoded_batches(config, frozen, source, count):
-        for name, x in {**z, **words}.items():
-            parts[name].append(np.asarray(x) if x.dtype == bool else np.asarray(x, np.float16))
-    arrays = {name: np.concatenate(x)[:count] for name, x in parts.items()}
+    parts = []
+    for batch in _encoded_batches(config, frozen, source, count):
+        parts.append(jax.tree.map(lambda want, x: np.asarray(x, want.dtype), wanted, batch))
+    arrays = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
     if hosts.lead():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "fingerprint").unlink(missing_ok=True)  # written last: it vouches for the files
-        for name, x in arrays.items():
-            np.save(folder / f"{name}.npy", x)
+        jax.tree.map(np.save, paths, arrays)
         (folder / "fingerprint").write_text(mark)
     return Encoded(arrays)
 
 
 def _fingerprint(config, frozen):
     digest = hashlib.sha256()
-    digest.update(json.dumps([config.seed, config.denoiser.cached_clips, config.data.to_json()]).encode())
+    c = config.denoiser
+    digest.update(json.dumps([config.seed, c.cached_clips, c.near_misses, config.data.to_json()]).encode())
     for leaf in jax.tree.leaves(frozen):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()

@@ -258,17 +258,22 @@ def in_parts(batch, parts):
     return jax.tree.map(one, batch)
 
 
-def check_batch(batch_size, mesh, parts=1):
-    """Raises UserError when a global batch, or each of `parts` of it, does not divide over the mesh's batch axes."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] * parts
-    for name, value in (("batch_size", batch_size), ("accumulate", parts)):
+def check_batch(batch_size, mesh, parts=1, every=1):
+    """Raises UserError when a global batch, or each of `parts` of it, does not divide over the mesh's batch axes.
+
+    every: each device's share of a part must hold a multiple of so many (near_miss.every).
+    """
+    for name, value in (("batch_size", batch_size), ("accumulate", parts), ("near_miss.every", every)):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = devices * parts * every
     if batch_size % ways:
         below = batch_size // ways * ways
         sizes = f"{below} or {below + ways}" if below else f"{ways}"
         groups = "device groups (data x fsdp)" + (f" x {parts} parts (accumulate)" if parts > 1 else "")
-        raise UserError(f"batch_size={batch_size} does not divide over {ways // parts} {groups}: use {sizes}")
+        groups += f" x {every} clips (near_miss.every)" if every > 1 else ""
+        raise UserError(f"batch_size={batch_size} does not divide over {devices} {groups}: use {sizes}")
 
 
 def check_axes(mesh, params, activations):

@@ -25,9 +25,10 @@ REMAT = ("none", "pointwise", "blocks")
 class Stage(NamedTuple):
     """init(key) -> params; loss(params, key, batch, frozen) -> (scalar, metrics).
 
-    batch: {'video' uint8 [B, F, H, W, 3], 'audio' float32 [B, N], 'tokens' int32 [B, L]}; the denoiser also takes
-    batches that are encoded already, {'z', 'text'} (see `encode`). frozen: {stage: params} of earlier stages and
-    'statistics', empty for all but the denoiser.
+    batch: {'video' uint8 [B, F, H, W, 3], 'audio' float32 [B, N], 'tokens' int32 [B, L]}, of stages with near misses
+    'near_miss' int32 [B, L] too; the denoiser also takes batches that are encoded already, {'z', 'text'[, 'near_miss']}
+    (see `encode`, `encode_text`). frozen: {stage: params} of earlier stages and 'statistics', empty for all but the
+    denoiser.
     """
 
     init: Callable
@@ -133,6 +134,17 @@ def _check_halvings(denoiser, side, tokens):
             )
 
 
+def together(config, name):
+    """How many clips of stage `name` go together: of each part of a batch a device holds a multiple of so many."""
+    return config.denoiser.near_miss.every if name == "denoiser" and config.denoiser.near_misses else 1
+
+
+def check_batch(config, name, mesh):
+    """Raises UserError where the batch of stage `name` does not divide over the mesh."""
+    settings = config[name]
+    sharding.check_batch(settings.batch_size, mesh, settings.accumulate, together(config, name))
+
+
 def check_mesh(config, mesh, names):
     """Raises UserError where the mesh does not divide models or latents of stages `names`, or `remat` is unknown."""
     params, size = abstract_params(config), layout(config)
@@ -200,13 +212,14 @@ def abstract_batch(config, name):
         "audio": jax.ShapeDtypeStruct((rows, size.samples), jnp.float32),
         "tokens": tokens,
     }
-    if name == "clip" and config.clip.near_misses:
+    if config[name].get("near_misses"):
         clips["near_miss"] = tokens
     if name != "denoiser" or not config.denoiser.cached_clips:
         return clips
     words = jax.eval_shape(lambda p, t: encode_text(config, p, t), abstract_frozen(config), tokens)
     z = {m: jax.ShapeDtypeStruct((rows, *shape), jnp.float32) for m, shape in latent_shapes(size).items()}
-    return jax.tree.map(lambda x: x if x.dtype == bool else x.update(dtype=jnp.float16), {"z": z, "text": words})
+    encoded = {"z": z, "text": words} | ({"near_miss": words} if "near_miss" in clips else {})
+    return jax.tree.map(lambda x: x if x.dtype == bool else x.update(dtype=jnp.float16), encoded)
 
 
 def abstract_frozen(config):
@@ -364,17 +377,28 @@ def build(config):
         return loss, {"loss": loss, **metrics}
 
     def denoiser_loss(params, key, batch, frozen):
-        z, words = batch.get("z"), batch.get("text")
-        if z is None:
-            z = jax.lax.stop_gradient(encode(config, frozen, batch["video"], batch["audio"]))
-            words = jax.lax.stop_gradient(encode_text(config, frozen, batch["tokens"]))
+        if "z" not in batch:
+            texts = {"text": batch["tokens"]} | ({"near_miss": batch["near_miss"]} if "near_miss" in batch else {})
+            batch = {name: encode_text(config, frozen, tokens) for name, tokens in texts.items()} | {
+                "z": encode(config, frozen, batch["video"], batch["audio"])
+            }
+            batch = jax.lax.stop_gradient(batch)
         else:  # from the cache, in half precision
-            z, words = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32), (z, words))
+            batch = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32), batch)
+        z, words = batch["z"], batch["text"]
         drop_key, key = jax.random.split(key)
         null = encode_text(config, frozen, text.encode([text.NULL_TEXT], config.data.text_length))
         cond = conditioning.drop_text(drop_key, words, null, config.denoiser.text_dropout)
         denoise = functools.partial(apply("denoiser"), params)
-        loss, metrics = diffusion.loss(denoise, key, z, cond, config.denoiser.diffusion)
+        c = config.denoiser
+        loss, metrics = diffusion.loss(denoise, key, z, cond, c.diffusion)
+        if "near_miss" in batch:
+            some = jax.tree.map(
+                lambda x: x.reshape(-1, c.near_miss.every, *x.shape[1:])[:, 0], (z, words, batch["near_miss"])
+            )
+            key = jax.random.fold_in(key, 1)
+            more, told = diffusion.near_miss_loss(denoise, key, *some, c.diffusion.target, c.near_miss)
+            loss, metrics = loss + more, metrics | told
         return loss, {"loss": loss, **metrics}
 
     losses = dict(zip(STAGES, (video_loss, audio_loss, clip_loss, denoiser_loss), strict=True))

@@ -87,7 +87,7 @@ def check(config, names):
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
     for name in names:
-        sharding.check_batch(config[name].batch_size, mesh, config[name].accumulate)
+        stages.check_batch(config, name, mesh)
     stages.check_mesh(config, mesh, names)
     return mesh, pipeline.source(config)
 
@@ -170,7 +170,7 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
     if items is source:
         length = config.data.text_length
 
-        kinds = config.clip.near_misses if name == "clip" else ()
+        kinds = settings.get("near_misses", ())
 
         def to_example(item):
             return pipeline.example(item, length, kinds)
