@@ -35,7 +35,9 @@ def plan(tmp_path, *options, seconds=400):
 
 @compiler
 def test_the_train_step_asks_for_no_permutes(tmp_path):
-    code, printed, made = plan(tmp_path, "--topology=v5e:2x2", *FSDP, "--config.compute_dtype=bfloat16")
+    # Frames of 64: of smaller ones, much of what a model's FLOPs count is windows over padding, which no chip executes.
+    options = ("--topology=v5e:2x2", *FSDP, "--config.compute_dtype=bfloat16", "--config.data.size=64")
+    code, printed, made = plan(tmp_path, *options)
     assert code == 0 and made["fits"] and made["chips"] == 4
     assert set(made) >= KEYS and all(key in printed for key in KEYS - {"topology"})
     # Weights are gathered and gradients scattered; nothing else moves but sums.
@@ -46,7 +48,7 @@ def test_the_train_step_asks_for_no_permutes(tmp_path):
     # In bfloat16, and a few times: whole parameters are 2 bytes each, of which a quarter is there already.
     assert made["collective_bytes_per_chip"]["all-gather"] < 4 * 2 * made["params"]
     assert 0 < made["argument_bytes"] < made["hbm_bytes_per_chip"] < made["hbm_capacity_bytes"]
-    assert 0.7 < made["model_share"] < 1.3
+    assert 0.9 < made["model_share"] < 1.1
     assert made["roofline_seconds"] > 0 and made["bound_by"] in ("compute", "memory", "network")
 
 

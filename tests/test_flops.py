@@ -37,6 +37,20 @@ def test_called_functions_and_recomputation(wrap):
         assert flops.count(wrap(layers), W, X) == (2 * ONE, 5 * ONE)
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
+def test_what_no_result_is_made_of_is_not_counted(wrap):
+    def pair(w, x):
+        return x @ w, jnp.tanh(x @ w) @ w
+
+    assert flops.count(lambda w, x: wrap(pair)(w, x)[0], W, X) == (ONE, 2 * ONE)
+
+    def streams(w, x):  # the second stream of the first call is read by the second call's second stream alone
+        a, b = wrap(lambda a, b: (a @ w, b @ w))(x, x)
+        return wrap(lambda a, b: (a @ w, b @ w))(a, b)[0]
+
+    assert flops.count(streams, W, X) == (2 * ONE, 5 * ONE)
+
+
 def test_loops_count_as_often_as_they_run():
     def loop(w, x):
         return jax.lax.scan(lambda y, _: (jnp.tanh(y @ w), None), x, length=4)[0]

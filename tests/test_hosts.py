@@ -103,7 +103,7 @@ def test_two_processes_encode_as_one(tmp_path):
             assert code == 0, "\n".join(err)
     one, two = (losses(folder, "denoiser") for folder in folders)
     np.testing.assert_allclose([*two.values()], [*one.values()], rtol=1e-5)
-    cached = [np.load(folder / "denoiser" / "latents" / "video.npy").astype(np.float32) for folder in folders]
+    cached = [np.load(folder / "denoiser" / "latents" / "z_video.npy").astype(np.float32) for folder in folders]
     assert cached[0].shape == cached[1].shape
     np.testing.assert_allclose(*cached, atol=2e-3 * np.abs(cached[0]).max())  # stored in half precision
     for folder in folders:

@@ -4,13 +4,14 @@ A product of matrices, or a convolution, costs 2 operations for each multiply-ad
 again for each operand that depends on the parameters being trained: one more product gives the gradient of that
 operand. So a layer in the middle of a trained network counts three times, its first layer twice, attention between
 activations three times, a frozen encoder once. Recomputation (rematerialisation), optimisers and pointwise work are
-left out: these are the *model* FLOPs of arXiv:2204.02311, appendix B.
+left out, as is what no result is made of: these are the *model* FLOPs of arXiv:2204.02311, appendix B.
 """
 
 import math
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 # Dense bfloat16 TFLOP/s of one device, as its maker states it; the first name found in `device_kind` counts.
 PEAK_TFLOPS = {
@@ -40,7 +41,8 @@ def count(function, trained, *arguments):
     jaxpr = jax.make_jaxpr(function)(trained, *arguments)
     parameters = len(jax.tree.leaves(trained))
     depends = [i < parameters for i in range(len(jaxpr.in_avals))]
-    forward, both, _ = _count(jaxpr.jaxpr, depends)
+    used, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals), instantiate=True)
+    forward, both, _ = _count(used, depends)
     return forward, both
 
 
