@@ -400,6 +400,18 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     assert done.code == 0 and any("8 of 10 steps done" in line for line in done.err)
     assert checkpoint.newest_step(run, "denoiser") == tiny.get_config().denoiser.steps + 2
 
+    # ------------------------------------------------------------- and by one that trains a stage on from its weights
+    run = tmp_path / "tuned"
+    whole = ["import", f"--weights={tmp_path / 'out'}", f"--workdir={run}"]
+    done = command(checkpoint, *whole, "--restart=audio_autoencoder", "--restart=denoiser")
+    assert done.code == 0 and "audio_autoencoder at step 0" in done.out and "denoiser at step 0" in done.out
+    assert f"video_autoencoder at step {tiny.get_config().video_autoencoder.steps}" in done.out
+    jax.tree.map(
+        np.testing.assert_array_equal, checkpoint.load_trained(run, stages.abstract_params).frozen, exported.frozen
+    )
+    done = command(checkpoint, *whole, "--restart=decoder")
+    assert done.code == 2 and "decoder" in done.err[-1]
+
     # -------------------------------------------------------------------------------------- and by one with more layers
     run = tmp_path / "grown"
     recipe = ["--config=tests/tiny.py", "--config.denoiser.model.text_layers=1"]

@@ -134,6 +134,23 @@ def test_options_change_what_is_made_and_keep_what_is_given(model, clip, options
     assert np.abs(plain[0][:, 1:].astype(float) - other[0][:, 1:]).max() > 2
 
 
+def test_where_a_clip_goes_on_text_has_a_weight_of_its_own(model, clip):
+    size = stages.layout(model.config)
+
+    def made(latents, **options):
+        frames = 1 + size.f_t * (latents - 1)
+        sound = clip["audio"][None, : frames * size.samples_per_frame]
+        given = tasks.history(clip["video"][None, :frames], sound, size)
+        return model(["a red circle"], given=given, steps=2, **options)[0]
+
+    plain = made(2)
+    np.testing.assert_array_equal(plain, made(2, guidance=9.0))
+    assert np.abs(plain.astype(float) - made(2, onward_guidance=9.0)).max() > 2
+    first = made(1)  # one frame does not show what moves
+    np.testing.assert_array_equal(first, made(1, onward_guidance=9.0))
+    assert np.abs(first.astype(float) - made(1, guidance=9.0)).max() > 2
+
+
 def test_a_roll_out_goes_on_from_its_own_end(model, clip):
     config, size = model.config, stages.layout(model.config)
     frames, prompts = 3 * size.frames, ["a red circle", "a blue square"]

@@ -390,10 +390,12 @@ def main(argv):
         trained, steps = load_exported(weights, stages.abstract_params)
         if options.config is not None:
             trained, steps = grow(trained, steps, options.config, stages.init_fns(options.config))
+        steps |= dict.fromkeys(options.restart, 0)
         return take_over(trained, steps, epath.Path(options.workdir), train_state.create)
     raise UserError(
         "usage: python -m vdm_jax.checkpoint export --workdir=DIR --out=FOLDER, "
-        "or python -m vdm_jax.checkpoint import --weights=FOLDER --workdir=DIR [--config=FILE], "
+        "or python -m vdm_jax.checkpoint import --weights=FOLDER --workdir=DIR [--config=FILE] "
+        "[--restart=STAGE], "
         "or python -m vdm_jax.checkpoint verify DIR"
     )
 
@@ -479,6 +481,9 @@ def define_flags():
     flags.DEFINE_string("workdir", None, "Run folder, to read or to make.")
     flags.DEFINE_string("out", None, "Folder to write exported weights to.")
     flags.DEFINE_string("weights", None, "Folder of exported weights to read, or 'reference'.")
+    flags.DEFINE_multi_enum(
+        "restart", [], STAGES, "Stage that is to be trained on from its weights as if anew: step 0, full learning rate."
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from vdm_jax.errors import UserError
 from vdm_jax.sharding import constrain
 
 BATCH = 8  # prompts sampled at once
+WEIGHTS = ("guidance", "onward_guidance", "history_guidance", "modality_guidance")
 FADE = 0.005  # s, over which the sound of one window of a roll-out gives way to the next one's
 
 
@@ -76,9 +77,10 @@ class Generator:
         """What `__call__` is given as arguments of `run`: -> (arrays, static ones). Raises UserError."""
         size = stages.layout(self.config, frames)
         for name in options:
-            one_of("option", name, tuple(self.config.sample))
-        o = {**self.config.sample, **{name: value for name, value in options.items() if value is not None}}
-        for name in ("guidance", "history_guidance", "modality_guidance"):
+            one_of("option", name, (*self.config.sample, *WEIGHTS))
+        o = {"onward_guidance": self.config.sample.guidance}  # which runs of earlier versions do not tell apart
+        o |= {**self.config.sample, **{name: value for name, value in options.items() if value is not None}}
+        for name in WEIGHTS:
             if not math.isfinite(o[name]):
                 raise UserError(f"{name}={o[name]} must be a finite number")
         for name in ("given_time", "history_fraction", "rescale"):
@@ -86,6 +88,8 @@ class Generator:
                 raise UserError(f"{name}={o[name]} must be from 0 to 1")
         masks, clean = self._given(given or tasks.nothing(size), size)
         some = any(mask.any() for mask in masks.values())
+        if all(mask[:2].all() for mask in masks.values()):  # two frames show what moves, and how
+            o["guidance"] = o["onward_guidance"]
         levels = samplers.schedule_matrix(
             o["steps"],
             size.latent_frames,
@@ -95,9 +99,10 @@ class Generator:
             spacing=o["spacing"],
             given_time=o["given_time"],
         )
-        weights = {name: float(o[name]) for name in ("guidance", "history_guidance", "modality_guidance", "rescale")}
+        weights = {name: float(o[name]) for name in (*WEIGHTS, "rescale")}
         arrays = dict(frozen=self.frozen, clean=clean, masks=masks, levels=levels, weights=weights)
-        guides = (some and o["history_guidance"] != 1, o["modality_guidance"] != 1)  # those that take a network call
+        # Those that take more of each network call.
+        guides = (o["guidance"] != 1, some and o["history_guidance"] != 1, o["modality_guidance"] != 1)
         return arrays, dict(
             method=o["method"], interval=tuple(o["interval"]), guides=guides, fraction=float(o["history_fraction"])
         )
@@ -135,11 +140,13 @@ class Generator:
         model = stages.models(self.config)["denoiser"]
         denoise = conditioning.denoise_fn(model, sharding.gathered(frozen["denoiser"], model.dtype))
         cond = stages.encode_text(self.config, frozen, tokens)
-        null = stages.encode_text(self.config, frozen, text.encode([text.NULL_TEXT], tokens.shape[1]))
-        terms = samplers.text_guidance(weights["guidance"], null)
+        terms = []
         if guides[0]:
-            terms += samplers.history_guidance(weights["history_guidance"], masks, other, settings, fraction)
+            null = stages.encode_text(self.config, frozen, text.encode([text.NULL_TEXT], tokens.shape[1]))
+            terms += samplers.text_guidance(weights["guidance"], null)
         if guides[1]:
+            terms += samplers.history_guidance(weights["history_guidance"], masks, other, settings, fraction)
+        if guides[2]:
             terms += samplers.modality_guidance(weights["modality_guidance"], other, settings)
         denoise = samplers.guided(denoise, terms, weights["rescale"], interval)
         # Batches begin at multiples of BATCH: the noise that ddpm adds is drawn from (seed, i), too.
