@@ -14,6 +14,8 @@ from vdm_jax.sharding import path_name
 
 ROOT = Path(__file__).parents[1]
 
+enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64  # where it was up to jax 0.7
+
 
 def weights(abstract, seed=0):
     """Random parameters for a tree of shapes. None is zero, so that every input counts."""

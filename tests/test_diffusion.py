@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from tests.helpers import enable_x64
 from vdm_jax import diffusion
 from vdm_jax.errors import UserError
 
@@ -57,7 +58,7 @@ def test_schedule_falls_within_bounds_and_has_a_finite_slope(schedule, shift):
 
 
 def test_cosine_and_sigmoid_are_the_published_curves():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         t = np.linspace(0.01, 0.99, 99)
         config = make_config(log_snr_min=-60.0, log_snr_max=60.0)  # so wide that bounds do not act
         alpha, _ = diffusion.alpha_sigma(diffusion.log_snr(t, config))
@@ -92,7 +93,7 @@ def test_linear_beta_is_the_product_of_one_minus_beta():
 def test_float32_levels_are_exact_at_both_ends(schedule):
     t = np.concatenate([np.linspace(0, 0.01, 50), np.linspace(0.99, 1, 50)]).astype(np.float32)
     config = make_config(schedule=schedule)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         exact = np.array(diffusion.log_snr(t.astype(np.float64), config))
     # Near t = 1 the float32 grid itself is 6e-8 wide, where cosine falls by 1256 a unit of t.
     np.testing.assert_allclose(diffusion.log_snr(t, config), exact, atol=3e-4)
@@ -127,7 +128,7 @@ def test_noise_follows_only_the_level_of_its_own_frame():
 
 @pytest.mark.parametrize("target", diffusion.TARGETS)
 def test_targets_invert(target):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         levels = np.linspace(-20, 20, 41)[None]  # one frame a level
         x, eps = (np.random.default_rng(i).normal(size=(1, 41, 3)) for i in range(2))
         z = diffusion.add_noise(x, eps, levels)
@@ -170,7 +171,7 @@ def test_weights_are_the_published_ones():
 @pytest.mark.parametrize("weighting", diffusion.WEIGHTINGS)
 def test_loss_depends_on_the_x0_error_alone(weighting, schedule):
     z, seen = latents(), []
-    with jax.enable_x64(True):
+    with enable_x64(True):
         z = jax.tree.map(lambda z: jnp.asarray(z, jnp.float64), z)
         for target in diffusion.TARGETS:
             config = make_config(
@@ -193,7 +194,7 @@ def test_loss_depends_on_the_x0_error_alone(weighting, schedule):
 
 def test_sigmoid_weight_makes_the_loss_independent_of_the_schedule():
     # The integral of weight over t is that of sigmoid(b - log_snr) over log_snr, for any schedule.
-    with jax.enable_x64(True):
+    with enable_x64(True):
         t = (1 - jnp.cos(jnp.linspace(0, jnp.pi, 20001))) / 2  # denser at the steep ends
         for schedule in ("cosine", "sigmoid"):
             config = make_config(schedule=schedule, weighting="sigmoid", target="noise")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from tests.helpers import enable_x64
 from vdm_jax import diffusion, samplers
 from vdm_jax.diffusion import MODALITIES
 from vdm_jax.errors import UserError
@@ -148,7 +149,7 @@ def errors(method, spacing, counts):
 
 @pytest.mark.parametrize("method, factor", [("ddim", 2), ("dpmpp_2m", 4), ("heun", 4)])
 def test_doubling_steps_divides_the_error(method, factor):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         found = errors(method, "log_snr", (96, 192))
         few = errors(method, "time", (16,))
     np.testing.assert_allclose(found[:-1] / found[1:], factor, rtol=0.06)
