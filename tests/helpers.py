@@ -14,7 +14,7 @@ from vdm_jax.sharding import path_name
 
 ROOT = Path(__file__).parents[1]
 
-enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64  # where it was up to jax 0.7
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # the latter up to jax 0.7
 
 
 def weights(abstract, seed=0):
