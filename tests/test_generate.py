@@ -146,6 +146,12 @@ def test_where_a_clip_goes_on_text_has_a_weight_of_its_own(model, clip):
     plain = made(2)
     np.testing.assert_array_equal(plain, made(2, guidance=9.0))
     assert np.abs(plain.astype(float) - made(2, onward_guidance=9.0)).max() > 2
+    earlier = model.config.copy_and_resolve_references()
+    with earlier.unlocked():
+        del earlier.sample["onward_guidance"]  # as in runs of earlier versions: one weight for all
+    given = tasks.history(clip["video"][None, :3], clip["audio"][None, : 3 * size.samples_per_frame], size)
+    arrays, _ = generate.Generator(earlier, model.frozen).arguments(given=given, guidance=5.0)
+    assert arrays["weights"]["guidance"] == 5.0
     first = made(1)  # one frame does not show what moves
     np.testing.assert_array_equal(first, made(1, onward_guidance=9.0))
     assert np.abs(first.astype(float) - made(1, guidance=9.0)).max() > 2

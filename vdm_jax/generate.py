@@ -78,8 +78,8 @@ class Generator:
         size = stages.layout(self.config, frames)
         for name in options:
             one_of("option", name, (*self.config.sample, *WEIGHTS))
-        o = {"onward_guidance": self.config.sample.guidance}  # which runs of earlier versions do not tell apart
-        o |= {**self.config.sample, **{name: value for name, value in options.items() if value is not None}}
+        o = {**self.config.sample, **{name: value for name, value in options.items() if value is not None}}
+        o.setdefault("onward_guidance", o["guidance"])  # runs of earlier versions have one weight for all
         for name in WEIGHTS:
             if not math.isfinite(o[name]):
                 raise UserError(f"{name}={o[name]} must be a finite number")
@@ -99,7 +99,7 @@ class Generator:
             spacing=o["spacing"],
             given_time=o["given_time"],
         )
-        weights = {name: float(o[name]) for name in (*WEIGHTS, "rescale")}
+        weights = {name: float(o[name]) for name in (*WEIGHTS, "rescale") if name != "onward_guidance"}
         arrays = dict(frozen=self.frozen, clean=clean, masks=masks, levels=levels, weights=weights)
         # Those that take more of each network call.
         guides = (o["guidance"] != 1, some and o["history_guidance"] != 1, o["modality_guidance"] != 1)
