@@ -13,7 +13,7 @@ from vdm_jax.models import layers
 
 @pytest.fixture
 def config():
-    config = tiny.get_config()
+    config = tiny.get_config("near_misses")
     config.unlock()
     return config
 

@@ -213,14 +213,14 @@ def batches(config, rng):
     tokens = text.encode([f"clip {i}" for i in range(8)], config.data.text_length)
     words = {"states": rng.normal(size=(8, 96, 16)), "pooled": rng.normal(size=(8, 16))}
     words = {k: x.astype(np.float32) for k, x in words.items()} | {"mask": text.mask(tokens)}
-    near = words | {"states": words["states"][::-1]}
+    near = {"near_miss": words | {"states": words["states"][::-1]}} if config.denoiser.near_misses else {}
     video = rng.integers(0, 256, (8, 5, 16, 16, 3), np.uint8)
     audio = rng.uniform(-1, 1, (8, size.samples)).astype(np.float32)
     return {
         "video_autoencoder": {"video": video},
         "audio_autoencoder": {"audio": audio},
         "clip": {"tokens": tokens, "video": video},
-        "denoiser": {"z": z, "text": words, "near_miss": near},
+        "denoiser": {"z": z, "text": words, **near},
     }
 
 
@@ -302,5 +302,5 @@ if __name__ == "__main__":
     recipe = with_attention(tiny.get_config())
     compare_losses(recipe)
     with layers.forms_of("tpu"):
-        compare_losses(recipe, convolved=True)
+        compare_losses(with_attention(tiny.get_config("near_misses")), convolved=True)
     compare_samples(recipe)

@@ -23,9 +23,9 @@ CONFIG = "--config=tests/tiny.py"
 STEPS = 40  # of the denoiser, so that there is time to kill it
 
 
-def run(workdir, *options, seconds=1200, **environment):
+def run(workdir, *options, config=CONFIG, seconds=1200, **environment):
     """-> (exit code, lines on stderr) of `python -m vdm_jax.train`."""
-    process = start("-m", "vdm_jax.train", CONFIG, f"--workdir={workdir}", *options, **environment)
+    process = start("-m", "vdm_jax.train", config, f"--workdir={workdir}", *options, **environment)
     code, out, err = finish(process, seconds)
     assert not out
     return code, err
@@ -41,20 +41,20 @@ def files(folder):
 
 def test_a_run_from_start_to_end_then_killed_and_resumed(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    longer = f"--config.denoiser.steps={STEPS}"
+    config, longer = f"{CONFIG}:near_misses", f"--config.denoiser.steps={STEPS}"
 
     # ------------------------------------------------------------------------------------------- all four stages
-    code, err = run(whole, longer)
+    code, err = run(whole, longer, config=config)
     assert code == 0, "\n".join(err)
     begun = [next(i for i, line in enumerate(err) if f"{stage}: " in line) for stage in checkpoint.STAGES]
     assert begun == sorted(begun)
-    config = checkpoint.load_config(whole / "config.json")
-    assert config.denoiser.steps == STEPS and config.clip.to_dict() == tiny.get_config().clip.to_dict()
+    kept = checkpoint.load_config(whole / "config.json")
+    assert kept.denoiser.steps == STEPS and kept.clip.to_dict() == tiny.get_config().clip.to_dict()
     for stage in checkpoint.STAGES:
-        steps = config[stage].steps
-        kept = lines(whole, stage)
-        assert [line["step"] for line in kept] == list(range(1, steps + 1))
-        assert all(np.isfinite(line["loss"]) and line["step_seconds"] > 0 for line in kept)
+        steps = kept[stage].steps
+        told = lines(whole, stage)
+        assert [line["step"] for line in told] == list(range(1, steps + 1))
+        assert all(np.isfinite(line["loss"]) and line["step_seconds"] > 0 for line in told)
         folders = sorted(int(p.name) for p in (whole / stage / "checkpoints").iterdir())
         assert folders == [steps - 4, steps]
         assert list((whole / stage).glob("events.out.tfevents.*"))
@@ -68,13 +68,13 @@ def test_a_run_from_start_to_end_then_killed_and_resumed(tmp_path):
 
     # ------------------------------------------------------------------------------------- a second call does nothing
     before = files(whole)
-    code, err = run(whole, longer)
+    code, err = run(whole, longer, config=config)
     assert code == 0 and sum(f"{n} of {n} steps done" in line for line in err for n in (8, STEPS)) == 4
     assert files(whole) == before
 
     # ---------------------------------------------------------------------------------- killed in the middle of a stage
     shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("denoiser"))
-    process = start("-m", "vdm_jax.train", CONFIG, f"--workdir={killed}", longer)
+    process = start("-m", "vdm_jax.train", config, f"--workdir={killed}", longer)
     log, patience = killed / "denoiser" / "metrics.jsonl", time.monotonic() + 1200
     while not log.exists() or log.read_text().count("\n") < 10:
         assert process.poll() is None and time.monotonic() < patience, process.communicate()
@@ -86,7 +86,7 @@ def test_a_run_from_start_to_end_then_killed_and_resumed(tmp_path):
     with open(log, "a") as file:
         file.write('{"step": 40, "lo')  # a line that was cut off
 
-    code, err = run(killed, longer)
+    code, err = run(killed, longer, config=config)
     assert code == 0, "\n".join(err)
     (told,) = [line for line in err if "denoiser: " in line]
     done = int(told.split(", ")[1].split(" of ")[0])

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 
 from vdm_jax import conditioning, diffusion, sharding, text
@@ -200,6 +201,11 @@ def init_fns(config):
 
 def abstract_params(config):
     """{stage: tree of ShapeDtypeStruct}."""
+    return dict(_abstract_params(ml_collections.FrozenConfigDict(config)))
+
+
+@functools.lru_cache(maxsize=4)
+def _abstract_params(config):  # asked for at every check of a run, and a second or more each time
     return {name: jax.eval_shape(init, jax.random.key(0)) for name, init in init_fns(config).items()}
 
 
