@@ -15,6 +15,7 @@ from vdm_jax.checkpoint import STAGES
 from vdm_jax.errors import UserError
 from vdm_jax.models.audio_autoencoder import AudioAutoencoder
 from vdm_jax.models.clip import Clip
+from vdm_jax.models.layers import PRODUCT
 from vdm_jax.models.unet import UNet
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
 
@@ -318,17 +319,10 @@ def rematerialised(apply, mode):
     "pointwise"  keeps what convolutions and matrix products give; norms and activation functions are computed again
     "blocks"     keeps the output of each block only: about a third more FLOPs
     """
-    policies = jax.checkpoint_policies
-    blocks = policies.save_only_these_names(sharding.ACTIVATION)
     if mode == "none":
         return apply
-    if mode == "blocks":
-        return jax.checkpoint(apply, policy=blocks)
-
-    def products(primitive, *_, **__):
-        return primitive.name in ("conv_general_dilated", "dot_general")
-
-    return jax.checkpoint(apply, policy=policies.save_from_both_policies(blocks, products))
+    kept = (sharding.ACTIVATION,) if mode == "blocks" else (sharding.ACTIVATION, PRODUCT)
+    return jax.checkpoint(apply, policy=jax.checkpoint_policies.save_only_these_names(*kept))
 
 
 # ---------------------------------------------------------------------------------------------------------- losses

@@ -17,9 +17,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from vdm_jax.models import cpu
-from vdm_jax.sharding import by_rows, constrain, split
+from vdm_jax.sharding import ACTIVATION, by_rows, constrain, split
 
 _platform = contextvars.ContextVar("platform", default=None)
 
@@ -46,12 +47,15 @@ def stored(dtype):
 # ------------------------------------------------------------------------------------------------------------- products
 
 
+PRODUCT = "product"  # the name under which rematerialisation knows what `dense`, `conv` and `attention` give
+
+
 def dense(x, kernel, bias, dtype):
     """x [..., K] @ kernel [K, N] + bias [N]; bias may be None."""
     if on_cpu():
-        return cpu.dense(x, kernel, bias, dtype)
+        return checkpoint_name(cpu.dense(x, kernel, bias, dtype), PRODUCT)
     out = x.astype(dtype) @ kernel.astype(dtype)
-    return out if bias is None else out + bias.astype(dtype)
+    return checkpoint_name(out if bias is None else out + bias.astype(dtype), PRODUCT)
 
 
 class Dense(nn.Module):
@@ -92,41 +96,41 @@ def conv(x, kernel, bias, strides=None, time_padding="same", dtype=jnp.float32):
     if time_padding == "causal":
         padding[0] = (window[0] - 1, 0)
     if on_cpu() and max(window) == 1 and max(strides) == 1:
-        return cpu.dense(x, kernel.reshape(kernel.shape[-2:]), bias, dtype)
+        return dense(x, kernel.reshape(kernel.shape[-2:]), bias, dtype)
     if on_cpu() and max(strides) == 1:
-        return cpu.conv(x, kernel, bias, tuple(padding), dtype)
+        return checkpoint_name(cpu.conv(x, kernel, bias, tuple(padding), dtype), PRODUCT)
     x, kernel, bias = x.astype(dtype), kernel.astype(dtype), bias.astype(dtype)
     if on_cpu():
         x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
         return (_conv_products(x, kernel, strides) + bias).astype(jnp.float32)
-    return _conv_direct(x, kernel, tuple(strides), tuple(padding)) + bias
+    return checkpoint_name(_conv_direct(x, kernel, bias, tuple(strides), tuple(padding)), PRODUCT)
 
 
-def _conv_direct(x, kernel, strides, padding):
+def _conv_direct(x, kernel, bias, strides, padding):
     """XLA's own convolution; a factorised one of a video in as many dimensions as its window has.
 
     With few clips a device XLA's form of a 3-D one for TPUs cuts frames into pieces with halos: up to half as many
     FLOPs again. Frames stay outermost in both forms, so that nothing is moved from one to the other.
     """
 
-    def space(x, kernel):  # frames of all clips are the batch
+    def space(x, kernel, bias):  # frames of all clips are the batch
         b, t = x.shape[:2]
         x = x.swapaxes(0, 1).reshape(t * b, *x.shape[2:])
-        out = _convolved(x, kernel[0], strides[1:], padding[1:])
+        out = _convolved(x, kernel[0], strides[1:], padding[1:]) + bias
         return out.reshape(t, b, *out.shape[1:]).swapaxes(0, 1)
 
-    def time(x, kernel):  # pixels of all clips are
+    def time(x, kernel, bias):  # pixels of all clips are
         b, t, h, w, c = x.shape
         x = x.swapaxes(0, 1).reshape(t, b * h * w, c)
-        out = _convolved(x, kernel[:, 0, 0], strides[:1], padding[:1], "WNC")
+        out = _convolved(x, kernel[:, 0, 0], strides[:1], padding[:1], "WNC") + bias
         return out.reshape(-1, b, h, w, out.shape[-1]).swapaxes(0, 1)
 
     if kernel.ndim == 5 and not split("sequence"):
         if kernel.shape[0] == strides[0] == 1:
-            return by_rows(space, x, kernel)
+            return by_rows(space, x, kernel, bias)
         if kernel.shape[1:3] == strides[1:] == (1, 1):
-            return by_rows(time, x, kernel)
-    return _convolved(x, kernel, strides, padding)
+            return by_rows(time, x, kernel, bias)
+    return _convolved(x, kernel, strides, padding) + bias
 
 
 def _convolved(x, kernel, strides, padding, layout=None):
@@ -247,7 +251,7 @@ class GroupNorm(nn.Module):
         groups = math.gcd(self.groups, channels)
         shape = x.shape
         frames = self.frames or shape[1]
-        x = x.astype(jnp.float32).reshape(shape[0], frames, shape[1] // frames, *shape[2:])  # [B, frames, ..., C]
+        x = x.reshape(shape[0], frames, shape[1] // frames, *shape[2:])  # [B, frames, ..., C]
         pixels = math.prod(x.shape[2:-1])
 
         def coefficients(total, squares, parameters):
@@ -271,12 +275,53 @@ class GroupNorm(nn.Module):
 
         parameters = jax.tree.map(lambda p: p.astype(jnp.float32), (scale, bias, offset, film))
         if on_cpu():
-            x = x.reshape(shape[0], frames, pixels, channels)
+            x = x.astype(jnp.float32).reshape(shape[0], frames, pixels, channels)
             return cpu.scaled(coefficients, self.activation, x, parameters).reshape(shape)
-        over = tuple(range(2, x.ndim - 1))  # height and width stay apart: to merge them XLA for TPUs would copy
-        a, b = coefficients(x.sum(over), jnp.square(x).sum(over), parameters)
-        a, b = jnp.expand_dims(a, over), jnp.expand_dims(b, over)
-        return self.activation(x * a + b).reshape(shape).astype(self.dtype)
+        return _scaled(coefficients, self.activation, self.dtype, x, parameters).reshape(shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _scaled(coefficients, activation, dtype, x, parameters):
+    """cpu.scaled for accelerators: x [B, frames, *space, C] -> the same in `dtype`, computed in float32.
+
+    The backward pass reads x and the gradient twice, in the types they have. Left to itself XLA for TPUs keeps what it
+    computed of them for the sums, in float32: twice the bytes, and these layers are bound by bytes.
+    """
+    return _scaled_forward(coefficients, activation, dtype, x, parameters)[0]
+
+
+def _over_space(x):
+    return tuple(range(2, x.ndim - 1))  # height and width stay apart: to merge them XLA for TPUs would copy
+
+
+def _scaled_forward(coefficients, activation, dtype, x, parameters):
+    over, y = _over_space(x), x.astype(jnp.float32)
+    # Small, and so kept where other things are computed again.
+    sums = (checkpoint_name(s, ACTIVATION) for s in (y.sum(over), jnp.square(y).sum(over)))
+    (a, b), pull = jax.vjp(coefficients, *sums, parameters)
+    out = activation(y * jnp.expand_dims(a, over) + jnp.expand_dims(b, over)).astype(dtype)
+    return out, (x, a, b, pull)
+
+
+def _scaled_backward(coefficients, activation, dtype, saved, grad):
+    x, a, b, pull = saved
+    over = _over_space(x)
+
+    def before_activation(x, grad):
+        x, grad = x.astype(jnp.float32), grad.astype(jnp.float32)
+        y = x * jnp.expand_dims(a, over) + jnp.expand_dims(b, over)
+        return x, jax.vjp(activation, y)[1](grad)[0]
+
+    x, grad = jax.lax.optimization_barrier((x, grad))
+    y, g = before_activation(x, grad)
+    first, second, parameters = pull(((g * y).sum(over), g.sum(over)))
+    x, grad, first, second = jax.lax.optimization_barrier((x, grad, first, second))
+    y, g = before_activation(x, grad)
+    g = g * jnp.expand_dims(a, over) + jnp.expand_dims(first, over) + 2 * y * jnp.expand_dims(second, over)
+    return g.astype(x.dtype), parameters
+
+
+_scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
 class LayerNorm(nn.Module):
@@ -359,7 +404,7 @@ def _attention_direct(query, key, value, mask):
     if mask is not None:
         scores = jnp.where(mask[..., None, None, :], scores, -1e9)
     weights = jax.nn.softmax(scores, -1).astype(value.dtype)
-    return jnp.einsum("...hnm,...mhd->...nhd", weights, value)
+    return checkpoint_name(jnp.einsum("...hnm,...mhd->...nhd", weights, value), PRODUCT)
 
 
 def _attention_blocked(query, key, value, mask):
