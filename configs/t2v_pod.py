@@ -42,9 +42,18 @@ def get_config():
     clip.model.embedding = 768
 
     denoiser = config.denoiser
-    denoiser.update(steps=500_000, batch_size=512, remat="pointwise")
+    denoiser.update(steps=500_000, batch_size=512, remat="none")
     denoiser.diffusion.shift = 0.5
-    denoiser.model.update(channels=(512, 1024, 1792), blocks=(3, 3, 4), embedding=2048)
+    denoiser.model.update(
+        patch=2,
+        factorised=False,
+        channels=(1024, 1280),
+        blocks=(4, 3),
+        attention=(False, True),
+        exchange=(False, True),
+        time_strides=(2,),
+        embedding=2048,
+    )
 
     config.lock()
     return config

@@ -19,6 +19,7 @@ CONVOLUTIONS = {  # input, window, features, strides, time padding
     "full": ((2, 4, 5, 4, 3), (3, 3, 3), 4, None, "same"),
     "full, causal, many channels": ((1, 4, 4, 4, 36), (3, 3, 3), 8, None, "causal"),
     "full, causal, few channels": ((2, 4, 5, 4, 3), (3, 3, 3), 4, None, "causal"),
+    "full, many clips": ((8, 3, 4, 4, 2), (3, 3, 3), 3, None, "same"),
     "halving space and time": ((2, 4, 6, 6, 4), (2, 2, 2), 5, (2, 2, 2), "same"),
     "halving, causal": ((2, 5, 6, 6, 4), (3, 2, 2), 5, (2, 2, 2), "causal"),
     "quartering time, causal": ((2, 9, 2, 2, 4), (7, 1, 1), 5, (4, 1, 1), "causal"),
@@ -29,8 +30,9 @@ CONVOLUTIONS = {  # input, window, features, strides, time padding
 }
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("case", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_convolutions_have_the_values_and_gradients_of_xla(case):
+def test_convolutions_have_the_values_and_gradients_of_xla(case, platform):
     shape, window, features, strides, time_padding = case
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape).astype(np.float32)
@@ -54,7 +56,8 @@ def test_convolutions_have_the_values_and_gradients_of_xla(case):
             reference
         )
 
-    got, want = jax.jit(both)(x, kernel)
+    with layers.forms_of(platform):
+        got, want = jax.jit(both)(x, kernel)
     if strides is None:
         assert got[0].shape == (*shape[:-1], features)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
@@ -191,7 +194,8 @@ def test_group_norm_is_flax_group_norm_of_each_frame(shape, frames, folded):
     np.testing.assert_allclose(module.apply({"params": params}, x), want, rtol=1e-4, atol=1e-4)
 
 
-def test_group_norm_takes_an_offset_before_and_a_film_and_an_activation_after():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_group_norm_takes_an_offset_before_and_a_film_and_an_activation_after(platform):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 4, 5, 12)).astype(np.float32)
     offset, scale, shift = rng.normal(size=(3, 2, 3, 12)).astype(np.float32)
@@ -209,7 +213,8 @@ def test_group_norm_takes_an_offset_before_and_a_film_and_an_activation_after():
         return nn.silu(h * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
 
     arguments = (params, x, offset, scale, shift)
-    got, want = (jax.jit(lambda *a, f=f: (f(*a), jax.vjp(f, *a)[1](weights)))(*arguments) for f in (ours, plain))
+    with layers.forms_of(platform):
+        got, want = (jax.jit(lambda *a, f=f: (f(*a), jax.vjp(f, *a)[1](weights)))(*arguments) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
 
 

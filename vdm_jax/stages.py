@@ -316,7 +316,8 @@ def _apply(made, frozen, stage, method, *arguments):
 def rematerialised(apply, mode):
     """apply(params, ...) whose backward pass keeps less of the forward one. mode: "none" or
 
-    "pointwise"  keeps what convolutions and matrix products give; norms and activation functions are computed again
+    "pointwise"  keeps what convolutions, linear layers and attention give: norms, activation functions and the weights
+                 of attention are computed again
     "blocks"     keeps the output of each block only: about a third more FLOPs
     """
     if mode == "none":

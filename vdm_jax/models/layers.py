@@ -109,8 +109,8 @@ def conv(x, kernel, bias, strides=None, time_padding="same", dtype=jnp.float32):
 def _conv_direct(x, kernel, bias, strides, padding):
     """XLA's own convolution; a factorised one of a video in as many dimensions as its window has.
 
-    With few clips a device XLA's form of a 3-D one for TPUs cuts frames into pieces with halos: up to half as many
-    FLOPs again. Frames stay outermost in both forms, so that nothing is moved from one to the other.
+    With fewer than eight clips a device XLA's form of a 3-D one for TPUs cuts frames into pieces with halos: up to half
+    as many FLOPs again. Frames stay outermost in all forms, so that nothing is moved from one to the other.
     """
 
     def space(x, kernel, bias):  # frames of all clips are the batch
@@ -125,11 +125,21 @@ def _conv_direct(x, kernel, bias, strides, padding):
         out = _convolved(x, kernel[:, 0, 0], strides[:1], padding[:1], "WNC") + bias
         return out.reshape(-1, b, h, w, out.shape[-1]).swapaxes(0, 1)
 
+    def full(x, kernel, bias):
+        b, t = x.shape[:2]
+        if b >= 8 or strides[0] > 1:
+            return _convolved(x, kernel, strides, padding) + bias
+        x = jnp.pad(x.swapaxes(0, 1), (padding[0], *[(0, 0)] * 4))
+        met = (x[i : i + t].reshape(t * b, *x.shape[2:]) for i in range(kernel.shape[0]))
+        out = sum(_convolved(frames, k, strides[1:], padding[1:]) for frames, k in zip(met, kernel)) + bias
+        return out.reshape(t, b, *out.shape[1:]).swapaxes(0, 1)
+
     if kernel.ndim == 5 and not split("sequence"):
         if kernel.shape[0] == strides[0] == 1:
             return by_rows(space, x, kernel, bias)
         if kernel.shape[1:3] == strides[1:] == (1, 1):
             return by_rows(time, x, kernel, bias)
+        return by_rows(full, x, kernel, bias)
     return _convolved(x, kernel, strides, padding) + bias
 
 
@@ -287,6 +297,7 @@ def _scaled(coefficients, activation, dtype, x, parameters):
     The backward pass reads x and the gradient twice, in the types they have. Left to itself XLA for TPUs keeps what it
     computed of them for the sums, in float32: twice the bytes, and these layers are bound by bytes.
     """
+    x = jax.lax.optimization_barrier(x)  # or what convolves before it would write float32
     return _scaled_forward(coefficients, activation, dtype, x, parameters)[0]
 
 
