@@ -42,7 +42,7 @@ def get_config():
     clip.model.embedding = 768
 
     denoiser = config.denoiser
-    denoiser.update(steps=500_000, batch_size=512, remat="none")
+    denoiser.update(steps=250_000, batch_size=1024, remat="none")
     denoiser.diffusion.shift = 0.5
     denoiser.model.update(
         patch=2,
