@@ -4,20 +4,23 @@
     python -m vdm_jax.dry_run --config=configs/t2v_pod.py --topology=v5e:16x16,v6e:8x8,v5p:4x4x4
 
 Parameters are split over groups of 16 chips, so that a shard is still wide and a larger slice has more such groups,
-with the same memory and traffic a chip; of the forward pass what products give is kept, the rest computed again. The
-autoencoder cuts frames into squares of 4 x 4 pixels first: from squares of 2 x 2 its encoder alone was half the bound.
+with the same memory and traffic a chip. The denoiser cuts latents into squares of 2 x 2 and convolves in three
+dimensions at once (configs/choices.py: directions are learnt best so): both are more FLOPs for each byte that norms and
+activation functions move. The autoencoder cuts frames into squares of 4 x 4 pixels: from squares of 2 x 2 its encoder
+alone was half the bound. Nothing is rematerialised, as all of it fits.
 
-What the TPU compilers say of 1,957.8 M parameters and a batch of 512, at the lowest priority beside other work for the
-last two, so that their compile times say little (v5e:16x16: 6.5 minutes of CPU time):
+What the TPU compilers say of 1,915.0 M parameters and a batch of 1,024, all three compiled at once on two CPU cores in
+576, 951 and 675 s (v5e:16x16 with 512 clips, one other compilation beside it: 288 s):
 
               clips a chip   executed/model   HBM a chip     all-gather, all-reduce   bound    compute  memory  network
-    v5e:16x16            2             0.94   7.3 of 16 GiB        7.1, 7.3 GiB       255 ms     64 %    36 %     30 %
-    v6e:8x8              8             0.93  21.6 of 32 GiB        7.1, 7.2 GiB       257 ms     52 %    48 %     13 %
-    v5p:4x4x4            8             0.93  18.7 of 95 GiB        7.1, 7.2 GiB       352 ms     81 %    19 %      7 %
+    v5e:16x16            4             0.92  11.0 of 16 GiB        3.7, 7.1 GiB       529 ms     79 %    21 %     11 %
+    v6e:8x8             16             0.88  19.0 of 32 GiB        3.7, 7.0 GiB       452 ms     73 %    27 %      6 %
+    v5p:4x4x4           16             0.88  16.3 of 95 GiB        3.7, 7.0 GiB       749 ms     92 %     8 %      3 %
 
-Weak scaling: v5e:4x4, 8x8 and 16x16 with a batch of 32, 128 and 512 take the same 33.2 TFLOP a chip and step; 7.2, 7.5
-and 7.3 GiB; an all-gather of 7.1 GiB each, an all-reduce of 6.8, 7.2 and 7.3 GiB; and have the same bound. The first
-compiles in 324 s on two CPU cores beside other work.
+Of what is bound by memory on v6e 43 % is the frozen video encoder (of 8 clips a chip).
+
+Weak scaling: v5e:4x4 with a batch of 64 takes the same 82.4 TFLOP a chip and step as 16x16 with 1,024, 10.9 GiB, an
+all-gather of 3.7 and an all-reduce of 6.7 GiB, and has the same bound.
 
 Latents are [17, 32, 32, 16] for the picture and [17 * 20, 32] for the sound.
 """
