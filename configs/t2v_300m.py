@@ -7,12 +7,12 @@ For the eight chips of a v5e or v6e host. On a single chip, as a free Colab TPU:
 --topology=v5e:1x1 says fits in 6.7 of 16 GiB (bound 48 ms, 27 % of it compute).
 Latents are [9, 16, 16, 16] for the picture and [9 * 20, 32] for the sound.
 
-These figures and those below were taken before normalisation and biases got their present forms
-(vdm_jax/models/accelerator.py), which move fewer bytes; not yet run again.
-
 The second command: 335.9 M parameters, 8 clips a chip. A step is 6.00 TFLOP a chip, 96 % of those executed, and needs
-2.48 of 16 GiB; it receives 1.20 GiB in all-gathers, 0.66 in all-reduces, 0.22 in reduce-scatters. Bound: 57.2 ms, 51 %
-of it compute, 49 % memory; 51 chip-hours for all steps at an assumed 40 % of the peak.
+2.44 of 16 GiB; it receives 1.20 GiB in all-gathers, 0.66 in all-reduces, 0.22 in reduce-scatters. Bound: 58.4 ms, 50 %
+of it compute, 50 % memory; 51 chip-hours for all steps at an assumed 40 % of the peak.
+
+The figures of v5e:1x1 above and of the GPU below were taken before normalisation and biases got their present forms
+(vdm_jax/models/accelerator.py); not yet run again.
 
 On one H200 (jax 0.11.2), `python -m vdm_jax.bench --config=configs/t2v_300m.py --config.denoiser.batch_size=32
 --config.denoiser.remat=none`: 68.6 ms a step (64.3 to 101.5), 467 clips a second, 204 TFLOP/s, 20.6 % of the peak, in

@@ -19,8 +19,8 @@ What the TPU compilers say of 1,915.0 M parameters and a batch of 1,024, all thr
 
 Of what is bound by memory on v6e 43 % is the frozen video encoder (of 8 clips a chip).
 
-Weak scaling: v5e:4x4 with a batch of 64 takes the same 82.4 TFLOP a chip and step as 16x16 with 1,024, 10.9 GiB, an
-all-gather of 3.7 and an all-reduce of 6.7 GiB, and has the same bound.
+Weak scaling: v5e:4x4, 8x8 and 16x16 with a batch of 64, 256 and 1,024 take the same 82.4 TFLOP a chip and step; 10.9,
+11.0 and 11.0 GiB; an all-gather of 3.7 GiB each, an all-reduce of 6.7, 7.0 and 7.1 GiB; and have the same bound.
 
 Latents are [17, 32, 32, 16] for the picture and [17 * 20, 32] for the sound.
 """
