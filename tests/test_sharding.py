@@ -299,8 +299,9 @@ def compare_samples(config):
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    recipe = with_attention(tiny.get_config())
-    compare_losses(recipe)
-    with layers.forms_of("tpu"):
-        compare_losses(with_attention(tiny.get_config("near_misses")), convolved=True)
-    compare_samples(recipe)
+    compare_losses(with_attention(tiny.get_config()))
+    with layers.forms_of("tpu"):  # the autoencoder with factorised convolutions, the denoiser with full ones
+        recipe = with_attention(tiny.get_config("near_misses"))
+        recipe.denoiser.model.factorised = False
+        compare_losses(recipe, convolved=True)
+    compare_samples(with_attention(tiny.get_config()))

@@ -47,7 +47,7 @@ def stored(dtype):
 # ------------------------------------------------------------------------------------------------------------- products
 
 
-PRODUCT = "product"  # the name under which rematerialisation knows what `dense`, `conv` and `attention` give
+PRODUCT = "product"  # the name under which rematerialisation knows what `dense`, `conv` and attention give
 
 
 def dense(x, kernel, bias, dtype):
@@ -327,7 +327,7 @@ def _attention_direct(query, key, value, mask):
     if mask is not None:
         scores = jnp.where(mask[..., None, None, :], scores, -1e9)
     weights = jax.nn.softmax(scores, -1).astype(value.dtype)
-    return checkpoint_name(jnp.einsum("...hnm,...mhd->...nhd", weights, value), PRODUCT)
+    return jnp.einsum("...hnm,...mhd->...nhd", weights, value)
 
 
 def _attention_blocked(query, key, value, mask):
@@ -362,7 +362,7 @@ class Attention(nn.Module):
             query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
         if positions is not None:
             query, key = rotary(query, positions), rotary(key, context_positions)
-        out = attention(query, key, value, mask, bounded=not self.plain)
+        out = checkpoint_name(attention(query, key, value, mask, bounded=not self.plain), PRODUCT)
         out = Dense(x.shape[-1], axes=2, zero=self.zero, dtype=self.dtype, name="out")(out)
         return constrain(out, "batch", "token", "channel")
 
