@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
 from vdm_jax import conditioning, diffusion, sharding, text
@@ -202,12 +201,13 @@ def init_fns(config):
 
 def abstract_params(config):
     """{stage: tree of ShapeDtypeStruct}."""
-    return dict(_abstract_params(ml_collections.FrozenConfigDict(config)))
+    key = config.to_json_best_effort()
+    if key not in _shapes:
+        _shapes[key] = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in init_fns(config).items()}
+    return dict(_shapes[key])
 
 
-@functools.lru_cache(maxsize=4)
-def _abstract_params(config):  # asked for at every check of a run, and a second or more each time
-    return {name: jax.eval_shape(init, jax.random.key(0)) for name, init in init_fns(config).items()}
+_shapes = {}  # by recipe: every check of a run asks for them, and tracing takes a second or more each time
 
 
 def abstract_batch(config, name):
