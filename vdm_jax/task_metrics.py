@@ -77,9 +77,10 @@ def _moves(video):
 
 
 def carry_on(run):
-    """Velocity changes where a given beginning ends, against those elsewhere, away from impacts; frame widths a second.
+    """Velocity changes where a given beginning ends, before it and after it, away from impacts; frame widths a second.
 
-    The beginning is config.sample.history latent frames of the true clip.
+    The beginning is config.sample.history latent frames of the true clip, as the autoencoder sees them. 'seam' is of
+    the two frames around its end, 'inside' of those whose neighbours are made, too, 'given' of those before.
     """
     past = 1 + run.size.f_t * (run.generator.config.sample.history - 1)
     samples = past * run.size.samples_per_frame
@@ -87,17 +88,15 @@ def carry_on(run):
     made, true = _velocity_changes(run, video, past), _velocity_changes(run, run.video, past)
     shown = [tracker.measure(v, a, run.fps, run.rate, objects(i)) for v, a, i in zip(video, run.audio, run.items)]
     return {
-        "seam": made["seam"],
-        "inside": made["inside"],
-        "seam_truth": true["seam"],
-        "inside_truth": true["inside"],
+        **made,
+        **{f"{key}_truth": value for key, value in true.items()},
         "right": float(np.mean([m["right"] for m in shown])),
     }
 
 
 def _velocity_changes(run, clips, past):
-    """Medians of |velocity change| at the two frames around `past`, and at all others."""
-    seam, inside = [], []
+    """Medians of |velocity change|, frames 'given', 'seam' and 'inside'; the first `past` are given."""
+    found = {"given": [], "seam": [], "inside": []}
     for item, video in zip(run.items, clips, strict=True):
         tracks = tracker.track(video)
         struck = [t * run.fps for t, *_ in tracker.impacts(tracks, run.fps)]
@@ -106,10 +105,10 @@ def _velocity_changes(run, clips, past):
             usable = row["present"] & (row["visible"] >= tracker.VISIBLE)
             position = np.where(usable[:, None], row["position"], np.nan)
             change = np.linalg.norm(position[2:] - 2 * position[1:-1] + position[:-2], axis=1) * run.fps
-            for k, value in enumerate(change, 1):  # at frame k
+            for k, value in enumerate(change, 1):  # at frame k, by the frames k - 1 to k + 1
                 if np.isfinite(value) and all(abs(k - t) > 2 for t in struck):
-                    (seam if k in (past - 1, past) else inside).append(value)
-    return {name: float(np.median(x)) if x else None for name, x in (("seam", seam), ("inside", inside))}
+                    found["given" if k + 1 < past else "inside" if k > past else "seam"].append(value)
+    return {name: float(np.median(x)) if x else None for name, x in found.items()}
 
 
 def foley(run):

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vdm_jax.models import winograd
+
 # ------------------------------------------------------------------------------------------------------------ helpers
 
 
@@ -97,6 +99,8 @@ def conv(x, kernel, bias, padding, dtype):
 
     padding: a pair for each space dimension. Operands in `dtype`.
     """
+    if dtype != jnp.bfloat16 and winograd.suits(x.shape, kernel.shape) and kernel.shape.count(3) > 1:
+        return winograd.conv(x, kernel, padding) + bias
     form = _conv_products if dtype == jnp.bfloat16 else _conv_direct
     return form(x, kernel, padding) + bias
 
@@ -109,6 +113,8 @@ def _conv_forward(x, kernel, bias, padding, dtype):
 
 def _conv_backward(padding, dtype, saved, grad):
     x, kernel = saved
+    if dtype != jnp.bfloat16 and winograd.suits(x.shape, kernel.shape):
+        return *winograd.gradients(x, kernel, grad, padding), row_sum(_flat(grad))
     window = kernel.shape[:-2]
     flipped = jnp.flip(kernel, range(len(window))).swapaxes(-1, -2)
     # What was padded before the input is cut off its gradient's end, and the other way round.
