@@ -99,7 +99,7 @@ def conv(x, kernel, bias, padding, dtype):
 
     padding: a pair for each space dimension. Operands in `dtype`.
     """
-    if dtype != jnp.bfloat16 and winograd.suits(x.shape, kernel.shape) and kernel.shape.count(3) > 1:
+    if dtype != jnp.bfloat16 and winograd.suits(x.shape, kernel.shape):
         return winograd.conv(x, kernel, padding) + bias
     form = _conv_products if dtype == jnp.bfloat16 else _conv_direct
     return form(x, kernel, padding) + bias
