@@ -36,6 +36,17 @@ class Still(Oracle):
         return np.repeat(video[:, :1], video.shape[1], 1), np.zeros_like(audio)
 
 
+class Jumping(Oracle):
+    """The truth, but all that is made lies a pixel beside it."""
+
+    def __call__(self, prompts, *, given, **options):
+        video, audio = super().__call__(prompts, given=given, **options)
+        if made := np.flatnonzero(~given.masks["video"]).tolist():
+            past = 1 + stages.layout(self.config).f_t * (made[0] - 1) if made[0] else 0
+            video[:, past:] = np.roll(video[:, past:], 1, axis=3)
+        return video, audio
+
+
 @pytest.fixture(scope="module")
 def world():
     config = world_tiny.get_config()
@@ -69,3 +80,11 @@ def test_a_model_that_does_nothing_is_seen_through(world):
     assert made["image"]["moves"] == 0
     assert made["foley"]["sync_impacts"] == 0 and made["foley"]["sync_onsets"] is None
     assert made["sound"]["sync_onsets"] == 0
+
+
+def test_a_jump_shows_at_the_seam_alone(world, oracle):
+    made = task_metrics.measure(Jumping(*world), world[1], seed=0)["continue"]
+    for key in ("given", "inside"):
+        assert made[key] == pytest.approx(oracle["continue"][key], abs=0.02)
+    config = world[0]
+    assert made["seam"] == pytest.approx(config.data.fps / config.data.size, rel=0.1)  # a pixel a frame

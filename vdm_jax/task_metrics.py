@@ -95,19 +95,25 @@ def carry_on(run):
 
 
 def _velocity_changes(run, clips, past):
-    """Medians of |velocity change|, frames 'given', 'seam' and 'inside'; the first `past` are given."""
+    """Medians of |velocity change|, frames 'given', 'seam' and 'inside'; the first `past` are given.
+
+    Away from impacts of the true clip, which what is given leads to, and inside from those seen, too: at the seam a
+    jump would pass for an impact.
+    """
     found = {"given": [], "seam": [], "inside": []}
     for item, video in zip(run.items, clips, strict=True):
         tracks = tracker.track(video)
-        struck = [t * run.fps for t, *_ in tracker.impacts(tracks, run.fps)]
-        struck += [e["time"] * run.fps for e in item["state"]["events"]]  # a true impact may come at the seam
+        true = [e["time"] * run.fps for e in item["state"]["events"]]
+        seen = [t * run.fps for t, *_ in tracker.impacts(tracks, run.fps)]
         for row in tracks.values():
             usable = row["present"] & (row["visible"] >= tracker.VISIBLE)
             position = np.where(usable[:, None], row["position"], np.nan)
             change = np.linalg.norm(position[2:] - 2 * position[1:-1] + position[:-2], axis=1) * run.fps
             for k, value in enumerate(change, 1):  # at frame k, by the frames k - 1 to k + 1
+                where = "given" if k + 1 < past else "inside" if k > past else "seam"
+                struck = true + seen if where == "inside" else true
                 if np.isfinite(value) and all(abs(k - t) > 2 for t in struck):
-                    found["given" if k + 1 < past else "inside" if k > past else "seam"].append(value)
+                    found[where].append(value)
     return {name: float(np.median(x)) if x else None for name, x in found.items()}
 
 
