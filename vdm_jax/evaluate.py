@@ -47,6 +47,7 @@ CANDIDATES = 64  # clips, all of different meaning, among which a text has to fi
 LEVELS = 8  # noise levels at which the loss is measured
 ALONE = 3  # frames: an impact with no other this near counts as isolated
 SHOWN = 8  # samples on the page
+SETTINGS = ("method", "steps", "guidance", "onward_guidance", "rescale")  # of the sampler; earlier runs have fewer
 
 
 def main(argv):
@@ -107,7 +108,7 @@ def main(argv):
         "data": config.data.source,
         "held-out clips": len(items),
         "prompts": len(prompts),
-        **{key: config.sample[key] for key in ("method", "steps", "guidance", "rescale")},
+        **{key: config.sample[key] for key in SETTINGS if key in config.sample},
         "seed": options.seed,
         "device": jax.devices()[0].device_kind,
         "seconds": round(time.perf_counter() - began),

@@ -4,6 +4,8 @@ What is slow there, and what is done about it:
 - Sums over all rows of an array (gradients of biases and of normalisation) are loops over columns, which XLA joins with
   whatever made the array and then no longer vectorises. A product with a row of ones is the same sum, at full speed.
 - A convolution's weight gradient. Here it is a product of matrices for each row of taps.
+- Convolutions in float32 altogether, beside products of matrices: where it pays they are a few smaller products, after
+  sums and differences (winograd.py).
 - bfloat16. Processors with matrix units (AMX) multiply bfloat16 several times faster than float32, and add up in
   float32; everything else is slower in bfloat16. So operands of products are rounded to bfloat16, and arrays between
   products stay float32. Copies of bfloat16 are slow, too, so pairs travel as one 32-bit word.
