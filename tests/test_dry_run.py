@@ -5,6 +5,7 @@ import json
 import platform
 import sys
 
+import jax
 import ml_collections
 import pytest
 
@@ -37,7 +38,9 @@ def plan(tmp_path, *options, config=CONFIG, seconds=400):
 def test_the_train_step_asks_for_no_permutes(tmp_path):
     # Frames of 64: of smaller ones, much of what a model's FLOPs count is windows over padding, which no chip executes.
     options = ("--topology=v5e:2x2", *FSDP, "--config.compute_dtype=bfloat16", "--config.data.size=64")
-    code, printed, made = plan(tmp_path, *options, config=f"{CONFIG}:near_misses")
+    # jaxlib 0.7 takes more memory than there is to read from the program with near misses how its arguments are split.
+    config = CONFIG if jax.__version_info__ < (0, 8) else f"{CONFIG}:near_misses"
+    code, printed, made = plan(tmp_path, *options, config=config)
     assert code == 0 and made["fits"] and made["chips"] == 4
     assert set(made) >= KEYS and all(key in printed for key in KEYS - {"topology"})
     # Weights are gathered and gradients scattered; nothing else moves but sums.

@@ -87,9 +87,10 @@ def _encoded_batches(config, frozen, source, count):
         to_example=to_example,
     )
     alone = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.local_devices()[:1])
-    with jax.set_mesh(alone):
-        for _ in tqdm(range(-(-count // rows)), "encode", disable=None if hosts.lead() else True, unit="batch"):
-            yield hosts.together(encode(frozen, next(batches)))
+    for _ in tqdm(range(-(-count // rows)), "encode", disable=None if hosts.lead() else True, unit="batch"):
+        with jax.set_mesh(alone):
+            encoded = encode(frozen, next(batches))
+        yield hosts.together(encoded)
 
 
 class Encoded:
