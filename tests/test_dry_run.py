@@ -35,12 +35,14 @@ def plan(tmp_path, *options, config=CONFIG, seconds=400):
 
 
 @compiler
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 8),
+    reason="jaxlib 0.7 takes over 20 GB to read from this program how its arguments are split",
+)
 def test_the_train_step_asks_for_no_permutes(tmp_path):
     # Frames of 64: of smaller ones, much of what a model's FLOPs count is windows over padding, which no chip executes.
     options = ("--topology=v5e:2x2", *FSDP, "--config.compute_dtype=bfloat16", "--config.data.size=64")
-    # jaxlib 0.7 takes more memory than there is to read from the program with near misses how its arguments are split.
-    config = CONFIG if jax.__version_info__ < (0, 8) else f"{CONFIG}:near_misses"
-    code, printed, made = plan(tmp_path, *options, config=config)
+    code, printed, made = plan(tmp_path, *options, config=f"{CONFIG}:near_misses")
     assert code == 0 and made["fits"] and made["chips"] == 4
     assert set(made) >= KEYS and all(key in printed for key in KEYS - {"topology"})
     # Weights are gathered and gradients scattered; nothing else moves but sums.
