@@ -57,7 +57,7 @@ Near misses of the text encoder: of a caption and one with two words exchanged t
 one in 62 % before (chance: 50 %), in 81 % after.
 
 A clip carried on, velocity change at the seam in frame widths a second. 64 clips: 0.022 before it, in what is given,
-0.072 at it, 0.058 after it, in what is made; with 64 steps instead of 32 0.078 and 0.063 (truth: 0.005 to 0.007). 32
+0.072 at it, 0.058 after it, in what is made; with 64 steps instead of 32 0.078 and 0.063 (truth: 0.003 to 0.008). 32
 clips, with a jump of a pixel a frame taken for an impact and not counted: 0.088 with a text weight of 4, 0.068 with 1,
 then 0.091 with a history weight of 2.5 and 0.059 with 1; with both at 1 and frames lagging by 2 and 6 steps 0.089 and
 0.097, with given frames as they are 0.071. 1,600 steps more in float32 on two cores (16 clips of 6,144 a step, four

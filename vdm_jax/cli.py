@@ -11,6 +11,9 @@ from ml_collections import config_flags
 
 from vdm_jax.errors import UserError
 
+# Of libraries: what users need to know, this package says. Now, as some warn when they are loaded.
+absl.logging.set_verbosity(absl.logging.ERROR)
+
 
 def define_config():
     """Defines --config=FILE, with --config.some.key=value to change a value."""
@@ -56,7 +59,6 @@ def call(script, *options):
 
 
 def _log():
-    absl.logging.set_verbosity(absl.logging.ERROR)  # of libraries; what users need to know, this package says
     logger = logging.getLogger("vdm_jax")
     if not logger.handlers:
         handler = logging.StreamHandler()

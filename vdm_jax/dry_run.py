@@ -5,7 +5,8 @@
 
 The real program, partitioned as in training and compiled by libtpu's compiler, which needs no TPU
 (pip install "jax[tpu]"). --topology=v5e:4x4,v5e:8x8 compares. Exit code 3: it does not fit one of them; what would
-make it fit is printed, and with --try compiled as well.
+make it fit is printed, and with --try compiled as well. With jaxlib 0.7 a program that is split over chips may take all
+memory of this machine, over 20 GB for a tiny one: use a newer one.
 
 train   one optimiser step of --stage
 sample  config.sample's sampler on --rows prompts, decoding included

@@ -5,8 +5,7 @@ A resumed run therefore sees the batches it would have seen, on any number of pr
 needs saving.
 """
 
-import logging
-
+import grain
 import jax
 import numpy as np
 
@@ -14,12 +13,6 @@ from vdm_jax import text
 from vdm_jax.data.files import Files
 from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
-
-_absl = logging.getLogger("absl")
-_absl.addFilter(_quiet := lambda record: False)  # beside an older jaxlib grain warns of its own profiler
-import grain  # noqa: E402
-
-_absl.removeFilter(_quiet)
 
 HELD_OUT_SEED = 1_000_003  # added to the seed of the procedural world for clips that training never sees
 

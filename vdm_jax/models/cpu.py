@@ -101,10 +101,14 @@ def conv(x, kernel, bias, padding, dtype):
 
     padding: a pair for each space dimension. Operands in `dtype`.
     """
-    if dtype != jnp.bfloat16 and winograd.suits(x.shape, kernel.shape):
-        return winograd.conv(x, kernel, padding) + bias
-    form = _conv_products if dtype == jnp.bfloat16 else _conv_direct
-    return form(x, kernel, padding) + bias
+    return _form(x, kernel, dtype)(x, kernel, padding) + bias
+
+
+def _form(x, kernel, dtype):
+    """The function (x, kernel, padding) -> output, without bias, that is fastest for these shapes."""
+    if dtype == jnp.bfloat16:
+        return _conv_products
+    return winograd.conv if winograd.suits(x.shape, kernel.shape) else _conv_direct
 
 
 def _conv_forward(x, kernel, bias, padding, dtype):
@@ -115,13 +119,13 @@ def _conv_forward(x, kernel, bias, padding, dtype):
 
 def _conv_backward(padding, dtype, saved, grad):
     x, kernel = saved
-    if dtype != jnp.bfloat16 and winograd.suits(x.shape, kernel.shape):
+    form = _form(x, kernel, dtype)
+    if form is winograd.conv:
         return *winograd.gradients(x, kernel, grad, padding), row_sum(_flat(grad))
     window = kernel.shape[:-2]
     flipped = jnp.flip(kernel, range(len(window))).swapaxes(-1, -2)
     # What was padded before the input is cut off its gradient's end, and the other way round.
     back = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(window, padding))
-    form = _conv_products if dtype == jnp.bfloat16 else _conv_direct
     x_grad = form(grad, flipped, back)
     columns, slices = _side_by_side(x, window, padding, dtype)
     flat = _flat(grad)

@@ -51,9 +51,11 @@ def _axes(kernel):
 
 def _padded(x, axes, padding):
     """x with its padding, and one place more where that makes the output even."""
-    ends = [(low, high + (n + low + high) % 2 * (i in axes)) for i, (n, (low, high)) in
-            enumerate(zip(x.shape[1:], padding), 1)]  # fmt: skip
-    return jnp.pad(x, [(0, 0), *ends, (0, 0)])
+    ends = [(0, 0), *padding, (0, 0)]
+    for axis in axes:
+        low, high = ends[axis]
+        ends[axis] = low, high + (x.shape[axis] + low + high) % 2
+    return jnp.pad(x, ends)
 
 
 def _cropped(x, spans):
