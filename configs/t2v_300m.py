@@ -4,7 +4,7 @@
     python -m vdm_jax.dry_run --config=configs/t2v_300m.py --topology=v5e:2x4
 
 For the eight chips of a v5e or v6e host. On a single chip, as a free Colab TPU: --config.denoiser.batch_size=4, which
---topology=v5e:1x1 says fits in 6.7 of 16 GiB (bound 48 ms, 27 % of it compute).
+--topology=v5e:1x1 says fits in 6.6 of 16 GiB (bound 43 ms, 27 % of it compute).
 Latents are [9, 16, 16, 16] for the picture and [9 * 20, 32] for the sound.
 
 The second command: 335.9 M parameters, 8 clips a chip. A step is 6.00 TFLOP a chip, 90 % of those executed, and needs
@@ -12,8 +12,8 @@ The second command: 335.9 M parameters, 8 clips a chip. A step is 6.00 TFLOP a c
 of it compute, 49 % memory; 51 chip-hours for all steps at an assumed 40 % of the peak. With
 --config.denoiser.remat=blocks 58.4 ms and 2.44 GiB.
 
-The figures of v5e:1x1 above (with remat=blocks) and of the GPU below were taken before normalisation and biases got
-their present forms (vdm_jax/models/accelerator.py); not yet run again.
+The figures of the GPU below were taken before normalisation and biases got their present forms
+(vdm_jax/models/accelerator.py); not yet run again.
 
 On one H200 (jax 0.11.2), `python -m vdm_jax.bench --config=configs/t2v_300m.py --config.denoiser.batch_size=32
 --config.denoiser.remat=none`: 68.6 ms a step (64.3 to 101.5), 467 clips a second, 204 TFLOP/s, 20.6 % of the peak, in
