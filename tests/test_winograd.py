@@ -35,10 +35,10 @@ def test_values_and_gradients_are_those_of_a_convolution(shape, window, padding,
     expected, pull = jax.vjp(plain, x, kernel, bias)
     made, pull_made = jax.vjp(lambda *a: cpu.conv(*a, padding, jnp.float32), x, kernel, bias)
     assert made.shape == expected.shape
-    np.testing.assert_allclose(made, expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(made, expected, atol=5e-6 * np.abs(expected).max())
     grad = jax.random.normal(jax.random.key(1), expected.shape)
     for ours, theirs in zip(pull_made(grad), pull(grad), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, atol=5e-6 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,8 @@ def test_values_and_gradients_are_those_of_a_convolution(shape, window, padding,
     [
         ((1, 16, 32, 32, 64), (1, 3, 3, 64, 64), True),
         ((1, 16, 32, 32, 4), (1, 3, 3, 4, 64), False),  # few channels
-        ((1, 16, 4, 4, 256), (1, 3, 3, 256, 256), False),  # few places
+        ((1, 16, 4, 4, 256), (1, 3, 3, 256, 256), True),
+        ((1, 16, 4, 4, 256), (3, 3, 3, 256, 256), False),  # few places
         ((1, 16, 32, 32, 64), (1, 1, 1, 64, 64), False),
         ((1, 16, 32, 32, 64), (1, 5, 5, 64, 64), False),
     ],
