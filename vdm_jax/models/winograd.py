@@ -3,8 +3,8 @@
 Lavin & Gray, arXiv:1509.09308, section 4. It is applied along every dimension whose window is 3, with m of 4 or 2, so
 that a convolution in space takes 1/4 of the products, one in time 1/2, a full one 1/8. What is multiplied are matrices
 [places, C_in] and [C_in, C_out], one product for each of the up to 6, 36 or 216 places in a tile, with sums and
-differences before and after. The result differs from the direct form's by rounding alone: of the
-largest value by 1e-6 in time, 2e-6 in space and 4e-6 in both, where the direct form's own error is 5e-7.
+differences before and after. The result differs from the direct form's by rounding alone: of the largest value by 1e-6
+in time, 2e-6 in space and 4e-6 in both, where the direct form's own error is 5e-7.
 """
 
 import functools
