@@ -88,7 +88,10 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
     jax.tree.map(np.testing.assert_array_equal, again.take(list(range(32))), items.take(list(range(32))))
     jax.tree.map(np.testing.assert_array_equal, again_frozen, frozen)
     config.denoiser.cached_clips = 20
-    assert len(prepare()[1]) == 20 and len(encoded) == 1
+    twenty = prepare()[1]
+    assert len(twenty) == 20 and len(encoded) == 1
+    jax.tree.map(np.testing.assert_array_equal, twenty.take(list(range(20))), items.take(list(range(20))))
+    assert all(isinstance(x, np.memmap) for x in jax.tree.leaves(twenty.arrays))  # not held in memory
     config.seed = 1
     assert prepare()[2] == 1
     config.denoiser.near_misses = ()

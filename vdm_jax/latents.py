@@ -1,8 +1,10 @@
 """What the denoiser needs of the earlier stages: their frozen weights, latent statistics, and clips encoded once."""
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 
 import jax
 import numpy as np
@@ -94,7 +96,7 @@ def _encoded_batches(config, frozen, source, count):
 
 
 class Encoded:
-    """Encoded clips in memory, as a data source: {'z': latents, 'text': condition[, 'near_miss': condition]}."""
+    """Arrays of encoded clips as a data source: {'z': latents, 'text': condition[, 'near_miss': condition]}."""
 
     def __init__(self, arrays):
         self.arrays = arrays
@@ -104,30 +106,55 @@ class Encoded:
 
     def take(self, numbers):
         """The items of these numbers as one: a leading axis more."""
-        return jax.tree.map(lambda x: x[numbers], self.arrays)
+        return jax.tree.map(lambda x: np.asarray(x[numbers]), self.arrays)
 
 
 def _cached(config, frozen, source, folder):
     """The cache in `folder` if it was made by these weights and this data, else made now. Half precision."""
-    mark = _fingerprint(config, frozen)
+    mark, vouches = _fingerprint(config, frozen), folder / "fingerprint"
     wanted = stages.abstract_batch(config, "denoiser")
     paths = jax.tree_util.tree_map_with_path(
         lambda path, _: folder / f"{sharding.path_name(path).replace('/', '_')}.npy", wanted
     )
-    if hosts.agreed((folder / "fingerprint").exists() and (folder / "fingerprint").read_text() == mark):
-        return Encoded(jax.tree.map(lambda path: np.load(path, allow_pickle=False), paths))
-    count = config.denoiser.cached_clips
-    logger.info("encoding %d clips once", count)
-    parts = []
-    for batch in _encoded_batches(config, frozen, source, count):
-        parts.append(jax.tree.map(lambda want, x: np.asarray(x, want.dtype), wanted, batch))
-    arrays = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
-    if hosts.lead():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "fingerprint").unlink(missing_ok=True)  # written last: it vouches for the files
-        jax.tree.map(np.save, paths, arrays)
-        (folder / "fingerprint").write_text(mark)
-    return Encoded(arrays)
+    if not hosts.agreed(vouches.exists() and vouches.read_text() == mark):
+        count = config.denoiser.cached_clips
+        logger.info("encoding %d clips once", count)
+        batches = _encoded_batches(config, frozen, source, count)
+        if hosts.lead():
+            folder.mkdir(parents=True, exist_ok=True)
+            vouches.unlink(missing_ok=True)
+            _write(paths, wanted, batches, count)
+            vouches.write_text(mark)
+        else:
+            for _ in batches:
+                pass
+        hosts.agreed(True)  # now all may read
+    return Encoded(jax.tree.map(_open, paths))
+
+
+def _write(paths, wanted, batches, count):
+    """The first `count` rows of the batches as .npy files, of the types wanted; it holds one batch at a time."""
+    with contextlib.ExitStack() as stack:
+        files = []
+        for path, want in zip(jax.tree.leaves(paths), jax.tree.leaves(wanted)):
+            path.unlink(missing_ok=True)
+            files.append(stack.enter_context(path.open("wb")))
+            descr = np.lib.format.dtype_to_descr(np.dtype(want.dtype))
+            header = dict(descr=descr, fortran_order=False, shape=(count, *want.shape[1:]))
+            np.lib.format.write_array_header_1_0(files[-1], header)
+        for batch in batches:
+            batch = jax.tree.map(lambda want, x: np.asarray(x, want.dtype), wanted, batch)
+            for file, rows in zip(files, jax.tree.leaves(batch)):
+                file.write(rows[:count].tobytes())
+            count -= min(count, len(rows))
+
+
+def _open(path):
+    """The array of a .npy file, read row by row as it is asked for; from a bucket that is not mounted, all at once."""
+    if "://" not in os.fspath(path):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    with path.open("rb") as file:
+        return np.load(file, allow_pickle=False)
 
 
 def _fingerprint(config, frozen):
