@@ -45,13 +45,13 @@ def get_config():
     clip.model.embedding = 768
 
     denoiser = config.denoiser
-    denoiser.update(steps=250_000, batch_size=1024, remat="none")
+    denoiser.update(steps=250_000, batch_size=1024, cached_clips=262_144, remat="none")
     denoiser.diffusion.shift = 0.5
     denoiser.model.update(
         patch=2,
         factorised=False,
-        channels=(1024, 1280),
-        blocks=(4, 3),
+        channels=(1280, 1280),
+        blocks=(3, 3),
         attention=(False, True),
         exchange=(False, True),
         time_strides=(2,),

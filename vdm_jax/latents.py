@@ -4,7 +4,8 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
+import math
+import threading
 
 import jax
 import numpy as np
@@ -96,7 +97,7 @@ def _encoded_batches(config, frozen, source, count):
 
 
 class Encoded:
-    """Arrays of encoded clips as a data source: {'z': latents, 'text': condition[, 'near_miss': condition]}."""
+    """Encoded clips as a data source: {'z': latents, 'text': condition[, 'near_miss': condition]}."""
 
     def __init__(self, arrays):
         self.arrays = arrays
@@ -106,7 +107,31 @@ class Encoded:
 
     def take(self, numbers):
         """The items of these numbers as one: a leading axis more."""
-        return jax.tree.map(lambda x: np.asarray(x[numbers]), self.arrays)
+        return jax.tree.map(lambda rows: rows.take(numbers), self.arrays)
+
+
+class Rows:
+    """An array in a .npy file, on a disk or in a bucket; rows are read as they are asked for, by any thread."""
+
+    def __init__(self, path):
+        self.path, self.thread = path, threading.local()
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
+            self.start = file.tell()
+
+    def __len__(self):
+        return self.shape[0]
+
+    def take(self, numbers):
+        if not hasattr(self.thread, "file"):
+            self.thread.file = self.path.open("rb")
+        file, size = self.thread.file, self.dtype.itemsize * math.prod(self.shape[1:])
+        rows = np.empty((len(numbers), *self.shape[1:]), self.dtype)
+        for row, number in zip(rows, numbers, strict=True):
+            file.seek(self.start + number * size)
+            row[...] = np.frombuffer(file.read(size), self.dtype).reshape(self.shape[1:])
+        return rows
 
 
 def _cached(config, frozen, source, folder):
@@ -129,7 +154,7 @@ def _cached(config, frozen, source, folder):
             for _ in batches:
                 pass
         hosts.agreed(True)  # now all may read
-    return Encoded(jax.tree.map(_open, paths))
+    return Encoded(jax.tree.map(Rows, paths))
 
 
 def _write(paths, wanted, batches, count):
@@ -147,14 +172,6 @@ def _write(paths, wanted, batches, count):
             for file, rows in zip(files, jax.tree.leaves(batch)):
                 file.write(rows[:count].tobytes())
             count -= min(count, len(rows))
-
-
-def _open(path):
-    """The array of a .npy file, read row by row as it is asked for; from a bucket that is not mounted, all at once."""
-    if "://" not in os.fspath(path):
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    with path.open("rb") as file:
-        return np.load(file, allow_pickle=False)
 
 
 def _fingerprint(config, frozen):
