@@ -1,26 +1,31 @@
 """Text to video with sound on a TPU pod: about 2 B parameters, 65 frames at 256 px, 16 kHz. Not yet run.
 
     python -m vdm_jax.train --config=configs/t2v_pod.py --workdir=gs://BUCKET/t2v --config.data.path=gs://BUCKET/tfds
-    python -m vdm_jax.dry_run --config=configs/t2v_pod.py --topology=v5e:16x16,v6e:8x8,v5p:4x4x4
+    python -m vdm_jax.dry_run --config=configs/t2v_pod.py --topology=v6e:8x8,v5p:4x4x4
+    python -m vdm_jax.dry_run --config=configs/t2v_pod.py --topology=v5e:16x16 --config.denoiser.batch_size=2048
 
 Parameters are split over groups of 16 chips, so that a shard is still wide and a larger slice has more such groups,
 with the same memory and traffic a chip. The denoiser cuts latents into squares of 2 x 2 and convolves in three
-dimensions at once (configs/choices.py: directions are learnt best so): both are more FLOPs for each byte that norms and
-activation functions move. The autoencoder cuts frames into squares of 4 x 4 pixels: from squares of 2 x 2 its encoder
-alone was half the bound. Nothing is rematerialised, as all of it fits.
+dimensions at once (configs/choices.py: directions are learnt best so), in few wide blocks: all three are more FLOPs for
+each byte that norms and activation functions move. Nothing is rematerialised, as all of it fits.
 
-What the TPU compilers say of 1,915.0 M parameters and a batch of 1,024, all three compiled at once on two CPU cores in
-576, 951 and 675 s (v5e:16x16 with 512 clips, one other compilation beside it: 288 s):
+Clips are encoded once, before the denoiser trains: 262,144 of them take 290 GB in the run's folder, 1.1 MB each, half
+of that the text's states, and are read from there one by one. Encoded afresh for every batch
+(--config.denoiser.cached_clips=0) they took a quarter of a step on v6e:8x8 (of 1,915 M parameters, channels=(1024,
+1280), blocks=(4, 3): 452 instead of 349 ms, and 73 instead of 84 % of that compute).
+
+What the TPU compilers say of 2,039.2 M parameters, each compiled on two CPU cores beside other work, in 247, 653 and
+199 s, with a batch of 1,024, on v5e:16x16 of 2,048:
 
               clips a chip   executed/model   HBM a chip     all-gather, all-reduce   bound    compute  memory  network
-    v5e:16x16            4             0.92  11.0 of 16 GiB        3.7, 7.1 GiB       529 ms     79 %    21 %     11 %
-    v6e:8x8             16             0.88  19.0 of 32 GiB        3.7, 7.0 GiB       452 ms     73 %    27 %      6 %
-    v5p:4x4x4           16             0.88  16.3 of 95 GiB        3.7, 7.0 GiB       749 ms     92 %     8 %      3 %
+    v5e:16x16            8             0.87  11.7 of 16 GiB        3.8, 7.6 GiB       850 ms     94 %     6 %      7 %
+    v6e:8x8             16             0.87  16.5 of 32 GiB        3.8, 7.5 GiB       390 ms     87 %    13 %      7 %
+    v5p:4x4x4           16             0.87  16.5 of 95 GiB        3.8, 7.5 GiB       716 ms     96 %     4 %      3 %
 
-Of what is bound by memory on v6e 43 % is the frozen video encoder (of 8 clips a chip).
+With 4 clips a chip, a batch of 1,024, v5e:16x16 has a bound of 498 ms, 84 % of it compute.
 
-Weak scaling: v5e:4x4, 8x8 and 16x16 with a batch of 64, 256 and 1,024 take the same 82.4 TFLOP a chip and step; 10.9,
-11.0 and 11.0 GiB; an all-gather of 3.7 GiB each, an all-reduce of 6.7, 7.0 and 7.1 GiB; and have the same bound.
+Weak scaling: v5e:4x4, 8x8 and 16x16 with a batch of 64, 256 and 1,024 execute the same 82.5 TFLOP a chip and step, in
+11.1, 11.0 and 11.0 GiB; an all-gather of 3.8 GiB each, an all-reduce of 7.1, 7.5 and 7.6 GiB; and have the same bound.
 
 Latents are [17, 32, 32, 16] for the picture and [17 * 20, 32] for the sound.
 """
