@@ -1,5 +1,7 @@
 """Latents are scaled to unit variance, and encoded once."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import numpy as np
 import pytest
@@ -85,6 +87,9 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
 
     stored = np.load(workdir / "denoiser" / "latents" / "z_video.npy")
     np.testing.assert_array_equal(items.take([3, 0])["z"]["video"], stored[[3, 0]])
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(lambda i: items.take([i])["z"]["video"][0], 8 * list(range(32))))
+    np.testing.assert_array_equal(taken, np.tile(stored, (8, 1, 1, 1, 1)))
     again_frozen, again, times = prepare()
     assert times == 0
     jax.tree.map(np.testing.assert_array_equal, again.take(list(range(32))), items.take(list(range(32))))

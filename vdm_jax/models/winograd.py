@@ -37,7 +37,7 @@ def _factors(*squares):
     )
 
 
-# m -> factors. Of the points for m = 4 these round least; the paper's, 1 and 4, have five times their error.
+# m -> factors. Of the points for m = 4 these round least; the paper's, squares 1 and 4, have five times their error.
 FACTORS = {2: _factors(1.0), 4: _factors(0.5, 2.0)}
 
 
@@ -123,7 +123,7 @@ def _matmul(x, kernels):
     return jnp.matmul(_flat(x), kernels).reshape(*x.shape[:-1], -1)
 
 
-# Places in a tile are the leading dimension, the first of the window's dimensions outermost. One dimension is
+# Products of a tile are the leading dimension, the first of the window's dimensions outermost. One dimension is
 # transformed after the other, each by an array of its own: that compiles in half the time that all at once takes.
 
 
