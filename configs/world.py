@@ -16,7 +16,9 @@ def get_config():
     config = world_tiny.get_config()
     config.unlock()
 
-    config.data.world = dict(objects=(0.4, 0.35, 0.25), gravity=0.2, occluder=0.2, leave=0.2, pan=0.2, light=0.2)
+    config.data.world = dict(
+        objects=(0.4, 0.35, 0.25), gravity=0.2, occluder=0.2, leave=0.2, pan=0.2, light=0.2, undirected=0.25
+    )
     config.video_autoencoder.steps = 4000
     config.audio_autoencoder.steps = 2000
     config.clip.steps = 3000

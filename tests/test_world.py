@@ -198,6 +198,19 @@ def test_captions_and_directions():
     assert any(" hits a " in t for t in texts) and any("bounces off the" in t for t in texts)
 
 
+def test_captions_may_leave_directions_out():
+    plain, loose = World(seed=21), World(seed=21, undirected=0.3)
+    said, told = 0, 0
+    for i in range(300):
+        state, text = loose[i]["state"], loose[i]["caption"]
+        words = text.replace(",", "").split()
+        assert all(f"{colour} {shape}" in text for colour, shape, _ in w.describe(state))
+        said, told = said + sum(words.count(d) for d in w.DIRECTIONS), told + len(w.seen(state))
+        if i < 20:
+            assert (loose[i]["video"] == plain[i]["video"]).all() and text.isascii() and "  " not in text
+    assert 0.72 < said / told < 0.83  # 1 - 0.3 * 3 / 4
+
+
 def test_prompts_say_what_they_ask():
     for objects in (1, 2, 3):
         asked = w.prompts(0, 50, objects)

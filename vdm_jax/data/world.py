@@ -81,7 +81,8 @@ class World:
     """Endless source of clips; everything about clip i follows from (seed, i) and the settings.
 
     objects: chances of 1, 2, 3 objects. gravity, occluder, leave, pan, light: chance of each in an
-    episode. speed (frames/s) and radius (of the frame) are ranges. `world[i]` begins at frame
+    episode. speed (frames/s) and radius (of the frame) are ranges. undirected: chance of a caption
+    that leaves directions out, each with a chance of 3 in 4, as prompts may. `world[i]` begins at frame
     `start` and is {'video': uint8 [F, H, W, 3], 'audio': float32 [F * sample_rate // fps],
     'caption': str, 'state': dict}, where the state, all as the camera sees it, holds
       position, velocity  float32 [F, O, 2], in frame widths (per second)
@@ -112,6 +113,7 @@ class World:
         light=0.2,
         speed=(0.35, 0.7),
         radius=(0.10, 0.19),
+        undirected=0.0,
         start=0,
         length=2**31 - 1,
     ):
@@ -132,6 +134,7 @@ class World:
         self.shapes = tuple(SHAPES.index(s) for s in shapes)
         self.colours = tuple(COLOURS.index(c) for c in colours)
         self.chances = (gravity, occluder, leave, pan, light)
+        self.undirected = undirected
 
     def __len__(self):
         return self.length
@@ -182,7 +185,7 @@ class World:
             if t >= begin:
                 where = tuple((where - camera_at(episode, np.array([t]))[0][0]).tolist())
                 state["events"].append({"time": float(t - begin), "kind": kind, "objects": who, "position": where})
-        text = caption(state, np.random.default_rng([self.seed, int(i), start_frame]))
+        text = caption(state, np.random.default_rng([self.seed, int(i), start_frame]), self.undirected)
         return {"video": video, "audio": audio, "caption": text, "state": state}
 
     def _episode(self, rng):
@@ -259,7 +262,7 @@ class World:
 
     @staticmethod
     def meaning(item):
-        """What a clip's caption says of its objects: sorted tuple of (colour, shape, direction)."""
+        """What a clip's caption says, or could, of its objects: sorted tuple of (colour, shape, direction)."""
         return tuple(sorted(describe(item["state"])))
 
 
@@ -440,7 +443,7 @@ def describe(state):
 def _thing(rng, colour, shape, direction, size="", material=""):
     word = " ".join(w for w in (size, material, colour, shape) if w)
     verb = ("moving", "moving", "going", "heading")[int(rng.integers(4))]
-    return f"a {word} {verb} {direction}"
+    return f"a {word} {verb} {direction}" if direction else f"a {word}"
 
 
 def _together(rng, things):
@@ -453,16 +456,19 @@ def _together(rng, things):
     return f"{('two', 'three')[len(things) - 2]} {word}: {text}"
 
 
-def caption(state, rng):
-    """A sentence on a clip: objects, their directions as it begins, mostly the first event."""
+def caption(state, rng, undirected=0.0):
+    """A sentence on a clip: objects, mostly their directions as it begins, mostly the first event."""
     who = seen(state)
     things = {}
+    vague = undirected and rng.random() < undirected
     for o, (colour, shape, direction) in zip(who, describe(state)):
         r, size, material = state["radius"][o], "", ""
         if len(who) < 3 and rng.integers(3) == 0:
             size = "small" if r < 0.13 else "large" if r > 0.16 else ""
         if len(who) < (2 if size else 3) and rng.integers(3) == 0:  # few go over 96 bytes
             material = MATERIALS[state["material"][o]]
+        if vague and rng.integers(4):
+            direction = ""
         things[o] = _thing(rng, colour, shape, direction, size, material)
     if rng.integers(10) < 7:
         for event in state["events"]:
