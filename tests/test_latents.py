@@ -5,11 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from tests import tiny
 from tests.helpers import weights
 from vdm_jax import latents, sharding, stages
 from vdm_jax.data import pipeline
+from vdm_jax.errors import UserError
 from vdm_jax.models import layers
 
 
@@ -32,6 +34,42 @@ def test_statistics_give_zero_mean_and_unit_variance(config):
         np.testing.assert_allclose(s["std"], 1, rtol=1e-3)
 
 
+def test_processes_encode_files_of_their_own_and_go_on_where_they_were_ended(config, tmp_path, monkeypatch):
+    params = {name: weights(tree) for name, tree in stages.abstract_params(config).items()}
+    frozen = {**params, "statistics": latents.measure(config, params, pipeline.source(config))}
+    config.denoiser.cached_clips = 80
+
+    def cached(folder, process=0, processes=1):
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        monkeypatch.setattr(jax, "process_count", lambda: processes)
+        return latents._cached(config, frozen, pipeline.source(config), epath.Path(tmp_path / folder))
+
+    whole = cached("one").take(list(range(80)))
+    monkeypatch.setattr(latents, "PART", 32)
+    for name in ("meet", "agreed"):
+        monkeypatch.setattr(latents.hosts, name, lambda *a: None)
+    folder = tmp_path / "two"
+    names = lambda: sorted(path.name for path in folder.glob("clips*"))  # noqa: E731
+    cached("two", 0, 2)
+    assert names() == ["clips_00000.npy", "clips_00002.npy"]
+    for name in names():  # the other process has looked before
+        (folder / name).rename(tmp_path / name)
+    cached("two", 1, 2)
+    assert names() == ["clips_00001.npy"]
+    for name in ("clips_00000.npy", "clips_00002.npy"):
+        (tmp_path / name).rename(folder / name)
+    first = (folder / "clips_00000.npy").stat().st_mtime_ns
+    (folder / "clips_00001.npy").rename(folder / "clips_00001.npy.tmp")  # ended while it was being written
+    items = cached("two")
+    assert (folder / "clips_00000.npy").stat().st_mtime_ns == first
+    assert names() == [f"clips_0000{i}.npy" for i in range(3)] and len(items) == 80
+    jax.tree.map(np.testing.assert_array_equal, items.take(list(range(80))), whole)
+    with (folder / "clips_00001.npy").open("wb") as file:
+        np.save(file, np.zeros((32, 4)))
+    with pytest.raises(UserError, match="clips_00001.npy is damaged"):
+        cached("two").take([40])
+
+
 def test_accelerators_forms_measure_the_same(config):
     params = {name: weights(tree) for name, tree in stages.abstract_params(config).items()}
     config.denoiser.statistics_clips = 32
@@ -51,11 +89,11 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
     mesh = sharding.make_mesh(config.mesh)
     source = pipeline.source(config)
     encoded = []
-    monkeypatch.setattr(latents, "_encoded_batches", lambda *a, f=latents._encoded_batches: encoded.append(1) or f(*a))
+    monkeypatch.setattr(latents, "_encoder", lambda *a, f=latents._encoder: encoded.append(1) or f(*a))
 
     def prepare():
         encoded.clear()
-        frozen, items = latents.prepare(config, workdir, source, mesh)
+        frozen, items = latents.prepare(config, epath.Path(workdir), source, mesh)
         return frozen, items, len(encoded)
 
     frozen, items, times = prepare()
@@ -85,7 +123,7 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
     same = lambda a, b: np.testing.assert_allclose(a, b[0], rtol=2e-3, atol=2e-3)  # noqa: E731 half precision
     jax.tree.map(same, item, {"z": z, **words})
 
-    stored = np.load(workdir / "denoiser" / "latents" / "z_video.npy")
+    stored = np.load(workdir / "denoiser" / "latents" / "clips_00000.npy")["z/video"]
     np.testing.assert_array_equal(items.take([3, 0])["z"]["video"], stored[[3, 0]])
     with ThreadPoolExecutor(8) as pool:
         taken = list(pool.map(lambda i: items.take([i])["z"]["video"][0], 8 * list(range(32))))
@@ -101,6 +139,6 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
     config.seed = 1
     assert prepare()[2] == 1
     config.denoiser.near_misses = ()
-    assert set(prepare()[1].arrays) == {"z", "text"} and len(encoded) == 1
+    assert set(prepare()[1].take([0])) == {"z", "text"} and len(encoded) == 1
     config.denoiser.cached_clips = 0
     assert prepare()[1] is source

@@ -91,22 +91,20 @@ def agreed(value):
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def together(tree):
-    """The rows of all processes, those of process 0 first: [B / processes, ...] -> [B, ...], as NumPy arrays."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(jax.device_get(tree), tiled=True)
-
-
 def compiled(step, *arguments):
     """A jitted `step`, compiled for its arguments; with several processes, by all before one of them runs it.
 
     A peer that waits in a step for one that still compiles would give it up: on a CPU after half a minute.
     """
     program = step.lower(*arguments).compile()
-    if jax.process_count() > 1:
-        ocp.multihost.sync_global_processes("compiled", timeout=COMPILING)
+    meet("compiled", COMPILING)
     return program
+
+
+def meet(what, seconds):
+    """Returns when all processes have come here, the slowest within `seconds`; in a collective a CPU waits for 30."""
+    if jax.process_count() > 1:
+        ocp.multihost.sync_global_processes(what, timeout=seconds)
 
 
 def give_up(why):

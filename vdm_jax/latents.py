@@ -1,10 +1,9 @@
 """What the denoiser needs of the earlier stages: their frozen weights, latent statistics, and clips encoded once."""
 
-import contextlib
+import functools
 import hashlib
 import json
 import logging
-import math
 import threading
 
 import jax
@@ -13,10 +12,14 @@ from tqdm import tqdm
 
 from vdm_jax import checkpoint, hosts, sharding, stages
 from vdm_jax.data import pipeline
+from vdm_jax.errors import UserError
 
 logger = logging.getLogger("vdm_jax")
 
 ENCODE_BATCH = 32  # clips
+PART = 64 * ENCODE_BATCH  # clips of one file
+OPEN = 512  # files at a time
+ENCODING = 24 * 3600  # seconds in which the slowest process must have encoded its share
 
 
 def prepare(config, workdir, source, mesh):
@@ -34,8 +37,8 @@ def prepare(config, workdir, source, mesh):
         statistics = measure(config, params, source)
         if hosts.lead():
             checkpoint.write_statistics(path, statistics)
-    else:
-        statistics = checkpoint.read_statistics(path)
+        hosts.meet("statistics", ENCODING)
+    statistics = checkpoint.read_statistics(path)
     frozen = {**params, "statistics": statistics}
 
     items = source
@@ -49,7 +52,7 @@ def measure(config, params, source):
     count = config.denoiser.statistics_clips
     logger.info("measuring latent statistics on %d clips", count)
     sums = {}
-    for batch in _encoded_batches(config, params, source, count):
+    for batch in _encoder(config, params, source)(0, count):
         for name, x in batch["z"].items():
             x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
             n, total, squares = sums.get(name, (0, 0.0, 0.0))
@@ -62,12 +65,15 @@ def measure(config, params, source):
     return out
 
 
-def _encoded_batches(config, frozen, source, count):
-    """Yields the source's first `count` training examples, encoded, in whole batches: {'z', 'text'[, 'near_miss']}.
+def _encoder(config, frozen, source):
+    """-> batches(first, count): yields the source's training examples from number `first` on, encoded.
 
-    Each process encodes its share of a batch; all get the whole of it.
+    In whole batches of ENCODE_BATCH, {'z', 'text'[, 'near_miss']}, by all devices of this process, whatever others do.
     """
-    kinds = config.denoiser.near_misses
+    kinds, devices = config.denoiser.near_misses, jax.local_devices()
+    devices = devices if ENCODE_BATCH % len(devices) == 0 else devices[:1]
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | {"data": len(devices)}, devices)
+    frozen = jax.device_put(frozen, sharding.replicated(mesh))
 
     @jax.jit
     def encode(frozen, batch):
@@ -78,106 +84,102 @@ def _encoded_batches(config, frozen, source, count):
     def to_example(item):
         return pipeline.example(item, config.data.text_length, kinds)
 
-    own = -(-ENCODE_BATCH // jax.process_count())
-    first, rows = jax.process_index() * own, jax.process_count() * own
-    batches = pipeline.batches(
-        source,
-        batch_size=rows,
-        rows=range(first, first + own),
-        seed=config.seed,
-        start=0,
-        data=config.data,
-        to_example=to_example,
-    )
-    alone = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.local_devices()[:1])
-    for _ in tqdm(range(-(-count // rows)), "encode", disable=None if hosts.lead() else True, unit="batch"):
-        with jax.set_mesh(alone):
-            encoded = encode(frozen, next(batches))
-        yield hosts.together(encoded)
+    def batches(first, count):
+        start, stop = first // ENCODE_BATCH, -(-(first + count) // ENCODE_BATCH)
+        loaded = pipeline.batches(
+            source, batch_size=ENCODE_BATCH, seed=config.seed, start=start, data=config.data, to_example=to_example
+        )
+        for _ in tqdm(range(start, stop), "encode", disable=None if hosts.lead() else True, unit="batch"):
+            with jax.set_mesh(mesh):
+                batch = jax.device_put(next(loaded), sharding.batch_sharding(mesh))
+                yield jax.device_get(encode(frozen, batch))
+
+    return batches
 
 
 class Encoded:
-    """Encoded clips as a data source: {'z': latents, 'text': condition[, 'near_miss': condition]}."""
+    """Encoded clips as a data source: {'z': latents, 'text': condition[, 'near_miss': condition]}.
 
-    def __init__(self, arrays):
-        self.arrays = arrays
+    A clip is one record of a .npy file of PART, on a disk or in a bucket, read when it is asked for, by any thread.
+    """
+
+    def __init__(self, paths, wanted, count):
+        self.paths, self.count, self.tree = paths, count, jax.tree.structure(wanted)
+        self.record = _record(wanted)
+        self.open = functools.lru_cache(OPEN)(self._open)
 
     def __len__(self):
-        return len(self.arrays["text"]["pooled"])
+        return self.count
 
     def take(self, numbers):
         """The items of these numbers as one: a leading axis more."""
-        return jax.tree.map(lambda rows: rows.take(numbers), self.arrays)
+        rows, size = np.empty(len(numbers), self.record), self.record.itemsize
+        for i, number in enumerate(numbers):
+            file, start = self.open(threading.get_ident(), number // PART)
+            file.seek(start + number % PART * size)
+            rows[i] = np.frombuffer(file.read(size), self.record)[0]
+        return jax.tree.unflatten(self.tree, [np.ascontiguousarray(rows[name]) for name in self.record.names])
+
+    def _open(self, thread, part):
+        file = self.paths[part].open("rb")
+        np.lib.format.read_magic(file)
+        _, _, record = np.lib.format.read_array_header_1_0(file)
+        if record != self.record:
+            raise UserError(f"{self.paths[part]} is damaged: remove {self.paths[part].parent}, to encode anew")
+        return file, file.tell()
 
 
-class Rows:
-    """An array in a .npy file, on a disk or in a bucket; rows are read as they are asked for, by any thread."""
-
-    def __init__(self, path):
-        self.path, self.thread = path, threading.local()
-        with path.open("rb") as file:
-            np.lib.format.read_magic(file)
-            self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
-            self.start = file.tell()
-
-    def __len__(self):
-        return self.shape[0]
-
-    def take(self, numbers):
-        if not hasattr(self.thread, "file"):
-            self.thread.file = self.path.open("rb")
-        file, size = self.thread.file, self.dtype.itemsize * math.prod(self.shape[1:])
-        rows = np.empty((len(numbers), *self.shape[1:]), self.dtype)
-        for row, number in zip(rows, numbers, strict=True):
-            file.seek(self.start + number * size)
-            row[...] = np.frombuffer(file.read(size), self.dtype).reshape(self.shape[1:])
-        return rows
+def _record(wanted):
+    """The NumPy type of one encoded clip: a field for each leaf of a batch, {'z/video': ...}."""
+    leaves = jax.tree_util.tree_leaves_with_path(wanted)
+    return np.dtype([(sharding.path_name(path), leaf.dtype, leaf.shape[1:]) for path, leaf in leaves])
 
 
 def _cached(config, frozen, source, folder):
-    """The cache in `folder` if it was made by these weights and this data, else made now. Half precision."""
-    mark, vouches = _fingerprint(config, frozen), folder / "fingerprint"
+    """The cache in `folder` if it was made by these weights and this data, else made now. Half precision.
+
+    Each process makes some of the files. One is there when it is whole, so encoding goes on where it was ended.
+    """
+    mark, vouches, count = _fingerprint(config, frozen), folder / "fingerprint", config.denoiser.cached_clips
     wanted = stages.abstract_batch(config, "denoiser")
-    paths = jax.tree_util.tree_map_with_path(
-        lambda path, _: folder / f"{sharding.path_name(path).replace('/', '_')}.npy", wanted
-    )
-    if not hosts.agreed(vouches.exists() and vouches.read_text() == mark):
-        count = config.denoiser.cached_clips
-        logger.info("encoding %d clips once", count)
-        batches = _encoded_batches(config, frozen, source, count)
-        if hosts.lead():
-            folder.mkdir(parents=True, exist_ok=True)
-            vouches.unlink(missing_ok=True)
-            _write(paths, wanted, batches, count)
-            vouches.write_text(mark)
-        else:
-            for _ in batches:
-                pass
-        hosts.agreed(True)  # now all may read
-    return Encoded(jax.tree.map(Rows, paths))
+    if hosts.lead() and not (vouches.exists() and vouches.read_text() == mark):
+        if folder.exists():
+            folder.rmtree()
+        folder.mkdir(parents=True)
+        vouches.write_text(mark)
+    hosts.meet("folder", ENCODING)
+    paths = [folder / f"clips_{part:05d}.npy" for part in range(-(-count // PART))]
+    missing = [part for part, path in enumerate(paths) if not path.exists()]
+    hosts.meet("looked", ENCODING)
+    if missing:
+        logger.info("encoding %d clips once, %d of %d files", count, len(missing), len(paths))
+        batches = _encoder(config, frozen, source)
+        for part in missing[jax.process_index() :: jax.process_count()]:
+            clips = min(PART, count - part * PART)
+            _write(paths[part], batches(part * PART, clips), _record(wanted), clips)
+    hosts.meet("encoded", ENCODING)
+    return Encoded(paths, wanted, count)
 
 
-def _write(paths, wanted, batches, count):
-    """The first `count` rows of the batches as .npy files, of the types wanted; it holds one batch at a time."""
-    with contextlib.ExitStack() as stack:
-        files = []
-        for path, want in zip(jax.tree.leaves(paths), jax.tree.leaves(wanted)):
-            path.unlink(missing_ok=True)
-            files.append(stack.enter_context(path.open("wb")))
-            descr = np.lib.format.dtype_to_descr(np.dtype(want.dtype))
-            header = dict(descr=descr, fortran_order=False, shape=(count, *want.shape[1:]))
-            np.lib.format.write_array_header_1_0(files[-1], header)
+def _write(path, batches, record, count):
+    """The first `count` clips of the batches as a .npy file of records; it holds one batch at a time."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("wb") as file:
+        descr = np.lib.format.dtype_to_descr(record)
+        np.lib.format.write_array_header_1_0(file, dict(descr=descr, fortran_order=False, shape=(count,)))
         for batch in batches:
-            batch = jax.tree.map(lambda want, x: np.asarray(x, want.dtype), wanted, batch)
-            for file, rows in zip(files, jax.tree.leaves(batch)):
-                file.write(rows[:count].tobytes())
-            count -= min(count, len(rows))
+            rows = np.empty(min(count, ENCODE_BATCH), record)
+            for name, leaf in zip(record.names, jax.tree.leaves(batch), strict=True):
+                rows[name] = leaf[: len(rows)]
+            file.write(rows.tobytes())
+            count -= len(rows)
+    unfinished.replace(path)
 
 
 def _fingerprint(config, frozen):
     digest = hashlib.sha256()
     c = config.denoiser
-    digest.update(json.dumps([config.seed, c.cached_clips, c.near_misses, config.data.to_json()]).encode())
+    digest.update(json.dumps([PART, config.seed, c.cached_clips, c.near_misses, config.data.to_json()]).encode())
     for leaf in jax.tree.leaves(frozen):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
