@@ -50,12 +50,14 @@ def get_config():
 
     denoiser = config.denoiser
     denoiser.update(steps=300_000, batch_size=64, learning_rate=1e-4, warmup_steps=5000, ema=0.9999, remat="none")
+    denoiser.cached_clips = 262_144
     denoiser.model.update(
-        channels=(256, 512, 768),
-        blocks=(2, 3, 3),
-        attention=(False, False, True),
-        exchange=(False, False, True),
-        time_strides=(1, 2),
+        factorised=False,
+        channels=(512, 640),
+        blocks=(2, 2),
+        attention=(False, True),
+        exchange=(False, True),
+        time_strides=(2,),
         head_dim=128,
         embedding=1024,
         groups=32,

@@ -26,11 +26,11 @@ def objects(item):
 
 
 def measure(generator, items, seed):
-    """-> {'image', 'continue', 'foley', 'sound', 'roll_out'}: figures of each task over the clips `items`."""
+    """-> {'undirected', 'image', 'continue', 'foley', 'sound', 'roll_out'}: figures of each task over `items`."""
     config = generator.config
     run = _Run(generator, items, stages.layout(config), config.data.fps, config.data.sample_rate, seed)
     out = {}
-    for task in (image, carry_on, foley, sound, roll_out):
+    for task in (undirected, image, carry_on, foley, sound, roll_out):
         name = {"carry_on": "continue"}.get(task.__name__, task.__name__)
         logger.info("task: %s, %d clips", name.replace("_", " "), len(items))
         out[name] = task(run)
@@ -50,6 +50,14 @@ class _Run:
         given = [make(video, audio) for video, audio in zip(self.video, self.audio, strict=True)]
         parts = [None if x[0] is None else np.concatenate(x) for x in zip(*((g.video, g.audio) for g in given))]
         return self.generator(self.prompts, seed=self.seed, given=tasks.Given(*parts, given[0].masks))
+
+
+def undirected(run):
+    """The clips' objects asked for by colour and shape alone: share of prompts of which all are right."""
+    asked = [objects(item) for item in run.items]
+    texts = [" and ".join(f"a {o['colour']} {o['shape']}" for o in things) for things in asked]
+    clips = zip(*run.generator(texts, seed=run.seed, given=tasks.nothing(run.size)), asked, strict=True)
+    return {"right": float(np.mean([tracker.measure(v, a, run.fps, run.rate, want)["right"] for v, a, want in clips]))}
 
 
 def image(run):
