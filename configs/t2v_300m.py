@@ -4,21 +4,22 @@
     python -m vdm_jax.dry_run --config=configs/t2v_300m.py --topology=v5e:2x4
 
 For the eight chips of a v5e or v6e host. On a single chip, as a free Colab TPU: --config.denoiser.batch_size=4, which
---topology=v5e:1x1 says fits in 6.6 of 16 GiB (bound 43 ms, 27 % of it compute).
+--topology=v5e:1x1 says fits in 6.6 of 16 GiB (bound 59 ms, 46 % of it compute).
 Latents are [9, 16, 16, 16] for the picture and [9 * 20, 32] for the sound.
 
-The second command: 335.9 M parameters, 8 clips a chip. A step is 6.00 TFLOP a chip, 90 % of those executed, and needs
-2.91 of 16 GiB; it receives 0.65 GiB in all-gathers, 0.66 in all-reduces, 0.22 in reduce-scatters. Bound: 49.9 ms, 51 %
-of it compute, 49 % memory; 51 chip-hours for all steps at an assumed 40 % of the peak. With
---config.denoiser.remat=blocks 58.4 ms and 2.44 GiB. With clips encoded once, --config.denoiser.cached_clips=65536, for
-which the run's folder needs 23 GB, the bound is 28.9 ms, 49 % of it compute.
+The second command: 321.3 M parameters, 8 clips a chip. A step is 12.1 TFLOP a chip, 84 % of those executed, and needs
+2.66 of 16 GiB; it receives 0.57 GiB in all-gathers, 0.06 in all-reduces, 0.49 in reduce-scatters. Bound: 63.0 ms, 80 %
+of it compute, 20 % memory; 103 chip-hours for all steps at an assumed 40 % of the peak. It had compiled after 218 s.
 
-The figures of the GPU below were taken before normalisation and biases got their present forms
-(vdm_jax/models/accelerator.py); not yet run again.
+Clips are encoded once, before the denoiser trains: 262,144 of them, each of which is then seen 73 times, take 91 GB in
+the run's folder. Encoded afresh for every batch (--config.denoiser.cached_clips=0) the bound is 84.0 ms, 73 % compute.
 
-On one H200 (jax 0.11.2), `python -m vdm_jax.bench --config=configs/t2v_300m.py --config.denoiser.batch_size=32
---config.denoiser.remat=none`: 68.6 ms a step (64.3 to 101.5), 467 clips a second, 204 TFLOP/s, 20.6 % of the peak, in
-10.1 GiB; kernels are 53.8 ms of it. It had compiled after 166 s beside other work.
+Few wide blocks that convolve in three dimensions at once: a shape of before, factorised, channels=(256, 512, 768),
+blocks=(2, 3, 3), time_strides=(1, 2), of 335.9 M parameters, had a bound of 28.9 ms, 49 % compute, and directions are
+learnt best in three dimensions (configs/choices.py). That shape on one H200 (jax 0.11.2), `python -m vdm_jax.bench
+--config=configs/t2v_300m.py --config.denoiser.batch_size=32`: 68.6 ms a step (64.3 to 101.5), 467 clips a second, 204
+TFLOP/s, 20.6 % of the peak, in 10.1 GiB, with norms and biases as they were then (vdm_jax/models/accelerator.py); the
+present one has not run on a GPU.
 """
 
 from configs import common
