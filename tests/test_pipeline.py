@@ -28,10 +28,10 @@ class Numbers:
         return {"number": np.int64(i)}
 
 
-def numbers(count, start=0, seed=0, batch_size=4, length=10, rows=None):
+def numbers(count, start=0, seed=0, batch_size=4, length=10, rows=None, stop=None):
     """[count, rows]: the items in `count` batches from step `start` on."""
     batches = pipeline.batches(
-        Numbers(length), batch_size=batch_size, seed=seed, start=start, data=DATA, to_example=dict, rows=rows
+        Numbers(length), batch_size=batch_size, seed=seed, start=start, data=DATA, to_example=dict, rows=rows, stop=stop
     )
     return np.stack([batch["number"] for batch in itertools.islice(batches, count)])
 
@@ -41,6 +41,7 @@ def test_a_batch_follows_from_seed_and_step():
     for start in (0, 1, 5, 9):
         np.testing.assert_array_equal(numbers(3, start), whole[start : start + 3])
     assert (numbers(12, seed=1) != whole).any()
+    np.testing.assert_array_equal(numbers(12, 5, stop=8), whole[5:8])
     far = numbers(1, start=50_000_000)  # two billion examples on
     assert far.shape == (1, 4)
     np.testing.assert_array_equal(numbers(2, start=49_999_999)[1:], far)

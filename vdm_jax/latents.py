@@ -86,13 +86,11 @@ def _encoder(config, frozen, source):
 
     def batches(first, count):
         start, stop = first // ENCODE_BATCH, -(-(first + count) // ENCODE_BATCH)
-        loaded = pipeline.batches(
-            source, batch_size=ENCODE_BATCH, seed=config.seed, start=start, data=config.data, to_example=to_example
-        )
-        for _ in tqdm(range(start, stop), "encode", disable=None if hosts.lead() else True, unit="batch"):
+        order = dict(batch_size=ENCODE_BATCH, seed=config.seed, start=start, stop=stop)
+        for batch in pipeline.batches(source, data=config.data, to_example=to_example, **order):
             with jax.set_mesh(mesh):
-                batch = jax.device_put(next(loaded), sharding.batch_sharding(mesh))
-                yield jax.device_get(encode(frozen, batch))
+                encoded = encode(frozen, jax.device_put(batch, sharding.batch_sharding(mesh)))
+            yield jax.device_get(encoded)
 
     return batches
 
@@ -154,14 +152,16 @@ def _cached(config, frozen, source, folder):
     if missing:
         logger.info("encoding %d clips once, %d of %d files", count, len(missing), len(paths))
         batches = _encoder(config, frozen, source)
-        for part in missing[jax.process_index() :: jax.process_count()]:
-            clips = min(PART, count - part * PART)
-            _write(paths[part], batches(part * PART, clips), _record(wanted), clips)
+        own = missing[jax.process_index() :: jax.process_count()]
+        sizes = [min(PART, count - part * PART) for part in own]
+        with tqdm(total=sum(sizes), desc="encode", disable=None if hosts.lead() else True, unit="clip") as progress:
+            for part, clips in zip(own, sizes):
+                _write(paths[part], batches(part * PART, clips), _record(wanted), clips, progress)
     hosts.meet("encoded", ENCODING)
     return Encoded(paths, wanted, count)
 
 
-def _write(path, batches, record, count):
+def _write(path, batches, record, count, progress):
     """The first `count` clips of the batches as a .npy file of records; it holds one batch at a time."""
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("wb") as file:
@@ -173,6 +173,7 @@ def _write(path, batches, record, count):
                 rows[name] = leaf[: len(rows)]
             file.write(rows.tobytes())
             count -= len(rows)
+            progress.update(len(rows))
     unfinished.replace(path)
 
 

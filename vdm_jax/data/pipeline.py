@@ -47,21 +47,22 @@ def example(item, text_length, kinds=()):
 
 
 class _Batches:
-    """Random access to `rows` of the global batch of every step from `start` on; take(numbers) gives items as one."""
+    """Random access to `rows` of the global batch of steps `start` to `stop`; take(numbers) gives items as one."""
 
-    def __init__(self, order, take, batch_size, start, rows):
-        self.order, self.take, self.batch_size, self.start, self.rows = order, take, batch_size, start, rows
+    def __init__(self, order, take, batch_size, start, stop, rows):
+        self.order, self.take, self.batch_size, self.rows = order, take, batch_size, rows
+        self.start, self.stop = start, stop
 
     def __len__(self):
-        return 2**31 - 1
+        return self.stop - self.start
 
     def __getitem__(self, step):
         first = (self.start + step) * self.batch_size
         return self.take([int(self.order[first + j]) for j in self.rows])
 
 
-def batches(items, *, batch_size, seed, start, data, to_example=None, rows=None):
-    """Endless iterator of numpy batches, beginning with the batch of step `start`.
+def batches(items, *, batch_size, seed, start, data, to_example=None, rows=None, stop=None):
+    """Iterator of numpy batches, beginning with the batch of step `start`, endless or up to step `stop`.
 
     items: a random-access source; to_example maps one of its items to a dict of arrays. Or, without to_example, one
     whose take(numbers) gives several items as one. rows: which of the batch this process is to load (default: all).
@@ -71,7 +72,8 @@ def batches(items, *, batch_size, seed, start, data, to_example=None, rows=None)
         return jax.tree.map(lambda *leaves: np.stack(leaves), *[to_example(items[i]) for i in numbers])
 
     take = items.take if to_example is None else take
-    batches = _Batches(_order(items, seed), take, batch_size, start, range(batch_size) if rows is None else rows)
+    stop = start + 2**31 - 1 if stop is None else stop
+    batches = _Batches(_order(items, seed), take, batch_size, start, stop, range(batch_size) if rows is None else rows)
     read = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(read))
 
