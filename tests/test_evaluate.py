@@ -31,7 +31,7 @@ def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     done = command(evaluate, f"--workdir={tiny_run}", f"--out={out}", *counts)
     assert done.code == 0, done.err
     metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics["tasks"]) == {"image", "continue", "foley", "sound", "roll_out"}
+    assert set(metrics["tasks"]) == {"undirected", "image", "continue", "foley", "sound", "roll_out"}
     assert len(metrics["tasks"]["roll_out"]["seconds"]) == 10 and "Task: roll out" in done.out
     for part, names in report.REQUIRED.items():
         assert set(names) <= set(metrics[part])
