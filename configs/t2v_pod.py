@@ -10,10 +10,10 @@ each byte that norms and activation functions move. Nothing is rematerialised, a
 
 Clips are encoded once, before the denoiser trains: 2,097,152 of them, each of which is then seen 122 times, take 2.3 TB
 in the run's folder, 1.1 MB each, half of that the text's states. Every process encodes files of its own: the four chips
-of a v5e host have a bound of 158 ms for 32 clips (--topology=v5e:2x2 --part=encode --rows=32 --config.mesh.fsdp=1), so
-what takes long is reading videos. Encoded afresh for every batch (--config.denoiser.cached_clips=0) clips took a
-quarter of a step on v6e:8x8 (of 1,915 M parameters, channels=(1024, 1280), blocks=(4, 3): 452 instead of 349 ms, and 73
-instead of 84 % of that compute).
+of a v5e host have a bound of 158 ms for 32 clips (--topology=v5e:2x2 --part=encode --rows=32 --config.mesh.fsdp=1);
+how fast videos are read has not been timed. Encoded afresh for every batch (--config.denoiser.cached_clips=0) clips
+took a quarter of a step on v6e:8x8 (of 1,915 M parameters, channels=(1024, 1280), blocks=(4, 3): 452 instead of 349 ms,
+and 73 instead of 84 % of that compute).
 
 What the TPU compilers say of 2,039.2 M parameters and a batch of 2,048, each compiled on two CPU cores beside other
 work, in 247, 775 and 422 s:
@@ -56,12 +56,8 @@ def get_config():
     denoiser.diffusion.shift = 0.5
     denoiser.model.update(
         patch=2,
-        factorised=False,
         channels=(1280, 1280),
         blocks=(3, 3),
-        attention=(False, True),
-        exchange=(False, True),
-        time_strides=(2,),
         embedding=2048,
     )
 

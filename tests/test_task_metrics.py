@@ -65,7 +65,7 @@ def test_the_truth_reaches_its_own_ceilings(oracle):
     assert oracle["image"]["moves"] == oracle["image"]["moves_truth"] == 1
     assert oracle["image"]["first_frame_psnr"] == np.inf or oracle["image"]["first_frame_psnr"] > 60
     assert oracle["image"]["first_frame_psnr_reconstructed"] < 30  # weights are random
-    assert oracle["undirected"]["right"] == 1
+    assert oracle["undirected"] == {"one_object": 1, "two_objects": 1}
     for key in ("given", "seam", "inside"):
         assert oracle["continue"][key] == oracle["continue"][f"{key}_truth"] < 0.05
     assert oracle["continue"]["right"] == 1

@@ -115,7 +115,10 @@ class Encoded:
         for i, number in enumerate(numbers):
             file, start = self.open(threading.get_ident(), number // PART)
             file.seek(start + number % PART * size)
-            rows[i] = np.frombuffer(file.read(size), self.record)[0]
+            clip = file.read(size)
+            if len(clip) < size:
+                raise self._damaged(number // PART)
+            rows[i] = np.frombuffer(clip, self.record)[0]
         return jax.tree.unflatten(self.tree, [np.ascontiguousarray(rows[name]) for name in self.record.names])
 
     def _open(self, thread, part):
@@ -123,8 +126,11 @@ class Encoded:
         np.lib.format.read_magic(file)
         _, _, record = np.lib.format.read_array_header_1_0(file)
         if record != self.record:
-            raise UserError(f"{self.paths[part]} is damaged: remove {self.paths[part].parent}, to encode anew")
+            raise self._damaged(part)
         return file, file.tell()
+
+    def _damaged(self, part):
+        return UserError(f"{self.paths[part]} is damaged: remove it, to encode its clips anew")
 
 
 def _record(wanted):

@@ -53,11 +53,12 @@ class _Run:
 
 
 def undirected(run):
-    """The clips' objects asked for by colour and shape alone: share of prompts of which all are right."""
+    """The clips' objects asked for by colour and shape alone: shares of prompts of which all are right."""
     asked = [objects(item) for item in run.items]
     texts = [" and ".join(f"a {o['colour']} {o['shape']}" for o in things) for things in asked]
     clips = zip(*run.generator(texts, seed=run.seed, given=tasks.nothing(run.size)), asked, strict=True)
-    return {"right": float(np.mean([tracker.measure(v, a, run.fps, run.rate, want)["right"] for v, a, want in clips]))}
+    made = tracker.summarise([tracker.measure(v, a, run.fps, run.rate, want) for v, a, want in clips])
+    return {key: made[key] for key in ("one_object", "two_objects")}
 
 
 def image(run):

@@ -467,9 +467,7 @@ def caption(state, rng, undirected=0.0):
             size = "small" if r < 0.13 else "large" if r > 0.16 else ""
         if len(who) < (2 if size else 3) and rng.integers(3) == 0:  # few go over 96 bytes
             material = MATERIALS[state["material"][o]]
-        if vague and rng.integers(4):
-            direction = ""
-        things[o] = _thing(rng, colour, shape, direction, size, material)
+        things[o] = _thing(rng, colour, shape, "" if vague and rng.integers(4) else direction, size, material)
     if rng.integers(10) < 7:
         for event in state["events"]:
             if event["kind"] == "turn" or not set(event["objects"]) <= set(who):
