@@ -46,7 +46,7 @@ def get_config():
             steps=2000,
             batch_size=16,  # clips, over all devices
             accumulate=1,  # parts of a batch whose gradients are computed one after the other
-            remat="none",  # what the backward pass computes again: "none", "pointwise" or "blocks"; see stages.py
+            remat="none",  # what the backward pass computes again: "none", "pointwise" or "blocks"; layers.py
             optimiser="muon",  # or "adamw"
             learning_rate=2e-3,  # peak, after warm-up; cosine decay to zero
             warmup_steps=100,

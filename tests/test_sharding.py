@@ -233,7 +233,7 @@ def compare_losses(config, convolved=False):
     for i, (name, batch) in enumerate(batches(config, np.random.default_rng(0)).items()):
         if convolved and name not in ("video_autoencoder", "denoiser"):
             continue
-        config[name].remat = stages.REMAT[i % 3]
+        config[name].remat = (*stages.REMAT, ",".join(["blocks", "pointwise"][: len(config.denoiser.model.blocks)]))[i]
         config[name].accumulate = 1 + i % 2 if name != "clip" else 1
         loss = stages.build(config)[name].loss
         params = weights(trees[name])
@@ -301,7 +301,8 @@ if __name__ == "__main__":
     assert jax.device_count() == 8
     compare_losses(with_attention(tiny.get_config()))
     with layers.forms_of("tpu"):  # the autoencoder with factorised convolutions, the denoiser with full ones
-        recipe = with_attention(tiny.get_config("near_misses"))
+        recipe = tiny.get_config()
+        recipe.unlock()
         recipe.denoiser.model.factorised = False
         compare_losses(recipe, convolved=True)
     compare_samples(with_attention(tiny.get_config()))

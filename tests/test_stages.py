@@ -243,26 +243,35 @@ def test_stft_distance():
     assert stages.stft_distance(noise, 0 * sine, 256) < 3  # -60 dB beside silence
 
 
-@pytest.mark.parametrize("name", ["audio_autoencoder", "video_autoencoder"])
-def test_rematerialisation_keeps_less_and_changes_nothing(config, name):
+@pytest.mark.parametrize(
+    "name, modes",
+    [
+        ("audio_autoencoder", stages.REMAT),
+        ("video_autoencoder", stages.REMAT),
+        ("denoiser", ("none", "pointwise", "blocks", "none,blocks", "pointwise,none", "blocks,none")),
+    ],
+)
+def test_rematerialisation_keeps_less_and_changes_nothing(config, name, modes, request):
     params = weights(stages.abstract_params(config)[name])
     batch, key = clips(), jax.random.key(0)
+    frozen = request.getfixturevalue("frozen") if name == "denoiser" else {}
     kept, losses, grads, work = {}, {}, {}, {}
     with jax.set_mesh(sharding.make_mesh(config.mesh)):
-        for mode in stages.REMAT:
+        for mode in modes:
             config[name].remat = mode
             loss = stages.build(config)[name].loss
 
             def value(p, loss=loss):
-                return loss(p, key, batch, {})[0]
+                return loss(p, key, batch, frozen)[0]
 
             residuals = jax.tree.leaves(jax.eval_shape(lambda p, value=value: jax.vjp(value, p)[1], params))
             kept[mode] = sum(x.size for x in residuals)
             losses[mode], grads[mode] = jax.jit(jax.value_and_grad(value))(params)
             work[mode] = flops.count(lambda p, value=value: value(p), params)
     assert kept["blocks"] < kept["none"] and kept["pointwise"] <= kept["none"]
+    assert all(kept["blocks"] < kept[mode] < kept["none"] for mode in modes if "," in mode)
     assert len(set(work.values())) == 1  # recomputation is none of the model's FLOPs
-    for mode in stages.REMAT[1:]:
+    for mode in modes[1:]:
         np.testing.assert_allclose(losses[mode], losses["none"], rtol=1e-6)
         scale = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads["none"])))
         apart = jax.tree.map(lambda a, b: np.linalg.norm(a - b), grads[mode], grads["none"])
@@ -273,3 +282,17 @@ def test_an_unknown_rematerialisation_is_named(config):
     config.clip.remat = "some"
     with pytest.raises(UserError, match="no clip.remat 'some': did you mean 'none'"):
         stages.check_mesh(config, sharding.make_mesh(config.mesh), ["clip"])
+
+
+@pytest.mark.parametrize(
+    "stage, value, said",
+    [
+        ("clip", "none,blocks", "clip.remat='none,blocks' has 2 values: it takes one value$"),
+        ("denoiser", "none,blocks,none", "has 3 values: it takes one value, or one for each of 2 levels"),
+        ("denoiser", "none,", "no denoiser.remat ''"),
+    ],
+)
+def test_rematerialisation_of_a_wrong_number_of_levels(config, stage, value, said):
+    config[stage].remat = value
+    with pytest.raises(UserError, match=said):
+        stages.check_mesh(config, sharding.make_mesh(config.mesh), [stage])

@@ -10,7 +10,6 @@ import math
 import re
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 from vdm_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
-ACTIVATION = "activation"  # the name under which rematerialisation knows what `constrain` has seen
 
 # Name of an activation dimension -> mesh axes that split it. An axis splits the first dimension that it divides, so
 # `sequence` takes time where the frames divide, and height where they do not.
@@ -92,11 +90,9 @@ def constrain(x, *names):
     if unknown:
         raise ValueError(f"unknown activation dimension {unknown[0]!r}; known: {', '.join(ACTIVATION_AXES)}")
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:
         return x
-    if mesh.size > 1:
-        x = jax.lax.with_sharding_constraint(x, activation_spec(names, x.shape, mesh.shape))
-    return checkpoint_name(x, ACTIVATION)
+    return jax.lax.with_sharding_constraint(x, activation_spec(names, x.shape, mesh.shape))
 
 
 def split(axis):

@@ -14,13 +14,12 @@ from vdm_jax.checkpoint import STAGES
 from vdm_jax.errors import UserError
 from vdm_jax.models.audio_autoencoder import AudioAutoencoder
 from vdm_jax.models.clip import Clip
-from vdm_jax.models.layers import PRODUCT
+from vdm_jax.models.layers import REMAT, rematerialised
 from vdm_jax.models.unet import UNet
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
 
 VIDEO = ("batch", "time", "height", "width", "channel")  # dimensions of pictures, and of their latents
 SOUND = ("batch", "token", "channel")
-REMAT = ("none", "pointwise", "blocks")
 
 
 class Stage(NamedTuple):
@@ -147,16 +146,26 @@ def check_batch(config, name, mesh):
 
 
 def check_mesh(config, mesh, names):
-    """Raises UserError where the mesh does not divide models or latents of stages `names`, or `remat` is unknown."""
+    """Raises UserError where the mesh does not divide models or latents of stages `names`, or `remat` is wrong."""
     params, size = abstract_params(config), layout(config)
     frames = {"denoiser": size.latent_frames, "audio_autoencoder": size.latent_frames * size.audio[0]}
     side = size.video[0]
     for name in names:
-        diffusion.one_of(f"{name}.remat", config[name].remat, REMAT)
+        remat(config, name)
         shape, dimensions = (1, frames.get(name, size.frames), side, side, 1), VIDEO
         if name == "audio_autoencoder":
             shape, dimensions = (1, frames[name], 1), SOUND
         sharding.check_axes(mesh, params[name], {f"the clips of {name}": (shape, dimensions)})
+
+
+def remat(config, name):
+    """How stage `name` is rematerialised: (mode,), or of the denoiser a mode for each level. Raises UserError."""
+    modes = tuple(diffusion.one_of(f"{name}.remat", mode, REMAT) for mode in config[name].remat.split(","))
+    levels = len(config[name].model.channels) if name == "denoiser" else 1
+    if len(modes) not in (1, levels):
+        one = "one value" + (f", or one for each of {levels} levels" if levels > 1 else "")
+        raise UserError(f"{name}.remat={config[name].remat!r} has {len(modes)} values: it takes {one}")
+    return modes
 
 
 # ---------------------------------------------------------------------------------------------------------- models
@@ -167,12 +176,13 @@ def models(config):
     dtype = jnp.dtype(diffusion.one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16")))
     text_size = dict(vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
     clip = config.clip.model
-    size = layout(config)
+    size, modes = layout(config), remat(config, "denoiser")
+    unet = dict(config.denoiser.model, remat=modes if len(modes) > 1 else (), latent_fps=size.latent_fps)
     return {
         "video_autoencoder": VideoAutoencoder(**config.video_autoencoder.model, dtype=dtype),
         "audio_autoencoder": AudioAutoencoder(**config.audio_autoencoder.model, dtype=dtype),
         "clip": Clip({**text_size, **clip.text}, clip.video.to_dict(), clip.embedding, dtype=dtype),
-        "denoiser": UNet(**config.denoiser.model, latent_fps=size.latent_fps, dtype=dtype),
+        "denoiser": UNet(**unet, dtype=dtype),
     }
 
 
@@ -313,19 +323,6 @@ def _apply(made, frozen, stage, method, *arguments):
         return made[stage].apply({"params": params}, *arguments, method=method)
 
 
-def rematerialised(apply, mode):
-    """apply(params, ...) whose backward pass keeps less of the forward one. mode: "none" or
-
-    "pointwise"  keeps what convolutions, linear layers and attention give: norms, activation functions and the weights
-                 of attention are computed again
-    "blocks"     keeps the output of each block only: about a third more FLOPs
-    """
-    if mode == "none":
-        return apply
-    kept = (sharding.ACTIVATION,) if mode == "blocks" else (sharding.ACTIVATION, PRODUCT)
-    return jax.checkpoint(apply, policy=jax.checkpoint_policies.save_only_these_names(*kept))
-
-
 # ---------------------------------------------------------------------------------------------------------- losses
 
 
@@ -339,7 +336,8 @@ def build(config):
         def call(params, *arguments):
             return _apply(made, {stage: params}, stage, method, *arguments)
 
-        return rematerialised(call, config[stage].remat)
+        modes = remat(config, stage)
+        return rematerialised(call, modes[0]) if len(modes) == 1 else call  # else by level, see UNet
 
     def video_loss(params, key, batch, frozen):
         video = to_float(batch["video"])

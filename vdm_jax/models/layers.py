@@ -20,7 +20,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from vdm_jax.models import accelerator, cpu
-from vdm_jax.sharding import constrain
+from vdm_jax.sharding import constrain, split
 
 _platform = contextvars.ContextVar("platform", default=None)
 
@@ -44,10 +44,29 @@ def stored(dtype):
     return jnp.float32 if on_cpu() else dtype
 
 
+# --------------------------------------------------------------------------------------------------- rematerialisation
+
+
+# The names under which rematerialisation knows what `constrain_activation`, and what products and attention give.
+ACTIVATION, PRODUCT = "activation", "product"
+REMAT = ("none", "pointwise", "blocks")
+
+
+def rematerialised(call, mode):
+    """A function or class of modules whose backward pass keeps less of the forward one. mode: "none" or
+
+    "pointwise"  keeps what convolutions, linear layers and attention give: norms, activation functions and the weights
+                 of attention are computed again
+    "blocks"     keeps the output of each block only: about a third more FLOPs
+    """
+    if mode == "none":
+        return call
+    names = (ACTIVATION,) if mode == "blocks" else (ACTIVATION, PRODUCT)
+    transform = nn.remat if isinstance(call, type) else jax.checkpoint
+    return transform(call, policy=jax.checkpoint_policies.save_only_these_names(*names))
+
+
 # ------------------------------------------------------------------------------------------------------------- products
-
-
-PRODUCT = "product"  # the name under which rematerialisation knows what `dense`, `conv` and attention give
 
 
 def dense(x, kernel, bias, dtype):
@@ -103,7 +122,9 @@ def conv(x, kernel, bias, strides=None, time_padding="same", dtype=jnp.float32):
     if on_cpu():
         x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
         return (_conv_products(x, kernel, strides) + bias).astype(jnp.float32)
-    return checkpoint_name(accelerator.conv(x, kernel, bias, tuple(strides), tuple(padding)), PRODUCT)
+    # Split along time only as `constrain` says, and so its gradient: a split that XLA makes up may be too fine for it.
+    place = _constrained if split("sequence") else lambda x: x
+    return checkpoint_name(place(accelerator.conv(place(x), kernel, bias, tuple(strides), tuple(padding))), PRODUCT)
 
 
 def _conv_products(x, kernel, strides):
@@ -364,7 +385,7 @@ class Attention(nn.Module):
             query, key = rotary(query, positions), rotary(key, context_positions)
         out = checkpoint_name(attention(query, key, value, mask, bounded=not self.plain), PRODUCT)
         out = Dense(x.shape[-1], axes=2, zero=self.zero, dtype=self.dtype, name="out")(out)
-        return constrain(out, "batch", "token", "channel")
+        return constrain_activation(out)
 
 
 def transformer_layer(x, mask, heads, index, positions=None, zero=False, dtype=jnp.float32):
@@ -415,6 +436,11 @@ class ResidualBlock(nn.Module):
 
 
 def constrain_activation(x):
+    """x [B, T, H, W, C] or [B, N, C] at the end of a block, split over the mesh as activations are."""
+    return checkpoint_name(_constrained(x), ACTIVATION)
+
+
+def _constrained(x):
     if x.ndim == 5:
         return constrain(x, "batch", "time", "height", "width", "channel")
     return constrain(x, "batch", "token", "channel")

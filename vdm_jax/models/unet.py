@@ -20,6 +20,7 @@ from vdm_jax.models.layers import (
     constrain_activation,
     depth_to_space,
     fourier_features,
+    rematerialised,
     space_to_depth,
     stored,
     transformer_layer,
@@ -130,7 +131,8 @@ class UNet(nn.Module):
     audio_channels[i] (or the same where that is empty), and blocks[i] residual blocks on the way down and again on the
     way up; space halves between levels, time by time_strides[i] (1 or 2), sound always by 2. attention[i] puts a
     TokenMixer, exchange[i] an Exchange after the level's blocks; the bottleneck always has both. text_layers
-    transformer layers refine the text.
+    transformer layers refine the text. remat[i], where given, says what the backward pass of the level's blocks and
+    mixers computes again (see layers.rematerialised); the bottleneck is of the last level.
     """
 
     patch: int
@@ -146,6 +148,7 @@ class UNet(nn.Module):
     text_layers: int
     groups: int
     latent_fps: float
+    remat: tuple[str, ...] = ()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -158,7 +161,7 @@ class UNet(nn.Module):
         cond = {**cond, "states": refine(cond["states"], cond["mask"])}
         embed = functools.partial(LevelEmbedding, self.embedding, self.latent_fps, dtype=self.dtype)
         embedding = {m: embed(name=f"embedding_{m}")(log_snr[m], cond["pooled"]) for m in ("video", "audio")}
-        block = functools.partial(ResidualBlock, factorised=self.factorised, groups=self.groups, dtype=self.dtype)
+        block = dict(factorised=self.factorised, groups=self.groups, dtype=self.dtype)
         conv = functools.partial(Conv, dtype=self.dtype)
 
         def seconds(x):
@@ -169,19 +172,21 @@ class UNet(nn.Module):
             a = ((jnp.arange(n) + 0.5) * (frames / n) - 0.5) / self.latent_fps
             return {"video": jnp.repeat(t, x["video"].shape[2] * x["video"].shape[3]), "audio": a}
 
+        def at(level, module):
+            return rematerialised(module, self.remat[level]) if self.remat else module
+
         def residual(x, level, name):
             pooled = {m: _to_length(e, x["video"].shape[1]) for m, e in embedding.items()}
-            return {m: block(channels[m][level], name=f"{name}_{m}")(x[m], pooled[m]) for m in x}
+            made = at(level, ResidualBlock)
+            return {m: made(channels[m][level], **block, name=f"{name}_{m}")(x[m], pooled[m]) for m in x}
 
-        def mix(x, name, attend, exchange):
+        def mix(x, level, name, attend, exchange):
             where = seconds(x)
             if attend:
-                x = {
-                    m: TokenMixer(self.head_dim, self.dtype, name=f"{name}_attention_{m}")(x[m], where[m], cond)
-                    for m in x
-                }
+                made = functools.partial(at(level, TokenMixer), self.head_dim, self.dtype)
+                x = {m: made(name=f"{name}_attention_{m}")(x[m], where[m], cond) for m in x}
             if exchange:
-                swap = Exchange(self.head_dim, self.dtype, name=f"{name}_exchange")
+                swap = at(level, Exchange)(self.head_dim, self.dtype, name=f"{name}_exchange")
                 video, audio = swap(x["video"], x["audio"], where["video"], where["audio"])
                 x = {"video": constrain_activation(video), "audio": constrain_activation(audio)}
             return x
@@ -197,7 +202,7 @@ class UNet(nn.Module):
             for j in range(self.blocks[i]):
                 x = residual(x, i, f"down_{i}_{j}")
                 if j == self.blocks[i] - 1:
-                    x = mix(x, f"down_{i}", self.attention[i], self.exchange[i])
+                    x = mix(x, i, f"down_{i}", self.attention[i], self.exchange[i])
                 skips.append(x)
             if i < len(self.channels) - 1:
                 strides = {"video": (self.time_strides[i], 2, 2), "audio": (2,)}
@@ -205,7 +210,7 @@ class UNet(nn.Module):
 
         # Bottleneck
         x = residual(x, -1, "middle_in")
-        x = mix(x, "middle", attend=True, exchange=True)
+        x = mix(x, -1, "middle", attend=True, exchange=True)
         x = residual(x, -1, "middle_out")
 
         # Up
@@ -214,7 +219,7 @@ class UNet(nn.Module):
                 skip = skips.pop()
                 x = {m: jnp.concatenate([x[m], skip[m]], -1) for m in x}
                 x = residual(x, i, f"up_{i}_{j}")
-            x = mix(x, f"up_{i}", self.attention[i], self.exchange[i])
+            x = mix(x, i, f"up_{i}", self.attention[i], self.exchange[i])
             if i:
                 grow = {"video": ((1, 3, 3), (self.time_strides[i - 1], 2, 2)), "audio": ((3,), (2,))}
                 x = {
