@@ -30,7 +30,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 
-from vdm_jax import checksums, cli
+from vdm_jax import checksums, cli, storage
 from vdm_jax.errors import UserError
 from vdm_jax.sharding import path_name
 
@@ -45,7 +45,7 @@ def manager(directory, newest=2, best=1):
 
     The `newest` checkpoints are kept, and the `best` ones of least loss.
     """
-    directory = epath.Path(directory).absolute()
+    directory = storage.absolute(directory)
 
     def seal():
         """Runs when a save's files are complete, before it is renamed to be a checkpoint: no checkpoint is without."""
@@ -124,7 +124,7 @@ def set_damaged_aside(directory):
     Raises UserError where no good one is left; then all stay where they are. One from before there were checksums
     counts as good, with a warning.
     """
-    directory, fault = epath.Path(directory).absolute(), ""
+    directory, fault = storage.absolute(directory), ""
     if jax.process_index() == 0 and directory.exists():
         damaged = {}
         steps = sorted(ocp.utils.checkpoint_steps(directory), reverse=True)
@@ -259,7 +259,7 @@ def open_run(folder, abstract_params):
 
 def newest_step(workdir, stage):
     """The step of the newest checkpoint of a run's stage, or None."""
-    directory = epath.Path(workdir).absolute() / stage / "checkpoints"
+    directory = storage.absolute(workdir) / stage / "checkpoints"
     # Looked up without a manager, which might clean up a save that a training run has under way.
     return max(ocp.utils.checkpoint_steps(directory), default=None) if directory.exists() else None
 
@@ -274,7 +274,7 @@ def load_params(workdir, stage, expected):
         )
     target, folder = (
         {"ema": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)},
-        directory.absolute(),
+        storage.absolute(directory),
     )
     _verify(folder / str(step))
     folder = folder / str(step) / "default"

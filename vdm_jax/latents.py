@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from vdm_jax import checkpoint, hosts, sharding, stages
+from vdm_jax import checkpoint, hosts, sharding, stages, storage
 from vdm_jax.data import pipeline
 from vdm_jax.errors import UserError
 
@@ -122,7 +122,7 @@ class Encoded:
         return jax.tree.unflatten(self.tree, [np.ascontiguousarray(rows[name]) for name in self.record.names])
 
     def _open(self, thread, part):
-        file = self.paths[part].open("rb")
+        file = storage.reader(self.paths[part])
         np.lib.format.read_magic(file)
         _, _, record = np.lib.format.read_array_header_1_0(file)
         if record != self.record:

@@ -8,6 +8,7 @@ is read becomes one UserError line that names it.
 import contextlib
 import math
 import os
+import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -15,8 +16,10 @@ from fractions import Fraction
 import av
 import numpy as np
 from av.video.reformatter import Interpolation
+from etils import epath
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from vdm_jax import storage
 from vdm_jax.errors import UserError
 
 # What a file may turn out to be. A playlist, say, could make FFmpeg open further files or URLs.
@@ -41,6 +44,12 @@ TO_RGB = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_C
 def _replacing(path) -> Iterator[str]:
     """Yields a temporary name that becomes `path` if the block succeeds and is removed if not."""
     path = os.fspath(path)
+    if storage.in_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = os.path.join(folder, os.path.basename(path))
+            yield temporary
+            epath.Path(temporary).copy(path, overwrite=True)
+        return
     folder, name = os.path.split(path)
     if folder and not os.path.isdir(folder):
         raise UserError(f"cannot write {path!r}: there is no folder {folder!r}")

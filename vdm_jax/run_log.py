@@ -11,6 +11,10 @@ import numpy as np
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from vdm_jax import storage
+
+BUCKET_PAUSE = 30  # seconds
+
 
 class Skipped(NamedTuple):
     """A step whose update was left out."""
@@ -99,6 +103,8 @@ class Watch:
 class MetricsLog:
     """metrics.jsonl: one object a line, only ever appended to, and TensorBoard events beside it.
 
+    In a bucket both are written anew: at most every BUCKET_PAUSE seconds, and when they are flushed.
+
     Opened for a run that goes on after `step`, whatever stands behind that step's line is cut off: lines of steps that
     are done again, and one that a killed run left torn. `skipped` counts the steps that the lines say were skipped.
     """
@@ -106,11 +112,16 @@ class MetricsLog:
     def __init__(self, directory, step):
         path = directory / "metrics.jsonl"
         kept, self.skipped = mend(path, step)
-        if kept is not None:
-            part = path.with_name(path.name + ".tmp")
-            part.write_bytes(kept)
-            part.replace(path)
-        self.file = open(path, "a", buffering=1)
+        self.pause = BUCKET_PAUSE if storage.in_bucket(path) else 0
+        self.flushed = time.monotonic()
+        if storage.in_bucket(path):
+            self.file = storage.Lines(path, kept.decode())
+        else:
+            if kept is not None:
+                part = path.with_name(path.name + ".tmp")
+                part.write_bytes(kept)
+                part.replace(path)
+            self.file = open(path, "a", buffering=1)
         self.events = event_file_writer.EventsWriter(os.path.join(directory, "events"))
         if step:  # TensorBoard then forgets the points of later steps
             start = SessionLog(status=SessionLog.START)
@@ -123,7 +134,13 @@ class MetricsLog:
         for key, value in metrics.items():
             values = summary.scalar(f"{prefix}/{key}", value)
             self.events.write_event(Event(wall_time=time.time(), step=step, summary=values))
+        if time.monotonic() - self.flushed >= self.pause:
+            self.flush()
+
+    def flush(self):
+        self.file.flush()
         self.events.flush()
+        self.flushed = time.monotonic()
 
     def close(self):
         self.file.close()
@@ -133,7 +150,8 @@ class MetricsLog:
 def mend(path, step):
     """Cuts the lines behind `step`, and a torn one, off a metrics.jsonl. -> (None, steps skipped by the rest).
 
-    Where bad lines stand between good ones, nothing is cut and the good ones come back, to be written anew.
+    Where bad lines stand between good ones, or in a bucket, nothing is cut and the good ones come back, to be written
+    anew.
     """
     good, length, whole, last, skipped = [], 0, True, 0, 0
     stored = path.read_bytes() if path.exists() else b""
@@ -149,7 +167,7 @@ def mend(path, step):
         whole = whole and line.endswith(b"\n") and stored.startswith(line, length)
         good.append(line.rstrip() + b"\n")
         length += len(line)
-    if not whole:
+    if storage.in_bucket(path) or not whole:
         return b"".join(good), skipped
     if length < len(stored):
         os.truncate(path, length)

@@ -20,7 +20,6 @@ except ImportError:  # Windows
 import jax
 import numpy as np
 from absl import flags
-from etils import epath
 from tqdm import tqdm
 
 from vdm_jax import (
@@ -34,6 +33,7 @@ from vdm_jax import (
     run_log,
     sharding,
     stages,
+    storage,
     train_state,
 )
 from vdm_jax.data import pipeline
@@ -50,7 +50,7 @@ def main(argv):
     cli.only_options(argv)
     if config is None or not options.workdir:
         raise UserError("give both --config=FILE and --workdir=DIR, e.g. --config=configs/world_tiny.py --workdir=run")
-    workdir = epath.Path(options.workdir)
+    workdir = storage.absolute(options.workdir)
     span = profiling.span(options.profile)
     hosts.initialize(options)
     cli.use_cache(config)
@@ -98,7 +98,7 @@ def alone(workdir):
 
     In a bucket, which has no locks, it is for the launcher to start a run once.
     """
-    if not hosts.lead() or fcntl is None or "://" in str(workdir):
+    if not hosts.lead() or fcntl is None or storage.in_bucket(workdir):
         yield
         return
     try:
@@ -222,6 +222,8 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
             history = []
             if lead:
                 log.write(number, name, means)
+                if due:
+                    log.flush()
                 left = run_log.clock((settings.steps - number) * means["step_seconds"])
                 shown = dict(loss=f"{means['loss']:.4f}", data=f"{means['data_wait_share']:.0%}")
                 shown |= dict(skipped=log.skipped, saved="-" if saved is None else saved)

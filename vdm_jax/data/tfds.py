@@ -9,6 +9,7 @@ import functools
 import os
 
 import numpy as np
+from etils import epath
 
 from vdm_jax import media
 from vdm_jax.errors import UserError
@@ -61,7 +62,7 @@ class Tfds:
         self.source_sample_rate = source_sample_rate or sample_rate
         self.keys = (video_key, audio_key, caption_key)
         try:
-            if os.path.isdir(self.name):
+            if epath.Path(self.name).is_dir():
                 builder = tfds.builder_from_directory(self.name)
             else:
                 builder = tfds.builder(self.name, data_dir=data_dir, try_gcs=False)

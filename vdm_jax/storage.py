@@ -1,0 +1,45 @@
+"""Paths of runs, on a disk or in a bucket (gs://...): there no file can be appended to, cut or locked."""
+
+import os
+
+import fsspec
+from etils import epath
+
+from vdm_jax.errors import UserError
+
+
+def in_bucket(path):
+    return "://" in os.fspath(path)
+
+
+def absolute(path):
+    """The epath.Path from the root. Raises UserError where what reads such a bucket is not installed."""
+    if not in_bucket(path):
+        return epath.Path(path).absolute()
+    try:
+        fsspec.get_filesystem_class(fsspec.utils.get_protocol(os.fspath(path)))
+    except (ImportError, ValueError) as error:
+        raise UserError(f'{path}: {error} (of Google Cloud Storage: pip install -e ".[gcs]")') from None
+    return epath.Path(path)
+
+
+def reader(path):
+    """A binary file, for pieces here and there: of an object in a bucket no more is fetched than what is read."""
+    return fsspec.open(os.fspath(path), "rb", cache_type="none").open() if in_bucket(path) else open(path, "rb")
+
+
+class Lines:
+    """A text file in a bucket that grows: each flush writes the object anew."""
+
+    def __init__(self, path, text):
+        self.path, self.text, self.stored = path, text, None
+
+    def write(self, line):
+        self.text += line
+
+    def flush(self):
+        if self.text != self.stored:
+            self.path.write_text(self.text)
+            self.stored = self.text
+
+    close = flush
