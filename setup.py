@@ -17,6 +17,7 @@ setup(
         "chex",
         "etils[epath]",
         "flax>=0.11.2",
+        "fsspec",  # buckets
         "grain>=0.2.18",
         "jax>=0.7.2",
         "ml-collections",
@@ -31,9 +32,12 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", "gcsfs"],
         "cuda": ["jax[cuda12]"],
+        "gcs": ["gcsfs"],  # runs and data in buckets of Google Cloud Storage, gs://...
         "test": [
+            "gcp-storage-emulator",
+            "gcsfs",
             "pytest",
             "pytest-xdist",
             "ruff",

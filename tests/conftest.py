@@ -2,6 +2,8 @@
 
 import logging
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ import pytest
 from absl import flags
 
 from tests import tiny
+from tests.bucket import environment
 from tests.helpers import weights
 from vdm_jax import checkpoint, cli, stages, train_state
 
@@ -64,3 +67,18 @@ def command(monkeypatch, capfd):
         return SimpleNamespace(code=left.value.code or 0, out=out, err=err.splitlines())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """What makes a process see gs://bucket, of a stand-in for Google Cloud Storage."""
+    pytest.importorskip("gcp_storage_emulator")
+    pytest.importorskip("gcsfs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, Path(__file__).with_name("bucket.py"), str(port)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
+        assert server.stdout.readline() == b"ready\n"
+        yield environment(port)
+        server.kill()

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from tests.helpers import finish, start
 from vdm_jax.data.tfds import Tfds
 from vdm_jax.errors import UserError
 
@@ -168,3 +169,8 @@ def test_features_that_need_tensorflow(data_dir, tmp_path):
     path.write_text(text.replace(old, "tensorflow_datasets.core.features.image_feature.Image", 1))
     with pytest.raises(UserError, match="cannot be opened|TensorFlow"):
         open_tfds(None, name=str(folder / "1.0.0"), caption_key="text")
+
+
+def test_a_data_set_in_a_bucket(data_dir, bucket):
+    code, _, err = finish(start("-m", "tests.test_bucket", "data", data_dir, **bucket), 170)
+    assert code == 0, "\n".join(err[-20:])

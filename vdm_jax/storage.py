@@ -25,7 +25,24 @@ def absolute(path):
 
 def reader(path):
     """A binary file, for pieces here and there: of an object in a bucket no more is fetched than what is read."""
-    return fsspec.open(os.fspath(path), "rb", cache_type="none").open() if in_bucket(path) else open(path, "rb")
+    return _Pieces(path) if in_bucket(path) else open(path, "rb")
+
+
+class _Pieces:
+    def __init__(self, path):
+        self.files, self.path = fsspec.url_to_fs(os.fspath(path))
+        self.at = 0
+
+    def seek(self, at):
+        self.at = at
+
+    def tell(self):
+        return self.at
+
+    def read(self, size):
+        piece = self.files.cat_file(self.path, self.at, self.at + size)
+        self.at += len(piece)
+        return piece
 
 
 class Lines:

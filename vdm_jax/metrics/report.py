@@ -13,10 +13,10 @@ import html
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 SOURCES = ("truth", "autoencoder", "samples")
 OUTCOMES = {  # keys of M
@@ -173,7 +173,7 @@ def _html_table(table: _Table, kind: str = "numbers") -> str:
     return f'<h2>{html.escape(table.title)}</h2>\n<table class="{kind}">{head}<tbody>\n{body}\n</tbody></table>'
 
 
-def _figure(caption: str, path: Path) -> str:
+def _figure(caption: str, path: epath.Path) -> str:
     tag, mime = MEDIA[path.suffix.lower()]
     data = f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}"
     caption = html.escape(caption)
@@ -197,12 +197,12 @@ def _plain(value: object) -> object:
 
 
 def write_report(
-    directory: str | Path,
+    directory: str | epath.Path,
     metrics: Mapping,
     *,
     settings: Mapping[str, object],
-    media: Sequence[tuple[str, str | Path]] = (),
-) -> Path:
+    media: Sequence[tuple[str, str | epath.Path]] = (),
+) -> epath.Path:
     """Writes directory/metrics.json and directory/report.html, and returns the path of the latter.
 
     settings: how the numbers were made (weights, prompts, steps, seed ...), shown below the tables.
@@ -214,10 +214,10 @@ def write_report(
     missing = [f"{k}.{n}" for k, names in REQUIRED.items() for n in names if n not in metrics[k]]
     if missing:
         raise ValueError(f"metrics without {', '.join(missing)}")
-    media = [(caption, Path(path)) for caption, path in media]
+    media = [(caption, epath.Path(path)) for caption, path in media]
     if other := [str(path) for _, path in media if path.suffix.lower() not in MEDIA]:
         raise ValueError(f"a page cannot show {', '.join(other)}: want one of {', '.join(MEDIA)}")
-    directory = Path(directory)
+    directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "metrics.json").write_text(json.dumps(_plain(metrics), indent=2) + "\n")
 

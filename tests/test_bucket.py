@@ -1,0 +1,86 @@
+"""Runs and data in a bucket, on a stand-in for Google Cloud Storage (bucket.py)."""
+
+import json
+import os
+import sys
+
+import numpy as np
+from etils import epath
+
+from tests.helpers import finish, start
+
+FOLDER = epath.Path("gs://bucket/run")
+
+
+def test_a_run_goes_on_in_a_bucket(bucket):
+    options = ["--config=tests/tiny.py", f"--workdir={FOLDER}", "--stage=audio_autoencoder"]
+    for part in ("first", "resumed"):
+        code, _, err = finish(start("-m", "vdm_jax.train", *options, **bucket), 170)
+        assert code == 0, "\n".join(err[-20:])
+        assert ("4 of 8 steps done" in "\n".join(err)) == (part == "resumed")
+        code, out, err = finish(start("-m", "tests.test_bucket", part, **bucket), 100)
+        assert code == 0, "\n".join(err[-20:])
+    lines, before = json.loads(out)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in before]
+
+
+def test_a_bucket_of_an_unknown_kind_is_told():
+    code, _, err = finish(start("-m", "vdm_jax.train", "--config=tests/tiny.py", "--workdir=floppy://a/b"), 100)
+    assert code == 2
+    assert err[-1].startswith("error: floppy://a/b: Protocol not known: floppy")
+
+
+def metrics(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def first():
+    """After the first run: keeps its lines, and takes its last checkpoint away."""
+    stage = FOLDER / "audio_autoencoder"
+    (stage / "metrics.jsonl").copy(FOLDER / "before.jsonl")
+    (stage / "checkpoints" / "8").rmtree()
+    assert json.loads((FOLDER / "heartbeat.json").read_text())["saved"] == 8
+
+
+def resumed():
+    print(json.dumps([metrics(FOLDER / "audio_autoencoder" / "metrics.jsonl"), metrics(FOLDER / "before.jsonl")]))
+
+
+def data(folder):
+    """Reads in a bucket what it wrote there: encoded clips, an MP4, the data set of a folder."""
+    from vdm_jax import latents, media, storage
+    from vdm_jax.data.tfds import Tfds
+
+    top = epath.Path("gs://bucket/data")
+    rows = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    clips = {"z": rows}
+    record = latents._record(clips)
+    encoded = [{"z": rows[:4]}, {"z": rows[4:]}]
+    progress = type("Progress", (), {"update": lambda self, n: None})()
+    latents.ENCODE_BATCH = 4
+    latents._write(top / "clips_00000.npy", encoded, record, 5, progress)
+    assert [path.name for path in top.iterdir()] == ["clips_00000.npy"]
+    found = latents.Encoded([top / "clips_00000.npy"], clips, 5).take([4, 0, 2])
+    np.testing.assert_array_equal(found["z"], rows[[4, 0, 2]])
+
+    video = np.zeros((3, 16, 16, 3), np.uint8)
+    media.write_mp4(top / "clip.mp4", video, None, 8, 8000)
+    assert b"ftyp" in storage.reader(top / "clip.mp4").read(16)
+
+    for where, _, files in os.walk(folder):
+        for name in files:
+            path = epath.Path(where) / name
+            path.copy(top / path.relative_to(folder))
+    options = dict(frames=4, size=16, fps=8, sample_rate=8000, seed=1, video_key="clip", audio_key="sound")
+    options["caption_key"] = "text"
+    here, there = (Tfds("tiny_clips", data_dir=str(place), **options) for place in (folder, top))
+    direct = Tfds(str(top / "tiny_clips" / "1.0.0"), **options)
+    for i in range(3):
+        for key, value in here[i].items():
+            np.testing.assert_array_equal(value, there[i][key])
+            np.testing.assert_array_equal(value, direct[i][key])
+
+
+if __name__ == "__main__":
+    {"first": first, "resumed": resumed, "data": data}[sys.argv[1]](*sys.argv[2:])
