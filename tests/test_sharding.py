@@ -299,7 +299,7 @@ def compare_samples(config):
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    compare_losses(with_attention(tiny.get_config()))
+    compare_losses(with_attention(tiny.get_config("near_misses")))
     with layers.forms_of("tpu"):  # the autoencoder with factorised convolutions, the denoiser with full ones
         recipe = tiny.get_config()
         recipe.unlock()

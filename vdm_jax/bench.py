@@ -25,9 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from etils import epath
 
-from vdm_jax import checkpoint, cli, flops, generate, sample, samplers, sharding, stages, text, train_state
+from vdm_jax import checkpoint, cli, flops, generate, sample, samplers, sharding, stages, storage, text, train_state
 from vdm_jax.data import pipeline
 from vdm_jax.errors import UserError
 from vdm_jax.models import layers
@@ -53,7 +52,7 @@ def main(argv):
     stages.models(config)  # what does not fit is told first
     out = None
     if options.out:
-        out = epath.Path(options.out)
+        out = storage.given(options.out)
         sample.make_folder(out.parent)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):

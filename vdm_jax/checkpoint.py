@@ -221,7 +221,7 @@ def load_trained(workdir, abstract_params):
     """
     if workdir is None:
         return load_exported(REFERENCE, abstract_params)[0]
-    folder = epath.Path(workdir)
+    folder = storage.given(workdir)
     if not (folder / "config.json").exists():
         raise UserError(f"{workdir} is no run folder (no config.json): train one with python -m vdm_jax.train")
     config, expected = open_run(folder, abstract_params)
@@ -231,7 +231,7 @@ def load_trained(workdir, abstract_params):
 
 def load_exported(folder, abstract_params):
     """-> (Trained, {stage: step}) of exported weights. Raises UserError where something is missing or damaged."""
-    folder = epath.Path(folder)
+    folder = storage.given(folder)
     if not (folder / "config.json").exists():
         what = "this installation carries no reference weights" if folder == REFERENCE else f"{folder} holds no weights"
         raise UserError(f"{what}: give --workdir of a trained run")
@@ -382,16 +382,16 @@ def main(argv):
 
     options = flags.FLAGS
     if argv[1:] == ["export"] and options.workdir and options.out:
-        return export(options.workdir, epath.Path(options.out), stages.abstract_params)
+        return export(options.workdir, storage.given(options.out), stages.abstract_params)
     if len(argv) == 3 and argv[1] == "verify":
-        return verify(epath.Path(argv[2]))
+        return verify(storage.given(argv[2]))
     if argv[1:] == ["import"] and options.weights and options.workdir:
         weights = REFERENCE if options.weights == "reference" else options.weights
         trained, steps = load_exported(weights, stages.abstract_params)
         if options.config is not None:
             trained, steps = grow(trained, steps, options.config, stages.init_fns(options.config))
         steps |= dict.fromkeys(options.restart, 0)
-        return take_over(trained, steps, epath.Path(options.workdir), train_state.create)
+        return take_over(trained, steps, storage.given(options.workdir), train_state.create)
     raise UserError(
         "usage: python -m vdm_jax.checkpoint export --workdir=DIR --out=FOLDER, "
         "or python -m vdm_jax.checkpoint import --weights=FOLDER --workdir=DIR [--config=FILE] "

@@ -33,10 +33,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from etils import epath
 from jax.experimental import topologies
 
-from vdm_jax import checkpoint, cli, flops, generate, hlo, sample, sharding, stages, train_state
+from vdm_jax import checkpoint, cli, flops, generate, hlo, sample, sharding, stages, storage, train_state
 from vdm_jax.errors import UserError
 from vdm_jax.models import layers
 
@@ -82,7 +81,7 @@ def main(argv):
         jax.config.update("jax_optimization_level", options.effort)
     cli.use_cache(config)
     stages.models(config)  # what does not fit is told first
-    out = epath.Path(options.out) if options.out else None
+    out = storage.given(options.out) if options.out else None
     if out:
         sample.make_folder(out.parent)
     slices = {name: devices(name) for name in options.topology.split(",")}

@@ -22,9 +22,8 @@ import logging
 import jax
 import numpy as np
 from absl import flags
-from etils import epath
 
-from vdm_jax import checkpoint, cli, generate, hosts, media, samplers, sharding, stages, tasks, text
+from vdm_jax import checkpoint, cli, generate, hosts, media, samplers, sharding, stages, storage, tasks, text
 from vdm_jax.errors import UserError
 
 logger = logging.getLogger("vdm_jax")
@@ -99,7 +98,7 @@ def main(argv):
     if (options.prompt is None) == (options.prompts is None):
         raise UserError('give either --prompt="..." or --prompts=FILE')
     prompts = [options.prompt] if options.prompts is None else text.read_prompts(options.prompts)
-    out = epath.Path(options.out)
+    out = storage.given(options.out)
     if options.prompts is None and out.suffix.lower() != ".mp4":
         raise UserError(f"--out={options.out} must end in .mp4")
 
@@ -146,7 +145,7 @@ def set_sampler(config):
 
 def make_folder(path):
     """-> path of a folder for results, made if need be: before the work, so that none is lost. Raises UserError."""
-    path = epath.Path(path)
+    path = storage.given(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

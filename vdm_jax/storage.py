@@ -12,15 +12,19 @@ def in_bucket(path):
     return "://" in os.fspath(path)
 
 
-def absolute(path):
-    """The epath.Path from the root. Raises UserError where what reads such a bucket is not installed."""
-    if not in_bucket(path):
-        return epath.Path(path).absolute()
-    try:
-        fsspec.get_filesystem_class(fsspec.utils.get_protocol(os.fspath(path)))
-    except (ImportError, ValueError) as error:
-        raise UserError(f'{path}: {error} (of Google Cloud Storage: pip install -e ".[gcs]")') from None
+def given(path):
+    """The epath.Path of an option. Raises UserError where what reads such a bucket is not installed."""
+    if in_bucket(path):
+        try:
+            fsspec.get_filesystem_class(fsspec.utils.get_protocol(os.fspath(path)))
+        except (ImportError, ValueError) as error:
+            raise UserError(f'{path}: {error} (of Google Cloud Storage: pip install -e ".[gcs]")') from None
     return epath.Path(path)
+
+
+def absolute(path):
+    """From the root."""
+    return epath.Path(path) if in_bucket(path) else epath.Path(path).absolute()
 
 
 def reader(path):

@@ -50,7 +50,7 @@ def main(argv):
     cli.only_options(argv)
     if config is None or not options.workdir:
         raise UserError("give both --config=FILE and --workdir=DIR, e.g. --config=configs/world_tiny.py --workdir=run")
-    workdir = storage.absolute(options.workdir)
+    workdir = storage.given(options.workdir)
     span = profiling.span(options.profile)
     hosts.initialize(options)
     cli.use_cache(config)
