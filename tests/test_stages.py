@@ -248,7 +248,7 @@ def test_stft_distance():
     [
         ("audio_autoencoder", stages.REMAT),
         ("video_autoencoder", stages.REMAT),
-        ("denoiser", ("none", "pointwise", "blocks", "none,blocks", "pointwise,none", "blocks,none")),
+        ("denoiser", (*stages.REMAT, "pointwise,none")),
     ],
 )
 def test_rematerialisation_keeps_less_and_changes_nothing(config, name, modes, request):
