@@ -47,8 +47,11 @@ def _replacing(path) -> Iterator[str]:
     if storage.in_bucket(path):
         with tempfile.TemporaryDirectory() as folder:
             temporary = os.path.join(folder, os.path.basename(path))
-            yield temporary
-            epath.Path(temporary).copy(path, overwrite=True)
+            try:
+                yield temporary
+                epath.Path(temporary).copy(path, overwrite=True)
+            except OSError as error:
+                raise UserError(f"cannot write {path!r}: {error.strerror or error}") from error
         return
     folder, name = os.path.split(path)
     if folder and not os.path.isdir(folder):
