@@ -16,10 +16,11 @@ the run's folder. Encoded afresh for every batch (--config.denoiser.cached_clips
 
 Few wide blocks that convolve in three dimensions at once: a shape of before, factorised, channels=(256, 512, 768),
 blocks=(2, 3, 3), time_strides=(1, 2), of 335.9 M parameters, had a bound of 28.9 ms, 49 % compute, and directions are
-learnt best in three dimensions (configs/choices.py). That shape on one H200 (jax 0.11.2), `python -m vdm_jax.bench
---config=configs/t2v_300m.py --config.denoiser.batch_size=32`: 68.6 ms a step (64.3 to 101.5), 467 clips a second, 204
-TFLOP/s, 20.6 % of the peak, in 10.1 GiB, with norms and biases as they were then (vdm_jax/models/accelerator.py); the
-present one has not run on a GPU.
+learnt best in three dimensions (configs/choices.py). On one H200 (jax 0.11.2) that shape reached 204 TFLOP/s with 32
+clips, 20.6 % of the peak; the present one, `python -m vdm_jax.bench --config=configs/t2v_300m.py`, 484 TFLOP/s with 64,
+48.9 %: 201 ms a step (183 to 205), 319 clips a second, in 16.4 GiB. Two thirds of that time are cuDNN's convolutions.
+In two dimensions, with the frames before and after as channels, they took 192 ms (180 to 203) in 19.8 GiB; so, but with
+the kernel's gradient as one product for each of its 27 places, 219 (208 to 230): neither is used.
 """
 
 from configs import common

@@ -83,7 +83,9 @@ def get_config():
     config = common.get_config()
     config.unlock()
 
-    config.data.world = dict(objects=(0.4, 0.6), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0)
+    config.data.world = dict(
+        objects=(0.4, 0.6), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0, undirected=0.0
+    )
 
     vae = config.video_autoencoder
     vae.update(steps=4000, batch_size=8, learning_rate=4e-3, kl_weight=1e-4)

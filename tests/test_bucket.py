@@ -5,9 +5,11 @@ import os
 import sys
 
 import numpy as np
+import pytest
 from etils import epath
 
 from tests.helpers import finish, start
+from vdm_jax.errors import UserError
 
 FOLDER = epath.Path("gs://bucket/run")
 
@@ -63,6 +65,11 @@ def data(folder):
     assert [path.name for path in top.iterdir()] == ["clips_00000.npy"]
     found = latents.Encoded([top / "clips_00000.npy"], clips, 5).take([4, 0, 2])
     np.testing.assert_array_equal(found["z"], rows[[4, 0, 2]])
+    whole = (top / "clips_00000.npy").read_bytes()
+    for lost in (1, record.itemsize):  # part of the last clip, and all of it
+        (top / "cut.npy").write_bytes(whole[:-lost])
+        with pytest.raises(UserError, match="cut.npy is damaged"):
+            latents.Encoded([top / "cut.npy"], clips, 5).take([4])
 
     video = np.zeros((3, 16, 16, 3), np.uint8)
     media.write_mp4(top / "clip.mp4", video, None, 8, 8000)
