@@ -14,6 +14,9 @@ of it compute, 20 % memory; 103 chip-hours for all steps at an assumed 40 % of t
 Clips are encoded once, before the denoiser trains: 262,144 of them, each of which is then seen 73 times, take 91 GB in
 the run's folder. Encoded afresh for every batch (--config.denoiser.cached_clips=0) the bound is 84.0 ms, 73 % compute.
 
+With 32 clips a chip (--config.denoiser.batch_size=256), remat none, "blocks,none" and blocks: 6.05, 5.44 and 5.33 GiB,
+bounds of 243, 275 and 296 ms. With 512 (4096 in all) it does not fit, by 42 GiB; --try found that accumulate=8 does.
+
 Few wide blocks that convolve in three dimensions at once: a shape of before, factorised, channels=(256, 512, 768),
 blocks=(2, 3, 3), time_strides=(1, 2), of 335.9 M parameters, had a bound of 28.9 ms, 49 % compute, and directions are
 learnt best in three dimensions (configs/choices.py). On one H200 (jax 0.11.2) that shape reached 204 TFLOP/s with 32
