@@ -38,7 +38,17 @@ def get_config():
         dict(objects=(0.5, 0.35, 0.15), gravity=0.2, occluder=0.2, leave=0.2, pan=0.2, light=0.2)
     )
     data.files = ConfigDict(dict(held_out=0.2))  # share of each video's end kept from training
-    data.tfds = ConfigDict(dict(name="", split="train", video_key="video", audio_key="", caption_key="caption"))
+    data.tfds = ConfigDict(  # see data/tfds.py
+        dict(
+            name="",
+            split="train",
+            video_key="video",
+            audio_key="",  # "" for none: silent clips
+            caption_key="caption",
+            source_fps=0.0,  # of the data set's videos; 0: data.fps
+            source_sample_rate=0,  # Hz, of its sound; 0: data.sample_rate
+        )
+    )
 
     # ------------------------------------------------------------------------------------------- the four stages
     def optimiser(**different):

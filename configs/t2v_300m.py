@@ -1,6 +1,7 @@
 """Text to video with sound on one TPU host: about 300 M parameters, 33 frames at 128 px, 16 kHz. Not yet trained.
 
-    python -m vdm_jax.train --config=configs/t2v_300m.py --workdir=gs://BUCKET/run --config.data.path=gs://BUCKET/tfds
+    python -m vdm_jax.train --config=configs/t2v_300m.py --workdir=gs://BUCKET/run \\
+        --config.data.path=gs://BUCKET/tfds --config.data.tfds.name=NAME --config.data.tfds.audio_key=audio
     python -m vdm_jax.dry_run --config=configs/t2v_300m.py --topology=v5e:2x4
 
 For the eight chips of a v5e or v6e host. On a single chip, as a free Colab TPU: --config.denoiser.batch_size=4, which

@@ -1,6 +1,7 @@
 """Text to video with sound on a TPU pod: about 2 B parameters, 65 frames at 256 px, 16 kHz. Not yet run.
 
-    python -m vdm_jax.train --config=configs/t2v_pod.py --workdir=gs://BUCKET/t2v --config.data.path=gs://BUCKET/tfds
+    python -m vdm_jax.train --config=configs/t2v_pod.py --workdir=gs://BUCKET/t2v \\
+        --config.data.path=gs://BUCKET/tfds --config.data.tfds.name=NAME --config.data.tfds.audio_key=audio
     python -m vdm_jax.dry_run --config=configs/t2v_pod.py --topology=v5e:16x16,v6e:8x8,v5p:4x4x4
 
 Parameters are split over groups of 16 chips, so that a shard is still wide and a larger slice has more such groups,

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
+from configs import common
 from tests.helpers import finish, start
+from vdm_jax.data import pipeline
 from vdm_jax.data.tfds import Tfds
 from vdm_jax.errors import UserError
 
@@ -64,7 +66,7 @@ def open_tfds(data_dir, name="tiny_clips", **settings):
     return Tfds(name, **{**defaults, "data_dir": data_dir, "video_key": "clip", **settings})
 
 
-@pytest.mark.parametrize("audio_key", ["sound", "pcm", None])
+@pytest.mark.parametrize("audio_key", ["sound", "pcm", ""])
 def test_items(data_dir, audio_key):
     source = open_tfds(data_dir, audio_key=audio_key, caption_key="text")
     starts = set()
@@ -85,6 +87,18 @@ def test_items(data_dir, audio_key):
             starts.add(start)
         assert seen == set(range(5))  # each example once an epoch
     assert len(starts) > 4
+
+
+def test_a_recipe_names_the_data_set(data_dir):
+    config = common.get_config()
+    config.data.update(source="tfds", path=str(data_dir), frames=4, size=16)
+    config.data.tfds.update(name="tiny_clips", video_key="clip", caption_key="text", source_fps=2.0 * FPS)
+    silent = pipeline.source(config)[2]
+    assert silent["caption"] and not silent["audio"].any()
+    greys = silent["video"].mean((1, 2, 3))
+    np.testing.assert_allclose(np.diff(greys), 2)  # every second frame
+    config.data.tfds.audio_key = "sound"
+    assert any(pipeline.source(config)[i]["audio"].any() for i in range(3))
 
 
 def test_items_depend_on_seed_and_index_alone(data_dir):
@@ -138,6 +152,8 @@ def test_splits_and_folders(data_dir):
 @pytest.mark.parametrize(
     "settings, fault",
     [
+        ({"name": ""}, "tfds.name is empty"),
+        ({"video_key": ""}, "no feature '', only"),
         ({"name": "no_such_data_set"}, "no_such_data_set.*cannot be opened"),
         ({"split": "absent"}, "absent.*cannot be opened"),
         ({"video_key": "film"}, "no feature 'film', only"),

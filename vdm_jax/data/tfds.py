@@ -27,8 +27,8 @@ class Tfds:
     split: TFDS's notation, so "train[:90%]" and "train[90%:]" keep a part held out.
     video_key: feature uint8 [T, H, W, 3] (or 1 channel) at `source_fps` frames/s, by default `fps`.
     audio_key: feature float in [-1, 1] or int16, [N] or [N, channels], from the video's start on,
-    at `source_sample_rate` Hz, by default `sample_rate`; without it the clips are silent.
-    caption_key: feature of text, of several texts (one is drawn), or a class label.
+    at `source_sample_rate` Hz, by default `sample_rate`; with "" the clips are silent.
+    caption_key: feature of text, of several texts (one is drawn), or a class label; "" for no text.
 
     An item is `video` uint8 [F, h, w, 3], `audio` float32 [F * sample_rate // fps] and `caption`.
     After the end of a video its last frame is repeated. Raises UserError if data cannot be read.
@@ -46,8 +46,8 @@ class Tfds:
         split: str = "train",
         data_dir: str | None = None,
         video_key: str = "video",
-        audio_key: str | None = None,
-        caption_key: str | None = None,
+        audio_key: str = "",
+        caption_key: str = "",
         source_fps: float | None = None,
         source_sample_rate: int | None = None,
         length: int = 2**31 - 1,
@@ -56,6 +56,10 @@ class Tfds:
             import tensorflow_datasets as tfds
         except ImportError as error:
             raise UserError("pip install tensorflow-datasets array-record to read TFDS") from error
+        if not name:
+            raise UserError(
+                "data.tfds.name is empty: --config.data.tfds.name=NAME, of a data set in data.path, or a folder"
+            )
         self.name, self.seed, self.length = os.fspath(name), seed, length
         self.frames, self.size, self.fps, self.sample_rate = frames, size, fps, sample_rate
         self.source_fps = source_fps or fps
@@ -70,7 +74,7 @@ class Tfds:
             self.features, count = builder.info.features, len(self.source)
         except Exception as error:  # unknown name, not built, wrong format, features: all differ
             raise UserError(self._fault(f"split {split!r} cannot be opened", error)) from error
-        for key in filter(None, self.keys):
+        for key in (video_key, *filter(None, self.keys[1:])):
             if key not in self.features:
                 known = ", ".join(self.features)
                 raise UserError(f"data set {self.name!r} has no feature {key!r}, only {known}")
@@ -94,11 +98,11 @@ class Tfds:
         if video.ndim != 4 or video.dtype != np.uint8 or video.shape[-1] not in (1, 3) or not video.size:
             found = f"{video.dtype} {list(video.shape)}"
             raise UserError(f"data set {self.name!r}: {video_key!r} is {found}, not uint8 [T, H, W, 3]")
-        audio = None if audio_key is None else np.asarray(example[audio_key])
+        audio = np.asarray(example[audio_key]) if audio_key else None
         if audio is not None and (audio.ndim not in (1, 2) or audio.dtype.kind not in "fi"):
             found = f"{audio.dtype} {list(audio.shape)}"
             raise UserError(f"data set {self.name!r}: {audio_key!r} is {found}, not float [N]")
-        if caption_key is None:
+        if not caption_key:
             return video, audio, [""]
         captions = np.asarray(example[caption_key]).ravel()
         if hasattr(self.features[caption_key], "int2str"):
