@@ -12,7 +12,7 @@ data    the input pipeline alone, on the host
 shapes, recomputation left out (flops.py). `mfu` is their rate over the devices' bfloat16 peak, null where the peak is
 not known. `peak_memory_bytes` is what the device says it held at most, or where it says nothing what the compiled
 program needs. With --part=train, `data_examples_per_s` stands beside `examples_per_s`: a pipeline that is the
-slower of the two starves the device.
+slower of the two starves the device; null where there is no data yet.
 """
 
 import functools
@@ -105,7 +105,11 @@ def train(config, name, mesh, repeats):
         return metrics
 
     result = measured(call, step, seconds, work, settings.batch_size, repeats)
-    result["data_examples_per_s"] = data(config, name)["examples_per_s"]
+    try:
+        result["data_examples_per_s"] = data(config, name)["examples_per_s"]
+    except UserError as error:  # no data is needed but for this
+        logger.info("the data pipeline is not timed: %s", error)
+        result["data_examples_per_s"] = None
     return {"params": parameters(program.abstract["params"]), **result}
 
 
