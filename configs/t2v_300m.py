@@ -13,9 +13,9 @@ The second command: 321.3 M parameters, 8 clips a chip. A step is 12.1 TFLOP a c
 of it compute, 20 % memory; 103 chip-hours for all steps at an assumed 40 % of the peak. It had compiled after 218 s.
 
 Clips are encoded once, before the denoiser trains: 262,144 of them, each of which is then seen 73 times, take 91 GB in
-the run's folder. They are read at 62 clips/s by one thread and 82 by two, on two CPU cores (--part=data of the bench;
-a TFDS data set of a cartoon at 128 px, zlib). Encoded afresh for every batch (--config.denoiser.cached_clips=0) the
-bound is 84.0 ms, 73 % compute.
+the run's folder. Encoded afresh for every batch (--config.denoiser.cached_clips=0) the bound is 84.0 ms, 73 % compute.
+A TFDS data set (a cartoon at 128 px, zlib) is read at 62 clips/s by one thread, 82 by two, on two CPU cores, says
+`python -m vdm_jax.bench --config=configs/t2v_300m.py --part=data`.
 
 With 32 clips a chip (--config.denoiser.batch_size=256), remat none, "blocks,none" and blocks: 6.05, 5.44 and 5.33 GiB,
 bounds of 243, 275 and 296 ms. With 512 (4096 in all) it does not fit, by 42 GiB; --try found that accumulate=8 does.

@@ -74,10 +74,10 @@ Prompts without directions: every caption had them, and of 64 prompts with two o
 steps more on two cores (16 clips of 16,384 a step, pairs of near misses two, learning rate 2e-4, undirected 0.3,
 first_given 0.26) made that 56 %, but 95 % of directed ones 88 % and the seam of 192 clips 0.110; the mean of both
 weights 42 %, 88 % and 0.098. Small batches spoil what large ones have learnt: not used. Nor was half a run on one H200,
-5,055 of 10,000 steps of 256 clips (43 to 60 ms; seed 11, 131,072 encoded, undirected 0.25, objects (0.25, 0.75),
+5,055 of 10,000 steps of 256 clips (43 to 68 ms; seed 11, 131,072 encoded, undirected 0.25, objects (0.25, 0.75),
 first_given 0.28, near misses every 8, a peak of 1e-3): 58 % without directions, but 75 % with, a seam of 0.149 and a
-loss of 0.0089 on 192 held-out clips where the weights here have 0.0076, the mean of both 0.0080. Its learning rate had
-come down to 5e-4 only.
+loss of the picture of 0.0089 on 192 held-out clips where the weights here have 0.0076, the mean of both 0.0080. Its
+learning rate had come down to 5e-4 only.
 
 Muon against AdamW on the video autoencoder, same model, batches and data, PSNR with a sampled latent while training:
 28.1 dB against 23.9 dB after 300 steps (learning rates 4e-3 and 1.5e-3).

@@ -111,17 +111,11 @@ class MetricsLog:
 
     def __init__(self, directory, step):
         path = directory / "metrics.jsonl"
-        kept, self.skipped = mend(path, step)
+        stored = path.read_bytes() if path.exists() else b""
+        kept, self.skipped = good_lines(stored, step)
+        self.file = storage.growing(path, stored, kept)
         self.pause = BUCKET_PAUSE if storage.in_bucket(path) else 0
         self.flushed = time.monotonic()
-        if storage.in_bucket(path):
-            self.file = storage.Lines(path, kept.decode())
-        else:
-            if kept is not None:
-                part = path.with_name(path.name + ".tmp")
-                part.write_bytes(kept)
-                part.replace(path)
-            self.file = open(path, "a", buffering=1)
         self.events = event_file_writer.EventsWriter(os.path.join(directory, "events"))
         if step:  # TensorBoard then forgets the points of later steps
             start = SessionLog(status=SessionLog.START)
@@ -147,15 +141,10 @@ class MetricsLog:
         self.events.close()
 
 
-def mend(path, step):
-    """Cuts the lines behind `step`, and a torn one, off a metrics.jsonl. -> (None, steps skipped by the rest).
-
-    Where bad lines stand between good ones, or in a bucket, nothing is cut and the good ones come back, to be written
-    anew.
-    """
-    good, length, whole, last, skipped = [], 0, True, 0, 0
-    stored = path.read_bytes() if path.exists() else b""
-    for line in stored.splitlines(keepends=True):
+def good_lines(stored, step):
+    """The lines of a metrics.jsonl up to that of `step`, without torn and repeated ones. -> (bytes, steps skipped)."""
+    good, last, skipped = [], 0, 0
+    for line in stored.splitlines():
         try:
             values = json.loads(line)
             number, more = values["step"], values.get("skipped", 0)
@@ -164,14 +153,8 @@ def mend(path, step):
             last, skipped = number, skipped + more
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        whole = whole and line.endswith(b"\n") and stored.startswith(line, length)
         good.append(line.rstrip() + b"\n")
-        length += len(line)
-    if storage.in_bucket(path) or not whole:
-        return b"".join(good), skipped
-    if length < len(stored):
-        os.truncate(path, length)
-    return None, skipped
+    return b"".join(good), skipped
 
 
 def write_heartbeat(path, **values):

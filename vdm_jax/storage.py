@@ -50,8 +50,21 @@ class _Pieces:
         return piece
 
 
-class Lines:
-    """A text file in a bucket that grows: each flush writes the object anew."""
+def growing(path, stored, kept):
+    """A text file to write more to, after the bytes `kept` of those `stored` in it: cut in place where that will do."""
+    if in_bucket(path):
+        return _Lines(path, kept.decode())
+    if not stored.startswith(kept):
+        part = path.with_name(path.name + ".tmp")
+        part.write_bytes(kept)
+        part.replace(path)
+    elif len(kept) < len(stored):
+        os.truncate(path, len(kept))
+    return open(path, "a", buffering=1)
+
+
+class _Lines:
+    """Each flush writes the object anew."""
 
     def __init__(self, path, text):
         self.path, self.text, self.stored = path, text, None
