@@ -169,8 +169,8 @@ def get_config():
             modality_guidance=1.0,  # weight of the sound on the picture, and of the picture on the sound
             rescale=0.0,
             interval=(-12.0, 12.0),  # log_snr, in which guidance acts
-            # Frames to go on from are lightly noised to this time, and the model is told so. The time is the schedule's:
-            # log SNR 6.9 with a shift of 1, with 0.135 (world_tiny.py) 2.9, which already blurs how things move.
+            # Frames to go on from are lightly noised to this time, and the model is told so. It is the schedule's:
+            # log SNR 6.8 with a shift of 1, 2.9 with 0.135 (world_tiny.py), which blurs how things move.
             given_time=0.02,
             lag=0,  # steps by which each latent frame is behind the one before; above 0: a pyramid
             history=4,  # latent frames that each window of a long clip is given of the one before
