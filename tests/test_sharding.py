@@ -189,7 +189,7 @@ def test_constrain_raises_on_unknown_names_and_is_nothing_without_a_mesh():
 
 
 def test_eight_devices_compute_what_one_does():
-    code, out, err = finish(start(__file__, JAX_NUM_CPU_DEVICES="8"), seconds=900)
+    code, out, err = finish(start(__file__, JAX_NUM_CPU_DEVICES="8"), seconds=2400)
     assert code == 0, "\n".join(err[-20:])
     lines = [line for line in out.splitlines() if line.startswith("equal")]
     assert len(lines) == (3 + 2) * len(MESHES) + (1 + 2) * len(BOTH), out
