@@ -7,8 +7,9 @@ On two CPU cores that other work shared (with AMX, and config.compute_dtype=bflo
 autoencoder): video autoencoder 4,000 steps of about 0.27 s, PSNR 35.6 dB and SSIM 0.983 on held-out clips; audio
 autoencoder 3,000 of 0.1 s, 97 % of onsets within half a frame; text encoder 1,500 of 0.7 s, the last 900 with near
 misses, recall at 1 of 100 % among 64; denoiser 20,400 of 1.05 to 1.45 s, 653 thousand clips seen. Then, on one H200
-(jax 0.11.2) and in bfloat16, 6,616 steps of 256 clips and 35 to 44 ms, 1.69 million clips in five minutes. Figures, the
-tables in README.md: `python -m vdm_jax.evaluate --out=report --tasks=32 --samplers=dpmpp_2m:16,ddim:64`.
+(jax 0.11.2) and in bfloat16, 6,616 steps of 256 clips and 35 to 44 ms, 1.69 million clips in five minutes; 4,900 on
+near misses and 5,900 beside an anchor, both below. Figures, the tables in README.md:
+`python -m vdm_jax.evaluate --out=report --tasks=32 --samplers=dpmpp_2m:16`.
 
 On an H100 (jax 0.11.2), `python -m vdm_jax.bench --config=configs/world_tiny.py --config.denoiser.batch_size=128
 --config.compute_dtype=bfloat16`: 25 ms a step, 5,063 clips a second, 17 TFLOP/s, 1.7 % of the peak, with a compile of
@@ -57,12 +58,13 @@ Near misses of the text encoder: of a caption and one with two words exchanged t
 one in 62 % before (chance: 50 %), in 81 % after.
 
 A clip carried on, velocity change at the seam in frame widths a second, of 192 clips before it (in what is given), at
-it and after it (in what is made): 0.023, 0.088 and 0.057 with the weights from the GPU (truth: 0.003 to 0.008); with a
-history weight of 1 instead of 1.5 0.105 at the seam. Of 32 clips, jumps of a pixel a frame not counted: 0.088 with a
-text weight of 4, 0.068 with 1, hence onward_guidance; then 0.091 with a history weight of 2.5. Of 105 objects in 96
-clips without an impact near the seam the first frame made lagged (0.035), and velocities went on with their smaller
-component 36 % too small. More than half of that comes from sample.given_time=0.02: log SNR 2.9 with this shift, a blur
-that training never shows. With 0, 15 %, and 0.083 at the seam instead of 0.088. Guidance by what is given makes the
+it and after it (in what is made): 0.023, 0.083 and 0.061; with the weights from the GPU, given_time=0.02, 0.023, 0.088
+and 0.057 (truth: 0.003 to 0.008). Found with the latter: a history weight of 1 instead of 1.5 gave 0.105 at the seam.
+Of 32 clips, jumps of a pixel a frame not counted: 0.088 with a text weight of 4, 0.068 with 1, hence onward_guidance;
+then 0.091 with a history weight of 2.5. Of 105 objects in 96 clips without an impact near the seam the first frame made
+lagged (0.035), and velocities went on with their smaller component 36 % too small. More than half of that came from
+sample.given_time=0.02: log SNR 2.9 with this shift, a blur that training never shows. With 0, 15 %, and 0.083 at the
+seam, what the weights have now: the seam gained by the setting, not by training on. Guidance by what is given makes the
 first frame lag (0.03; without 0.009). Guidance up to log SNR -2 alone with a history weight of 3 and noise to begin
 with of 0.6 times the deviation (weight 2) gave 0.071 and 0.044 with given frames noised, and with given_time=0 little
 (0.077 to 0.094). Of no use: 64 steps, levels even in log SNR or as karras, ddpm, and frames that lag by 2 and 6 steps.
@@ -72,15 +74,21 @@ Prompts without directions: every caption had them, and of 64 prompts with two o
 Trained on with captions that leave them out, by small batches on a CPU or half a run on a GPU, weights learnt that and
 forgot other things: 56 to 58 % without directions, but 75 to 88 % with, and a seam of 0.110 to 0.149.
 
-What helps is an anchor: of each batch of 23 to 30 clips, 11 to 16 have a beginning given (half of them four latent
-frames; sigmoid_bias -4, up to three times the weight on the first frames made), 6 to 8 of the other patterns have for
-their target what the weights from the GPU predict (v, weight 5), the rest have captions without directions. In float32
-on two cores, by a script around the same losses, 16,384 clips of undirected 0.3 and objects (0.3, 0.7), measured with
-given_time=0 and a history weight of 1: after 6,000 steps of 24 to 30 clips, twice from a peak of 1e-3 down to zero, the
-192 clips had 0.023, 0.070 and 0.059, and of 64 prompts with two objects 91 % without directions and 94 % with were
-right; those weights were not kept. A second attempt, 2,050 and 1,600 steps of 23 and 24 clips from 8e-4: of 48 prompts
-60 % and 90 %, at the seam of 80 clips 0.114 (0.128 before). Its first part, with the error of x0 weighed up at all
-levels (0.03), had 50 % and 90 %, and 0.091 on the 192. It is too short, and not used.
+Hence an anchor, for the last 5,900 steps: of each batch of 23 to 30 clips 11 to 16 have a beginning given (half of them
+four latent frames; sigmoid_bias -4, up to three times the weight on the first frames made), 6 to 8 of the other
+patterns have for their target what the weights from the GPU predict (v, weight 5, shift 1), the rest have captions
+without directions. In float32 on two cores without AMX, 1.3 to 4 s a step, by a script around the same losses, on
+16,384 clips of seed 7, undirected 0.3 and objects (0.3, 0.7), with Muon and ema 0.998: three runs, each from where the
+one before ended, learning rates by cosine from peaks of 8e-4, 8e-4 and 1e-3 over 2,050, 1,600 and 2,800 steps, the last
+one ended after 2,250; the first with the error of x0 weighed up at all levels (0.03). The weights are the mean of the
+three runs' averages (arXiv:2203.05482), which is better than each: squared error of the first frame's x0 at log SNR -4
+and 0, of 192 held-out clips: 176 and 54.8 before, 171 and 54.8, 175 and 54.7, 175 and 54.7 by run, 171 and 54.3 by the
+mean; distance from what the anchor is: 0.0030, 0.0034 and 0.0046, 0.0026. Of 64 prompts with two objects, 16 steps, the
+mean had 62 % right without directions and 95 % with; the last run alone 44 and 94 %. At the seam of 96 clips, with
+given_time=0, it had 0.100 with a history weight of 1, 0.082 with 1.5 (inside 0.062 and 0.061). What it cost: clips
+rolled out to ten times the length hold less well (81 % as asked at the end, 88 % before; which of weights and
+given_time does that is not yet known). An earlier 6,000 steps of such runs, not kept, reached 0.070 and 0.059 at the
+seam of 192 clips with a history weight of 1, and 91 % without directions.
 
 Muon against AdamW on the video autoencoder, same model, batches and data, PSNR with a sampled latent while training:
 28.1 dB against 23.9 dB after 300 steps (learning rates 4e-3 and 1.5e-3).
@@ -115,7 +123,7 @@ def get_config():
     clip.model.embedding = 96
 
     denoiser = config.denoiser
-    denoiser.update(steps=31916, batch_size=32, learning_rate=3e-3, ema=0.999, cached_clips=24576)
+    denoiser.update(steps=37816, batch_size=32, learning_rate=3e-3, ema=0.999, cached_clips=24576)
     denoiser.near_misses = (world.DIRECTIONS,)
     # What moves, and which thing is which, shows in all latents of a clip at once: it is settled at far more noise than
     # a single latent would be.
@@ -143,7 +151,7 @@ def get_config():
         text_layers=2,
     )
 
-    config.sample.update(history_guidance=1.5, modality_guidance=1.5)
+    config.sample.update(history_guidance=1.5, modality_guidance=1.5, given_time=0.0)
 
     config.lock()
     return config
