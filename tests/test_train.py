@@ -291,5 +291,5 @@ def test_one_line_and_exit_code_2_from_a_shell(tmp_path):
         for options in cases
     ]
     for process, words in zip(started, cases.values()):
-        code, out, err = finish(process, 300)
+        code, out, err = finish(process, 900)
         assert code == 2 and not out and len(err) == 1 and words in err[0], err
