@@ -70,8 +70,11 @@ def start(*arguments, **environment):
     )
 
 
-def finish(process, seconds):
-    """Waits for a process -> (exit code, output, lines of stderr). One that takes longer is killed: a time-out."""
+def finish(process, seconds=1200):
+    """Waits for a process -> (exit code, output, lines of stderr). One that takes longer is killed: a time-out.
+
+    As it is, that tells a hang: a machine shared with others does not reach it.
+    """
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

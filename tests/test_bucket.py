@@ -17,10 +17,10 @@ FOLDER = epath.Path("gs://bucket/run")
 def test_a_run_goes_on_in_a_bucket(bucket):
     options = ["--config=tests/tiny.py", f"--workdir={FOLDER}", "--stage=audio_autoencoder"]
     for part in ("first", "resumed"):
-        code, _, err = finish(start("-m", "vdm_jax.train", *options, **bucket), 600)
+        code, _, err = finish(start("-m", "vdm_jax.train", *options, **bucket))
         assert code == 0, "\n".join(err[-20:])
         assert ("4 of 8 steps done" in "\n".join(err)) == (part == "resumed")
-        code, out, err = finish(start("-m", "tests.test_bucket", part, **bucket), 600)
+        code, out, err = finish(start("-m", "tests.test_bucket", part, **bucket))
         assert code == 0, "\n".join(err[-20:])
     lines, before = json.loads(out)
     assert [line["step"] for line in lines] == list(range(1, 9))

@@ -217,7 +217,7 @@ print("restored on", len(meshes))
 
 
 def test_a_state_is_restored_on_another_mesh(tmp_path):
-    code, out, err = finish(start("-c", MESHES, tmp_path / "run", JAX_NUM_CPU_DEVICES="4"), 900)
+    code, out, err = finish(start("-c", MESHES, tmp_path / "run", JAX_NUM_CPU_DEVICES="4"))
     assert code == 0 and out == "restored on 4\n", err
 
 
@@ -316,7 +316,7 @@ cli.run(lambda argv: main(argv))
 
 def test_a_disk_that_is_full_ends_the_run_with_the_last_checkpoint_whole(tmp_path):
     folder = tmp_path / "clip" / "checkpoints"
-    code, out, err = finish(start("-c", SAVES, folder, 1_000_000), 900)
+    code, out, err = finish(start("-c", SAVES, folder, 1_000_000))
     errors = [line for line in err if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and errors[0] == err[-1], "\n".join(err)
     assert f"cannot save step 2 in {folder}" in errors[0] and "step 1 is the newest checkpoint" in errors[0]

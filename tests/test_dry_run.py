@@ -25,11 +25,11 @@ compiler = pytest.mark.skipif(
 )
 
 
-def plan(tmp_path, *options, config=CONFIG, seconds=1200):
+def plan(tmp_path, *options, config=CONFIG):
     """-> (exit code, what was printed, the JSON written) of dry_run with these options."""
     out = tmp_path / "made" / "plan.json"
     process = start("-m", "vdm_jax.dry_run", config, f"--out={out}", *options, XLA_FLAGS="")
-    code, printed, err = finish(process, seconds)
+    code, printed, err = finish(process)
     assert code in (0, 3), "\n".join(err[-20:])
     return code, printed, json.loads(out.read_text())
 
@@ -77,7 +77,7 @@ print([len(dry_run.devices(f"v5e:{n}")) for n in ("1x1", "2x1", "2x4")])
 mesh = sharding.make_mesh(dict(data=-1, fsdp=16, sequence=1, tensor=1), dry_run.devices("v6e:8x8"))
 print(mesh.shape["data"], mesh.shape["fsdp"])
 """
-    code, out, _ = finish(start("-c", script), 300)
+    code, out, _ = finish(start("-c", script))
     assert code == 0 and out.splitlines() == ["[1, 2, 8]", "4 16"]
 
 
@@ -132,5 +132,5 @@ def test_wrong_input_is_one_clear_line(command, options, told):
     (["--topology=v5e:2x2", "--config.mesh.tensor=4"], "mesh.tensor=4"),
 ])  # fmt: skip
 def test_slices_that_do_not_fit_are_told(options, told):
-    code, _, err = finish(start("-m", "vdm_jax.dry_run", CONFIG, *options), 300)
+    code, _, err = finish(start("-m", "vdm_jax.dry_run", CONFIG, *options))
     assert code == 2 and told in err[-1] and err[-1].startswith("error: "), err

@@ -20,7 +20,7 @@ def test_a_notebook_runs(path, tmp_path):
     process = start(
         "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", "--nbmake", "--nbmake-timeout=900", str(path), **made
     )
-    code, out, _ = finish(process, 1200)
+    code, out, _ = finish(process)
     assert code == 0, out
     assert MADE[path.stem] <= {p.name for p in tmp_path.iterdir()}
 

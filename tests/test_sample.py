@@ -27,7 +27,7 @@ def test_a_prompt_becomes_an_mp4_with_sound(tiny_run, tmp_path):
     out = tmp_path / "new folder" / "clip.mp4"
     prompt = "a red circle moving right " + "and right " * 20
     options = [f"--workdir={tiny_run}", f"--prompt={prompt}", "--seconds=1", f"--out={out}"]
-    code, _, err = finish(start("-m", "vdm_jax.sample", *options), seconds=900)
+    code, _, err = finish(start("-m", "vdm_jax.sample", *options))
     assert code == 0, err
     err = "\n".join(err)
     codecs, frames, seconds, loudness = streams(out)
@@ -40,7 +40,7 @@ def test_a_prompt_becomes_an_mp4_with_sound(tiny_run, tmp_path):
 def test_the_process_says_one_line_and_ends_with_two(tmp_path):
     process = start("-m", "vdm_jax.sample", "--prompt=x", f"--out={tmp_path}/x.mp4", "--method=euler")
     told = "error: flag --method=euler: value should be one of <ddpm|ddim|dpmpp_2m|heun>"
-    assert finish(process, seconds=900) == (2, "", [told])
+    assert finish(process) == (2, "", [told])
 
 
 def test_a_file_of_prompts_becomes_a_folder(tiny_run, tmp_path, command):

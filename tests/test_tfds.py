@@ -188,5 +188,5 @@ def test_features_that_need_tensorflow(data_dir, tmp_path):
 
 
 def test_a_data_set_in_a_bucket(data_dir, bucket):
-    code, _, err = finish(start("-m", "tests.test_bucket", "data", data_dir, **bucket), 600)
+    code, _, err = finish(start("-m", "tests.test_bucket", "data", data_dir, **bucket))
     assert code == 0, "\n".join(err[-20:])

@@ -23,10 +23,10 @@ CONFIG = "--config=tests/tiny.py"
 STEPS = 40  # of the denoiser, so that there is time to kill it
 
 
-def run(workdir, *options, config=CONFIG, seconds=1200, **environment):
+def run(workdir, *options, config=CONFIG, **environment):
     """-> (exit code, lines on stderr) of `python -m vdm_jax.train`."""
     process = start("-m", "vdm_jax.train", config, f"--workdir={workdir}", *options, **environment)
-    code, out, err = finish(process, seconds)
+    code, out, err = finish(process)
     assert not out
     return code, err
 
@@ -291,5 +291,5 @@ def test_one_line_and_exit_code_2_from_a_shell(tmp_path):
         for options in cases
     ]
     for process, words in zip(started, cases.values()):
-        code, out, err = finish(process, 900)
+        code, out, err = finish(process)
         assert code == 2 and not out and len(err) == 1 and words in err[0], err
