@@ -172,6 +172,7 @@ def get_config():
             # Frames to go on from are lightly noised to this time, and the model is told so. It is the schedule's:
             # log SNR 6.8 with a shift of 1, 2.9 with 0.135 (world_tiny.py), which blurs how things move.
             given_time=0.02,
+            leap=(),  # where a clip goes on: times that its first frames reach in one step, samplers.schedule_matrix
             lag=0,  # steps by which each latent frame is behind the one before; above 0: a pyramid
             history=4,  # latent frames that each window of a long clip is given of the one before
         )

@@ -134,7 +134,7 @@ def test_options_change_what_is_made_and_keep_what_is_given(model, clip, options
     assert np.abs(plain[0][:, 1:].astype(float) - other[0][:, 1:]).max() > 2
 
 
-def test_where_a_clip_goes_on_text_has_a_weight_of_its_own(model, clip):
+def test_where_a_clip_goes_on_it_is_sampled_otherwise(model, clip):
     size = stages.layout(model.config)
 
     def made(latents, **options):
@@ -148,12 +148,14 @@ def test_where_a_clip_goes_on_text_has_a_weight_of_its_own(model, clip):
     assert np.abs(plain.astype(float) - made(2, onward_guidance=9.0)).max() > 2
     earlier = model.config.copy_and_resolve_references()
     with earlier.unlocked():
-        del earlier.sample["onward_guidance"]  # as in runs of earlier versions: one weight for all
+        del earlier.sample["onward_guidance"], earlier.sample["leap"]  # as in runs of earlier versions
     given = tasks.history(clip["video"][None, :3], clip["audio"][None, : 3 * size.samples_per_frame], size)
     arrays, _ = generate.Generator(earlier, model.frozen).arguments(given=given, guidance=5.0)
-    assert arrays["weights"]["guidance"] == 5.0
+    assert arrays["weights"]["guidance"] == 5.0  # one for all
     first = made(1)  # one frame does not show what moves
     np.testing.assert_array_equal(first, made(1, onward_guidance=9.0))
+    np.testing.assert_array_equal(first, made(1, leap=(0.2, 0.3)))
+    assert np.abs(plain.astype(float) - made(2, leap=(0.2, 0.3))).max() > 2
     assert np.abs(first.astype(float) - made(1, guidance=9.0)).max() > 2
 
 
@@ -191,6 +193,7 @@ def test_joined_sounds_give_way_to_each_other():
 @pytest.mark.parametrize("options, told", [
     (dict(guidance=float("nan")), "guidance=nan"),
     (dict(given_time=2.0), "given_time=2.0 must be from 0 to 1"),
+    (dict(leap=(0.1, -1.0)), "leap=.* must be times from 0 to 1"),
     (dict(step=3), "did you mean 'steps'"),
 ])  # fmt: skip
 def test_wrong_options_are_told(model, options, told):

@@ -125,6 +125,26 @@ def test_given_frames_condition_the_rest(method, steps, lag):
     np.testing.assert_allclose(np.cov(flat(x)[:, made].T), rest, atol=0.03)
 
 
+def test_a_leap_puts_frames_at_the_mean_of_what_may_follow():
+    mean, covariance = gaussian()
+    given = {"video": np.array([True, False, False]), "audio": np.array([True, False, False])}
+    z = noise(DRAWS)
+    clean = {name: z[name].at[:, : z[name].shape[1] // FRAMES].set(0.5) for name in z}
+    known = np.flatnonzero((flat(clean)[:64] == 0.5).all(0))
+    made = np.setdiff1d(np.arange(mean.shape[1]), known)
+    gain = covariance[np.ix_(made, known)] @ np.linalg.inv(covariance[np.ix_(known, known)])
+    expected = mean[0, made] + gain @ (0.5 - mean[0, known])
+    rest = np.diag(covariance[np.ix_(made, made)] - gain @ covariance[np.ix_(known, made)])
+    shares = []
+    for leap in ((), (0.4, 0.4), (0.2, 0.2), (0.0, 0.0)):
+        levels = samplers.schedule_matrix(32, FRAMES, CONFIG, given, leap=leap)
+        x = flat(run(exact(mean, covariance), clean, levels, "dpmpp_2m"))[:, made]
+        np.testing.assert_allclose(x.mean(0), expected, atol=0.04)
+        shares.append((x.var(0) / rest).mean())
+    np.testing.assert_allclose(shares[0], 1, atol=0.05)  # of the variance that is left once the rest is known
+    assert shares[0] > 1.1 * shares[1] > 1.2 * shares[2] and shares[3] < 1e-3
+
+
 # --------------------------------------------------------------------------------------------------
 # Order of accuracy
 
@@ -178,6 +198,15 @@ def test_schedule_matrix_rows():
                 np.testing.assert_allclose(rising[name][start : start + 5, frame], ladder, atol=1e-4)
                 assert (rising[name][:start, frame] == rising[name][0, frame]).all()
                 assert (rising[name][start + 4 :, frame] == 12).all()
+    leaping = samplers.schedule_matrix(4, 4, CONFIG, given, lag=3, leap=(0.3, 0.6))
+    for name in ("video", "audio"):
+        for frame, start in ((1, 0.3), (2, 0.6)):
+            rest = np.array(diffusion.log_snr(start * jnp.array([1, 2 / 3, 1 / 3]), CONFIG))
+            column = leaping[name][3 * (frame - 1) :, frame]
+            np.testing.assert_allclose(column[:5], [-12, *rest, 12], atol=1e-4)
+        np.testing.assert_array_equal(leaping[name][:, [0, 3]], rising[name][:, [0, 3]])
+    one = samplers.schedule_matrix(1, 4, CONFIG, given, leap=(0.3,))
+    np.testing.assert_array_equal(one["video"], samplers.schedule_matrix(1, 4, CONFIG, given)["video"])
     for schedule in diffusion.SCHEDULES:
         for low, high in ((-12.0, 12.0), (-9.7, 11.3)):
             config = {**CONFIG, "schedule": schedule, "log_snr_min": low, "log_snr_max": high}

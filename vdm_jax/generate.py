@@ -79,16 +79,20 @@ class Generator:
         for name in options:
             one_of("option", name, (*self.config.sample, *WEIGHTS))
         o = {**self.config.sample, **{name: value for name, value in options.items() if value is not None}}
-        o.setdefault("onward_guidance", o["guidance"])  # runs of earlier versions have one weight for all
+        o.setdefault("onward_guidance", o["guidance"])  # runs of earlier versions have one weight for all,
+        o.setdefault("leap", ())  # and make all frames alike
         for name in WEIGHTS:
             if not math.isfinite(o[name]):
                 raise UserError(f"{name}={o[name]} must be a finite number")
         for name in ("given_time", "history_fraction", "rescale"):
             if not 0 <= o[name] <= 1:
                 raise UserError(f"{name}={o[name]} must be from 0 to 1")
+        if not all(0 <= t <= 1 for t in o["leap"]):
+            raise UserError(f"leap={o['leap']} must be times from 0 to 1")
         masks, clean = self._given(given or tasks.nothing(size), size)
         some = any(mask.any() for mask in masks.values())
-        if all(mask[:2].all() for mask in masks.values()):  # two frames show what moves, and how
+        onward = all(mask[:2].all() for mask in masks.values())  # two frames show what moves, and how
+        if onward:
             o["guidance"] = o["onward_guidance"]
         levels = samplers.schedule_matrix(
             o["steps"],
@@ -98,6 +102,7 @@ class Generator:
             lag=o["lag"],
             spacing=o["spacing"],
             given_time=o["given_time"],
+            leap=o["leap"] if onward else (),
         )
         weights = {name: float(o[name]) for name in (*WEIGHTS, "rescale") if name != "onward_guidance"}
         arrays = dict(frozen=self.frozen, clean=clean, masks=masks, levels=levels, weights=weights)

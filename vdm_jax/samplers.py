@@ -27,7 +27,7 @@ SPACINGS = ("time", "log_snr", "karras")
 # Schedule matrices
 
 
-def schedule_matrix(steps, frames, config, given=None, lag=0, spacing="time", rho=7.0, given_time=0.0):
+def schedule_matrix(steps, frames, config, given=None, lag=0, spacing="time", rho=7.0, given_time=0.0, leap=()):
     """Levels {"video": [N+1, T], "audio": [N+1, T]} from pure noise to clean.
 
     steps: denoising steps of each frame; frames: T. given: {"video": [T], "audio": [T]} bool
@@ -36,6 +36,11 @@ def schedule_matrix(steps, frames, config, given=None, lag=0, spacing="time", rh
     lag: how many steps each frame is behind the one before it: 0, all together; more, a pyramid of
     N = steps + lag * (frames to make - 1).
     spacing: even in 'time' t, in 'log_snr', or as 'karras' in (sigma / alpha)^(1 / rho).
+    leap: times in [0, 1] that the first frames to be made reach in their first step, one for each.
+    From pure noise x0 is the mean of what may follow. A short step from there lets the noise draw
+    one such future; a leap puts the frame at their mean, which is nearer to what does follow where
+    what is given all but settles it: half the squared error, if what the model leaves open is what
+    it does not know.
     """
     one_of("spacing", spacing, SPACINGS)
     if steps < 1 or lag < 0:
@@ -46,23 +51,29 @@ def schedule_matrix(steps, frames, config, given=None, lag=0, spacing="time", rh
         if masks[name].shape != (frames,):
             raise UserError(f"given[{name!r}] has shape {masks[name].shape}, want ({frames},)")
 
-    high, part = config["log_snr_max"], np.arange(steps + 1) / steps
-    low = float(log_snr(1.0, config))
-    if spacing == "time":
-        ladder = np.array(log_snr(1 - part, config), np.float64)
-    elif spacing == "log_snr":
-        ladder = low + part * (high - low)
-    else:  # arXiv:2206.00364, eq. 5, for sigma / alpha = exp(-log_snr / 2)
-        ends = np.exp(-low / 2 / rho), np.exp(-high / 2 / rho)
-        ladder = -2 * rho * np.log(ends[0] + part * (ends[1] - ends[0]))
-    # No end past its bound by rounding: sample() and guidance intervals compare with them.
-    ladder = np.clip(ladder, config["log_snr_min"], high)
-    ladder[-1] = high
+    high = config["log_snr_max"]
+
+    def ladder(steps, start=1.0):  # [steps + 1], from time `start` to clean
+        part, low = np.arange(steps + 1) / steps, float(log_snr(start, config))
+        if spacing == "time":
+            rungs = np.array(log_snr(start * (1 - part), config), np.float64)
+        elif spacing == "log_snr":
+            rungs = low + part * (high - low)
+        else:  # arXiv:2206.00364, eq. 5, for sigma / alpha = exp(-log_snr / 2)
+            ends = np.exp(-low / 2 / rho), np.exp(-high / 2 / rho)
+            rungs = -2 * rho * np.log(ends[0] + part * (ends[1] - ends[0]))
+        # No end past its bound by rounding: sample() and guidance intervals compare with them.
+        rungs = np.clip(rungs, config["log_snr_min"], high)
+        rungs[-1] = high
+        return rungs
 
     # Video and audio of one frame start together, also where one of them is given.
     order = np.maximum(np.cumsum(~(masks["video"] & masks["audio"])) - 1, 0)  # [T]
+    ladders = np.tile(ladder(steps), (order[-1] + 1, 1))  # [frames to make, steps + 1]
+    for own, start in zip(ladders, leap if steps > 1 else ()):
+        own[1:] = ladder(steps - 1, start)
     row = np.arange(steps + lag * order[-1] + 1)[:, None]
-    matrix = ladder[np.clip(row - lag * order, 0, steps)]  # [N+1, T]
+    matrix = ladders[order, np.clip(row - lag * order, 0, steps)]  # [N+1, T]
     lightly = float(log_snr(given_time, config)) if given_time else high
     return {n: jnp.asarray(np.where(mask, high if mask.all() else lightly, matrix)) for n, mask in masks.items()}
 
