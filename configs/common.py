@@ -162,8 +162,9 @@ def get_config():
             method="dpmpp_2m",
             steps=32,
             spacing="time",
-            guidance=4.0,  # weight of the text; 1 adds nothing, for this and the next three
+            guidance=4.0,  # weight of the text; 1 adds nothing, for this and the next four
             onward_guidance=1.0,  # the same where a clip goes on: its beginning tells how things move, text bends that
+            across_guidance=2.5,  # the same where picture or sound is given whole: the other is to fit it first
             history_guidance=1.0,  # weight of what is given
             history_fraction=0.0,  # 0: guidance by what is given against nothing; t: by what is given noised to time t
             modality_guidance=1.0,  # weight of the sound on the picture, and of the picture on the sound

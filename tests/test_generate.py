@@ -148,10 +148,15 @@ def test_where_a_clip_goes_on_it_is_sampled_otherwise(model, clip):
     assert np.abs(plain.astype(float) - made(2, onward_guidance=9.0)).max() > 2
     earlier = model.config.copy_and_resolve_references()
     with earlier.unlocked():
-        del earlier.sample["onward_guidance"], earlier.sample["leap"]  # as in runs of earlier versions
+        for name in ("onward_guidance", "across_guidance", "leap"):
+            del earlier.sample[name]  # as in runs of earlier versions
     given = tasks.history(clip["video"][None, :3], clip["audio"][None, : 3 * size.samples_per_frame], size)
     arrays, _ = generate.Generator(earlier, model.frozen).arguments(given=given, guidance=5.0)
     assert arrays["weights"]["guidance"] == 5.0  # one for all
+    for given, weight in ((tasks.sound(clip["audio"], size), 2.5), (tasks.video(clip["video"], size), 2.5),
+                          (tasks.image(clip["video"][0], size), 5.0)):  # fmt: skip
+        arrays, _ = model.arguments(given=given, guidance=5.0)
+        assert arrays["weights"]["guidance"] == weight
     first = made(1)  # one frame does not show what moves
     np.testing.assert_array_equal(first, made(1, onward_guidance=9.0))
     np.testing.assert_array_equal(first, made(1, leap=(0.2, 0.3)))

@@ -12,7 +12,7 @@ from vdm_jax.errors import UserError
 from vdm_jax.sharding import constrain
 
 BATCH = 8  # prompts sampled at once
-WEIGHTS = ("guidance", "onward_guidance", "history_guidance", "modality_guidance")
+WEIGHTS = ("guidance", "onward_guidance", "across_guidance", "history_guidance", "modality_guidance")
 FADE = 0.005  # s, over which the sound of one window of a roll-out gives way to the next one's
 
 
@@ -79,8 +79,8 @@ class Generator:
         for name in options:
             one_of("option", name, (*self.config.sample, *WEIGHTS))
         o = {**self.config.sample, **{name: value for name, value in options.items() if value is not None}}
-        o.setdefault("onward_guidance", o["guidance"])  # runs of earlier versions have one weight for all,
-        o.setdefault("leap", ())  # and make all frames alike
+        # Runs of earlier versions have one weight for all, and make all frames alike.
+        o = {"onward_guidance": o["guidance"], "across_guidance": o["guidance"], "leap": (), **o}
         for name in WEIGHTS:
             if not math.isfinite(o[name]):
                 raise UserError(f"{name}={o[name]} must be a finite number")
@@ -94,6 +94,8 @@ class Generator:
         onward = all(mask[:2].all() for mask in masks.values())  # two frames show what moves, and how
         if onward:
             o["guidance"] = o["onward_guidance"]
+        elif any(mask.all() for mask in masks.values()):
+            o["guidance"] = o["across_guidance"]
         levels = samplers.schedule_matrix(
             o["steps"],
             size.latent_frames,
@@ -104,7 +106,8 @@ class Generator:
             given_time=o["given_time"],
             leap=o["leap"] if onward else (),
         )
-        weights = {name: float(o[name]) for name in (*WEIGHTS, "rescale") if name != "onward_guidance"}
+        weights = ("guidance", "history_guidance", "modality_guidance", "rescale")
+        weights = {name: float(o[name]) for name in weights}
         arrays = dict(frozen=self.frozen, clean=clean, masks=masks, levels=levels, weights=weights)
         # Those that take more of each network call.
         guides = (o["guidance"] != 1, some and o["history_guidance"] != 1, o["modality_guidance"] != 1)

@@ -2,8 +2,8 @@
 
     python -m vdm_jax.sample --prompt="a red circle moving right" --out=clip.mp4 [--workdir=DIR] [--seconds=2 --steps=32
         --guidance=4 --seed=0 --method=dpmpp_2m] [--image=x.png | --video=x.mp4 | --audio=x.wav | --continue=x.mp4 |
-        --between=x.mp4,y.mp4] [--onward_guidance=1 --history_guidance=1 --history_fraction=0 --modality_guidance=1
-        --given_time=0.02 --lag=0]
+        --between=x.mp4,y.mp4] [--onward_guidance=1 --across_guidance=2.5 --history_guidance=1 --history_fraction=0
+        --modality_guidance=1 --given_time=0.02 --lag=0]
     python -m vdm_jax.sample --prompts=file.txt --out=FOLDER
 
 Without --workdir the reference weights that ship with the package are used.
@@ -30,8 +30,8 @@ logger = logging.getLogger("vdm_jax")
 
 GIVEN = ("image", "video", "audio", "continue", "between")  # flags, of which one may be given
 SAMPLER = (  # flags that change config.sample
-    "method", "steps", "guidance", "onward_guidance", "history_guidance", "history_fraction", "modality_guidance",
-    "given_time", "lag",
+    "method", "steps", "guidance", "onward_guidance", "across_guidance", "history_guidance", "history_fraction",
+    "modality_guidance", "given_time", "lag",
 )  # fmt: skip
 
 
@@ -160,8 +160,9 @@ def define_run_flags():
         "steps", None, "Denoising steps; this and the next: default of the run's config.", lower_bound=1
     )
     flags.DEFINE_enum("method", None, samplers.METHODS, "Sampler.")
-    flags.DEFINE_float("guidance", None, "Weight of the text; 1 adds nothing, for this and the next three.")
+    flags.DEFINE_float("guidance", None, "Weight of the text; 1 adds nothing, for this and the next four.")
     flags.DEFINE_float("onward_guidance", None, "Weight of the text where a clip goes on from given frames and sound.")
+    flags.DEFINE_float("across_guidance", None, "Weight of the text where picture or sound is given whole.")
     flags.DEFINE_float("history_guidance", None, "Weight of what is given.")
     flags.DEFINE_float("modality_guidance", None, "Weight of the sound on the picture, and the other way round.")
     flags.DEFINE_float("history_fraction", None, "Guide by what is given, noised to this time; 0: as it is.")
