@@ -73,23 +73,23 @@ Prompts without directions: every caption had them, and of 64 prompts with two o
 Trained on with captions that leave them out, by small batches on a CPU or half a run on a GPU, weights learnt that and
 forgot other things: 56 to 58 % without directions, but 75 to 88 % with, and a seam of 0.110 to 0.149.
 
-Hence an anchor, for 5,900 steps: of each batch of 23 to 30 clips 11 to 16 have a beginning given (half of them
-four latent frames; sigmoid_bias -4, up to three times the weight on the first frames made), 6 to 8 of the other
-patterns have for their target what the weights from the GPU predict (v, weight 5, shift 1), the rest have captions
-without directions. In float32 on two cores without AMX, 1.3 to 4 s a step, by a script around the same losses, on
-16,384 clips of seed 7, undirected 0.3 and objects (0.3, 0.7), with Muon and ema 0.998: three runs, each from where the
-one before ended, learning rates by cosine from peaks of 8e-4, 8e-4 and 1e-3 over 2,050, 1,600 and 2,800 steps, the last
-one ended after 2,250; the first with the error of x0 weighed up at all levels (0.03). The weights are the mean of the
-three runs' averages (arXiv:2203.05482), by squared error of the first frame's x0 of 192 held-out clips at log SNR -8,
--4 and 0: 398, 176 and 54.8 before; 355, 171 and 54.8, 369, 175 and 54.7, 372, 175 and 54.7 by run; 359, 171 and 54.3 by
-the mean, so the first run is ahead at -8. Distance from what the anchor is: 0.0030, 0.0034 and 0.0046 by run, 0.0026.
-Of 64 prompts with two objects, 16 steps, the mean had 62 % right without directions and 95 % with; the last run alone
-44 and 94 %. At the seam of 96 clips, with given_time=0, it had 0.100 with a history weight of 1, 0.082 with 1.5 (inside
+Hence an anchor, for 5,900 steps: of each batch of 23 to 30 clips 11 to 16 have a beginning given (half of them four
+latent frames; sigmoid_bias -4, up to three times the weight on the first frames made), 6 to 8 of the other patterns
+have for their target what the weights from the GPU predict (v, weight 5, shift 1), the rest have captions without
+directions. In float32 on two cores without AMX, 1.3 to 4 s a step, by a script around the same losses, on 16,384 clips
+of seed 7, undirected 0.3 and objects (0.3, 0.7), with Muon and ema 0.998: three runs, each from where the one before
+ended, learning rates by cosine from peaks of 8e-4, 8e-4 and 1e-3 over 2,050, 1,600 and 2,800 steps, the last one ended
+after 2,250; the first with the error of x0 weighed up at all levels (0.03). The weights are the mean of the three
+runs' averages (arXiv:2203.05482), by squared error of the first frame's x0 of 192 held-out clips at log SNR -8, -4 and
+0: 398, 176 and 54.8 before; 355, 171 and 54.8, 369, 175 and 54.7, 372, 175 and 54.7 by run; 359, 171 and 54.3 by the
+mean, so the first run is ahead at -8. Distance from what the anchor is: 0.0030, 0.0034 and 0.0046 by run, 0.0026. Of
+64 prompts with two objects, 16 steps, the mean had 62 % right without directions and 95 % with; the last run alone 44
+and 94 %. At the seam of 96 clips, with given_time=0, it had 0.100 with a history weight of 1, 0.082 with 1.5 (inside
 0.062 and 0.061). What it cost: one or two points of most outcomes, onsets of a picture made for a sound that have an
 impact (80 %, 86 % before), and clips rolled out to ten times the length hold less well (81 % as asked at the end, 88 %
-before). These choices were made on 64 of evaluate's prompts
-and 96 of the 192 clips. An earlier 6,000 steps of such runs, not kept, reached 0.070 and 0.059 at the seam of 192 clips
-with a history weight of 1, and 91 % without directions.
+before). These choices were made on 64 of evaluate's prompts and 96 of the 192 clips. An earlier 6,000 steps of such
+runs, not kept, reached 0.070 and 0.059 at the seam of 192 clips with a history weight of 1, and 91 % without
+directions.
 
 The last 2,600 steps were one more such run, from that mean, which is its anchor, too: 20 clips with a beginning, 8 of
 the anchor, 2 without directions, x0 weighed up as in the first run, a peak of 1e-3, 1.5 to 2.4 s a step. The weights

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from tests.gaussian import FRAMES, TOKENS, conditioned, exact, flat, gaussian, unflat
 from tests.helpers import enable_x64
 from vdm_jax import diffusion, samplers
 from vdm_jax.diffusion import MODALITIES
 from vdm_jax.errors import UserError
 
-FRAMES, TOKENS = 3, 2  # latent frames; audio tokens a frame
 DRAWS = 10000
 DETERMINISTIC = ("ddim", "dpmpp_2m", "heun")
 CONFIG = ConfigDict(dict(schedule="cosine", log_snr_min=-12.0, log_snr_max=12.0, shift=1.0, target="v"))
@@ -21,41 +21,6 @@ def noise(batch, seed=0):
     shapes = {"video": (batch, FRAMES, 1, 1, 2), "audio": (batch, TOKENS * FRAMES, 1)}
     keys = jax.random.split(jax.random.key(seed))
     return {n: jax.random.normal(k, shape) for k, (n, shape) in zip(keys, shapes.items())}
-
-
-def flat(z):  # [B, 12]: all of a clip as one vector
-    return jnp.concatenate([z[name].reshape(len(z[name]), -1) for name in ("video", "audio")], 1)
-
-
-def unflat(x):
-    return {
-        "video": x[:, : 2 * FRAMES].reshape(-1, FRAMES, 1, 1, 2),
-        "audio": x[:, 2 * FRAMES :].reshape(-1, TOKENS * FRAMES, 1),
-    }
-
-
-def exact(mean, covariance, target="v"):
-    """The best denoise_fn for equally likely Gaussians: mean [M, 12], covariance [12, 12]."""
-
-    def denoise(z, level, cond):
-        spread = {n: jnp.broadcast_to(diffusion.spread(level[n][:1], z[n]), (1, *z[n].shape[1:])) for n in z}
-        alpha, sigma = diffusion.alpha_sigma(flat(spread)[0])  # [12], one for all examples
-        noisy = alpha[:, None] * covariance * alpha + jnp.diag(sigma**2)
-        off = flat(z)[:, None] - alpha * mean  # [B, M, 12]
-        solved = off @ jnp.linalg.inv(noisy)
-        share = jax.nn.softmax(-(off * solved).sum(-1) / 2)  # [B, M]
-        each = mean + (solved * alpha) @ covariance
-        x0 = unflat((share[..., None] * each).sum(1))
-        return diffusion.to_target(x0, diffusion.to_eps(x0, z, level, "x0"), level, target)
-
-    return denoise
-
-
-def gaussian(seed=0):
-    """A mean [1, 12] and covariance [12, 12] that tie frames and modalities to each other."""
-    rng = np.random.default_rng(seed)
-    factor = rng.normal(size=(12, 12)) / np.sqrt(12)
-    return rng.normal(size=(1, 12)), factor @ factor.T + 0.1 * np.eye(12)
 
 
 def run(denoise, z, levels, method, target="v", **more):
@@ -117,32 +82,25 @@ def test_given_frames_condition_the_rest(method, steps, lag):
     for name in ("video", "audio"):
         kept = np.repeat(given[name], x[name].shape[1] // FRAMES)
         np.testing.assert_array_equal(x[name][:, kept], clean[name][:, kept])
-    known, made = np.r_[0:2, 6:12], np.r_[2:6]
-    gain = covariance[np.ix_(made, known)] @ np.linalg.inv(covariance[np.ix_(known, known)])
-    offset = flat(clean)[0, known] - mean[0, known]
-    np.testing.assert_allclose(flat(x)[:, made].mean(0), mean[0, made] + gain @ offset, atol=0.04)
-    rest = covariance[np.ix_(made, made)] - gain @ covariance[np.ix_(known, made)]
+    made = np.r_[2:6]
+    expected, rest = conditioned(mean, covariance, flat(clean)[0], made)
+    np.testing.assert_allclose(flat(x)[:, made].mean(0), expected, atol=0.04)
     np.testing.assert_allclose(np.cov(flat(x)[:, made].T), rest, atol=0.03)
 
 
 def test_a_leap_puts_frames_at_the_mean_of_what_may_follow():
     mean, covariance = gaussian()
-    given = {"video": np.array([True, False, False]), "audio": np.array([True, False, False])}
-    z = noise(DRAWS)
-    clean = {name: z[name].at[:, : z[name].shape[1] // FRAMES].set(0.5) for name in z}
-    known = np.flatnonzero((flat(clean)[:64] == 0.5).all(0))
-    made = np.setdiff1d(np.arange(mean.shape[1]), known)
-    gain = covariance[np.ix_(made, known)] @ np.linalg.inv(covariance[np.ix_(known, known)])
-    expected = mean[0, made] + gain @ (0.5 - mean[0, known])
-    rest = np.diag(covariance[np.ix_(made, made)] - gain @ covariance[np.ix_(known, made)])
+    given = dict.fromkeys(("video", "audio"), np.array([True, False, False]))
+    clean = {name: z.at[:, : z.shape[1] // FRAMES].set(0.5) for name, z in noise(DRAWS).items()}
+    made = np.r_[2:6, 8:12]
+    expected, rest = conditioned(mean, covariance, flat(clean)[0], made)
     shares = []
     for leap in ((), (0.4, 0.4), (0.2, 0.2), (0.0, 0.0)):
         levels = samplers.schedule_matrix(32, FRAMES, CONFIG, given, leap=leap)
         x = flat(run(exact(mean, covariance), clean, levels, "dpmpp_2m"))[:, made]
         np.testing.assert_allclose(x.mean(0), expected, atol=0.04)
-        shares.append((x.var(0) / rest).mean())
-    np.testing.assert_allclose(shares[0], 1, atol=0.05)  # of the variance that is left once the rest is known
-    assert shares[0] > 1.1 * shares[1] > 1.2 * shares[2] and shares[3] < 1e-3
+        shares.append((x.var(0) / np.diag(rest)).mean())  # of what is left once the rest is known
+    assert abs(shares[0] - 1) < 0.05 and shares[0] > 1.1 * shares[1] > 1.2 * shares[2] and shares[3] < 1e-3
 
 
 # --------------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ CANDIDATES = 64  # clips, all of different meaning, among which a text has to fi
 LEVELS = 8  # noise levels at which the loss is measured
 ALONE = 3  # frames: an impact with no other this near counts as isolated
 SHOWN = 8  # samples on the page
-SETTINGS = ("method", "steps", "guidance", "onward_guidance", "across_guidance", "leap", "rescale")  # or fewer
+# Of the sampler; earlier runs have fewer.
+SETTINGS = ("method", "steps", "guidance", "onward_guidance", "across_guidance", "leap", "rescale")
 
 
 def main(argv):

@@ -106,8 +106,8 @@ class Generator:
             given_time=o["given_time"],
             leap=o["leap"] if onward else (),
         )
-        weights = ("guidance", "history_guidance", "modality_guidance", "rescale")
-        weights = {name: float(o[name]) for name in weights}
+        used = ("guidance", "history_guidance", "modality_guidance", "rescale")
+        weights = {name: float(o[name]) for name in used}
         arrays = dict(frozen=self.frozen, clean=clean, masks=masks, levels=levels, weights=weights)
         # Those that take more of each network call.
         guides = (o["guidance"] != 1, some and o["history_guidance"] != 1, o["modality_guidance"] != 1)

@@ -160,7 +160,9 @@ def define_run_flags():
         "steps", None, "Denoising steps; this and the next: default of the run's config.", lower_bound=1
     )
     flags.DEFINE_enum("method", None, samplers.METHODS, "Sampler.")
-    flags.DEFINE_float("guidance", None, "Weight of the text; 1 adds nothing, for this and the next four.")
+    flags.DEFINE_float(
+        "guidance", None, "Weight of the text but for the next two; 1 adds nothing, for this and the next four."
+    )
     flags.DEFINE_float("onward_guidance", None, "Weight of the text where a clip goes on from given frames and sound.")
     flags.DEFINE_float("across_guidance", None, "Weight of the text where picture or sound is given whole.")
     flags.DEFINE_float("history_guidance", None, "Weight of what is given.")

@@ -40,7 +40,8 @@ def schedule_matrix(steps, frames, config, given=None, lag=0, spacing="time", rh
     From pure noise x0 is the mean of what may follow. A short step from there lets the noise draw
     one such future; a leap puts the frame at their mean, which is nearer to what does follow where
     what is given all but settles it: half the squared error, if what the model leaves open is what
-    it does not know.
+    it does not know. Where several futures are likely their mean is a smear, which later steps have
+    to settle.
     """
     one_of("spacing", spacing, SPACINGS)
     if steps < 1 or lag < 0:
