@@ -110,6 +110,7 @@ pixels (median; root mean square, of 110 objects), change of velocity at the sea
     one frame to log SNR -1, history weight 1.25   0.23  0.29    0.060  0.062    99 %
     two frames to log SNR -1 and -3                0.23  0.28    0.059  0.059    97 %
     two frames to log SNR 0 and -1                 0.20  0.26    0.058  0.061    97 %
+    two frames to 0 and -1, history weight 1.25    0.21  0.26    0.058  0.059    97 %
     three frames to log SNR 0, -2 and -4           0.20  0.26    0.059  0.062    97 %
     the weights before, no leap                    0.36  0.47    0.075  0.055    99 %
     the weights before, two frames to 0 and -1     0.23  0.30    0.066  0.057    99 %
