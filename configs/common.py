@@ -105,7 +105,7 @@ def get_config():
     denoiser.cached_clips = 0  # clips encoded once, before training, and reused; 0 encodes every batch afresh
     denoiser.statistics_clips = 256  # clips measured to scale latents to unit variance
     denoiser.near_misses = ()  # groups of words, as clip.near_misses: the denoiser is to tell captions by its error
-    denoiser.near_miss = ConfigDict(  # diffusion.near_miss_loss; of use with near_misses alone
+    denoiser.near_miss = ConfigDict(  # diffusion.near_miss_objective; of use with near_misses alone
         dict(
             every=4,  # every so manyth clip of a batch is denoised twice more: by its caption, and by the nearly right
             log_snr=(-9.0, -4.5),  # between these: where what the words are about is settled

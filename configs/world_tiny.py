@@ -27,19 +27,19 @@ that of a peak of 4e-3 and 30,000 steps from its step 23,078 to 29,694, and patt
 per_frame 0.05, video_given 0.06, audio_given 0.14, image_given 0.05, first_given 0.14, ends_given 0.02, pyramid 0.02.
 
 Near misses came last, for which of two objects goes where. Of 47 held-out clips with two directions, the denoiser as
-trained so far took the caption for likelier than the one with the two exchanged for 51 % (by its error at log_snr
--7.5 and -6; chance: 50 %), and 77 % of the directions in its samples were as asked. The text was not at fault: from
-its states, as the text layers leave them, one cross-attention trained for 600 steps of 128 captions reads which
-object has which direction in 87 %. But the right words lower the loss by next to nothing. Directions are settled at
-log_snr -9 to -5: of one object, turned round, it told 95 % at -9, 98 % at -6, 69 % at -4. Hence near_miss_loss there,
-4,900 steps of 1.0 to 1.2 s in float32 on two cores without AMX, by a script around the same losses, on 12,288 clips,
-four in five of them with two objects. 1,500 steps of 8 clips and 16 pairs, weight 0.5 and no anchor: told 83 and 87
-%, but the error by the right caption rose from 8 to 20 at -7.5, from 30 to 51 at -6. 1,600 of 14 and 10, the weights
-as below, learning rate 1.5e-3: told 87 and 94 %, the errors as before; but samples had grown rough, one object right
-in 14 % of prompts, as these small batches had spoilt what levels above -4 had learnt. 60 % of the way from the old
-weights to these (arXiv:2109.01903) the samples were nearly whole. From there 1,800 of 10 and 8, learning rate 8e-4,
-and 12 clips more, of which what the old weights predict was the target (v, weight 5, shift 1; of clips without given
-frames above log_snr -5.5): told 92 and 89 %, and 97 % of directions as asked.
+trained so far took the caption for likelier than the one with the two exchanged for 51 % (by its error at log_snr -7.5
+and -6; chance: 50 %), and 77 % of the directions in its samples were as asked. The text was not at fault: from its
+states, as the text layers leave them, one cross-attention trained for 600 steps of 128 captions reads which object has
+which direction in 87 %. But the right words lower the loss by next to nothing. Directions are settled at log_snr -9 to
+-5: of one object, turned round, it told 95 % at -9, 98 % at -6, 69 % at -4. Hence near_miss_objective there, 4,900
+steps of 1.0 to 1.2 s in float32 on two cores without AMX, by a script around the same losses, on 12,288 clips, four in
+five of them with two objects. 1,500 steps of 8 clips and 16 pairs, weight 0.5 and no anchor: told 83 and 87 %, but the
+error by the right caption rose from 8 to 20 at -7.5, from 30 to 51 at -6. 1,600 of 14 and 10, the weights as below,
+learning rate 1.5e-3: told 87 and 94 %, the errors as before; but samples had grown rough, one object right in 14 % of
+prompts, as these small batches had spoilt what levels above -4 had learnt. 60 % of the way from the old weights to
+these (arXiv:2109.01903) the samples were nearly whole. From there 1,800 of 10 and 8, learning rate 8e-4, and 12 clips
+more, of which what the old weights predict was the target (v, weight 5, shift 1; of clips without given frames above
+log_snr -5.5): told 92 and 89 %, and 97 % of directions as asked.
 
 Shift and bias: with 1 and -1 the denoiser told a caption of two objects from one with shapes exchanged for 97 % of
 96 clips at log_snr -4 and above, where clips show already what goes where, for 60 % at -6, where it is settled; and

@@ -1,5 +1,6 @@
 """Diffusion maths against closed forms."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -343,7 +344,7 @@ def test_nothing_to_learn_is_no_loss():
 
 
 @pytest.mark.parametrize("target", diffusion.TARGETS)
-def test_near_miss_loss_by_hand(target):
+def test_near_miss_objective_by_hand(target):
     z, seen, config = latents(batch=4), {}, dict(log_snr=(-6.0, -2.0), weight=0.5, anchor=0.25)
     right, wrong = {"off": jnp.array([0.1, 0.2, 0.3, 0.4])}, {"off": jnp.array([0.2, 0.1, 0.3, 0.5])}
 
@@ -355,7 +356,11 @@ def test_near_miss_loss_by_hand(target):
         off = cond["off"][:, None] / jnp.sqrt(diffusion.eps_error(level["video"], target))
         return exact | {"video": exact["video"] + diffusion.spread(off, exact["video"])}
 
-    total, metrics = diffusion.near_miss_loss(denoise, jax.random.key(0), z, right, wrong, target, config)
+    def measured(wrong):
+        inputs, measure = diffusion.near_miss_objective(jax.random.key(0), z, right, wrong, target, config)
+        return measure(denoise(*inputs))
+
+    total, metrics = measured(wrong)
     for level in seen["level"].values():  # both captions of a clip at one level, one clip in each quarter of the range
         np.testing.assert_array_equal(level, np.repeat(level[::2, :1], 2, axis=0) + 0 * level)
         assert sorted(np.floor(level[::2, 0])) == [-6, -5, -4, -3]
@@ -366,9 +371,32 @@ def test_near_miss_loss_by_hand(target):
     np.testing.assert_allclose(metrics["near_miss_told"], 2 / 3)
     np.testing.assert_allclose(total, 0.5 * told + 0.25 * error[0].mean(), rtol=1e-3)
 
-    total, metrics = diffusion.near_miss_loss(denoise, jax.random.key(0), z, right, right, target, config)
+    total, metrics = measured(right)
     np.testing.assert_allclose(total, 0.25 * error[0].mean(), rtol=1e-3)
     assert np.isnan(metrics["near_miss_told"])
+
+
+def test_objectives_are_asked_in_one_call_and_added():
+    z, calls, config = latents(batch=6), [], make_config()
+    rows = [{"number": jnp.arange(n, n + rows)} for n, rows in ((0, 6), (10, 2), (20, 2))]
+    pair = jax.tree.map(lambda x: x[::3], z)
+    other = diffusion.near_miss_objective(
+        jax.random.key(1), pair, *rows[1:], config["target"], dict(log_snr=(-6.0, -2.0), weight=0.5, anchor=0.25)
+    )
+
+    def denoise(z_t, level, cond):  # by row: what a clip is taken for does not depend on what is beside it
+        calls.append(cond["number"])
+        off = 0.01 * cond["number"][:, None]
+        return {name: x + diffusion.spread(off + level[name], x) for name, x in z_t.items()}
+
+    total, metrics = diffusion.loss(denoise, jax.random.key(0), z, rows[0], config, other)
+    (numbers,) = calls
+    # Each of two devices has half of the clips, and half of the pairs.
+    np.testing.assert_array_equal(numbers, [0, 1, 2, 10, 20, 3, 4, 5, 11, 21])
+    first, found = diffusion.loss(denoise, jax.random.key(0), z, rows[0], config)
+    second, told = other[1](denoise(*other[0]))
+    np.testing.assert_allclose(total, first + second, rtol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), metrics, found | told)
 
 
 @pytest.mark.parametrize("ends", [(-20.0, -19.0), (19.0, 20.0), (-12.0, 12.0)])

@@ -17,6 +17,7 @@ weighting, min_snr_gamma, sigmoid_bias, patterns (name -> share), loss_weights (
 """
 
 import difflib
+import math
 from functools import cache
 
 import jax
@@ -314,15 +315,47 @@ def noise_like(key, z):
     return {name: draw(name, x) for name, x in z.items()}
 
 
-def loss(denoise_fn, key, z, cond, config):
-    """Weighted denoising loss of a batch of clean latents.
+def loss(denoise_fn, key, z, cond, config, *others):
+    """Weighted denoising loss of a batch of clean latents: `objective`, below.
 
     denoise_fn(z_t, log_snr, cond) -> prediction of config.target, the tree of z_t; its parameters
-    are closed over. z: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}, or the video alone. cond:
-    passed on untouched. Given frames are shown exactly clean, at log_snr_max, and take no part in
-    the loss: the mean over all other elements of each modality, then the mean of the modalities
-    weighed by config.loss_weights. Returns (scalar float32, metrics): `loss_<modality>`, and
-    `eps_mse_<modality>_<i>`, the error of eps for t in [i/4, (i+1)/4), nan where nothing fell.
+    are closed over. others: further objectives, such as `near_miss_objective`'s, whose losses are
+    added; cond is passed on untouched without them, and with them of the form of theirs. Returns
+    (scalar float32, metrics of all).
+
+    The network is called once, for all of them: a program with two calls takes twice as long to compile.
+    """
+    inputs, measures = zip(objective(key, z, cond, config), *others)
+    if not others:
+        return measures[0](denoise_fn(*inputs[0]))
+    rows = [one[0]["video"].shape[0] for one in inputs]
+    groups = math.gcd(*rows)  # dealt out by turns, so that on a mesh each device keeps its own
+    ends = np.cumsum([n // groups for n in rows])
+
+    def join(*parts):
+        parts = [x.reshape(groups, -1, *x.shape[1:]) for x in parts]
+        return jnp.concatenate(parts, 1).reshape(-1, *parts[0].shape[2:])
+
+    def part(x, start, end):
+        return x.reshape(groups, ends[-1], *x.shape[1:])[:, start:end].reshape(-1, *x.shape[1:])
+
+    prediction = denoise_fn(*jax.tree.map(join, *inputs))
+    total, metrics = 0.0, {}
+    for measure, start, end in zip(measures, (0, *ends), ends):
+        value, found = measure(jax.tree.map(lambda x, span=(start, end): part(x, *span), prediction))
+        total, metrics = total + value, metrics | found
+    return total, metrics
+
+
+def objective(key, z, cond, config):
+    """What the denoiser is asked of a batch of clean latents, and the loss of its answer: (inputs, measure).
+
+    z: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}, or the video alone. inputs: (z_t, log_snr,
+    cond). measure(prediction of config.target) -> (scalar float32, metrics). Given frames are shown
+    exactly clean, at log_snr_max, and take no part in the loss: the mean over all other elements of
+    each modality, then the mean of the modalities weighed by config.loss_weights. Metrics:
+    `loss_<modality>`, and `eps_mse_<modality>_<i>`, the error of eps for t in [i/4, (i+1)/4), nan
+    where nothing fell.
     """
     level_key, noise_key = jax.random.split(key)
     t, given = sample_levels(level_key, z["video"].shape[:2], config["patterns"])
@@ -338,28 +371,30 @@ def loss(denoise_fn, key, z, cond, config):
     eps = noise_like(noise_key, x)
     z_t = add_noise(x, eps, level)
     z_t = {name: jnp.where(spread(given[name], x[name]), x[name], z_t[name]) for name in z}
-    prediction = denoise_fn(z_t, level, cond)
     target = to_target(x, eps, level, config["target"])
 
-    total, weights, metrics = 0.0, 0.0, {}
-    for name in z:
-        error = jnp.square(prediction[name].astype(x[name].dtype) - target[name])
-        error = error.reshape(*t[name].shape, -1).mean(-1)  # [B, T]: also over an audio frame's K
-        made = ~given[name]
-        weight = loss_weight(level[name], jnp.where(made, slope[name], 0), config)
-        mean = jnp.where(made, weight * error, 0).sum() / jnp.maximum(made.sum(), 1)
-        metrics[f"loss_{name}"] = mean
-        total += config["loss_weights"][name] * mean
-        weights += config["loss_weights"][name]
-        eps_mse = jax.lax.stop_gradient(eps_error(level[name], config["target"]) * error)
-        bins = jnp.clip(jnp.floor(t[name] * NOISE_BINS), 0, NOISE_BINS - 1)
-        for i in range(NOISE_BINS):
-            here = made & (bins == i)
-            metrics[f"eps_mse_{name}_{i}"] = jnp.where(here, eps_mse, 0).sum() / here.sum()
-    return total / weights, metrics
+    def measure(prediction):
+        total, weights, metrics = 0.0, 0.0, {}
+        for name in z:
+            error = jnp.square(prediction[name].astype(x[name].dtype) - target[name])
+            error = error.reshape(*t[name].shape, -1).mean(-1)  # [B, T]: also over an audio frame's K
+            made = ~given[name]
+            weight = loss_weight(level[name], jnp.where(made, slope[name], 0), config)
+            mean = jnp.where(made, weight * error, 0).sum() / jnp.maximum(made.sum(), 1)
+            metrics[f"loss_{name}"] = mean
+            total += config["loss_weights"][name] * mean
+            weights += config["loss_weights"][name]
+            eps_mse = jax.lax.stop_gradient(eps_error(level[name], config["target"]) * error)
+            bins = jnp.clip(jnp.floor(t[name] * NOISE_BINS), 0, NOISE_BINS - 1)
+            for i in range(NOISE_BINS):
+                here = made & (bins == i)
+                metrics[f"eps_mse_{name}_{i}"] = jnp.where(here, eps_mse, 0).sum() / here.sum()
+        return total / weights, metrics
+
+    return (z_t, level, cond), measure
 
 
-def near_miss_loss(denoise_fn, key, z, right, wrong, target, config):
+def near_miss_objective(key, z, right, wrong, target, config):
     """Has the denoiser tell a clip's caption from one that is nearly right, as a classifier of the two would.
 
     The squared error of eps by a caption stands for -log p(clip | caption), as in arXiv:2303.16203, section 3; here
@@ -368,9 +403,10 @@ def near_miss_loss(denoise_fn, key, z, right, wrong, target, config):
 
         weight * mean of softplus(-logit)  +  anchor * mean of the right one's error.
 
-    z: latents as for `loss`, of P clips; right, wrong: conditions of P rows; rows where they are the same count for
-    the anchor alone. target: what denoise_fn predicts. Returns (scalar float32, metrics): `near_miss_loss`, the mean
-    of softplus(-logit), and `near_miss_told`, the share with logit > 0; nan where no caption has a near miss.
+    z: latents as for `objective`, of P clips; right, wrong: conditions of P rows; rows where they are the same count
+    for the anchor alone. target: what the denoiser predicts. Returns (inputs, measure) as there, of 2 P rows: each clip
+    by the right caption, then by the wrong one. Metrics: `near_miss_loss`, the mean of softplus(-logit), and
+    `near_miss_told`, the share with logit > 0; nan where no caption has a near miss.
     """
     level_key, noise_key = jax.random.split(key)
     rows, frames = z["video"].shape[:2]
@@ -385,15 +421,17 @@ def near_miss_loss(denoise_fn, key, z, right, wrong, target, config):
     def both(a, b):  # [2 P, ...]: one after the other, so that on a mesh each device keeps its own
         return jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])
 
-    twice = jax.tree.map(lambda x: both(x, x), (z_t, level))
-    prediction = denoise_fn(*twice, jax.tree.map(both, right, wrong))["video"].astype(wanted.dtype)
-    squares = jnp.square(prediction.reshape(rows, 2, -1) - wanted.reshape(rows, 1, -1)).sum(2)
-    by_right, by_wrong = (eps_error(one, target) * squares).T
+    def measure(prediction):
+        prediction = prediction["video"].reshape(rows, 2, -1).astype(wanted.dtype)
+        squares = jnp.square(prediction - wanted.reshape(rows, 1, -1)).sum(2)
+        by_right, by_wrong = (eps_error(one, target) * squares).T
+        pairs = zip(jax.tree.leaves(right), jax.tree.leaves(wrong))
+        differ = [jnp.any((a != b).reshape(rows, -1), 1) for a, b in pairs]
+        differ = jnp.any(jnp.stack(differ), 0)
+        logit = by_wrong - by_right
+        told = jnp.where(differ, jax.nn.softplus(-logit), 0).sum()
+        total = config["weight"] * told / jnp.maximum(differ.sum(), 1) + config["anchor"] * by_right.mean()
+        share = (differ & (logit > 0)).sum() / differ.sum()
+        return total, {"near_miss_loss": told / differ.sum(), "near_miss_told": share}
 
-    differ = [jnp.any((a != b).reshape(rows, -1), 1) for a, b in zip(jax.tree.leaves(right), jax.tree.leaves(wrong))]
-    differ = jnp.any(jnp.stack(differ), 0)
-    logit = by_wrong - by_right
-    told = jnp.where(differ, jax.nn.softplus(-logit), 0).sum()
-    total = config["weight"] * told / jnp.maximum(differ.sum(), 1) + config["anchor"] * by_right.mean()
-    share = (differ & (logit > 0)).sum() / differ.sum()
-    return total, {"near_miss_loss": told / differ.sum(), "near_miss_told": share}
+    return (*jax.tree.map(lambda x: both(x, x), (z_t, level)), jax.tree.map(both, right, wrong)), measure

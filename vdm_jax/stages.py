@@ -390,14 +390,14 @@ def build(config):
         cond = conditioning.drop_text(drop_key, words, null, config.denoiser.text_dropout)
         denoise = functools.partial(apply("denoiser"), params)
         c = config.denoiser
-        loss, metrics = diffusion.loss(denoise, key, z, cond, c.diffusion)
+        others = []
         if "near_miss" in batch:
             some = jax.tree.map(
                 lambda x: x.reshape(-1, c.near_miss.every, *x.shape[1:])[:, 0], (z, words, batch["near_miss"])
             )
-            key = jax.random.fold_in(key, 1)
-            more, told = diffusion.near_miss_loss(denoise, key, *some, c.diffusion.target, c.near_miss)
-            loss, metrics = loss + more, metrics | told
+            near_key = jax.random.fold_in(key, 1)
+            others = [diffusion.near_miss_objective(near_key, *some, c.diffusion.target, c.near_miss)]
+        loss, metrics = diffusion.loss(denoise, key, z, cond, c.diffusion, *others)
         return loss, {"loss": loss, **metrics}
 
     losses = dict(zip(STAGES, (video_loss, audio_loss, clip_loss, denoiser_loss), strict=True))
