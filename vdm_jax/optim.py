@@ -40,7 +40,16 @@ def optimiser(config):
         )
         adam = optax.adamw(rate, b2=config.beta2, weight_decay=0.0, nesterov=True)
         method = optax.partition({"muon": muon, "adam": adam}, _labels)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), method)
+    return optax.chain(optax.stateless(lambda updates, _: clipped(updates, config.clip_norm)), method)
+
+
+def clipped(grads, largest):
+    """Scaled so that their global norm is at most `largest`.
+
+    By one factor: the quotient that optax.clip_by_global_norm takes of each array is a program of its own on a CPU.
+    """
+    factor = jnp.minimum(1.0, largest / optax.tree.norm(grads))
+    return jax.tree.map(lambda x: x * factor, grads)
 
 
 def _is_matrix(params):
@@ -84,10 +93,12 @@ def _newton_schulz(x):
     """[n, rows, columns], rows <= columns -> the same, singular values within about 0.7 to 1.2 of one another."""
     a, b, c = NEWTON_SCHULZ
     x /= jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-8
-    for _ in range(5):
+
+    def iteration(_, x):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x
+        return a * x + (b * gram + c * gram @ gram) @ x
+
+    return jax.lax.fori_loop(0, 5, iteration, x)
 
 
 def update_ema(ema, params, step, decay):
