@@ -40,8 +40,8 @@ def plan(tmp_path, *options, config=CONFIG):
     reason="jaxlib 0.7 takes over 20 GB to read from this program how its arguments are split",
 )
 def test_the_train_step_asks_for_no_permutes(tmp_path):
-    # Frames of 64: of smaller ones, much of what a model's FLOPs count is windows over padding, which no chip executes.
-    options = ("--topology=v5e:2x2", *FSDP, "--config.compute_dtype=bfloat16", "--config.data.size=64")
+    # Frames of 96: of smaller ones, much of what a model's FLOPs count is windows over padding, which no chip executes.
+    options = ("--topology=v5e:2x2", *FSDP, "--config.compute_dtype=bfloat16", "--config.data.size=96")
     code, printed, made = plan(tmp_path, *options, config=f"{CONFIG}:near_misses")
     assert code == 0 and made["fits"] and made["chips"] == 4
     assert set(made) >= KEYS and all(key in printed for key in KEYS - {"topology"})
