@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # Most of a test's time is compilation. Compiled programs are kept between runs and processes, and are little optimised;
-# XLA's older emitters take a third less processor time over them. Read when jax is imported, and by the processes that
-# tests start.
+# XLA's older emitters take a quarter to a third less processor time over them. Read when jax is imported, and by the
+# processes that tests start.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",

@@ -3,7 +3,7 @@
     python -m vdm_jax.train --config=tests/tiny.py --workdir=DIR
     python -m vdm_jax.train --config=tests/tiny.py:near_misses --workdir=DIR
 
-In the second the denoiser tells captions from near misses, too, and takes twice as long to compile.
+In the second the denoiser tells captions from near misses, too.
 """
 
 from configs import common

@@ -319,9 +319,10 @@ def loss(denoise_fn, key, z, cond, config, *others):
     """Weighted denoising loss of a batch of clean latents: `objective`, below.
 
     denoise_fn(z_t, log_snr, cond) -> prediction of config.target, the tree of z_t; its parameters
-    are closed over. others: further objectives, such as `near_miss_objective`'s, whose losses are
-    added; cond is passed on untouched without them, and with them of the form of theirs. Returns
-    (scalar float32, metrics of all).
+    are closed over. z: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}, or the video alone. cond:
+    passed on untouched; beside others a tree of arrays [B, ...], like theirs. others: objectives such
+    as `near_miss_objective`'s, each of rows of its own, whose losses are added. Returns (scalar
+    float32, metrics of all).
 
     The network is called once, for all of them: a program with two calls takes twice as long to compile.
     """
