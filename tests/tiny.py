@@ -46,7 +46,7 @@ def get_config(more=None):
     denoiser.near_miss.every = 1
     # Time halves once, so T = 3 is odd there.
     denoiser.model.update(
-        channels=(16, 16), blocks=(1, 1), attention=(False, False), exchange=(False, False), time_strides=(2,)
+        channels=(16, 16), blocks=(1, 0), attention=(False, False), exchange=(False, False), time_strides=(2,)
     )
     denoiser.model.update(head_dim=8, embedding=16)
 
