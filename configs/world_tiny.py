@@ -96,6 +96,11 @@ the anchor, 2 without directions, x0 weighed up as in the first run, a peak of 1
 are 0.7 of its average and 0.3 of that mean, errors 330, 166 and 54.6 (its average alone: 324, 166 and 55.0), distance
 from the anchor 0.0010 (0.0018). At the seam of the 96 clips 0.074, inside 0.060.
 
+Where prompts without directions fail, one object comes as two, or both of two in one's colour. Of 96 such prompts,
+clips 2,000 on, these weights have 80 % with one object right and 64 % with two; in 64 steps 84 and 60 %, by ddpm in
+48 steps 86 and 67 %. 700 more steps of 14 clips without directions and 14 of the anchor (4,096 and 3,072 clips,
+learning rate 8e-4): 75 and 56 %.
+
 The leap: decoded with what is given, x0 as predicted in one step from pure noise shows 0.065 at the seam of these 96
 clips, the samples 0.074, and 0.087 with a history weight of 1. The mean of what may follow is nearer to what does than
 a draw. Of 96 other clips, without an impact from frame 3 to 10, distance of the first frame made from the true one in
