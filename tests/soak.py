@@ -123,7 +123,7 @@ def kill(count, seed, folder, steps=240, checkpoint_every=4):
         logs = [read_log(run / STAGE / "metrics.jsonl") for run in (whole, killed)]
         assert logs[0] == logs[1], "metrics.jsonl differs"
         assert digest(final_state(killed, STAGE, config)) == right, "the final states differ"
-        left = list(killed.rglob("*tmp*"))
+        left = [*killed.rglob("*tmp*"), *killed.rglob(checkpoint.SUPERSEDED)]
         assert not left, f"left behind: {left}"
         assert not (killed / STAGE / "damaged").exists()
     return counts

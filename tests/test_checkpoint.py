@@ -157,6 +157,19 @@ def test_the_newest_and_the_best_are_never_deleted(tmp_path):
     assert steps(tmp_path) == [9]
 
 
+def test_a_deletion_that_was_cut_off_leaves_no_damaged_checkpoint(tmp_path, caplog, command):
+    with checkpoint.manager(tmp_path / "run", newest=1) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoint.save(checkpoints, state(step), loss=step)  # 3 supersedes 2, which is neither newest nor best
+    rest = tmp_path / "run" / checkpoint.SUPERSEDED / "2"
+    checksums.check(rest)  # out of the way in one go, before any of it is deleted
+    shutil.rmtree(rest / "metrics")
+    assert command(checkpoint, "verify", tmp_path / "run").code == 0
+    checkpoint.set_damaged_aside(tmp_path / "run")
+    assert not caplog.messages and not (tmp_path / "damaged").exists()
+    assert restore(tmp_path / "run")["step"] == 3 and steps(tmp_path / "run") == [1, 3]
+
+
 def test_a_step_is_not_saved_twice(tmp_path):
     with checkpoint.manager(tmp_path) as checkpoints:
         checkpoint.save(checkpoints, state(4))

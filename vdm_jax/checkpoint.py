@@ -38,6 +38,7 @@ logger = logging.getLogger("vdm_jax")
 
 STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 REFERENCE = epath.Path(__file__).parent / "reference"
+SUPERSEDED = "superseded"  # beside checkpoints on a disk: those being deleted, so that none is ever half there
 
 
 def manager(directory, newest=2, best=1):
@@ -46,6 +47,7 @@ def manager(directory, newest=2, best=1):
     The `newest` checkpoints are kept, and the `best` ones of least loss.
     """
     directory = storage.absolute(directory)
+    _delete_superseded(directory)
 
     def seal():
         """Runs when a save's files are complete, before it is renamed to be a checkpoint: no checkpoint is without."""
@@ -68,8 +70,14 @@ def manager(directory, newest=2, best=1):
             ]
         ),
         async_options=ocp.AsyncOptions(post_finalization_callback=seal),
+        todelete_subdir=SUPERSEDED,
     )
     return ocp.CheckpointManager(directory, options=options)
+
+
+def _delete_superseded(directory):
+    if jax.process_index() == 0 and (directory / SUPERSEDED).exists():
+        (directory / SUPERSEDED).rmtree()
 
 
 def save(checkpoints, state, loss=math.inf):
@@ -89,10 +97,11 @@ def save(checkpoints, state, loss=math.inf):
 
 
 def finish(checkpoints):
-    """Waits for the save under way. Raises UserError where it failed."""
+    """Waits for the save under way, and deletes what it supersedes. Raises UserError where it failed."""
     with _saving(checkpoints, checkpoints.latest_step()):
         checkpoints.wait_until_finished()
         checkpoints.check_for_errors()
+        _delete_superseded(checkpoints.directory)
         step = checkpoints.latest_step()
         if jax.process_index() == 0 and step is not None:
             with contextlib.suppress(checksums.Damaged):  # is told when it is to be restored
@@ -416,9 +425,8 @@ def verify(folder):
     """Checks all checkpoints and exported weights in `folder`; prints each. Raises UserError where one is damaged."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a run, a checkpoint or exported weights")
-    marks = [epath.Path(path) for path in checksums.files(folder)]
-    marks = [p for p in marks if p.name in (checksums.NAME, "_CHECKPOINT_METADATA") and "damaged" not in p.parts]
-    folders = {folder / mark.parent for mark in marks}
+    paths = [p for p in map(epath.Path, checksums.files(folder)) if {"damaged", SUPERSEDED}.isdisjoint(p.parts)]
+    folders = {folder / p.parent for p in paths if p.name in (checksums.NAME, "_CHECKPOINT_METADATA")}
     faults, total, began = [], 0, time.perf_counter()
     for one in sorted(folders):
         try:
