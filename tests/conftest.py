@@ -24,7 +24,9 @@ from absl import flags
 from tests import tiny
 from tests.bucket import environment
 from tests.helpers import weights
-from vdm_jax import checkpoint, cli, stages, train_state
+from vdm_jax import train_state
+from vdm_jax.run import checkpoint, cli
+from vdm_jax.system import codec as stages
 
 
 def write_run(workdir, config, names=checkpoint.STAGES):

@@ -20,9 +20,13 @@ from PIL import Image
 
 from tests import tiny
 from tests.conftest import write_run
-from vdm_jax import checkpoint, checksums, cli, media, run_log, sharding, stages, text, train
+from vdm_jax import sharding, train
+from vdm_jax.data import media, text
 from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
+from vdm_jax.run import checkpoint, checksums, cli
+from vdm_jax.run import log as run_log
+from vdm_jax.system import codec as stages
 
 CLIP = dict(fps=8, size=16, sample_rate=2000)
 for name in ("vdm_jax", "absl"):

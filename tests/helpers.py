@@ -9,8 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vdm_jax import checkpoint, stages, train_state
+from vdm_jax import train_state
+from vdm_jax.run import checkpoint
 from vdm_jax.sharding import path_name
+from vdm_jax.system import codec as stages
 
 ROOT = Path(__file__).parents[1]
 

@@ -26,8 +26,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 from tests import tiny
 from tests.helpers import digest, final_state
-from vdm_jax import checkpoint, checksums, train
+from vdm_jax import train
 from vdm_jax.errors import UserError
+from vdm_jax.run import checkpoint, checksums
 
 STAGE = "clip"
 PATIENCE = 300  # s, for a single start

@@ -6,9 +6,9 @@ import pytest
 
 from tests import tiny
 from tests.helpers import init_weights, names
-from vdm_jax import stages
 from vdm_jax.models.audio_autoencoder import AudioAutoencoder
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
+from vdm_jax.system import codec as stages
 
 T = 3  # latent frames
 VIDEO = {  # space strides, time strides

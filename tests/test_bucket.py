@@ -51,8 +51,10 @@ def resumed():
 
 def data(folder):
     """Reads in a bucket what it wrote there: encoded clips, an MP4, the data set of a folder."""
-    from vdm_jax import latents, media, storage
+    from vdm_jax.data import media
     from vdm_jax.data.tfds import Tfds
+    from vdm_jax.run import storage
+    from vdm_jax.system import latents
 
     top = epath.Path("gs://bucket/data")
     rows = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)

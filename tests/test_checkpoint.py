@@ -13,8 +13,10 @@ from configs import t2v_pod, world_tiny
 from tests import tiny
 from tests.conftest import write_run
 from tests.helpers import finish, start
-from vdm_jax import checkpoint, checksums, stages, train
+from vdm_jax import train
 from vdm_jax.errors import UserError
+from vdm_jax.run import checkpoint, checksums
+from vdm_jax.system import codec as stages
 
 PARAMS = {
     "stem": {"kernel": np.arange(12, dtype=np.float32).reshape(3, 4) / 7, "bias": np.ones(4, np.float32)},
@@ -211,7 +213,8 @@ def test_a_state_from_before_it_had_a_loss_mean_comes_back(tmp_path):
 MESHES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
-from vdm_jax import checkpoint, sharding
+from vdm_jax.run import checkpoint
+from vdm_jax import sharding
 
 tree = {"params": {"kernel": np.arange(64.0, dtype="f").reshape(8, 8), "bias": np.ones(8, "f")}, "step": np.int32(3)}
 ways = dict(one=dict(data=2, fsdp=2), two=dict(data=1, fsdp=4), three=dict(data=2, tensor=2), four=dict(data=4))
@@ -308,7 +311,7 @@ def test_checkpoints_from_before_there_were_checksums_are_used_with_a_warning(tm
 SAVES = """
 import resource, signal, sys
 import jax.numpy as jnp
-from vdm_jax import checkpoint, cli
+from vdm_jax.run import checkpoint, cli
 
 def main(argv):
     folder, limit = sys.argv[1], int(sys.argv[2])

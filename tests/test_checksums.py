@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vdm_jax import checksums
+from vdm_jax.run import checksums
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 import pytest
 from absl import flags
 
-from vdm_jax import cli, overview
+from vdm_jax import overview
 from vdm_jax.errors import UserError
+from vdm_jax.run import cli
 
 CONFIG = "--config=tests/tiny.py"
 

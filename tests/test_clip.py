@@ -6,7 +6,8 @@ import pytest
 
 from tests import tiny
 from tests.helpers import weights
-from vdm_jax import stages, text
+from vdm_jax.data import text
+from vdm_jax.system import codec as stages
 
 PROMPTS = ["a red circle", "a blue square moving left", "", "zwei Kreise, größer"]
 

@@ -9,11 +9,15 @@ import pytest
 
 from tests import tiny
 from tests.conftest import write_run
-from vdm_jax import checkpoint, evaluate, media, preview, stages, task_metrics
-from vdm_jax.data import pipeline
+from vdm_jax import evaluate, preview
+from vdm_jax.data import batches as pipeline
+from vdm_jax.data import media
 from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import report
+from vdm_jax.metrics import tasks as task_metrics
+from vdm_jax.run import checkpoint
+from vdm_jax.system import codec as stages
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from vdm_jax import media
-from vdm_jax.data import files
+from vdm_jax.data import files, media
 from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vdm_jax import flops
+from vdm_jax.perf import flops
 
 X, W = jax.ShapeDtypeStruct((5, 7), "float32"), jax.ShapeDtypeStruct((7, 7), "float32")
 ONE = 2 * 5 * 7 * 7  # x @ w

@@ -4,8 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from vdm_jax import checkpoint, generate, stages, tasks
+from vdm_jax import pipeline as generate
+from vdm_jax import tasks
 from vdm_jax.errors import UserError
+from vdm_jax.run import checkpoint
+from vdm_jax.system import codec as stages
 
 
 class Counted(generate.Generator):

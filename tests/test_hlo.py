@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vdm_jax import hlo
+from vdm_jax.perf import hlo
 
 TPU = """HloModule jit_step, is_scheduled=true
 

@@ -15,7 +15,9 @@ import pytest
 from tests import tiny
 from tests.conftest import write_run
 from tests.helpers import finish, start
-from vdm_jax import checkpoint, hosts, media, sample, train
+from vdm_jax import sample, train
+from vdm_jax.data import media
+from vdm_jax.run import checkpoint, hosts
 
 CONFIG, STEPS = "--config=tests/tiny.py", 20
 # Seconds: for all of a test's processes together, most of them compilation beside whatever else this machine does; and

@@ -9,10 +9,12 @@ from etils import epath
 
 from tests import tiny
 from tests.helpers import weights
-from vdm_jax import latents, sharding, stages
-from vdm_jax.data import pipeline
+from vdm_jax import sharding
+from vdm_jax.data import batches as pipeline
 from vdm_jax.errors import UserError
 from vdm_jax.models import layers
+from vdm_jax.system import codec as stages
+from vdm_jax.system import latents
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vdm_jax import media
+from vdm_jax.data import media
 from vdm_jax.errors import UserError
 
 FPS, RATE = 8, 8000

@@ -8,7 +8,7 @@ import pytest
 
 from tests.peers import unet3d
 from vdm_jax.errors import UserError
-from vdm_jax.models.unet3d_condition import (
+from vdm_jax.models.published.unet3d_condition import (
     MODELSCOPE,
     UNet3DCondition,
     abstract_params,

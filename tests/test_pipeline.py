@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vdm_jax import sharding, text
-from vdm_jax.data import pipeline
+from vdm_jax import sharding
+from vdm_jax.data import batches as pipeline
+from vdm_jax.data import text
 from vdm_jax.errors import UserError
 
 DATA = tiny.get_config().data

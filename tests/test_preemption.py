@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import finish, start
-from vdm_jax import checkpoint
+from vdm_jax.run import checkpoint
 
 
 def test_a_second_signal_ends_a_run_at_once_and_one_before_there_is_a_step_too(tmp_path):
@@ -30,7 +30,7 @@ def test_a_second_signal_ends_a_run_at_once_and_one_before_there_is_a_step_too(t
 
 STUCK = """
 import logging, sys, time
-from vdm_jax import preemption
+from vdm_jax.run import preemption
 logging.getLogger("vdm_jax").addHandler(logging.StreamHandler())
 logging.getLogger("vdm_jax").setLevel("INFO")
 with preemption.watching() as stop:
@@ -54,7 +54,8 @@ jax.config.update("jax_num_cpu_devices", 1)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.distributed.initialize(address, 2, rank, heartbeat_timeout_seconds={HEARTBEAT})
-from vdm_jax import cli, train
+from vdm_jax.run import cli
+from vdm_jax import train
 train.define_flags()
 cli.run(train.main)
 """

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vdm_jax import profiling, train
+from vdm_jax import train
 from vdm_jax.errors import UserError
+from vdm_jax.run import profiling
 
 
 def test_spans():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdm_jax import run_log
+from vdm_jax.run import log as run_log
 
 
 def line(step, **more):

@@ -7,7 +7,8 @@ import pytest
 from tests import tiny
 from tests.conftest import write_run
 from tests.helpers import finish, start
-from vdm_jax import media, sample
+from vdm_jax import sample
+from vdm_jax.data import media
 from vdm_jax.errors import UserError
 
 RATE = {"fps": 8, "sample_rate": 2000}

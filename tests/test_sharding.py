@@ -17,9 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 from tests import tiny
 from tests.helpers import finish, names, start, weights
-from vdm_jax import generate, overview, sharding, stages, text, train_state
+from vdm_jax import overview, sharding, train_state
+from vdm_jax import pipeline as generate
+from vdm_jax.data import text
 from vdm_jax.errors import UserError
 from vdm_jax.models import layers
+from vdm_jax.system import codec as stages
 
 ONE = dict(data=-1, fsdp=1, sequence=1, tensor=1)
 MESHES = {

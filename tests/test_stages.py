@@ -9,10 +9,13 @@ import pytest
 from configs import choices, common, files, t2v_300m, t2v_pod, world, world_tiny
 from tests import tiny
 from tests.helpers import weights
-from vdm_jax import flops, sharding, stages, text
-from vdm_jax.checkpoint import STAGES
+from vdm_jax import sharding
+from vdm_jax.data import text
 from vdm_jax.errors import UserError
+from vdm_jax.perf import flops
+from vdm_jax.run.checkpoint import STAGES
 from vdm_jax.sharding import path_name
+from vdm_jax.system import codec as stages
 
 
 @pytest.fixture

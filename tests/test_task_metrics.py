@@ -5,8 +5,9 @@ import pytest
 
 from configs import world_tiny
 from tests.helpers import weights
-from vdm_jax import stages, task_metrics
 from vdm_jax.data.world import World
+from vdm_jax.metrics import tasks as task_metrics
+from vdm_jax.system import codec as stages
 
 CLIPS = 12
 

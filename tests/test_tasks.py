@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vdm_jax import stages, tasks
+from vdm_jax import tasks
+from vdm_jax.system import codec as stages
 
 FRAMES, PER_FRAME = 9, 250
 SIZE = stages.layout(tiny.get_config(), FRAMES)  # f_t = 2, so T = 5

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vdm_jax import text
+from vdm_jax.data import text
 from vdm_jax.errors import UserError
 
 

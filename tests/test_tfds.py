@@ -3,7 +3,7 @@ import pytest
 
 from configs import common
 from tests.helpers import finish, start
-from vdm_jax.data import pipeline
+from vdm_jax.data import batches as pipeline
 from vdm_jax.data.tfds import Tfds
 from vdm_jax.errors import UserError
 

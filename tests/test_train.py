@@ -16,8 +16,11 @@ from etils import epath
 
 from tests import tiny
 from tests.helpers import digest, final_state, finish, start
-from vdm_jax import checkpoint, latents, preemption, train
-from vdm_jax.data import pipeline, world
+from vdm_jax import train
+from vdm_jax.data import batches as pipeline
+from vdm_jax.data import world
+from vdm_jax.run import checkpoint, preemption
+from vdm_jax.system import latents
 
 CONFIG = "--config=tests/tiny.py"
 STEPS = 40  # of the denoiser, so that there is time to kill it

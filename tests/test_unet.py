@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import init_weights, names
-from vdm_jax import conditioning, text
+from vdm_jax import conditioning
+from vdm_jax.data import text
 from vdm_jax.models.clip import TextEncoder
 from vdm_jax.models.unet import Exchange, LevelEmbedding, TokenMixer, UNet
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdm_jax.models import cpu, winograd
+from vdm_jax.models.ops import cpu, winograd
 
 CASES = [  # shape of x, window, padding, output channels
     ((2, 5, 6, 8, 24), (1, 3, 3), ((0, 0), (1, 1), (1, 1)), 32),

@@ -26,10 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from vdm_jax import checkpoint, cli, flops, generate, sample, samplers, sharding, stages, storage, text, train_state
-from vdm_jax.data import pipeline
+from vdm_jax import pipeline as generate
+from vdm_jax import sample, samplers, sharding, train_state
+from vdm_jax.data import batches as pipeline
+from vdm_jax.data import text
 from vdm_jax.errors import UserError
 from vdm_jax.models import layers
+from vdm_jax.perf import flops
+from vdm_jax.run import checkpoint, cli, storage
+from vdm_jax.system import codec as stages
 
 logger = logging.getLogger("vdm_jax")
 

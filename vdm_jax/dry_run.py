@@ -35,9 +35,13 @@ import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
-from vdm_jax import checkpoint, cli, flops, generate, hlo, sample, sharding, stages, storage, train_state
+from vdm_jax import pipeline as generate
+from vdm_jax import sample, sharding, train_state
 from vdm_jax.errors import UserError
 from vdm_jax.models import layers
+from vdm_jax.perf import flops, hlo
+from vdm_jax.run import checkpoint, cli, storage
+from vdm_jax.system import codec as stages
 
 logger = logging.getLogger("vdm_jax")
 

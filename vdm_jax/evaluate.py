@@ -22,23 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from vdm_jax import (
-    checkpoint,
-    cli,
-    conditioning,
-    diffusion,
-    generate,
-    media,
-    preview,
-    sample,
-    samplers,
-    stages,
-    task_metrics,
-    text,
-)
-from vdm_jax.data import pipeline, world
+from vdm_jax import conditioning, diffusion, preview, sample, samplers
+from vdm_jax import pipeline as generate
+from vdm_jax.data import batches as pipeline
+from vdm_jax.data import media, text, world
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import reconstruction, report, retrieval, tracker
+from vdm_jax.metrics import tasks as task_metrics
+from vdm_jax.run import checkpoint, cli
+from vdm_jax.system import codec as stages
 
 logger = logging.getLogger("vdm_jax")
 

@@ -11,9 +11,11 @@ import math
 import jax
 from absl import flags
 
-from vdm_jax import checkpoint, cli, sharding, stages
+from vdm_jax import sharding
 from vdm_jax.errors import UserError
+from vdm_jax.run import checkpoint, cli
 from vdm_jax.sharding import path_name
+from vdm_jax.system import codec as stages
 
 
 def main(argv):

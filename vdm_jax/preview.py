@@ -3,8 +3,12 @@
 import jax
 import numpy as np
 
-from vdm_jax import generate, hosts, media, sharding, stages
-from vdm_jax.data import pipeline
+from vdm_jax import pipeline as generate
+from vdm_jax import sharding
+from vdm_jax.data import batches as pipeline
+from vdm_jax.data import media
+from vdm_jax.run import hosts
+from vdm_jax.system import codec as stages
 
 CLIPS = 4
 

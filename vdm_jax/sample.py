@@ -23,8 +23,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from vdm_jax import checkpoint, cli, generate, hosts, media, samplers, sharding, stages, storage, tasks, text
+from vdm_jax import pipeline as generate
+from vdm_jax import samplers, sharding, tasks
+from vdm_jax.data import media, text
 from vdm_jax.errors import UserError
+from vdm_jax.run import checkpoint, cli, hosts, storage
+from vdm_jax.system import codec as stages
 
 logger = logging.getLogger("vdm_jax")
 

@@ -22,22 +22,13 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from vdm_jax import (
-    checkpoint,
-    cli,
-    hosts,
-    latents,
-    preemption,
-    preview,
-    profiling,
-    run_log,
-    sharding,
-    stages,
-    storage,
-    train_state,
-)
-from vdm_jax.data import pipeline
+from vdm_jax import preview, sharding, train_state
+from vdm_jax.data import batches as pipeline
 from vdm_jax.errors import UserError
+from vdm_jax.run import checkpoint, cli, hosts, preemption, profiling, storage
+from vdm_jax.run import log as run_log
+from vdm_jax.system import codec as stages
+from vdm_jax.system import latents
 
 logger = logging.getLogger("vdm_jax")
 

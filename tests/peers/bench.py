@@ -20,8 +20,8 @@ import time
 from absl import flags
 from etils import epath
 
-from vdm_jax import cli
 from vdm_jax.errors import UserError
+from vdm_jax.run import cli
 
 PAUSE = 0.3  # seconds between turns: the threads of the one before have gone to sleep
 WARM_UP = 2  # turns not counted

@@ -101,9 +101,9 @@ class Ours:
         import optax
 
         from tests.helpers import weights
-        from vdm_jax import flops
         from vdm_jax.models import layers
-        from vdm_jax.models.unet3d_condition import UNet3DCondition, abstract_params
+        from vdm_jax.models.published.unet3d_condition import UNet3DCondition, abstract_params
+        from vdm_jax.perf import flops
 
         jax.config.update("jax_platforms", "cuda" if device == "gpu" else "cpu")
         model = UNet3DCondition(**unet3d.SETTINGS, dtype=jnp.dtype(dtype))

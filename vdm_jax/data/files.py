@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vdm_jax import media
+from vdm_jax.data import media
 from vdm_jax.errors import UserError
 
 logger = logging.getLogger("vdm_jax")

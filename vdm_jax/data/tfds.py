@@ -11,7 +11,7 @@ import os
 import numpy as np
 from etils import epath
 
-from vdm_jax import media
+from vdm_jax.data import media
 from vdm_jax.errors import UserError
 
 

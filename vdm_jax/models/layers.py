@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from vdm_jax.models import accelerator, cpu
+from vdm_jax.models.ops import accelerator, cpu
 from vdm_jax.sharding import constrain, split
 
 _platform = contextvars.ContextVar("platform", default=None)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdm_jax.models import winograd
+from vdm_jax.models.ops import winograd
 
 # ------------------------------------------------------------------------------------------------------------ helpers
 

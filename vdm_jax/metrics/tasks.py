@@ -8,9 +8,10 @@ import logging
 import jax
 import numpy as np
 
-from vdm_jax import stages, tasks
+from vdm_jax import tasks
 from vdm_jax.data import world
 from vdm_jax.metrics import reconstruction, tracker
+from vdm_jax.system import codec as stages
 
 logger = logging.getLogger("vdm_jax")
 

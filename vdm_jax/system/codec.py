@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vdm_jax import conditioning, diffusion, sharding, text
-from vdm_jax.checkpoint import STAGES
+from vdm_jax import conditioning, diffusion, sharding
+from vdm_jax.data import text
 from vdm_jax.errors import UserError
 from vdm_jax.models.audio_autoencoder import AudioAutoencoder
 from vdm_jax.models.clip import Clip
 from vdm_jax.models.layers import REMAT, rematerialised
 from vdm_jax.models.unet import UNet
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
+from vdm_jax.run.checkpoint import STAGES
 
 VIDEO = ("batch", "time", "height", "width", "channel")  # dimensions of pictures, and of their latents
 SOUND = ("batch", "token", "channel")

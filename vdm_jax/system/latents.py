@@ -10,9 +10,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from vdm_jax import checkpoint, hosts, sharding, stages, storage
-from vdm_jax.data import pipeline
+from vdm_jax import sharding
+from vdm_jax.data import batches as pipeline
 from vdm_jax.errors import UserError
+from vdm_jax.run import checkpoint, hosts, storage
+from vdm_jax.system import codec as stages
 
 logger = logging.getLogger("vdm_jax")
 

@@ -30,14 +30,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 
-from vdm_jax import checksums, cli, storage
 from vdm_jax.errors import UserError
+from vdm_jax.run import checksums, cli, storage
 from vdm_jax.sharding import path_name
 
 logger = logging.getLogger("vdm_jax")
 
 STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
-REFERENCE = epath.Path(__file__).parent / "reference"
+REFERENCE = epath.Path(__file__).parents[1] / "reference"
 SUPERSEDED = "superseded"  # beside checkpoints on a disk: those being deleted, so that none is ever half there
 
 
@@ -387,7 +387,8 @@ def read_safetensors(path, expected):
 
 def main(argv):
     # Imported here: reading a checkpoint needs neither models nor optimisers.
-    from vdm_jax import stages, train_state
+    from vdm_jax import train_state
+    from vdm_jax.system import codec as stages
 
     options = flags.FLAGS
     if argv[1:] == ["export"] and options.workdir and options.out:

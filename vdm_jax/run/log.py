@@ -11,7 +11,7 @@ import numpy as np
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from vdm_jax import storage
+from vdm_jax.run import storage
 
 BUCKET_PAUSE = 30  # seconds
 

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdm_jax import conditioning, samplers, sharding, stages, tasks, text
+from vdm_jax import conditioning, samplers, sharding, tasks
+from vdm_jax.data import text
 from vdm_jax.diffusion import add_noise, one_of, spread
 from vdm_jax.errors import UserError
 from vdm_jax.sharding import constrain
+from vdm_jax.system import codec as stages
 
 BATCH = 8  # prompts sampled at once
 WEIGHTS = ("guidance", "onward_guidance", "across_guidance", "history_guidance", "modality_guidance")

@@ -9,7 +9,7 @@ import grain
 import jax
 import numpy as np
 
-from vdm_jax import text
+from vdm_jax.data import text
 from vdm_jax.data.files import Files
 from vdm_jax.data.world import World
 from vdm_jax.errors import UserError

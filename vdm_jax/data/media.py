@@ -19,8 +19,8 @@ from av.video.reformatter import Interpolation
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from vdm_jax import storage
 from vdm_jax.errors import UserError
+from vdm_jax.run import storage
 
 # What a file may turn out to be. A playlist, say, could make FFmpeg open further files or URLs.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,gif,ogg,wav,mp3,flac,aac,aiff,asf"
