@@ -28,7 +28,7 @@ costs error at little noise, where the other weights are better, and gives what 
 that stay; not sound: with bias -1 more of the impacts have one. Of 96 prompts, 5 points are noise. Full 3-D
 convolutions (more parameters and FLOPs a step) tell directions best: 64 %, to be tried at length. The sigmoid schedule
 does as the cosine, linear_beta less well. The moving average says nothing here: its ramp has not reached 0.99 after 400
-steps. Shapes with their colours (80 % of frames right) are nowhere yet: 0 to 1 %.
+steps. Shapes with their colors (80 % of frames right) are nowhere yet: 0 to 1 %.
 """
 
 from configs import world_tiny
@@ -44,10 +44,10 @@ CHOICES = {
     "shift_1": dict(diffusion=dict(shift=1.0)),
     "sigmoid": dict(diffusion=dict(schedule="sigmoid")),
     "linear_beta": dict(diffusion=dict(schedule="linear_beta")),
-    "full": dict(model=dict(factorised=False)),
+    "full": dict(model=dict(factorized=False)),
     "ema_0.9": dict(ema=0.9),
     "ema_0.999": dict(ema=0.999),
-    "adamw": dict(optimiser="adamw"),
+    "adamw": dict(optimizer="adamw"),
 }
 
 
@@ -59,7 +59,7 @@ def get_config(choice="default"):
     denoiser = config.denoiser
     denoiser.update(steps=400, batch_size=16, ema=0.99, cached_clips=4096)
     denoiser.model.update(channels=(48, 64), audio_channels=(32, 48), blocks=(1, 1), head_dim=32, text_layers=1)
-    denoiser.diffusion.patterns = dict(same=1.0)
+    denoiser.diffusion.patterns = dict(text=1.0)
     if choice not in CHOICES:
         raise UserError(f"no choice {choice!r}: use one of {', '.join(CHOICES)}")
     denoiser.update(CHOICES[choice])

@@ -17,7 +17,7 @@ def get_config():
     # Steps with numbers that are not finite are skipped, and with loss_over_mean > 0 those whose loss is more than that
     # many times its moving average; stop_after of them in a row end the run.
     config.skip = ConfigDict(dict(loss_over_mean=0.0, stop_after=10))
-    # Or "bfloat16"; parameters and optimiser are always float32, and on a CPU all but the operands of products.
+    # Or "bfloat16"; parameters and optimizer are always float32, and on a CPU all but the operands of products.
     config.compute_dtype = "float32"
     config.compilation_cache = ""  # folder of the persistent compilation cache; "" for none
     config.watchdog_seconds = 1800.0  # of several processes: without a step for so long, all end; 0 for never
@@ -51,13 +51,13 @@ def get_config():
     )
 
     # ------------------------------------------------------------------------------------------- the four stages
-    def optimiser(**different):
+    def optimizer(**different):
         base = dict(
             steps=2000,
             batch_size=16,  # clips, over all devices
             accumulate=1,  # parts of a batch whose gradients are computed one after the other
             remat="none",  # what the backward pass computes again: "none", "pointwise" or "blocks"; layers.py
-            optimiser="muon",  # or "adamw"
+            optimizer="muon",  # or "adamw"
             learning_rate=2e-3,  # peak, after warm-up; cosine decay to zero
             warmup_steps=100,
             weight_decay=0.0,
@@ -67,7 +67,7 @@ def get_config():
         )
         return ConfigDict({**base, **different})
 
-    vae = config.video_autoencoder = optimiser()
+    vae = config.video_autoencoder = optimizer()
     vae.kl_weight = 1e-4  # on the KL a pixel
     vae.model = ConfigDict(
         dict(
@@ -82,7 +82,7 @@ def get_config():
         )
     )
 
-    audio = config.audio_autoencoder = optimiser()
+    audio = config.audio_autoencoder = optimizer()
     audio.kl_weight = 1e-4  # on the KL a sample
     audio.stft_weight = 0.1
     audio.stft_windows = (64, 256, 1024)  # samples
@@ -90,8 +90,9 @@ def get_config():
         dict(patch=10, channels=(32, 64, 128), strides=(5, 5), blocks=(1, 1, 1), latent_channels=16, groups=8)
     )
 
-    clip = config.clip = optimiser(batch_size=64, weight_decay=0.01)
-    clip.near_misses = ()  # groups of words; captions with words of a group exchanged become wrong answers (text.py)
+    clip = config.clip = optimizer(batch_size=64, weight_decay=0.01)
+    # Groups of words. A caption with two words of a group swapped is one more wrong answer; () for none.
+    clip.hard_negatives = ConfigDict(dict(words=()))
     clip.model = ConfigDict(
         dict(
             text=ConfigDict(dict(width=128, layers=3, heads=4)),
@@ -100,17 +101,17 @@ def get_config():
         )
     )
 
-    denoiser = config.denoiser = optimiser(steps=20000, batch_size=32)
+    denoiser = config.denoiser = optimizer(steps=20000, batch_size=32)
     denoiser.text_dropout = 0.1  # share of examples trained on the null text
     denoiser.cached_clips = 0  # clips encoded once, before training, and reused; 0 encodes every batch afresh
     denoiser.statistics_clips = 256  # clips measured to scale latents to unit variance
-    denoiser.near_misses = ()  # groups of words, as clip.near_misses: the denoiser is to tell captions by its error
-    denoiser.near_miss = ConfigDict(  # diffusion.near_miss_objective; of use with near_misses alone
+    denoiser.hard_negatives = ConfigDict(  # system/hard_negatives.py
         dict(
-            every=4,  # every so manyth clip of a batch is denoised twice more: by its caption, and by the nearly right
-            log_snr=(-9.0, -4.5),  # between these: where what the words are about is settled
-            weight=0.1,
-            anchor=0.02,  # weight of the error by the right caption: without it both may grow
+            words=(),  # as clip.hard_negatives.words; () for none
+            every=4,  # the loss applies to one clip in so many of a batch
+            log_snr=(-9.0, -4.5),  # the range of noise levels: there the model decides what the words are about
+            weight=0.1,  # of the classification loss
+            anchor=0.02,  # weight of the error with the right caption: without it both errors may grow
         )
     )
     denoiser.diffusion = ConfigDict(
@@ -125,17 +126,17 @@ def get_config():
             sigmoid_bias=-1.0,
             loss_weights=ConfigDict(dict(video=1.0, audio=1.0)),
             patterns=ConfigDict(  # share of the batch trained on each pattern of noise levels
-                dict(
-                    same=0.6,
-                    per_modality=0.1,
-                    per_frame=0.05,
-                    video_given=0.05,
-                    audio_given=0.05,
-                    image_given=0.05,
-                    first_given=0.05,
-                    ends_given=0.025,
-                    pyramid=0.025,
-                )
+                {
+                    "text": 0.6,
+                    "per_modality": 0.1,
+                    "per_frame": 0.05,
+                    "foley": 0.05,
+                    "audio": 0.05,
+                    "image": 0.05,
+                    "continue": 0.05,
+                    "between": 0.025,
+                    "rollout": 0.025,
+                }
             ),
         )
     )
@@ -146,9 +147,9 @@ def get_config():
             audio_channels=(),  # of the sound, per level; () for the same
             blocks=(2, 2),  # residual blocks a level, on the way down and again up
             attention=(False, True),  # self- and cross-attention at this level
-            exchange=(False, True),  # sound and picture attend to each other at this level
+            cross_modal=(False, True),  # sound and picture attend to each other at this resolution
             time_strides=(1,),  # time halving between levels
-            factorised=True,
+            factorized=True,
             head_dim=32,
             embedding=256,  # noise level and temporal position
             text_layers=0,  # transformer layers on the text, trained with the denoiser
@@ -162,20 +163,24 @@ def get_config():
             method="dpmpp_2m",
             steps=32,
             spacing="time",
-            guidance=4.0,  # weight of the text; 1 adds nothing, for this and the next four
-            onward_guidance=1.0,  # the same where a clip goes on: its beginning tells how things move, text bends that
-            across_guidance=2.5,  # the same where picture or sound is given whole: the other is to fit it first
-            history_guidance=1.0,  # weight of what is given
-            history_fraction=0.0,  # 0: guidance by what is given against nothing; t: by what is given noised to time t
-            modality_guidance=1.0,  # weight of the sound on the picture, and of the picture on the sound
-            rescale=0.0,
+            guidance=ConfigDict(  # weights of guidance; 1 adds nothing
+                dict(
+                    text=4.0,
+                    text_continue=1.0,  # of the text where a clip is continued: a higher weight bends the motion
+                    text_cross_modal=2.5,  # of the text where picture or sound is given whole
+                    history=1.0,  # of the context frames
+                    modality=1.0,  # of the sound on the picture, and of the picture on the sound
+                )
+            ),
+            history_noise=0.0,  # time in [0, 1]: history guidance withholds the context frames' detail; 0: all of them
+            rescale=0.0,  # share by which the standard deviation of each frame is put back to the unguided one
             interval=(-12.0, 12.0),  # log_snr, in which guidance acts
-            # Frames to go on from are lightly noised to this time, and the model is told so. It is the schedule's:
-            # log SNR 6.8 with a shift of 1, 2.9 with 0.135 (world_tiny.py), which blurs how things move.
-            given_time=0.02,
-            leap=(),  # where a clip goes on: times that its first frames reach in one step, samplers.schedule_matrix
+            # Context frames of a clip that is continued are noised to this time in [0, 1], and the model is told so.
+            # The time is the schedule's: 0.02 is log SNR 6.8 with shift 1, and 2.9 with shift 0.135, a visible blur.
+            context_noise=0.02,
+            first_step_times=(),  # times that the first generated frames of a continued clip reach in their first step
             lag=0,  # steps by which each latent frame is behind the one before; above 0: a pyramid
-            history=4,  # latent frames that each window of a long clip is given of the one before
+            context_frames=4,  # latent frames that each window of a long clip gets from the one before
         )
     )
     config.evaluate = ConfigDict(dict(clips=64, prompts=128, batch_size=16))  # prompts of each number of objects

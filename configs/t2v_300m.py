@@ -20,7 +20,7 @@ A TFDS data set (a cartoon at 128 px, zlib) is read at 62 clips/s by one thread,
 With 32 clips a chip (--config.denoiser.batch_size=256), remat none, "blocks,none" and blocks: 6.05, 5.44 and 5.33 GiB,
 bounds of 243, 275 and 296 ms. With 512 (4096 in all) it does not fit, by 42 GiB; --try found that accumulate=8 does.
 
-Few wide blocks that convolve in three dimensions at once: a shape of before, factorised, channels=(256, 512, 768),
+Few wide blocks that convolve in three dimensions at once: a shape of before, factorized, channels=(256, 512, 768),
 blocks=(2, 3, 3), time_strides=(1, 2), of 335.9 M parameters, had a bound of 28.9 ms, 49 % compute, and directions are
 learnt best in three dimensions (configs/choices.py). On one H200 (jax 0.11.2) that shape reached 204 TFLOP/s with 32
 clips, 20.6 % of the peak; the present one, `python -m vdm_jax.bench --config=configs/t2v_300m.py`, 484 TFLOP/s with 64,
@@ -41,7 +41,7 @@ def get_config():
     config.data.update(source="tfds", frames=33, size=128, fps=16, sample_rate=16000, text_length=256, threads=16)
 
     for stage in ("video_autoencoder", "audio_autoencoder", "clip", "denoiser"):
-        config[stage].update(optimiser="adamw", remat="blocks")
+        config[stage].update(optimizer="adamw", remat="blocks")
     vae = config.video_autoencoder
     vae.update(steps=100_000, batch_size=64, learning_rate=2e-4)
     vae.model.update(
@@ -60,11 +60,11 @@ def get_config():
     denoiser.update(steps=300_000, batch_size=64, learning_rate=1e-4, warmup_steps=5000, ema=0.9999, remat="none")
     denoiser.cached_clips = 262_144
     denoiser.model.update(
-        factorised=False,
+        factorized=False,
         channels=(512, 640),
         blocks=(2, 2),
         attention=(False, True),
-        exchange=(False, True),
+        cross_modal=(False, True),
         time_strides=(2,),
         head_dim=128,
         embedding=1024,

@@ -7,7 +7,7 @@
 Parameters are split over groups of 16 chips, so that a shard is still wide and a larger slice has more such groups,
 with the same memory and traffic a chip. The denoiser cuts latents into squares of 2 x 2 and convolves in three
 dimensions at once (configs/choices.py: directions are learnt best so), in few wide blocks: all three are more FLOPs for
-each byte that norms and activation functions move. Nothing is rematerialised, as all of it fits.
+each byte that norms and activation functions move. Nothing is apply_remat, as all of it fits.
 
 Clips are encoded once, before the denoiser trains: 2,097,152 of them, each of which is then seen 122 times, take 2.3 TB
 in the run's folder, 1.1 MB each, half of that the text's states. Every process encodes files of its own: the four chips

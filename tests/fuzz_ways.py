@@ -344,7 +344,7 @@ def stored(draw, folder):
     expected = place(folder, "run", draw, seal)
     if draw.random() < 0.3:
         directory = folder / "run" / "clip" / "checkpoints"
-        checkpoint.set_damaged_aside(directory)
+        checkpoint.quarantine_damaged(directory)
         return
     checkpoint.load_params(folder / "run", "clip", expected["clip"])
 

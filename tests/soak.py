@@ -161,7 +161,7 @@ def flips(count, seed, folder, steps=8, onward=5):
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         path.write_bytes(content)
         try:
-            checkpoint.set_damaged_aside(run / STAGE / "checkpoints")
+            checkpoint.quarantine_damaged(run / STAGE / "checkpoints")
         except UserError:
             raise AssertionError(f"{path}: the older checkpoint was lost, too") from None
         if checkpoint.newest_step(run, STAGE) == steps:  # not seen

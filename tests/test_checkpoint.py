@@ -167,7 +167,7 @@ def test_a_deletion_that_was_cut_off_leaves_no_damaged_checkpoint(tmp_path, capl
     checksums.check(rest)  # out of the way in one go, before any of it is deleted
     shutil.rmtree(rest / "metrics")
     assert command(checkpoint, "verify", tmp_path / "run").code == 0
-    checkpoint.set_damaged_aside(tmp_path / "run")
+    checkpoint.quarantine_damaged(tmp_path / "run")
     assert not caplog.messages and not (tmp_path / "damaged").exists()
     assert restore(tmp_path / "run")["step"] == 3 and steps(tmp_path / "run") == [1, 3]
 
@@ -243,13 +243,13 @@ def test_a_state_is_restored_on_another_mesh(tmp_path):
 def test_a_damaged_checkpoint_is_named_and_set_aside(tmp_path, caplog):
     folder = tmp_path / "clip" / "checkpoints"
     save(folder, state(1), state(2, 5.0), state(3, 7.0), newest=3)
-    checkpoint.set_damaged_aside(folder)
+    checkpoint.quarantine_damaged(folder)
     assert steps(folder) == [1, 2, 3] and not caplog.text
     content = files(folder / "3")
     flip(arrays(folder / "3"))
     with pytest.raises(UserError, match=f"{arrays(folder / '3')} is damaged"):  # a reader leaves it where it is
         checkpoint.load_params(tmp_path, "clip", EXPECTED)
-    checkpoint.set_damaged_aside(folder)
+    checkpoint.quarantine_damaged(folder)
     (record,) = caplog.records
     (aside,) = (tmp_path / "clip" / "damaged").iterdir()
     assert record.levelname == "ERROR" and f"3/{arrays(aside).relative_to(aside)} is damaged" in record.message
@@ -270,7 +270,7 @@ def test_where_all_are_damaged_none_is_moved(tmp_path, command):
     flip(folder / "2" / checksums.NAME)
     before = files(tmp_path)
     with pytest.raises(UserError, match=f"no checkpoint in {folder} is whole .*2/checksums.txt is damaged.*restore a"):
-        checkpoint.set_damaged_aside(folder)
+        checkpoint.quarantine_damaged(folder)
     assert files(tmp_path) == before
     done = command(checkpoint, "verify", tmp_path)
     assert done.code == 2 and done.out.count("DAMAGED") == 2
@@ -289,7 +289,7 @@ def test_any_flipped_bit_is_found(tmp_path):
         if not whole[epath.Path(name)]:
             continue
         flip(folder / "2" / name, place, rng.integers(8))
-        checkpoint.set_damaged_aside(folder)
+        checkpoint.quarantine_damaged(folder)
         assert steps(folder) == [1], name
         found += 1
         shutil.rmtree(tmp_path / "clip" / "damaged")
@@ -303,7 +303,7 @@ def test_checkpoints_from_before_there_were_checksums_are_used_with_a_warning(tm
     folder = tmp_path / "clip" / "checkpoints"
     save(folder, state(1))
     (folder / "1" / checksums.NAME).unlink()
-    checkpoint.set_damaged_aside(folder)
+    checkpoint.quarantine_damaged(folder)
     assert "has no checksums" in caplog.text
     equal(restore(folder), state(1))
 
@@ -336,7 +336,7 @@ def test_a_disk_that_is_full_ends_the_run_with_the_last_checkpoint_whole(tmp_pat
     errors = [line for line in err if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and errors[0] == err[-1], "\n".join(err)
     assert f"cannot save step 2 in {folder}" in errors[0] and "step 1 is the newest checkpoint" in errors[0]
-    checkpoint.set_damaged_aside(folder)
+    checkpoint.quarantine_damaged(folder)
     abstract = {"step": jax.ShapeDtypeStruct((), jnp.int32), "x": jax.ShapeDtypeStruct((1000,), jnp.float32)}
     equal(restore(folder, abstract), {"step": 1, "x": np.ones(1000)})
 

@@ -79,13 +79,13 @@ def test_temperature_starts_as_in_the_paper_and_is_bounded():
     np.testing.assert_allclose(scales(jax.random.key(0)), [1 / 0.07, 100], rtol=1e-5)
 
 
-@pytest.mark.parametrize("misses", [False, True], ids=["plain", "near misses"])
+@pytest.mark.parametrize("misses", [False, True], ids=["plain", "hard negatives"])
 def test_loss_is_the_mean_of_both_directions(clip, misses):
     config, params, run = clip
     tokens, video = batch()
     inputs = {"tokens": tokens, "video": video}
     if misses:
-        inputs["near_miss"] = tokens[[0, 1, 3, 3]]  # only the third differs from its caption
+        inputs["hard_negative"] = tokens[[0, 1, 3, 3]]  # only the third differs from its caption
     loss, metrics = jax.jit(stages.build(config)["clip"].loss)(params, jax.random.key(0), inputs, {})
     _, words, pictures, scale = run(tokens, text.mask(tokens), stages.to_float(video))
     logits = float(scale) * np.asarray(words, np.float64) @ np.asarray(pictures, np.float64).T
@@ -93,7 +93,7 @@ def test_loss_is_the_mean_of_both_directions(clip, misses):
     wrong = np.zeros(4)
     if misses:  # the text of clip 3 in place of that of clip 2 is one more answer for every video
         wrong = np.exp(logits[3])
-        assert metrics["near_miss_told"] == float(logits[2, 2] > logits[3, 2])
+        assert metrics["hard_negative_accuracy"] == float(logits[2, 2] > logits[3, 2])
     to_text = np.diag(logits) - np.log(np.exp(logits).sum(0) + wrong)
     np.testing.assert_allclose(loss, -(to_video.mean() + to_text.mean()) / 2, rtol=1e-4)
     assert metrics["recall_at_1"] == np.mean(logits.argmax(1) == np.arange(4))

@@ -179,7 +179,7 @@ def test_loss_depends_on_the_x0_error_alone(weighting, schedule):
                 target=target,
                 weighting=weighting,
                 schedule=schedule,
-                patterns=dict(per_frame=1.0, first_given=1.0),
+                patterns={"per_frame": 1.0, "continue": 1.0},
             )
 
             def denoise(z_t, level, cond, target=target):  # a poor guess of x0, said as `target`
@@ -239,24 +239,24 @@ def test_per_modality_and_per_frame_are_independent():
 
 
 def test_one_modality_given():
-    video, audio, given_video, given_audio = draw(video_given=1)
+    video, audio, given_video, given_audio = draw(foley=1)
     assert given_video.all() and not given_audio.any() and (audio > 0).all()
-    video, audio, given_video, given_audio = draw(audio_given=1)
+    video, audio, given_video, given_audio = draw(audio=1)
     assert given_audio.all() and not given_video.any() and (video > 0).all()
 
 
 def test_prefixes_and_ends_given():
-    _, audio, given_video, given_audio = draw(image_given=1)
+    _, audio, given_video, given_audio = draw(image=1)
     assert given_video.sum(1).tolist() == [1] * 512 and given_video[:, 0].all()
     assert not given_audio.any()
-    _, _, given, given_audio = draw(first_given=1)
+    _, _, given, given_audio = draw(**{"continue": 1})
     assert (given == given_audio).all() and set(given.sum(1)) == {1, 2, 3, 4, 5}
     assert (np.diff(given.astype(int), axis=1) <= 0).all()  # a prefix
-    _, _, given, given_audio = draw(ends_given=1)
+    _, _, given, given_audio = draw(between=1)
     assert (given == given_audio).all() and given[:, 0].all() and given[:, -1].all()
     assert set(given.sum(1)) == {2, 3, 4, 5}
     assert (np.abs(np.diff(given.astype(int), axis=1)).sum(1) == 2).all()  # one gap
-    for name in ("image_given", "first_given", "ends_given"):  # too short to give any
+    for name in ("image", "continue", "between"):  # too short to give any
         assert not draw(batch=8, frames=1, **{name: 1})[2].any()
 
 
@@ -272,7 +272,7 @@ def test_pyramid_rises():
 
 
 def test_shares_and_keys():
-    _, _, given_video, given_audio = draw(batch=100, same=3, video_given=1, audio_given=0)
+    _, _, given_video, given_audio = draw(batch=100, same=3, foley=1, audio=0)
     assert given_video.all(1).sum() == 25 and not given_audio.any()
     everything = dict.fromkeys(diffusion.PATTERNS, 1.0)
     one, again, other = (draw(seed=seed, **everything)[0] for seed in (1, 1, 2))
@@ -287,7 +287,7 @@ def test_shares_and_keys():
 
 def test_loss_by_hand():
     z, seen = latents(), {}
-    config = make_config(target="noise", patterns=dict(per_frame=1.0, ends_given=1.0))
+    config = make_config(target="noise", patterns=dict(per_frame=1.0, between=1.0))
 
     def denoise(z_t, level, cond):
         seen.update(z_t=z_t, level=level, cond=cond)
@@ -318,7 +318,7 @@ def test_noise_bins_hold_their_part_of_t():
     def denoise(z_t, level, cond):  # off by the level itself, so each bin shows its mean square
         t = jax.tree.map(lambda level: 2 / jnp.pi * jnp.arctan(jnp.exp(-level / 2)), level)
         eps = diffusion.to_eps(z, z_t, level, "x0")
-        return jax.tree.map(lambda t, eps: eps + diffusion.spread(t, eps), t, eps)
+        return jax.tree.map(lambda t, eps: eps + diffusion.broadcast_to_latent(t, eps), t, eps)
 
     _, metrics = diffusion.loss(denoise, jax.random.key(0), z, {}, config)
     for i in range(4):  # mean of t^2 over [i/4, (i+1)/4)
@@ -336,7 +336,7 @@ def test_video_alone():
 
 
 def test_nothing_to_learn_is_no_loss():
-    config = make_config(patterns=dict(video_given=1.0), loss_weights=dict(video=1.0, audio=0.0))
+    config = make_config(patterns=dict(foley=1.0), loss_weights=dict(video=1.0, audio=0.0))
     identity = lambda z_t, level, cond: z_t  # noqa: E731
     value, metrics = diffusion.loss(identity, jax.random.key(0), latents(), {}, config)
     assert value == 0 and metrics["loss_video"] == 0 and metrics["loss_audio"] > 0
@@ -344,7 +344,7 @@ def test_nothing_to_learn_is_no_loss():
 
 
 @pytest.mark.parametrize("target", diffusion.TARGETS)
-def test_near_miss_objective_by_hand(target):
+def test_hard_negative_objective_by_hand(target):
     z, seen, config = latents(batch=4), {}, dict(log_snr=(-6.0, -2.0), weight=0.5, anchor=0.25)
     right, wrong = {"off": jnp.array([0.1, 0.2, 0.3, 0.4])}, {"off": jnp.array([0.2, 0.1, 0.3, 0.5])}
 
@@ -354,10 +354,10 @@ def test_near_miss_objective_by_hand(target):
         x = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), z)
         exact = diffusion.to_target(x, diffusion.to_eps(x, z_t, level, "x0"), level, target)
         off = cond["off"][:, None] / jnp.sqrt(diffusion.eps_error(level["video"], target))
-        return exact | {"video": exact["video"] + diffusion.spread(off, exact["video"])}
+        return exact | {"video": exact["video"] + diffusion.broadcast_to_latent(off, exact["video"])}
 
     def measured(wrong):
-        inputs, measure = diffusion.near_miss_objective(jax.random.key(0), z, right, wrong, target, config)
+        inputs, measure = diffusion.hard_negative_objective(jax.random.key(0), z, right, wrong, target, config)
         return measure(denoise(*inputs))
 
     total, metrics = measured(wrong)
@@ -367,27 +367,27 @@ def test_near_miss_objective_by_hand(target):
     error = np.square(np.stack([right["off"], wrong["off"]])) * 5 * 2 * 2 * 3
     logit = (error[1] - error[0])[[0, 1, 3]]  # the third clip's captions are the same
     told = np.log1p(np.exp(-logit)).mean()
-    np.testing.assert_allclose(metrics["near_miss_loss"], told, rtol=1e-3)
-    np.testing.assert_allclose(metrics["near_miss_told"], 2 / 3)
+    np.testing.assert_allclose(metrics["hard_negative_loss"], told, rtol=1e-3)
+    np.testing.assert_allclose(metrics["hard_negative_accuracy"], 2 / 3)
     np.testing.assert_allclose(total, 0.5 * told + 0.25 * error[0].mean(), rtol=1e-3)
 
     total, metrics = measured(right)
     np.testing.assert_allclose(total, 0.25 * error[0].mean(), rtol=1e-3)
-    assert np.isnan(metrics["near_miss_told"])
+    assert np.isnan(metrics["hard_negative_accuracy"])
 
 
 def test_objectives_are_asked_in_one_call_and_added():
     z, calls, config = latents(batch=6), [], make_config()
     rows = [{"number": jnp.arange(n, n + rows)} for n, rows in ((0, 6), (10, 2), (20, 2))]
     pair = jax.tree.map(lambda x: x[::3], z)
-    other = diffusion.near_miss_objective(
+    other = diffusion.hard_negative_objective(
         jax.random.key(1), pair, *rows[1:], config["target"], dict(log_snr=(-6.0, -2.0), weight=0.5, anchor=0.25)
     )
 
     def denoise(z_t, level, cond):  # by row: what a clip is taken for does not depend on what is beside it
         calls.append(cond["number"])
         off = 0.01 * cond["number"][:, None]
-        return {name: x + diffusion.spread(off + level[name], x) for name, x in z_t.items()}
+        return {name: x + diffusion.broadcast_to_latent(off + level[name], x) for name, x in z_t.items()}
 
     total, metrics = diffusion.loss(denoise, jax.random.key(0), z, rows[0], config, other)
     (numbers,) = calls

@@ -42,7 +42,7 @@ def plan(tmp_path, *options, config=CONFIG):
 def test_the_train_step_asks_for_no_permutes(tmp_path):
     # Frames of 96: of smaller ones, much of what a model's FLOPs count is windows over padding, which no chip executes.
     options = ("--topology=v5e:2x2", *FSDP, "--config.compute_dtype=bfloat16", "--config.data.size=96")
-    code, printed, made = plan(tmp_path, *options, config=f"{CONFIG}:near_misses")
+    code, printed, made = plan(tmp_path, *options, config=f"{CONFIG}:hard_negatives")
     assert code == 0 and made["fits"] and made["chips"] == 4
     assert set(made) >= KEYS and all(key in printed for key in KEYS - {"topology"})
     # Weights are gathered and gradients scattered; nothing else moves but sums.

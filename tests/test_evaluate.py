@@ -35,8 +35,8 @@ def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     done = command(evaluate, f"--workdir={tiny_run}", f"--out={out}", *counts)
     assert done.code == 0, done.err
     metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics["tasks"]) == {"undirected", "image", "continue", "foley", "sound", "roll_out"}
-    assert len(metrics["tasks"]["roll_out"]["seconds"]) == 10 and "Task: roll out" in done.out
+    assert set(metrics["tasks"]) == {"undirected", "image", "continue", "foley", "sound", "rollout"}
+    assert len(metrics["tasks"]["rollout"]["seconds"]) == 10 and "Task: roll out" in done.out
     for part, names in report.REQUIRED.items():
         assert set(names) <= set(metrics[part])
     assert metrics["truth"]["one_object"] == metrics["truth"]["permanence"] == 1
@@ -44,7 +44,7 @@ def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     assert metrics["samples"]["one_object"] == metrics["autoencoder"]["one_object"] == 0  # weights are random
     assert 0 < metrics["reconstruction"]["psnr"] < 20
     assert metrics["clip"]["candidates"] == 64 and 0 <= metrics["clip"]["recall_at_1"] < 0.2
-    assert 0 <= metrics["clip"]["near_miss_told"] <= 1
+    assert 0 <= metrics["clip"]["hard_negative_accuracy"] <= 1
     assert set(metrics["samplers"]) == {"ddim 2"} and set(metrics["samplers"]["ddim 2"]) == set(report.OUTCOMES)
     assert "by sampler and steps" in done.out
     levels = metrics["loss_per_noise_level"]
@@ -132,7 +132,7 @@ def test_onsets_of_true_sound_are_found_and_those_of_silence_and_delay_are_not(c
 
 def test_prompts_ask_for_nothing_that_previews_show(config):
     with config.unlocked():
-        config.data.world.update(objects=(0.5, 0.5), colours=("red", "green"), shapes=("circle",))
+        config.data.world.update(objects=(0.5, 0.5), colors=("red", "green"), shapes=("circle",))
         config.evaluate.prompts = 5
     held_out = pipeline.source(config, "held_out")
     prompts = evaluate.choose_prompts(config, held_out, seed=3)
@@ -141,12 +141,12 @@ def test_prompts_ask_for_nothing_that_previews_show(config):
     for prompt in prompts:
         assert prompt["objects"] not in shown and prompt["objects"][::-1] not in shown
         for thing in prompt["objects"]:
-            assert thing["shape"] == "circle" and thing["colour"] in ("red", "green")
+            assert thing["shape"] == "circle" and thing["color"] in ("red", "green")
             assert all(word in prompt["text"] for word in thing.values())
     assert prompts == evaluate.choose_prompts(config, held_out, seed=3)
     assert prompts != evaluate.choose_prompts(config, held_out, seed=4)
     with config.unlocked():
-        config.data.world.update(objects=(0, 0, 1.0), colours=("red", "green", "blue"))
+        config.data.world.update(objects=(0, 0, 1.0), colors=("red", "green", "blue"))
     with pytest.raises(UserError, match="no prompts of one or two objects"):
         evaluate.choose_prompts(config, held_out, seed=3)
 

@@ -124,9 +124,9 @@ def test_what_each_clip_is_given_is_its_own(model, clip):
 
 @pytest.mark.parametrize("options", [
     dict(history_guidance=3.0),
-    dict(history_guidance=3.0, history_fraction=0.5),
+    dict(history_guidance=3.0, history_noise=0.5),
     dict(modality_guidance=3.0),
-    dict(given_time=0.2),
+    dict(context_noise=0.2),
     dict(lag=1),
 ])  # fmt: skip
 def test_options_change_what_is_made_and_keep_what_is_given(model, clip, options):
@@ -151,7 +151,7 @@ def test_where_a_clip_goes_on_it_is_sampled_otherwise(model, clip):
     assert np.abs(plain.astype(float) - made(2, onward_guidance=9.0)).max() > 2
     earlier = model.config.copy_and_resolve_references()
     with earlier.unlocked():
-        for name in ("onward_guidance", "across_guidance", "leap"):
+        for name in ("onward_guidance", "across_guidance", "first_step_times"):
             del earlier.sample[name]  # as in runs of earlier versions
     given = tasks.history(clip["video"][None, :3], clip["audio"][None, : 3 * size.samples_per_frame], size)
     arrays, _ = generate.Generator(earlier, model.frozen).arguments(given=given, guidance=5.0)
@@ -162,15 +162,15 @@ def test_where_a_clip_goes_on_it_is_sampled_otherwise(model, clip):
         assert arrays["weights"]["guidance"] == weight
     first = made(1)  # one frame does not show what moves
     np.testing.assert_array_equal(first, made(1, onward_guidance=9.0))
-    np.testing.assert_array_equal(first, made(1, leap=(0.2, 0.3)))
-    assert np.abs(plain.astype(float) - made(2, leap=(0.2, 0.3))).max() > 2
+    np.testing.assert_array_equal(first, made(1, first_step_times=(0.2, 0.3)))
+    assert np.abs(plain.astype(float) - made(2, first_step_times=(0.2, 0.3))).max() > 2
     assert np.abs(first.astype(float) - made(1, guidance=9.0)).max() > 2
 
 
 def test_a_roll_out_goes_on_from_its_own_end(model, clip):
     config, size = model.config, stages.layout(model.config)
     frames, prompts = 3 * size.frames, ["a red circle", "a blue square"]
-    video, audio = model.roll_out(prompts, frames, history=2, steps=2)
+    video, audio = model.rollout(prompts, frames, history=2, steps=2)
     assert video.shape[:2] == (2, frames) and audio.shape == (2, frames * size.samples_per_frame)
     first = model(prompts, steps=2)
     np.testing.assert_array_equal(video[:, : size.frames], first[0])
@@ -184,11 +184,11 @@ def test_a_roll_out_goes_on_from_its_own_end(model, clip):
     assert differ(video[:, :new], video[:, size.frames : size.frames + new])
 
     start = clip["video"][None, :4], clip["audio"][None, : 4 * size.samples_per_frame]  # 3 of the 4 fill latent frames
-    video, audio = model.roll_out(["a red circle"], 7, start=start, steps=2)
+    video, audio = model.rollout(["a red circle"], 7, start=start, steps=2)
     np.testing.assert_array_equal(video[:, :4], start[0])
     assert video.shape[1] == 7 and audio.shape == (1, 7 * size.samples_per_frame)
     with pytest.raises(UserError, match="sample.history=9 must be from 1 to"):
-        model.roll_out(["a red circle"], 99, history=9)
+        model.rollout(["a red circle"], 99, history=9)
 
 
 def test_joined_sounds_give_way_to_each_other():
@@ -200,8 +200,8 @@ def test_joined_sounds_give_way_to_each_other():
 
 @pytest.mark.parametrize("options, told", [
     (dict(guidance=float("nan")), "guidance=nan"),
-    (dict(given_time=2.0), "given_time=2.0 must be from 0 to 1"),
-    (dict(leap=(0.1, -1.0)), "leap=.* must be times from 0 to 1"),
+    (dict(context_noise=2.0), "context_noise=2.0 must be from 0 to 1"),
+    (dict(first_step_times=(0.1, -1.0)), "first_step_times=.* must be times from 0 to 1"),
     (dict(step=3), "did you mean 'steps'"),
 ])  # fmt: skip
 def test_wrong_options_are_told(model, options, told):

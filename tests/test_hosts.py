@@ -198,7 +198,7 @@ def test_flags_that_do_not_fit_are_told(command, script, needs, options, told):
 
 
 def test_one_process_is_alone():
-    assert hosts.lead() and hosts.agreed(3) == 3
+    assert hosts.is_primary() and hosts.broadcast_from_primary(3) == 3
     alive = hosts.watchdog(1e-3)
     alive("a step")
     time.sleep(0.2)  # and is not ended

@@ -49,7 +49,7 @@ def violations(module: str, source: str) -> list[str]:
     elif is_within(module, ["vdm_jax.models"]):
         forbidden = ["vdm_jax"]
         allowed = ["vdm_jax.models", "vdm_jax.errors"]
-        allowed += [f"vdm_jax.sharding.{name}" for name in ("constrain", "by_rows", "split")]
+        allowed += [f"vdm_jax.sharding.{name}" for name in ("constrain", "shard_map_batch", "split")]
     elif module in ("vdm_jax.diffusion", "vdm_jax.samplers"):
         forbidden = [*forbidden, "vdm_jax.data"]
     elif is_within(module, scripts):

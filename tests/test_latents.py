@@ -19,7 +19,7 @@ from vdm_jax.system import latents
 
 @pytest.fixture
 def config():
-    config = tiny.get_config("near_misses")
+    config = tiny.get_config("hard_negatives")
     config.unlock()
     return config
 
@@ -80,7 +80,7 @@ def test_accelerators_forms_measure_the_same(config):
     config.denoiser.statistics_clips = 32
     source = pipeline.source(config)
     want = latents.measure(config, params, source)
-    with layers.forms_of("gpu"):
+    with layers.backend("gpu"):
         got = latents.measure(config, params, source)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
 
@@ -108,7 +108,7 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
     size = stages.layout(config)
     assert {m: z.shape for m, z in item["z"].items()} == stages.latent_shapes(size)
     assert {k: x.shape for k, x in item["text"].items()} == {"states": (96, 16), "mask": (96,), "pooled": (16,)}
-    assert jax.tree.map(np.shape, item["near_miss"]) == jax.tree.map(np.shape, item["text"])
+    assert jax.tree.map(np.shape, item["hard_negative"]) == jax.tree.map(np.shape, item["text"])
 
     # Item 5 is the sixth clip of the shuffled source.
     batch = next(
@@ -118,13 +118,13 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
             seed=config.seed,
             start=0,
             data=config.data,
-            to_example=lambda item: pipeline.example(item, config.data.text_length, config.denoiser.near_misses),
+            to_example=lambda item: pipeline.example(item, config.data.text_length, config.denoiser.hard_negatives),
         )
     )
     batch = {name: x[5:6] for name, x in batch.items()}
     z = jax.jit(lambda f, b: stages.encode(config, f, b["video"], b["audio"]))(frozen, batch)
-    words = jax.jit(lambda f, b: [stages.encode_text(config, f, b[name]) for name in ("tokens", "near_miss")])
-    words = dict(zip(("text", "near_miss"), words(frozen, batch)))
+    words = jax.jit(lambda f, b: [stages.encode_text(config, f, b[name]) for name in ("tokens", "hard_negative")])
+    words = dict(zip(("text", "hard_negative"), words(frozen, batch)))
     same = lambda a, b: np.testing.assert_allclose(a, b[0], rtol=2e-3, atol=2e-3)  # noqa: E731 half precision
     jax.tree.map(same, item, {"z": z, **words})
 
@@ -143,7 +143,7 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
     jax.tree.map(np.testing.assert_array_equal, twenty.take(list(range(20))), items.take(list(range(20))))
     config.seed = 1
     assert prepare()[2] == 1
-    config.denoiser.near_misses = ()
+    config.denoiser.hard_negatives = ()
     assert set(prepare()[1].take([0])) == {"z", "text"} and len(encoded) == 1
     config.denoiser.cached_clips = 0
     assert prepare()[1] is source

@@ -56,7 +56,7 @@ def test_convolutions_have_the_values_and_gradients_of_xla(case, platform):
             reference
         )
 
-    with layers.forms_of(platform):
+    with layers.backend(platform):
         got, want = jax.jit(both)(x, kernel)
     if strides is None:
         assert got[0].shape == (*shape[:-1], features)
@@ -139,12 +139,12 @@ def later_frames_changed(x, frame):
     "module, shape",
     [
         (layers.Conv(4, (3, 3, 3), time_padding="causal"), (1, 5, 4, 4, 3)),
-        (layers.FactorisedConv(4, True, "causal"), (1, 5, 4, 4, 3)),
-        (layers.FactorisedConv(4, False, "causal"), (1, 5, 4, 4, 3)),
+        (layers.FactorizedConv(4, True, "causal"), (1, 5, 4, 4, 3)),
+        (layers.FactorizedConv(4, False, "causal"), (1, 5, 4, 4, 3)),
         (layers.ResidualBlock(8, time_padding="causal", groups=2), (1, 5, 4, 4, 4)),
         (layers.ResidualBlock(8, time_padding="causal", groups=2), (1, 5, 4)),
     ],
-    ids=["conv", "factorised", "full", "block", "block of sound"],
+    ids=["conv", "factorized", "full", "block", "block of sound"],
 )
 def test_causal_layers_do_not_look_ahead(module, shape):
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
@@ -213,7 +213,7 @@ def test_group_norm_takes_an_offset_before_and_a_film_and_an_activation_after(pl
         return nn.silu(h * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
 
     arguments = (params, x, offset, scale, shift)
-    with layers.forms_of(platform):
+    with layers.backend(platform):
         got, want = (jax.jit(lambda *a, f=f: (f(*a), jax.vjp(f, *a)[1](weights)))(*arguments) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
 
@@ -245,7 +245,7 @@ def test_forms_of_accelerators_have_the_values_and_gradients_of_those_of_a_cpu()
         return str(jax.make_jaxpr(lambda x: block.apply({"params": params}, x, embedding))(x))
 
     here = run()
-    with layers.forms_of("tpu"):
+    with layers.backend("tpu"):
         assert "name=conv" not in traced()
         there = run()
     assert "name=conv" in traced()

@@ -15,7 +15,7 @@ CLICKS = (0.0, 0.3, 0.777, 1.5, 2.0)  # s
 
 
 def make_video(frames=17, height=32, width=32):
-    """A coloured blob that moves right over a grey gradient."""
+    """A colored blob that moves right over a grey gradient."""
     y, x = np.mgrid[:height, :width]
     clip = []
     for k in range(frames):

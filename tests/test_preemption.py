@@ -120,7 +120,7 @@ def test_where_the_coordinator_is_gone_or_stuck_the_other_ends(stopped, tmp_path
     first.kill()  # as whoever watches over the processes does
     first.communicate()
     assert checkpoint.newest_step(workdir, STAGE) >= newest
-    checkpoint.set_damaged_aside(workdir / STAGE / "checkpoints")
+    checkpoint.quarantine_damaged(workdir / STAGE / "checkpoints")
     assert not (workdir / STAGE / "damaged").exists()
 
 

@@ -47,7 +47,7 @@ def run(denoise, z, levels, method, target="v", **more):
 )
 def test_gaussian_moments(method, target, steps, spacing, tolerance, more):
     mean, covariance = gaussian()
-    levels = samplers.schedule_matrix(steps, FRAMES, CONFIG, spacing=spacing)
+    levels = samplers.scheduling_matrix(steps, FRAMES, CONFIG, spacing=spacing)
     z = run(exact(mean, covariance, target), noise(DRAWS), levels, method, target, **more)
     np.testing.assert_allclose(flat(z).mean(0), mean[0], atol=0.04)
     np.testing.assert_allclose(np.cov(flat(z).T), covariance, atol=tolerance)
@@ -57,7 +57,7 @@ def test_gaussian_moments(method, target, steps, spacing, tolerance, more):
 def test_mixture_moments(method, steps):
     mean = np.stack([np.ones(12), -0.5 * np.ones(12)])
     covariance = 0.1 * np.eye(12)
-    levels = samplers.schedule_matrix(steps, FRAMES, CONFIG)
+    levels = samplers.scheduling_matrix(steps, FRAMES, CONFIG)
     x = flat(run(exact(mean, covariance), noise(DRAWS), levels, method))
     near = (x.mean(1) > 0.25).astype(float)  # which of the two; 8 standard deviations apart
     assert abs(near.mean() - 0.5) < 0.02
@@ -77,7 +77,7 @@ def test_given_frames_condition_the_rest(method, steps, lag):
     given = {"video": np.array([True, False, False]), "audio": np.ones(3, bool)}
     z = noise(DRAWS)
     clean = {"video": z["video"].at[:, 0].set(0.5), "audio": jnp.full_like(z["audio"], -0.5)}
-    levels = samplers.schedule_matrix(steps, FRAMES, CONFIG, given, lag)
+    levels = samplers.scheduling_matrix(steps, FRAMES, CONFIG, given, lag)
     x = run(exact(mean, covariance), clean, levels, method)
     for name in ("video", "audio"):
         kept = np.repeat(given[name], x[name].shape[1] // FRAMES)
@@ -95,8 +95,8 @@ def test_a_leap_puts_frames_at_the_mean_of_what_may_follow():
     made = np.r_[2:6, 8:12]
     expected, rest = conditioned(mean, covariance, flat(clean)[0], made)
     shares = []
-    for leap in ((), (0.4, 0.4), (0.2, 0.2), (0.0, 0.0)):
-        levels = samplers.schedule_matrix(32, FRAMES, CONFIG, given, leap=leap)
+    for first_step_times in ((), (0.4, 0.4), (0.2, 0.2), (0.0, 0.0)):
+        levels = samplers.scheduling_matrix(32, FRAMES, CONFIG, given, first_step_times=first_step_times)
         x = flat(run(exact(mean, covariance), clean, levels, "dpmpp_2m"))[:, made]
         np.testing.assert_allclose(x.mean(0), expected, atol=0.04)
         shares.append((x.var(0) / np.diag(rest)).mean())  # of what is left once the rest is known
@@ -119,7 +119,7 @@ def errors(method, spacing, counts):
     end = mean + ((flat(z) - alpha * mean) @ basis * scale) @ basis.T
     denoise, key, found = exact(mean, covariance), jax.random.key(0), []
     for steps in counts:
-        levels = samplers.schedule_matrix(steps, FRAMES, config, spacing=spacing)
+        levels = samplers.scheduling_matrix(steps, FRAMES, config, spacing=spacing)
         x = samplers.sample(denoise, key, z, {}, levels, method, config)
         found.append(float(jnp.sqrt(jnp.square(flat(x) - end).mean())))
     return np.array(found)
@@ -140,14 +140,14 @@ def test_doubling_steps_divides_the_error(method, factor):
 
 def test_schedule_matrix_rows():
     given = {"video": [True, False, False, False], "audio": [True, False, False, True]}
-    flat_levels = samplers.schedule_matrix(4, 4, CONFIG, given)
+    flat_levels = samplers.scheduling_matrix(4, 4, CONFIG, given)
     ladder = [-12, *np.array(diffusion.log_snr(jnp.array([0.75, 0.5, 0.25]), CONFIG)), 12]
     for name in ("video", "audio"):
         assert flat_levels[name].shape == (5, 4) and flat_levels[name].dtype == jnp.float32
         for frame in range(4):
             expected = [12] * 5 if given[name][frame] else ladder
             np.testing.assert_allclose(flat_levels[name][:, frame], expected, atol=1e-4)
-    rising = samplers.schedule_matrix(4, 4, CONFIG, given, lag=3)
+    rising = samplers.scheduling_matrix(4, 4, CONFIG, given, lag=3)
     for name in ("video", "audio"):  # frames 1, 2, 3 are made, each 3 rows after the one before
         assert rising[name].shape == (4 + 3 * 2 + 1, 4)
         for frame in range(1, 4):
@@ -156,24 +156,24 @@ def test_schedule_matrix_rows():
                 np.testing.assert_allclose(rising[name][start : start + 5, frame], ladder, atol=1e-4)
                 assert (rising[name][:start, frame] == rising[name][0, frame]).all()
                 assert (rising[name][start + 4 :, frame] == 12).all()
-    leaping = samplers.schedule_matrix(4, 4, CONFIG, given, lag=3, leap=(0.3, 0.6))
+    leaping = samplers.scheduling_matrix(4, 4, CONFIG, given, lag=3, first_step_times=(0.3, 0.6))
     for name in ("video", "audio"):
         for frame, start in ((1, 0.3), (2, 0.6)):
             rest = np.array(diffusion.log_snr(start * jnp.array([1, 2 / 3, 1 / 3]), CONFIG))
             column = leaping[name][3 * (frame - 1) :, frame]
             np.testing.assert_allclose(column[:5], [-12, *rest, 12], atol=1e-4)
         np.testing.assert_array_equal(leaping[name][:, [0, 3]], rising[name][:, [0, 3]])
-    one = samplers.schedule_matrix(1, 4, CONFIG, given, leap=(0.3,))
-    np.testing.assert_array_equal(one["video"], samplers.schedule_matrix(1, 4, CONFIG, given)["video"])
+    one = samplers.scheduling_matrix(1, 4, CONFIG, given, first_step_times=(0.3,))
+    np.testing.assert_array_equal(one["video"], samplers.scheduling_matrix(1, 4, CONFIG, given)["video"])
     for schedule in diffusion.SCHEDULES:
         for low, high in ((-12.0, 12.0), (-9.7, 11.3)):
             config = {**CONFIG, "schedule": schedule, "log_snr_min": low, "log_snr_max": high}
             for spacing in samplers.SPACINGS:
-                levels = samplers.schedule_matrix(7, 1, config, spacing=spacing)["video"][:, 0]
+                levels = samplers.scheduling_matrix(7, 1, config, spacing=spacing)["video"][:, 0]
                 assert levels[0] >= low and levels[-1] == high and (jnp.diff(levels) > 0).all()
-    even = samplers.schedule_matrix(6, 2, CONFIG, spacing="log_snr")["audio"][:, 1]
+    even = samplers.scheduling_matrix(6, 2, CONFIG, spacing="log_snr")["audio"][:, 1]
     np.testing.assert_allclose(even, np.linspace(-12, 12, 7), atol=1e-4)
-    karras = samplers.schedule_matrix(6, 2, CONFIG, spacing="karras")["video"][:, 0]
+    karras = samplers.scheduling_matrix(6, 2, CONFIG, spacing="karras")["video"][:, 0]
     root = np.exp(-np.array(karras) / 14)  # (sigma / alpha)^(1/7) is even
     np.testing.assert_allclose(np.diff(root), (root[-1] - root[0]) / 6, rtol=1e-3)
 
@@ -184,7 +184,7 @@ def test_pyramid_equals_the_plain_run_for_unrelated_frames(method):
     mean, covariance = gaussian()[0], np.eye(12) * 0.5
     z = noise(32)
     plain, again, rising = (
-        run(exact(mean, covariance), z, samplers.schedule_matrix(8, FRAMES, CONFIG, lag=lag), method)
+        run(exact(mean, covariance), z, samplers.scheduling_matrix(8, FRAMES, CONFIG, lag=lag), method)
         for lag in (0, 0, 3)
     )
     for name in z:
@@ -194,7 +194,7 @@ def test_pyramid_equals_the_plain_run_for_unrelated_frames(method):
 
 def test_a_pyramid_can_be_walked_in_parts():
     mean, covariance = gaussian()
-    levels = samplers.schedule_matrix(8, FRAMES, CONFIG, lag=4)
+    levels = samplers.scheduling_matrix(8, FRAMES, CONFIG, lag=4)
     whole = run(exact(mean, covariance), noise(32), levels, "ddim")
     first, second = ({n: levels[n][part] for n in levels} for part in (np.s_[:9], np.s_[8:]))
     middle = run(exact(mean, covariance), noise(32), first, "ddim")
@@ -208,7 +208,7 @@ def test_a_pyramid_can_be_walked_in_parts():
 @pytest.mark.parametrize("method", samplers.METHODS)
 def test_given_frames_stay_bitwise_and_are_seen_as_they_are(method):
     given = {"video": np.array([True, False, True]), "audio": np.array([False, False, True])}
-    levels = samplers.schedule_matrix(5, FRAMES, CONFIG, given, lag=1)
+    levels = samplers.scheduling_matrix(5, FRAMES, CONFIG, given, lag=1)
     levels["video"] = levels["video"].at[:, 2].set(3.0)  # given with a little noise
     z = noise(4)
 
@@ -224,7 +224,7 @@ def test_given_frames_stay_bitwise_and_are_seen_as_they_are(method):
 
 def test_the_last_step_returns_x0_itself():
     for method in samplers.METHODS:
-        levels = samplers.schedule_matrix(3, FRAMES, CONFIG)
+        levels = samplers.scheduling_matrix(3, FRAMES, CONFIG)
         constant = lambda z, level, cond: jax.tree.map(lambda z: jnp.full_like(z, 0.3), z)  # noqa: E731
         x = run(constant, noise(2), levels, method, "x0")
         assert all((a == np.float32(0.3)).all() for a in x.values())
@@ -235,14 +235,14 @@ def test_levels_may_differ_by_example():
 
     def denoise(z, level, cond):  # exact for unit-free independent data, any level per example
         def leaf(level, z):
-            alpha, sigma = diffusion.alpha_sigma(diffusion.spread(level, z))
+            alpha, sigma = diffusion.alpha_sigma(diffusion.broadcast_to_latent(level, z))
             return 0.5 * alpha / (0.5 * alpha**2 + sigma**2) * z
 
         return jax.tree.map(leaf, level, z)
 
     z, given = noise(2), {"video": [True, False, False]}
-    one = samplers.schedule_matrix(6, FRAMES, CONFIG)
-    two = samplers.schedule_matrix(6, FRAMES, CONFIG, given)
+    one = samplers.scheduling_matrix(6, FRAMES, CONFIG)
+    two = samplers.scheduling_matrix(6, FRAMES, CONFIG, given)
     both = {name: jnp.stack([one[name], two[name]], 1) for name in one}  # [N+1, B, T]
     x = run(denoise, z, both, "dpmpp_2m", "x0")
     for i, levels in enumerate((one, two)):
@@ -257,7 +257,7 @@ def test_levels_may_differ_by_example():
 
 def conditional(z, level, cond):  # a prediction that depends on everything
     return {
-        name: jnp.tanh(z[name] + 0.1 * diffusion.spread(level[name], z[name]))
+        name: jnp.tanh(z[name] + 0.1 * diffusion.broadcast_to_latent(level[name], z[name]))
         * cond["text"].reshape(-1, *[1] * (z[name].ndim - 1))
         for name in z
     }
@@ -307,14 +307,14 @@ def test_guidance_moves_a_gaussian_to_its_condition():
 
     def denoise(z, level, cond):
         shift = unflat(cond["mean"])
-        alpha = {n: diffusion.alpha_sigma(diffusion.spread(level[n], z[n]))[0] for n in z}
+        alpha = {n: diffusion.alpha_sigma(diffusion.broadcast_to_latent(level[n], z[n]))[0] for n in z}
         centred = {n: z[n] - alpha[n] * shift[n] for n in z}
         x0 = exact(np.zeros((1, 12)), covariance, "x0")(centred, level, {})
         return {n: x0[n] + shift[n] for n in z}
 
     cond, null = {"mean": jnp.full((2000, 12), 0.4)}, {"mean": jnp.zeros((1, 12))}
     config = {**CONFIG, "target": "x0"}
-    levels = samplers.schedule_matrix(32, FRAMES, CONFIG)
+    levels = samplers.scheduling_matrix(32, FRAMES, CONFIG)
     guided = samplers.guided(denoise, samplers.text_guidance(3.0, null))
     x = flat(samplers.sample(guided, jax.random.key(0), noise(2000), cond, levels, "dpmpp_2m", config))
     np.testing.assert_allclose(x.mean(0), 1.2, atol=0.1)
@@ -353,14 +353,16 @@ def test_history_guidance_withholds_what_is_given(fraction):
     level = {name: jnp.where(mask, 12.0, 0.3) + jnp.zeros((4, FRAMES)) for name, mask in given.items()}
     tied = by_example(mean, covariance)
     group = np.asarray(
-        flat({n: diffusion.spread(jnp.array(given[n])[None], x) | (x < -99) for n, x in noise(1).items()})
+        flat({n: diffusion.broadcast_to_latent(jnp.array(given[n])[None], x) | (x < -99) for n, x in noise(1).items()})
     )[0]
     full, alone = tied(z, level, {}), by_example(mean, untied(covariance, group))(z, level, {})
     more = full
     if fraction:
         to = float(diffusion.log_snr(fraction, CONFIG))
         noisy = diffusion.add_noise(z, other, {n: jnp.full((4, FRAMES), to) for n in z})
-        hazy = {n: jnp.where(diffusion.spread(jnp.asarray(given[n])[None], z[n]), noisy[n], z[n]) for n in z}
+        hazy = {
+            n: jnp.where(diffusion.broadcast_to_latent(jnp.asarray(given[n])[None], z[n]), noisy[n], z[n]) for n in z
+        }
         more = tied(hazy, {n: jnp.where(given[n], to, level[n]) for n in z}, {})
     terms = samplers.history_guidance(2.5, given, other, CONFIG, fraction)
     guided = samplers.guided(tied, terms)(z, level, {})
@@ -402,7 +404,7 @@ def test_all_guidance_is_one_call():
 
 def test_frames_to_go_on_from_may_be_lightly_noised():
     given = {"video": np.array([True, False, False]), "audio": np.ones(FRAMES, bool)}
-    levels = samplers.schedule_matrix(4, FRAMES, CONFIG, given, given_time=0.02)
+    levels = samplers.scheduling_matrix(4, FRAMES, CONFIG, given, context_noise=0.02)
     np.testing.assert_allclose(levels["video"][:, 0], diffusion.log_snr(0.02, CONFIG), rtol=1e-6)
     assert levels["video"][0, 0] < 12 and (levels["video"][-1, 1:] == 12).all()
     assert (levels["audio"] == 12).all()  # given whole: exact
@@ -430,14 +432,14 @@ def test_a_second_call_does_not_trace_again():
     for seed in range(2):
         cond = {"text": jnp.full((2, 2), float(seed))}
         given = {"video": np.arange(FRAMES) < seed}
-        levels = samplers.schedule_matrix(4, FRAMES, CONFIG, given)
+        levels = samplers.scheduling_matrix(4, FRAMES, CONFIG, given)
         outputs.append(walk(1.0 + seed, 2.0 + seed, jax.random.key(seed), noise(2, seed), cond, levels))
     assert len(traces) == 1 and (outputs[0]["video"] != outputs[1]["video"]).all()
 
 
 def test_ancestral_noise_depends_on_the_key_alone():
     mean, covariance = gaussian()
-    levels = samplers.schedule_matrix(4, FRAMES, CONFIG)
+    levels = samplers.scheduling_matrix(4, FRAMES, CONFIG)
 
     def walker(method, **more):
         def walk(seed):
@@ -457,12 +459,12 @@ def test_ancestral_noise_depends_on_the_key_alone():
     [
         (lambda z, levels: samplers.sample(None, None, z, {}, levels, "dpm2m", CONFIG), "dpmpp_2m"),
         (lambda z, levels: samplers.sample(None, None, z, {}, levels, "heun", CONFIG, 1.0), "eta"),
-        (lambda z, levels: samplers.schedule_matrix(0, 3, CONFIG), "steps"),
-        (lambda z, levels: samplers.schedule_matrix(4, 3, CONFIG, spacing="times"), "'time'"),
-        (lambda z, levels: samplers.schedule_matrix(4, 3, CONFIG, {"video": [True]}), "shape"),
+        (lambda z, levels: samplers.scheduling_matrix(0, 3, CONFIG), "steps"),
+        (lambda z, levels: samplers.scheduling_matrix(4, 3, CONFIG, spacing="times"), "'time'"),
+        (lambda z, levels: samplers.scheduling_matrix(4, 3, CONFIG, {"video": [True]}), "shape"),
     ],
 )
 def test_wrong_settings_are_one_clear_line(call, message):
     with pytest.raises(UserError, match=message) as error:
-        call(noise(1), samplers.schedule_matrix(2, FRAMES, CONFIG))
+        call(noise(1), samplers.scheduling_matrix(2, FRAMES, CONFIG))
     assert "\n" not in str(error.value)

@@ -45,7 +45,7 @@ def shapes():
 def with_attention(config):
     """One level of everything, and heads for the tensor axis."""
     config.unlock()
-    config.denoiser.model.update(channels=(16,), blocks=(1,), attention=(True,), exchange=(True,), time_strides=())
+    config.denoiser.model.update(channels=(16,), blocks=(1,), attention=(True,), cross_modal=(True,), time_strides=())
     return config
 
 
@@ -87,7 +87,7 @@ def test_kernels_are_split_and_small_ones_left_whole(shapes):
     assert {axis for path in shapes for axis in spec(path, alone)} == {None}
 
 
-def test_optimiser_and_average_are_split_like_the_parameters():
+def test_optimizer_and_average_are_split_like_the_parameters():
     config = tiny.get_config()
     params = stages.abstract_params(config)["clip"]
     state = jax.eval_shape(lambda p: train_state.create(p, config.clip), params)
@@ -132,7 +132,7 @@ def test_parts_of_a_batch_must_divide_too():
         with pytest.raises(UserError, match=words):
             sharding.check_batch(size, mesh, parts)
     sharding.check_batch(48, mesh, 2, 3)
-    with pytest.raises(UserError, match=r"x 2 parts \(accumulate\) x 3 clips \(near_miss.every\): use 48$"):
+    with pytest.raises(UserError, match=r"x 2 parts \(accumulate\) x 3 clips \(hard_negative.every\): use 48$"):
         sharding.check_batch(32, mesh, 2, 3)
 
 
@@ -218,7 +218,7 @@ def batches(config, rng):
     tokens = text.encode([f"clip {i}" for i in range(8)], config.data.text_length)
     words = {"states": rng.normal(size=(8, 96, 16)), "pooled": rng.normal(size=(8, 16))}
     words = {k: x.astype(np.float32) for k, x in words.items()} | {"mask": text.mask(tokens)}
-    near = {"near_miss": words | {"states": words["states"][::-1]}} if config.denoiser.near_misses else {}
+    near = {"hard_negative": words | {"states": words["states"][::-1]}} if config.denoiser.hard_negatives else {}
     video = rng.integers(0, 256, (8, 5, 16, 16, 3), np.uint8)
     audio = rng.uniform(-1, 1, (8, size.samples)).astype(np.float32)
     return {
@@ -305,10 +305,10 @@ def compare_samples(config):
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    compare_losses(with_attention(tiny.get_config("near_misses")))
-    with layers.forms_of("tpu"):  # the autoencoder with factorised convolutions, the denoiser with full ones
+    compare_losses(with_attention(tiny.get_config("hard_negatives")))
+    with layers.backend("tpu"):  # the autoencoder with factorized convolutions, the denoiser with full ones
         recipe = tiny.get_config()
         recipe.unlock()
-        recipe.denoiser.model.factorised = False
+        recipe.denoiser.model.factorized = False
         compare_losses(recipe, convolved=True)
     compare_samples(with_attention(tiny.get_config()))

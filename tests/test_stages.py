@@ -41,7 +41,7 @@ def clips(batch=4, seed=0):
     video = rng.integers(0, 256, (batch, 5, 16, 16, 3), np.uint8)
     audio = rng.uniform(-1, 1, (batch, 1250)).astype(np.float32)
     tokens = text.encode([f"clip {i}" for i in range(batch)], 96)
-    return {"video": video, "audio": audio, "tokens": tokens, "near_miss": tokens[::-1]}
+    return {"video": video, "audio": audio, "tokens": tokens, "hard_negative": tokens[::-1]}
 
 
 # ---------------------------------------------------------------------------------------------------------- sizes
@@ -121,7 +121,7 @@ def test_sizes_that_do_not_fit_are_told(config, changes, words):
             config.update_from_flattened_dict({key: int(number)})
             if (key, number) == ("data.size", "4"):  # one latent pixel, which no denoiser of two levels halves
                 config.denoiser.model.update(
-                    channels=(16,), blocks=(1,), attention=(False,), exchange=(False,), time_strides=()
+                    channels=(16,), blocks=(1,), attention=(False,), cross_modal=(False,), time_strides=()
                 )
             stages.models(config)
 
@@ -214,16 +214,16 @@ def test_the_denoiser_takes_clips_or_what_they_encode_to(config, frozen):
     @jax.jit
     def run(key):
         z = stages.encode(config, frozen, batch["video"], batch["audio"])
-        words, near = (stages.encode_text(config, frozen, batch[name]) for name in ("tokens", "near_miss"))
-        encoded = loss_fn(frozen["denoiser"], key, {"z": z, "text": words, "near_miss": near}, frozen)
+        words, near = (stages.encode_text(config, frozen, batch[name]) for name in ("tokens", "hard_negative"))
+        encoded = loss_fn(frozen["denoiser"], key, {"z": z, "text": words, "hard_negative": near}, frozen)
         plain = loss_fn(frozen["denoiser"], key, {"z": z, "text": words}, frozen)
         return encoded, loss_fn(frozen["denoiser"], key, batch, frozen), plain
 
     (encoded, told), (afresh, _), (plain, metrics) = run(jax.random.key(0))
     np.testing.assert_allclose(encoded, afresh, rtol=1e-5)
     np.testing.assert_allclose(told["loss_video"], metrics["loss_video"], rtol=1e-5)
-    weight = config.denoiser.near_miss.weight
-    assert encoded - plain > weight * told["near_miss_loss"] > 0  # and the anchor
+    weight = config.denoiser.hard_negative.weight
+    assert encoded - plain > weight * told["hard_negative_loss"] > 0  # and the anchor
 
 
 def test_stft_distance():

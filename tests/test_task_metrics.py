@@ -25,7 +25,7 @@ class Oracle:
         assert whole == (prompts == [item["caption"] for item in self.items])
         return tuple(np.stack([item[part] for item in self.items]) for part in ("video", "audio"))
 
-    def roll_out(self, prompts, frames, *, seed):
+    def rollout(self, prompts, frames, *, seed):
         films = [self.films.window(i, 0, frames) for i in range(len(prompts))]
         return tuple(np.stack([film[part] for film in films]) for part in ("video", "audio"))
 
@@ -73,7 +73,7 @@ def test_the_truth_reaches_its_own_ceilings(oracle):
     for task in ("foley", "sound"):
         for key in ("sync_impacts", "sync_onsets"):
             assert oracle[task][key] == oracle[task][f"{key}_truth"] > 0.9
-    curve = oracle["roll_out"]
+    curve = oracle["rollout"]
     assert curve["seconds"] == pytest.approx([2.125 * n for n in range(1, 11)])
     assert min(curve["right"]) == min(curve["permanence"]) == 1 and max(curve["size_drift"]) < 0.1
 

@@ -90,10 +90,10 @@ def test_read_prompts_missing_or_a_folder(tmp_path):
 KINDS = (("red", "green", "blue"), ("circle", "square"), ("left", "right", "up"))
 
 
-def test_a_near_miss_exchanges_two_words_of_a_kind():
+def test_a_hard_negative_exchanges_two_words_of_a_kind():
     caption = "a red circle moving left and a small blue circle, going left"
-    assert text.near_miss(caption, KINDS) == "a blue circle moving left and a small red circle, going left"
-    seen = {text.near_miss(f"{'a ' * i}red circle left, blue square up", KINDS)[2 * i :] for i in range(30)}
+    assert text.hard_negative(caption, KINDS) == "a blue circle moving left and a small red circle, going left"
+    seen = {text.hard_negative(f"{'a ' * i}red circle left, blue square up", KINDS)[2 * i :] for i in range(30)}
     assert seen == {
         "blue circle left, red square up",
         "red square left, blue circle up",
@@ -101,10 +101,10 @@ def test_a_near_miss_exchanges_two_words_of_a_kind():
     }
 
 
-def test_a_near_miss_of_one_object_replaces_a_word():
+def test_a_hard_negative_of_one_object_replaces_a_word():
     for i in range(20):
         caption = f"{'a ' * i}red circle moving up"
-        changed = [(a, b) for a, b in zip(caption.split(), text.near_miss(caption, KINDS).split()) if a != b]
+        changed = [(a, b) for a, b in zip(caption.split(), text.hard_negative(caption, KINDS).split()) if a != b]
         assert len(changed) == 1 and any(set(changed[0]) <= set(kind) for kind in KINDS)
-    assert text.near_miss(caption, KINDS) == text.near_miss(caption, KINDS)
-    assert text.near_miss("an empty box, redder", KINDS) == "an empty box, redder"
+    assert text.hard_negative(caption, KINDS) == text.hard_negative(caption, KINDS)
+    assert text.hard_negative("an empty box, redder", KINDS) == "an empty box, redder"

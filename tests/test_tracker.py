@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from vdm_jax.data.world import COLOURS, DIRECTIONS, SHAPES, World
+from vdm_jax.data.world import COLORS, DIRECTIONS, SHAPES, World
 from vdm_jax.errors import UserError
 from vdm_jax.metrics.tracker import VISIBLE, impacts, measure, onsets, summarise, track
 
@@ -13,7 +13,7 @@ PLAIN = {"gravity": 0, "occluder": 0, "leave": 0, "pan": 0, "light": 0}
 
 
 def ask(item):
-    return [dict(zip(("colour", "shape", "direction"), m)) for m in World.meaning(item)]
+    return [dict(zip(("color", "shape", "direction"), m)) for m in World.meaning(item)]
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,12 @@ def easy():
 def seen_frames(items, tracks):
     for item, rows in zip(items, tracks):
         state = item["state"]
-        for o, colour in enumerate(state["colour"]):
+        for o, color in enumerate(state["color"]):
             for f in np.flatnonzero(state["visible"][:, o] >= VISIBLE):
-                yield state, o, f, rows.get(COLOURS[colour])
+                yield state, o, f, rows.get(COLORS[color])
 
 
-def test_colour_shape_position_and_radius_of_true_renders(clips):
+def test_color_shape_position_and_radius_of_true_renders(clips):
     right, errors, radii = [], [], []
     for state, o, f, row in seen_frames(*clips):
         found = row is not None and row["present"][f]
@@ -53,7 +53,7 @@ def test_colour_shape_position_and_radius_of_true_renders(clips):
 
 def test_no_object_is_seen_that_is_not_there(clips):
     for item, rows in zip(*clips):
-        names = {COLOURS[c] for c in item["state"]["colour"]}
+        names = {COLORS[c] for c in item["state"]["color"]}
         assert {name for name, row in rows.items() if row["present"].any()} <= names
         assert not any(row["extra"].any() for row in rows.values())
 
@@ -62,8 +62,8 @@ def test_what_is_mostly_hidden_is_known_to_be(clips):
     hidden = []
     for item, rows in zip(*clips):
         state = item["state"]
-        for o, colour in enumerate(state["colour"]):
-            row = rows.get(COLOURS[colour])
+        for o, color in enumerate(state["color"]):
+            row = rows.get(COLORS[color])
             if row is not None:
                 of = row["present"] & (state["visible"][:, o] < 0.6)
                 hidden += list(row["visible"][of] < VISIBLE)
@@ -118,9 +118,7 @@ def test_impacts_are_those_of_the_world(clips):
         kinks = impacts(rows, FPS)
         for t, name, _ in kinks:
             own = [
-                abs(e["time"] - t)
-                for e in state["events"]
-                if COLOURS.index(name) in state["colour"][list(e["objects"])]
+                abs(e["time"] - t) for e in state["events"] if COLORS.index(name) in state["color"][list(e["objects"])]
             ]
             false += min(own, default=9) > 1 / FPS
             errors.append(min(own, default=9))
@@ -130,7 +128,7 @@ def test_impacts_are_those_of_the_world(clips):
             for o in event["objects"]:
                 f = int(event["time"] * FPS)
                 if state["visible"][max(0, f - 1) : f + 3, o].min() > 0.8:
-                    name = COLOURS[state["colour"][o]]
+                    name = COLORS[state["color"][o]]
                     true += 1
                     found += any(abs(t - event["time"]) <= 1 / FPS and n == name for t, n, _ in kinks)
     assert true > 250 and found / true > 0.9 and false / len(errors) < 0.02
@@ -142,11 +140,11 @@ def test_true_clips_measure_right(clips):
     pooled = summarise([measure(i["video"], i["audio"], FPS, RATE, ask(i)) for i in clips[0][:80]])
     assert pooled["one_object"] > 0.96 and pooled["two_objects"] > 0.9
     assert pooled["direction"] > 0.96 and pooled["count"] > 0.96 and pooled["permanence"] > 0.85
-    assert pooled["size_drift"] < 0.02 and pooled["colour_drift"] < 0.01
+    assert pooled["size_drift"] < 0.02 and pooled["color_drift"] < 0.01
     assert pooled["sync_impacts"] > 0.96 and pooled["sync_onsets"] > 0.93
 
 
-def test_wrong_shape_colour_direction_and_count_fail(easy):
+def test_wrong_shape_color_direction_and_count_fail(easy):
     for item in easy[:5]:
         (true,) = ask(item)
 
@@ -158,22 +156,22 @@ def test_wrong_shape_colour_direction_and_count_fail(easy):
         for shape in set(SHAPES) - {true["shape"]}:
             wrong = result([{**true, "shape": shape}])
             assert not wrong["right"] and wrong["objects"][0]["shape_right_share"] < 0.1
-        for colour in set(COLOURS) - {true["colour"]}:
-            wrong = result([{**true, "colour": colour}])
+        for color in set(COLORS) - {true["color"]}:
+            wrong = result([{**true, "color": color}])
             assert not wrong["right"] and wrong["objects"][0]["present_share"] == 0
         for direction in set(DIRECTIONS) - {true["direction"]}:
             wrong = result([{**true, "direction": direction}])
             assert wrong["right"] and not wrong["objects"][0]["direction_right"]
-        other = {**true, "colour": COLOURS[COLOURS.index(true["colour"]) - 1]}
+        other = {**true, "color": COLORS[COLORS.index(true["color"]) - 1]}
         both = result([true, other])
         assert not both["right"] and not both["count_right"]
 
 
-def test_a_second_object_of_the_asked_colour_is_counted(easy):
+def test_a_second_object_of_the_asked_color_is_counted(easy):
     item = next(i for i in easy if i["state"]["radius"][0] < 0.13)
     twice = np.maximum(item["video"], item["video"][:, ::-1, ::-1])  # its mirror image as well
     apart = np.abs(item["state"]["position"][:, 0] - 0.5).max(1) > 0.2
-    rows = track(twice)[ask(item)[0]["colour"]]
+    rows = track(twice)[ask(item)[0]["color"]]
     assert (rows["extra"][apart] == 1).mean() > 0.9
 
 
@@ -211,7 +209,7 @@ def test_noise_and_nothing_hold_no_objects():
     noise = rng.integers(0, 256, (17, 32, 32, 3), dtype=np.uint8)
     assert not any(row["present"].any() for row in track(noise).values())
     assert track(np.full((17, 32, 32, 3), 31, np.uint8)) == {}
-    result = measure(noise, np.zeros(17000), FPS, RATE, [{"colour": "red", "shape": "circle", "direction": "up"}])
+    result = measure(noise, np.zeros(17000), FPS, RATE, [{"color": "red", "shape": "circle", "direction": "up"}])
     assert not result["right"] and result["sync_impacts"] == result["sync_onsets"] == (0, 0)
 
 
@@ -234,14 +232,14 @@ def test_drifts_are_seen(easy):
         at = [(y - cy) / scale + cy - 0.5, (x - cx) / scale + cx - 0.5]
         zoomed.append(np.stack([ndimage.map_coordinates(start[..., c], at, order=1) for c in range(3)], -1))
     drift = measure(np.stack(zoomed), item["audio"], FPS, RATE, ask(item))["objects"][0]
-    assert 0.15 < drift["size_drift"] < 0.4 and drift["colour_drift"] < 0.05
+    assert 0.15 < drift["size_drift"] < 0.4 and drift["color_drift"] < 0.05
     turned = item["video"].astype(float)
     amount = np.linspace(0, 0.25, 17)[:, None, None]
     channels = [turned[..., c] for c in range(3)]
     for c in range(3):  # each channel leaks into the next: the hue turns
         turned[..., c] = channels[c] * (1 - amount) + amount * channels[c - 1]
     drift = measure(turned.astype(np.uint8), item["audio"], FPS, RATE, ask(item))["objects"][0]
-    assert drift["colour_drift"] > 0.1
+    assert drift["color_drift"] > 0.1
 
 
 def test_sound_out_of_time_is_out_of_sync(clips):
@@ -275,4 +273,4 @@ def test_summary_of_nothing_and_of_unknown_names():
     assert set(summarise([]).values()) == {None}
     video = np.zeros((5, 32, 32, 3), np.uint8)
     with pytest.raises(UserError, match="shape 'hexagon' unknown"):
-        measure(video, np.zeros(5000), FPS, RATE, [dict(colour="red", shape="hexagon", direction="up")])
+        measure(video, np.zeros(5000), FPS, RATE, [dict(color="red", shape="hexagon", direction="up")])

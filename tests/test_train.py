@@ -44,7 +44,7 @@ def files(folder):
 
 def test_a_run_from_start_to_end_then_killed_and_resumed(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    config, longer = f"{CONFIG}:near_misses", f"--config.denoiser.steps={STEPS}"
+    config, longer = f"{CONFIG}:hard_negatives", f"--config.denoiser.steps={STEPS}"
 
     # ------------------------------------------------------------------------------------------- all four stages
     code, err = run(whole, longer, config=config)

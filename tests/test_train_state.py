@@ -13,7 +13,7 @@ from vdm_jax.errors import UserError
 
 def settings(**different):
     base = dict(
-        optimiser="adamw",
+        optimizer="adamw",
         accumulate=1,
         steps=20,
         learning_rate=0.1,
@@ -163,14 +163,14 @@ def test_moving_average():
 
 def test_only_kernels_decay_and_gradients_are_clipped():
     zero = jax.tree.map(jnp.zeros_like, params())
-    optimiser = optim.optimiser(settings(weight_decay=0.5, warmup_steps=0))
-    updates, _ = optimiser.update(zero, optimiser.init(params()), params())
+    optimizer = optim.optimizer(settings(weight_decay=0.5, warmup_steps=0))
+    updates, _ = optimizer.update(zero, optimizer.init(params()), params())
     np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * params()["kernel"], rtol=1e-5)
     np.testing.assert_array_equal(updates["bias"], [0])
     # A gradient of norm 5 counts as one of norm 1: Adam's first moment tells.
-    optimiser = optim.optimiser(settings())
+    optimizer = optim.optimizer(settings())
     gradient = {"kernel": jnp.array([[3.0, 0.0]]), "bias": jnp.array([4.0])}
-    _, state = optimiser.update(gradient, optimiser.init(params()), params())
+    _, state = optimizer.update(gradient, optimizer.init(params()), params())
     moment = optax.tree.get(state, "mu")
     np.testing.assert_allclose(moment["kernel"], [[0.06, 0]], rtol=1e-5)
     np.testing.assert_allclose(moment["bias"], [0.08], rtol=1e-5)
@@ -180,7 +180,7 @@ def test_muon_moves_every_kernel_by_an_orthogonal_matrix_and_the_rest_as_adam():
     rng = np.random.default_rng(0)
     shapes = {"conv": (3, 3, 4, 16), "query": (32, 2, 8), "out": (2, 8, 32)}  # as matrices [36, 16], [32, 16], [16, 32]
     tree = {name: {"kernel": rng.normal(size=s).astype("f"), "bias": np.ones(3, "f")} for name, s in shapes.items()}
-    method = optim.optimiser(settings(optimiser="muon", warmup_steps=0, clip_norm=1e9))
+    method = optim.optimizer(settings(optimizer="muon", warmup_steps=0, clip_norm=1e9))
     updates, _ = method.update(tree, method.init(tree), tree)
     for name, rows in (("conv", 36), ("query", 32), ("out", 16)):
         matrix = np.asarray(updates[name]["kernel"]).reshape(rows, -1)
@@ -196,7 +196,7 @@ def test_muon_begins_as_that_of_optax_which_takes_kernels_one_by_one():
     shapes = {"a": (3, 3, 4, 16), "b": (16, 36), "c": (36, 16), "query": (32, 2, 8), "out": (2, 8, 32)}
     inputs = {"a": 3, "b": 1, "c": 1, "query": 1, "out": 2}  # of the axes, the first so many
     tree = {name: {"kernel": rng.normal(size=s).astype("f")} for name, s in shapes.items()}
-    ours = optim.optimiser(settings(optimiser="muon", warmup_steps=0, weight_decay=0.1, clip_norm=1e9))
+    ours = optim.optimizer(settings(optimizer="muon", warmup_steps=0, weight_decay=0.1, clip_norm=1e9))
     axes = {
         n: {"kernel": optax.contrib.MuonDimensionNumbers(tuple(range(i)), tuple(range(i, len(shapes[n]))))}
         for n, i in inputs.items()
@@ -206,6 +206,6 @@ def test_muon_begins_as_that_of_optax_which_takes_kernels_one_by_one():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), mine, other)
 
 
-def test_an_unknown_optimiser_is_named():
+def test_an_unknown_optimizer_is_named():
     with pytest.raises(UserError, match="'sgd' is unknown: use adamw or muon"):
-        optim.optimiser(settings(optimiser="sgd"))
+        optim.optimizer(settings(optimizer="sgd"))

@@ -10,7 +10,7 @@ from tests.helpers import init_weights, names
 from vdm_jax import conditioning
 from vdm_jax.data import text
 from vdm_jax.models.clip import TextEncoder
-from vdm_jax.models.unet import Exchange, LevelEmbedding, TokenMixer, UNet
+from vdm_jax.models.unet import CrossModalAttention, NoiseEmbedding, SpaceTimeAttention, UNet
 
 SETTINGS = dict(
     patch=1,
@@ -18,9 +18,9 @@ SETTINGS = dict(
     audio_channels=(),
     blocks=(1, 1),
     attention=(False, True),
-    exchange=(False, True),
+    cross_modal=(False, True),
     time_strides=(2,),
-    factorised=True,
+    factorized=True,
     head_dim=8,
     embedding=16,
     text_layers=1,
@@ -57,7 +57,7 @@ def denoise():
             z,
             level,
             cond,
-            capture_intermediates=lambda module, _: isinstance(module, LevelEmbedding),
+            capture_intermediates=lambda module, _: isinstance(module, NoiseEmbedding),
             mutable=["intermediates"],
         )
         kept = {m: kept["intermediates"][f"embedding_{m}"]["__call__"][0] for m in ("video", "audio")}
@@ -135,7 +135,7 @@ def test_more_frames_than_it_was_made_for(denoise):
 
 def test_starts_as_zero():
     z, level, cond = inputs()
-    one_level = dict(channels=(8,), blocks=(1,), attention=(True,), exchange=(True,), time_strides=())
+    one_level = dict(channels=(8,), blocks=(1,), attention=(True,), cross_modal=(True,), time_strides=())
     model = UNet(**{**SETTINGS, **one_level})
     out, variables = jax.jit(lambda key: model.init_with_output(key, z, level, cond))(jax.random.key(0))
     for m in ("video", "audio"):
@@ -160,11 +160,11 @@ def both(*prefixes):
 
 def test_attention_and_exchange_are_chosen_by_level():
     for on, low in (((False, False), []), ((False, True), ["1"]), ((True, True), ["0", "1"])):
-        tree = parameters(attention=on, exchange=(False, False))
+        tree = parameters(attention=on, cross_modal=(False, False))
         places = ["middle", *(f"{way}_{i}" for i in low for way in ("down", "up"))]
         assert modules(tree, "attention") == both(*(f"{place}_attention" for place in places))
         assert modules(tree, "exchange") == ["middle_exchange"]
-        tree = parameters(attention=(False, False), exchange=on)
+        tree = parameters(attention=(False, False), cross_modal=on)
         assert modules(tree, "exchange") == sorted(f"{place}_exchange" for place in places)
         assert modules(tree, "attention") == both("middle_attention")
     # The bottleneck reads itself and the text; the text's width is the input of the keys.
@@ -195,7 +195,7 @@ def test_sound_may_be_narrower_and_the_picture_cut_into_squares():
 
 def test_levels_blocks_and_strides_are_chosen():
     tree = parameters(
-        channels=(8, 12, 16), blocks=(1, 0, 2), attention=(False,) * 3, exchange=(False,) * 3, time_strides=(1, 2)
+        channels=(8, 12, 16), blocks=(1, 0, 2), attention=(False,) * 3, cross_modal=(False,) * 3, time_strides=(1, 2)
     )
     blocks = ["down_0_0", "down_2_0", "down_2_1", "middle_in", "middle_out", "up_0_0", "up_2_0", "up_2_1"]
     with_film = sorted({path.split("/")[0] for path in tree if path.split("/")[1] == "film"})
@@ -208,18 +208,18 @@ def test_levels_blocks_and_strides_are_chosen():
     assert tree["head_video/kernel"][-1] == 3 and tree["head_audio/kernel"][-1] == 5
 
 
-def test_convolutions_are_factorised_or_full():
-    factorised, full = parameters(), parameters(factorised=False)
-    assert factorised["middle_in_video/conv_in/space/kernel"] == (1, 3, 3, 16, 16)
-    assert factorised["middle_in_video/conv_in/time/kernel"] == (3, 1, 1, 16, 16)
+def test_convolutions_are_factorized_or_full():
+    factorized, full = parameters(), parameters(factorized=False)
+    assert factorized["middle_in_video/conv_in/space/kernel"] == (1, 3, 3, 16, 16)
+    assert factorized["middle_in_video/conv_in/time/kernel"] == (3, 1, 1, 16, 16)
     assert full["middle_in_video/conv_in/full/kernel"] == (3, 3, 3, 16, 16)
     sound = {path: shape for path, shape in full.items() if "_audio" in path}
-    assert sound == {path: shape for path, shape in factorised.items() if "_audio" in path}
+    assert sound == {path: shape for path, shape in factorized.items() if "_audio" in path}
 
 
 def test_a_full_convolution_over_a_level_that_keeps_time_runs():
     z, level, cond = inputs()
-    model = UNet(**{**SETTINGS, "factorised": False, "time_strides": (1,), "attention": (False, False)})
+    model = UNet(**{**SETTINGS, "factorized": False, "time_strides": (1,), "attention": (False, False)})
     params = init_weights(model, z, level, cond)
     out = jax.jit(model.apply)({"params": params}, z, level, cond)
     assert all(np.isfinite(out[m]).all() and np.std(out[m]) > 0 for m in z)
@@ -238,7 +238,7 @@ def test_exchange_reads_both_sides_as_they_were_before():
     video = rng.normal(size=(1, 2, 2, 2, 16)).astype(np.float32)
     audio = rng.normal(size=(1, 8, 8)).astype(np.float32)
     times = np.repeat([0.0, 0.5], 4), np.arange(8) / 8
-    module = Exchange(head_dim=8)
+    module = CrossModalAttention(head_dim=8)
     start = module.init(jax.random.key(0), video, audio, *times)
     for x, y in zip(module.apply(start, video, audio, *times), (video, audio)):
         np.testing.assert_array_equal(x, y)  # streams start out independent
@@ -264,7 +264,7 @@ def test_token_mixer_knows_places_and_times():
     rng = np.random.default_rng(0)
     x = np.repeat(rng.normal(size=(1, 3, 1, 1, 16)), 4, 2).astype(np.float32)  # four places alike
     _, _, cond = inputs()
-    module = TokenMixer(head_dim=8)
+    module = SpaceTimeAttention(head_dim=8)
     times = np.repeat([0.0, 0.5, 1.0], 4)
     params = init_weights(module, x, times, cond)
     run = jax.jit(functools.partial(module.apply, {"params": params}))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vdm_jax.data import world as w
-from vdm_jax.data.world import COLOURS, DIRECTIONS, PALETTE, SHAPES, World
+from vdm_jax.data.world import COLORS, DIRECTIONS, PALETTE, SHAPES, World
 from vdm_jax.errors import UserError
 
 PLAIN = {"gravity": 0, "occluder": 0, "leave": 0, "pan": 0, "light": 0}
@@ -126,7 +126,7 @@ def test_pixels_show_the_state():
     for i in range(40):
         item = source[i]
         state = item["state"]
-        full = np.array(PALETTE[COLOURS[state["colour"][0]]])
+        full = np.array(PALETTE[COLORS[state["color"][0]]])
         excess = item["video"].astype(float).max(-1) - item["video"].min(-1)  # grey gives 0
         for frame in np.flatnonzero(state["visible"][:, 0] > 0.97)[::5]:
             mask = excess[frame] > 0.4 * excess[frame].max()
@@ -188,8 +188,8 @@ def test_captions_and_directions():
         state, text = item["state"], item["caption"]
         assert text.isascii() and len(text) <= 128
         lengths.append(len(text) if len(state["radius"]) < 3 else 0)
-        for o, (colour, shape, direction) in zip(w.seen(state), w.describe(state)):
-            assert f"{colour} {shape}" in text and direction in text
+        for o, (color, shape, direction) in zip(w.seen(state), w.describe(state)):
+            assert f"{color} {shape}" in text and direction in text
             move = state["position"][3, o] - state["position"][0, o]
             assert w.direction_of(move) == direction or state["gravity"]
         assert [m[:2] for m in World.meaning(item)] == sorted(m[:2] for m in World.meaning(item))
@@ -204,7 +204,7 @@ def test_captions_may_leave_directions_out():
     for i in range(300):
         state, text = loose[i]["state"], loose[i]["caption"]
         words = text.replace(",", "").split()
-        assert all(f"{colour} {shape}" in text for colour, shape, _ in w.describe(state))
+        assert all(f"{color} {shape}" in text for color, shape, _ in w.describe(state))
         said, told = said + sum(words.count(d) for d in w.DIRECTIONS), told + len(w.seen(state))
         if i < 20:
             assert (loose[i]["video"] == plain[i]["video"]).all() and text.isascii() and "  " not in text
@@ -216,19 +216,19 @@ def test_prompts_say_what_they_ask():
         asked = w.prompts(0, 50, objects)
         assert asked == w.prompts(0, 50, objects) and asked != w.prompts(1, 50, objects)
         for ask in asked:
-            assert len(ask["objects"]) == objects == len({o["colour"] for o in ask["objects"]})
+            assert len(ask["objects"]) == objects == len({o["color"] for o in ask["objects"]})
             for o in ask["objects"]:
                 assert o["shape"] in SHAPES and o["direction"] in DIRECTIONS
-                assert f"{o['colour']} {o['shape']}" in ask["text"]
+                assert f"{o['color']} {o['shape']}" in ask["text"]
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         {"shapes": ("hexagon",)},
-        {"colours": ()},
+        {"colors": ()},
         {"objects": (0.5, 0.6)},
-        {"objects": (0, 1), "colours": ("red",)},
+        {"objects": (0, 1), "colors": ("red",)},
         {"frames": 0},
         {"radius": (0.1, 0.4)},
     ],

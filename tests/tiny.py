@@ -1,9 +1,9 @@
 """The smallest recipe that passes through every line: what the tests train. Its result is noise.
 
     python -m vdm_jax.train --config=tests/tiny.py --workdir=DIR
-    python -m vdm_jax.train --config=tests/tiny.py:near_misses --workdir=DIR
+    python -m vdm_jax.train --config=tests/tiny.py:hard_negatives --workdir=DIR
 
-In the second the denoiser tells captions from near misses, too.
+In the second the denoiser tells captions from hard negatives, too.
 """
 
 from configs import common
@@ -19,7 +19,7 @@ def get_config(more=None):
     data.update(frames=5, size=16, sample_rate=2000, text_length=96)  # 250 samples a frame; f_t = 2, so T = 3
     data.world = dict(objects=(1.0,), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0)
 
-    tiny = dict(optimiser="adamw", steps=8, batch_size=4, warmup_steps=2)  # adamw compiles faster
+    tiny = dict(optimizer="adamw", steps=8, batch_size=4, warmup_steps=2)  # adamw compiles faster
     vae = config.video_autoencoder
     vae.update(tiny)
     vae.model.update(
@@ -37,20 +37,20 @@ def get_config(more=None):
     clip.model.text.update(width=16, layers=1, heads=2)
     clip.model.video.update(channels=(8, 16))
     clip.model.embedding = 16
-    clip.near_misses = (world.COLOURS, world.SHAPES, world.DIRECTIONS)
+    clip.hard_negatives.words = (world.COLORS, world.SHAPES, world.DIRECTIONS)
 
     denoiser = config.denoiser
     denoiser.update(tiny)
     denoiser.update(cached_clips=32, statistics_clips=32)
-    denoiser.near_misses = (world.DIRECTIONS,) if more == "near_misses" else ()
-    denoiser.near_miss.every = 1
+    denoiser.hard_negatives.words = (world.DIRECTIONS,) if more == "hard_negatives" else ()
+    denoiser.hard_negatives.every = 1
     # Time halves once, so T = 3 is odd there.
     denoiser.model.update(
-        channels=(16, 16), blocks=(1, 0), attention=(False, False), exchange=(False, False), time_strides=(2,)
+        channels=(16, 16), blocks=(1, 0), attention=(False, False), cross_modal=(False, False), time_strides=(2,)
     )
     denoiser.model.update(head_dim=8, embedding=16)
 
-    config.sample.update(steps=4, history=2)
+    config.sample.update(steps=4, context_frames=2)
     config.evaluate.update(clips=4, prompts=2, batch_size=2)
     config.lock()
     return config

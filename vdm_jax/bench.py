@@ -3,7 +3,7 @@
     python -m vdm_jax.bench --config=configs/world.py [--part=train|sample|encode|data] [--stage=denoiser]
         [--repeats=10] [--out=bench.json]
 
-train   one optimiser step of --stage on one batch that is on the device already; random weights and data
+train   one optimizer step of --stage on one batch that is on the device already; random weights and data
 sample  config.sample's sampler on a batch of prompts, decoding included; --steps and --method change it
 encode  clips and captions to latents and text states, as the denoiser's training needs them
 data    the input pipeline alone, on the host
@@ -180,7 +180,7 @@ def count(function, trained, *arguments):
 
     Not of jitted functions, which keep the form that they were first traced in.
     """
-    with layers.forms_of("tpu"):
+    with layers.backend("tpu"):
         return flops.count(function, trained, *arguments)
 
 

@@ -104,7 +104,7 @@ def alpha_sigma(level):
     return jnp.exp(-jax.nn.softplus(-level) / 2), jnp.exp(-jax.nn.softplus(level) / 2)
 
 
-def spread(level, leaf):
+def broadcast_to_latent(level, leaf):
     """[B, T] per-frame values -> [B, K*T, 1, ...], to broadcast onto a leaf [B, K*T, ...]."""
     frames, length = level.shape[1], leaf.shape[1]
     if length % frames or level.shape[0] not in (1, leaf.shape[0]):
@@ -117,7 +117,7 @@ def add_noise(x, eps, level):
     """z = alpha x + sigma eps: arXiv:2107.00630, eq. 1. x, eps: latents; level: [B, T] each."""
 
     def leaf(level, x, eps):
-        alpha, sigma = alpha_sigma(spread(level, x))
+        alpha, sigma = alpha_sigma(broadcast_to_latent(level, x))
         return alpha * x + sigma * eps
 
     return jax.tree.map(leaf, level, x, eps)
@@ -128,7 +128,7 @@ def to_target(x, eps, level, target):
     one_of("target", target, TARGETS)
 
     def leaf(level, x, eps):
-        alpha, sigma = alpha_sigma(spread(level, x))
+        alpha, sigma = alpha_sigma(broadcast_to_latent(level, x))
         return {"noise": eps, "x0": x, "v": alpha * eps - sigma * x}[target]
 
     return jax.tree.map(leaf, level, x, eps)
@@ -139,7 +139,7 @@ def to_x0(prediction, z, level, target):
     one_of("target", target, TARGETS)
 
     def leaf(level, prediction, z):
-        alpha, sigma = alpha_sigma(spread(level, z))
+        alpha, sigma = alpha_sigma(broadcast_to_latent(level, z))
         return {
             "x0": prediction,
             "noise": (z - sigma * prediction) / alpha,
@@ -154,7 +154,7 @@ def to_eps(prediction, z, level, target):
     one_of("target", target, TARGETS)
 
     def leaf(level, prediction, z):
-        alpha, sigma = alpha_sigma(spread(level, z))
+        alpha, sigma = alpha_sigma(broadcast_to_latent(level, z))
         return {
             "x0": (z - alpha * prediction) / sigma,
             "noise": prediction,
@@ -212,7 +212,7 @@ def _strata(key, batch, columns):
     return jax.random.permutation(order_key, even, axis=0, independent=True)
 
 
-def _same(u, frames):
+def _text(u, frames):
     return u["one"], u["one"], False, False
 
 
@@ -224,25 +224,25 @@ def _per_frame(u, frames):  # Diffusion Forcing, arXiv:2407.01392
     return u["video"], u["audio"], False, False
 
 
-def _video_given(u, frames):
+def _foley(u, frames):
     return u["one"], u["one"], True, False
 
 
-def _audio_given(u, frames):
+def _audio(u, frames):
     return u["one"], u["one"], False, True
 
 
-def _image_given(u, frames):  # the first video frame only: a still to animate, without sound
+def _image(u, frames):  # the first video frame only: a still to animate, without sound
     return u["one"], u["one"], frames < min(1, frames.shape[1] - 1), False
 
 
-def _first_given(u, frames):  # a prefix of 1 .. T-1 frames of both modalities
+def _continue(u, frames):  # a prefix of 1 .. T-1 frames of both modalities
     last = frames.shape[1] - 1
     given = frames < jnp.minimum(1 + jnp.floor(u["head"] * last), last)
     return u["one"], u["one"], given, given
 
 
-def _ends_given(u, frames):  # a prefix and a suffix, at least one frame each and one left between
+def _between(u, frames):  # a prefix and a suffix, at least one frame each and one left between
     inner = max(frames.shape[1] - 2, 0)
     head = jnp.minimum(1 + jnp.floor(u["head"] * inner), inner)
     tail = jnp.minimum(1 + jnp.floor(u["tail"] * (inner + 1 - head)), inner + 1 - head)
@@ -250,22 +250,22 @@ def _ends_given(u, frames):  # a prefix and a suffix, at least one frame each an
     return u["one"], u["one"], given, given
 
 
-def _pyramid(u, frames):  # t rises with the frame, at a random slope, and is clipped; t = 0: given
+def _rollout(u, frames):  # t rises with the frame, at a random slope, and is clipped; t = 0: given
     rise = u["other"]
     t = -rise + u["one"] * (1 + rise) + rise * frames / max(frames.shape[1] - 1, 1)
     return jnp.clip(t, 0, 1), jnp.clip(t, 0, 1), t <= 0, t <= 0
 
 
 PATTERNS = {
-    "same": _same,
+    "text": _text,
     "per_modality": _per_modality,
     "per_frame": _per_frame,
-    "video_given": _video_given,
-    "audio_given": _audio_given,
-    "image_given": _image_given,
-    "first_given": _first_given,
-    "ends_given": _ends_given,
-    "pyramid": _pyramid,
+    "foley": _foley,
+    "audio": _audio,
+    "image": _image,
+    "continue": _continue,
+    "between": _between,
+    "rollout": _rollout,
 }
 
 
@@ -321,7 +321,7 @@ def loss(denoise_fn, key, z, cond, config, *others):
     denoise_fn(z_t, log_snr, cond) -> prediction of config.target, the tree of z_t; its parameters
     are closed over. z: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}, or the video alone. cond:
     passed on untouched; beside others a tree of arrays [B, ...], like theirs. others: objectives such
-    as `near_miss_objective`'s, each of rows of its own, whose losses are added. Returns (scalar
+    as `hard_negative_objective`'s, each of rows of its own, whose losses are added. Returns (scalar
     float32, metrics of all).
 
     The network is called once, for all of them: a program with two calls takes twice as long to compile.
@@ -371,7 +371,7 @@ def objective(key, z, cond, config):
     x = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), z)
     eps = noise_like(noise_key, x)
     z_t = add_noise(x, eps, level)
-    z_t = {name: jnp.where(spread(given[name], x[name]), x[name], z_t[name]) for name in z}
+    z_t = {name: jnp.where(broadcast_to_latent(given[name], x[name]), x[name], z_t[name]) for name in z}
     target = to_target(x, eps, level, config["target"])
 
     def measure(prediction):
@@ -395,7 +395,7 @@ def objective(key, z, cond, config):
     return (z_t, level, cond), measure
 
 
-def near_miss_objective(key, z, right, wrong, target, config):
+def hard_negative_objective(key, z, right, wrong, target, config):
     """Has the denoiser tell a clip's caption from one that is nearly right, as a classifier of the two would.
 
     The squared error of eps by a caption stands for -log p(clip | caption), as in arXiv:2303.16203, section 3; here
@@ -406,8 +406,8 @@ def near_miss_objective(key, z, right, wrong, target, config):
 
     z: latents as for `objective`, of P clips; right, wrong: conditions of P rows; rows where they are the same count
     for the anchor alone. target: what the denoiser predicts. Returns (inputs, measure) as there, of 2 P rows: each clip
-    by the right caption, then by the wrong one. Metrics: `near_miss_loss`, the mean of softplus(-logit), and
-    `near_miss_told`, the share with logit > 0; nan where no caption has a near miss.
+    by the right caption, then by the wrong one. Metrics: `hard_negative_loss`, the mean of softplus(-logit), and
+    `hard_negative_accuracy`, the share with logit > 0; nan where no caption has a hard negative.
     """
     level_key, noise_key = jax.random.split(key)
     rows, frames = z["video"].shape[:2]
@@ -433,6 +433,6 @@ def near_miss_objective(key, z, right, wrong, target, config):
         told = jnp.where(differ, jax.nn.softplus(-logit), 0).sum()
         total = config["weight"] * told / jnp.maximum(differ.sum(), 1) + config["anchor"] * by_right.mean()
         share = (differ & (logit > 0)).sum() / differ.sum()
-        return total, {"near_miss_loss": told / differ.sum(), "near_miss_told": share}
+        return total, {"hard_negative_loss": told / differ.sum(), "hard_negative_accuracy": share}
 
     return (*jax.tree.map(lambda x: both(x, x), (z_t, level)), jax.tree.map(both, right, wrong)), measure

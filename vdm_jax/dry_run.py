@@ -8,7 +8,7 @@ The real program, partitioned as in training and compiled by libtpu's compiler, 
 make it fit is printed, and with --try compiled as well. With jaxlib 0.7 a program that is split over chips may take all
 memory of this machine, over 20 GB for a tiny one: use a newer one.
 
-train   one optimiser step of --stage
+train   one optimizer step of --stage
 sample  config.sample's sampler on --rows prompts, decoding included
 encode  --rows clips and captions to latents and text states
 
@@ -145,7 +145,7 @@ def plan(config, options, topology, found):
     """What main's JSON says of one topology."""
     mesh, chip = sharding.make_mesh(config.mesh, found), CHIPS[found[0].device_kind]
     part, stage = options.part, options.stage
-    with layers.forms_of("tpu"):
+    with layers.backend("tpu"):
         work, lower, arguments, params = {"train": train, "sample": sampling, "encode": encode}[part](
             config, stage, mesh, options.rows
         )

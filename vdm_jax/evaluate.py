@@ -39,8 +39,7 @@ CANDIDATES = 64  # clips, all of different meaning, among which a text has to fi
 LEVELS = 8  # noise levels at which the loss is measured
 ALONE = 3  # frames: an impact with no other this near counts as isolated
 SHOWN = 8  # samples on the page
-# Of the sampler; earlier runs have fewer.
-SETTINGS = ("method", "steps", "guidance", "onward_guidance", "across_guidance", "leap", "rescale")
+SETTINGS = ("method", "steps", "first_step_times", "rescale")  # of the sampler
 
 
 def main(argv):
@@ -101,7 +100,8 @@ def main(argv):
         "data": config.data.source,
         "held-out clips": len(items),
         "prompts": len(prompts),
-        **{key: config.sample[key] for key in SETTINGS if key in config.sample},
+        **{key: config.sample[key] for key in SETTINGS},
+        **{f"guidance {name}": weight for name, weight in config.sample.guidance.items()},
         "seed": options.seed,
         "device": jax.devices()[0].device_kind,
         "seconds": round(time.perf_counter() - began),
@@ -171,7 +171,7 @@ def choose_prompts(config, held_out, seed):
         return [{"text": caption, "objects": None} for caption in fresh or captions]
 
     settings = config.data.world
-    known = {key: settings[key] for key in ("shapes", "colours") if key in settings}
+    known = {key: settings[key] for key in ("shapes", "colors") if key in settings}
     meanings = {world.World.meaning(item) for item in shown}
     prompts = []
     for number, chance in enumerate(settings.objects[:2], 1):
@@ -268,11 +268,11 @@ def recall(config, frozen, held_out):
     video = np.stack([item["video"] for item in items])
     words, pictures = batched(functools.partial(embed, params), config, tokens_of(config, items), video)
     found = {"recall_at_1": retrieval.recall_at_k(words, pictures), "candidates": len(items)}
-    if config.clip.near_misses:
-        near = [text.near_miss(item["caption"], config.clip.near_misses) for item in items]
+    if config.clip.hard_negatives.words:
+        near = [text.hard_negative(item["caption"], config.clip.hard_negatives.words) for item in items]
         others = batched(functools.partial(embed, params), config, text.encode(near, config.data.text_length), video)[0]
         right, wrong = (np.sum(pictures * x, 1) for x in (words, others))
-        found["near_miss_told"] = float(np.mean(right > wrong))
+        found["hard_negative_accuracy"] = float(np.mean(right > wrong))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Optimiser, learning-rate schedule and the moving average of parameters."""
+"""Optimizer, learning-rate schedule and the moving average of parameters."""
 
 import collections
 
@@ -19,16 +19,16 @@ def schedule(config):
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
 
 
-def optimiser(config):
+def optimizer(config):
     """AdamW (arXiv:1711.05101) or Muon (Jordan et al. 2024) on clipped gradients; only kernels decay.
 
     Muon takes the kernels, as matrices of inputs by outputs, and updates them with AdamW's typical root mean square
     (arXiv:2502.16982, section 2.2), so one learning rate serves both; embeddings, norms and biases get AdamW.
     """
-    if config.optimiser not in METHODS:
-        raise UserError(f"optimiser={config.optimiser!r} is unknown: use {' or '.join(METHODS)}")
+    if config.optimizer not in METHODS:
+        raise UserError(f"optimizer={config.optimizer!r} is unknown: use {' or '.join(METHODS)}")
     rate, decay = schedule(config), config.weight_decay
-    if config.optimiser == "adamw":
+    if config.optimizer == "adamw":
         method = optax.adamw(rate, b2=config.beta2, weight_decay=decay, mask=_is_matrix)
     else:
         muon = optax.chain(

@@ -8,13 +8,12 @@ import numpy as np
 
 from vdm_jax import conditioning, samplers, sharding, tasks
 from vdm_jax.data import text
-from vdm_jax.diffusion import add_noise, one_of, spread
+from vdm_jax.diffusion import add_noise, broadcast_to_latent, one_of
 from vdm_jax.errors import UserError
 from vdm_jax.sharding import constrain
 from vdm_jax.system import codec as stages
 
 BATCH = 8  # prompts sampled at once
-WEIGHTS = ("guidance", "onward_guidance", "across_guidance", "history_guidance", "modality_guidance")
 FADE = 0.005  # s, over which the sound of one window of a roll-out gives way to the next one's
 
 
@@ -30,13 +29,13 @@ class Generator:
         self.config = config
         self.frozen = jax.device_put(frozen, mesh and sharding.state_shardings(frozen, mesh))
         self.run = jax.jit(self._sample, static_argnames=("method", "interval", "guides", "fraction"))
-        self._encode = jax.jit(lambda frozen, v, a: sharding.whole(stages.encode(self.config, frozen, v, a)))
+        self._encode = jax.jit(lambda frozen, v, a: sharding.replicate(stages.encode(self.config, frozen, v, a)))
 
     def __call__(self, prompts, *, seed=0, window=0, frames=None, given=None, **options):
         """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]) for P prompts, as NumPy arrays.
 
         frames: video frames, 1 + f_t * n (default: as trained). Prompt i draws its noise from (seed, window, i),
-        whatever the batch. given: a tasks.Given for clips of that length; what is given comes back as the autoencoder
+        whatever the batch. given: a tasks.Context for clips of that length; what is given comes back as the autoencoder
         sees it, and the rest is made to fit. options: any of config.sample (steps, method, guidance, ...). Raises
         UserError where they do not fit.
         """
@@ -53,17 +52,17 @@ class Generator:
             made.append((np.asarray(video)[:keep], np.asarray(audio)[:keep]))
         return tuple(np.concatenate(parts) for parts in zip(*made, strict=True))
 
-    def roll_out(self, prompts, frames, *, seed=0, given=None, start=None, **options):
+    def rollout(self, prompts, frames, *, seed=0, given=None, start=None, **options):
         """Like `__call__` for clips of any length, window after window, each given the end of the one before.
 
         start: (video uint8 [P, n, H, W, 3], audio float32 [P, n * samples_per_frame]) that the clips begin with;
         without it the first window is made from the prompts and `given`. What a window is given of the one before is
-        config.sample.history latent frames, or as many as there are.
+        config.sample.context_frames latent frames, or as many as there are.
         """
         size = stages.layout(self.config)
-        per_frame, wanted = size.samples_per_frame, options.get("history", self.config.sample.history)
+        per_frame, wanted = size.samples_per_frame, options.get("context_frames", self.config.sample.context_frames)
         if not 0 < wanted < size.latent_frames:
-            raise UserError(f"sample.history={wanted} must be from 1 to {size.latent_frames - 1} latent frames")
+            raise UserError(f"sample.context_frames={wanted} must be from 1 to {size.latent_frames - 1} latent frames")
         video, audio = self(prompts, seed=seed, given=given, **options) if start is None else start
         window = 0
         while video.shape[1] < frames:
@@ -78,43 +77,47 @@ class Generator:
     def arguments(self, *, frames=None, given=None, **options):
         """What `__call__` is given as arguments of `run`: -> (arrays, static ones). Raises UserError."""
         size = stages.layout(self.config, frames)
+        known = self.config.sample
         for name in options:
-            one_of("option", name, (*self.config.sample, *WEIGHTS))
-        o = {**self.config.sample, **{name: value for name, value in options.items() if value is not None}}
-        # Runs of earlier versions have one weight for all, and make all frames alike.
-        o = {"onward_guidance": o["guidance"], "across_guidance": o["guidance"], "leap": (), **o}
-        for name in WEIGHTS:
-            if not math.isfinite(o[name]):
-                raise UserError(f"{name}={o[name]} must be a finite number")
-        for name in ("given_time", "history_fraction", "rescale"):
+            one_of("option", name, tuple(known))
+        o = {**known, **{name: value for name, value in options.items() if value is not None}}
+        given_weights = dict(o["guidance"])
+        for name in given_weights:
+            one_of("guidance", name, tuple(known.guidance))
+        weights = {**known.guidance, **{name: value for name, value in given_weights.items() if value is not None}}
+        for name, value in weights.items():
+            if not math.isfinite(value):
+                raise UserError(f"guidance.{name}={value} must be a finite number")
+        for name in ("context_noise", "history_noise", "rescale"):
             if not 0 <= o[name] <= 1:
                 raise UserError(f"{name}={o[name]} must be from 0 to 1")
-        if not all(0 <= t <= 1 for t in o["leap"]):
-            raise UserError(f"leap={o['leap']} must be times from 0 to 1")
+        if not all(0 <= t <= 1 for t in o["first_step_times"]):
+            raise UserError(f"first_step_times={o['first_step_times']} must be times from 0 to 1")
         masks, clean = self._given(given or tasks.nothing(size), size)
         some = any(mask.any() for mask in masks.values())
         onward = all(mask[:2].all() for mask in masks.values())  # two frames show what moves, and how
         if onward:
-            o["guidance"] = o["onward_guidance"]
+            weights["text"] = weights["text_continue"]
         elif any(mask.all() for mask in masks.values()):
-            o["guidance"] = o["across_guidance"]
-        levels = samplers.schedule_matrix(
+            weights["text"] = weights["text_cross_modal"]
+        levels = samplers.scheduling_matrix(
             o["steps"],
             size.latent_frames,
             self.config.denoiser.diffusion,
             masks,
             lag=o["lag"],
             spacing=o["spacing"],
-            given_time=o["given_time"],
-            leap=o["leap"] if onward else (),
+            context_noise=o["context_noise"],
+            first_step_times=o["first_step_times"] if onward else (),
         )
-        used = ("guidance", "history_guidance", "modality_guidance", "rescale")
-        weights = {name: float(o[name]) for name in used}
-        arrays = dict(frozen=self.frozen, clean=clean, masks=masks, levels=levels, weights=weights)
+        numbers = {name: float(weights[name]) for name in ("text", "history", "modality")} | {
+            "rescale": float(o["rescale"])
+        }
+        arrays = dict(frozen=self.frozen, clean=clean, masks=masks, levels=levels, weights=numbers)
         # Those that take more of each network call.
-        guides = (o["guidance"] != 1, some and o["history_guidance"] != 1, o["modality_guidance"] != 1)
+        guides = (weights["text"] != 1, some and weights["history"] != 1, weights["modality"] != 1)
         return arrays, dict(
-            method=o["method"], interval=tuple(o["interval"]), guides=guides, fraction=float(o["history_fraction"])
+            method=o["method"], interval=tuple(o["interval"]), guides=guides, fraction=float(o["history_noise"])
         )
 
     def _given(self, given, size):
@@ -136,10 +139,10 @@ class Generator:
         shapes = {name: x.shape[1:] for name, x in clean.items()}
 
         clean = {name: jnp.broadcast_to(x, (len(numbers), *x.shape[1:])) for name, x in clean.items()}
-        known = {name: spread(masks[name][None], x) for name, x in clean.items()}
+        known = {name: broadcast_to_latent(masks[name][None], x) for name, x in clean.items()}
         noise, other = (draw(noise_key, numbers, shapes, which) for which in (0, 1))
         first = {name: levels[name][:1] for name in shapes}  # [1, T]
-        exact = {name: spread(first[name] >= settings.log_snr_max, clean[name]) for name in shapes}
+        exact = {name: broadcast_to_latent(first[name] >= settings.log_snr_max, clean[name]) for name in shapes}
         noised = add_noise(
             clean, other, {name: jnp.broadcast_to(x, (len(numbers), x.shape[1])) for name, x in first.items()}
         )
@@ -148,22 +151,22 @@ class Generator:
         z = {"video": constrain(z["video"], *stages.VIDEO), "audio": constrain(z["audio"], *stages.SOUND)}
 
         model = stages.models(self.config)["denoiser"]
-        denoise = conditioning.denoise_fn(model, sharding.gathered(frozen["denoiser"], model.dtype))
+        denoise = conditioning.denoise_fn(model, sharding.all_gather_params(frozen["denoiser"], model.dtype))
         cond = stages.encode_text(self.config, frozen, tokens)
         terms = []
         if guides[0]:
             null = stages.encode_text(self.config, frozen, text.encode([text.NULL_TEXT], tokens.shape[1]))
-            terms += samplers.text_guidance(weights["guidance"], null)
+            terms += samplers.text_guidance(weights["text"], null)
         if guides[1]:
-            terms += samplers.history_guidance(weights["history_guidance"], masks, other, settings, fraction)
+            terms += samplers.history_guidance(weights["history"], masks, other, settings, fraction)
         if guides[2]:
-            terms += samplers.modality_guidance(weights["modality_guidance"], other, settings)
+            terms += samplers.modality_guidance(weights["modality"], other, settings)
         denoise = samplers.guided(denoise, terms, weights["rescale"], interval)
         # Batches begin at multiples of BATCH: the noise that ddpm adds is drawn from (seed, i), too.
         sampler_key = jax.random.fold_in(sampler_key, numbers[0])
         z = samplers.sample(denoise, sampler_key, z, cond, levels, method, settings)
         z = {name: jnp.where(known[name], clean[name], z[name]) for name in z}
-        return sharding.whole(stages.decode(self.config, frozen, z))
+        return sharding.replicate(stages.decode(self.config, frozen, z))
 
 
 def draw(key, numbers, shapes, which):

@@ -34,7 +34,7 @@ def make(name, config, folder, mesh):
                 generators.append(generate.Generator(config, parts, mesh))
             generators[0].frozen = parts
             video, audio = generators[0](captions)
-            if not hosts.lead():
+            if not hosts.is_primary():
                 return
             media.contact_sheet(folder / f"{step}.png", list(video), captions)
             media.write_mp4(folder / f"{step}.mp4", video[0], audio[0], config.data.fps, rate)
@@ -43,11 +43,11 @@ def make(name, config, folder, mesh):
 
     part = name.removesuffix("_autoencoder")  # "video" or "audio"
     truth = np.stack([item[part] for item in items])
-    reconstruct = jax.jit(lambda params, x: sharding.whole(stages.reconstruct(config, name, params, x)))
+    reconstruct = jax.jit(lambda params, x: sharding.replicate(stages.reconstruct(config, name, params, x)))
 
     def write(params, frozen, step):
         out = np.asarray(reconstruct(params, truth))
-        if not hosts.lead():
+        if not hosts.is_primary():
             return None
         if part == "audio":
             return media.spectrogram(folder / f"{step}.png", np.stack([truth, out], 1).reshape(-1), rate)

@@ -2,8 +2,8 @@
 
     python -m vdm_jax.sample --prompt="a red circle moving right" --out=clip.mp4 [--workdir=DIR] [--seconds=2 --steps=32
         --guidance=4 --seed=0 --method=dpmpp_2m] [--image=x.png | --video=x.mp4 | --audio=x.wav | --continue=x.mp4 |
-        --between=x.mp4,y.mp4] [--onward_guidance=1 --across_guidance=2.5 --history_guidance=1 --history_fraction=0
-        --modality_guidance=1 --given_time=0.02 --lag=0]
+        --between=x.mp4,y.mp4] [--guidance.history=1.5 --guidance.modality=1.5 --guidance.text_continue=1
+        --guidance.text_cross_modal=2.5 --history_noise=0 --context_noise=0.02 --lag=0]
     python -m vdm_jax.sample --prompts=file.txt --out=FOLDER
 
 Without --workdir the reference weights that ship with the package are used.
@@ -33,10 +33,11 @@ from vdm_jax.system import codec as stages
 logger = logging.getLogger("vdm_jax")
 
 GIVEN = ("image", "video", "audio", "continue", "between")  # flags, of which one may be given
-SAMPLER = (  # flags that change config.sample
-    "method", "steps", "guidance", "onward_guidance", "across_guidance", "history_guidance", "history_fraction",
-    "modality_guidance", "given_time", "lag",
-)  # fmt: skip
+SAMPLER = ("method", "steps", "history_noise", "context_noise", "lag")  # flags that change config.sample
+# Flags that change config.sample.guidance; --guidance is the text's.
+GUIDANCE = {"guidance": "text"} | {
+    f"guidance.{key}": key for key in ("text_continue", "text_cross_modal", "history", "modality")
+}
 
 
 def frames_of(seconds, config):
@@ -54,7 +55,7 @@ def frames_of(seconds, config):
 
 
 def read_given(config, frames, files):
-    """-> (tasks.Given for the first window, the clip to continue or None). files: {flag: what it was given}.
+    """-> (tasks.Context for the first window, the clip to continue or None). files: {flag: what it was given}.
 
     A clip to continue is (video [1, n, H, W, 3], audio [1, n * samples_per_frame]). Raises UserError.
     """
@@ -84,7 +85,7 @@ def read_given(config, frames, files):
         if len(files["between"]) != 2:
             raise UserError("--between wants two files, such as --between=first.mp4,second.mp4")
         start, end = (clip(path) for path in files["between"])
-        latents = min(config.sample.history, (size.latent_frames - 1) // 2)
+        latents = min(config.sample.context_frames, (size.latent_frames - 1) // 2)
         need = size.f_t * latents
         if not latents or min(len(start[0]), len(end[0])) < need:
             raise UserError(
@@ -119,7 +120,7 @@ def main(argv):
     with jax.set_mesh(mesh):
         generator = generate.Generator(config, trained.frozen, mesh)
         video, audio = make(generator, prompts, frames, given, start, options.seed)
-    if not hosts.lead():
+    if not hosts.is_primary():
         return
     # File names are numbers: a prompt is nobody's path.
     paths = [out] if options.prompts is None else [out / f"{i:03d}.mp4" for i in range(len(prompts))]
@@ -137,14 +138,16 @@ def make(generator, prompts, frames, given, start, seed):
         start = tuple(np.repeat(part, len(prompts), 0) for part in start)
         frames += start[0].shape[1]
     if start is not None or frames > generator.config.data.frames:
-        return generator.roll_out(prompts, frames, seed=seed, given=given, start=start)
+        return generator.rollout(prompts, frames, seed=seed, given=given, start=start)
     return generator(prompts, seed=seed, frames=frames, given=given)
 
 
 def set_sampler(config):
     """Puts the sampler's flags that were given into config.sample."""
-    with config.unlocked():  # runs of earlier versions lack some
-        config.sample.update({key: flags.FLAGS[key].value for key in SAMPLER if flags.FLAGS[key].value is not None})
+    options = flags.FLAGS
+    config.sample.update({key: options[key].value for key in SAMPLER if options[key].value is not None})
+    weights = {key: options[flag].value for flag, key in GUIDANCE.items() if options[flag].value is not None}
+    config.sample.guidance.update(weights)
 
 
 def make_folder(path):
@@ -164,15 +167,15 @@ def define_run_flags():
         "steps", None, "Denoising steps; this and the next: default of the run's config.", lower_bound=1
     )
     flags.DEFINE_enum("method", None, samplers.METHODS, "Sampler.")
+    flags.DEFINE_float("guidance", None, "Classifier-free guidance scale of the text; 1: no guidance, here and below.")
+    flags.DEFINE_float("guidance.text_continue", None, "Scale of the text where a clip is continued.")
+    flags.DEFINE_float("guidance.text_cross_modal", None, "Scale of the text where picture or sound is given whole.")
+    flags.DEFINE_float("guidance.history", None, "Guidance scale of the context frames.")
+    flags.DEFINE_float("guidance.modality", None, "Guidance scale of sound on picture, and of picture on sound.")
     flags.DEFINE_float(
-        "guidance", None, "Weight of the text but for the next two; 1 adds nothing, for this and the next four."
+        "history_noise", None, "History guidance withholds detail up to this time in [0, 1]; 0: all of it."
     )
-    flags.DEFINE_float("onward_guidance", None, "Weight of the text where a clip goes on from given frames and sound.")
-    flags.DEFINE_float("across_guidance", None, "Weight of the text where picture or sound is given whole.")
-    flags.DEFINE_float("history_guidance", None, "Weight of what is given.")
-    flags.DEFINE_float("modality_guidance", None, "Weight of the sound on the picture, and the other way round.")
-    flags.DEFINE_float("history_fraction", None, "Guide by what is given, noised to this time; 0: as it is.")
-    flags.DEFINE_float("given_time", None, "Lightly noise frames to go on from to this time.")
+    flags.DEFINE_float("context_noise", None, "Noise context frames of a continued clip to this time in [0, 1].")
     flags.DEFINE_integer("lag", None, "Steps each latent frame is behind the one before: a pyramid.", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**31 - 1)
 

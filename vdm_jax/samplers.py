@@ -17,7 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdm_jax.diffusion import MODALITIES, add_noise, alpha_sigma, log_snr, noise_like, one_of, spread, to_x0
+from vdm_jax.diffusion import (
+    MODALITIES,
+    add_noise,
+    alpha_sigma,
+    broadcast_to_latent,
+    log_snr,
+    noise_like,
+    one_of,
+    to_x0,
+)
 from vdm_jax.errors import UserError
 
 METHODS = ("ddpm", "ddim", "dpmpp_2m", "heun")
@@ -27,18 +36,20 @@ SPACINGS = ("time", "log_snr", "karras")
 # Schedule matrices
 
 
-def schedule_matrix(steps, frames, config, given=None, lag=0, spacing="time", rho=7.0, given_time=0.0, leap=()):
+def scheduling_matrix(
+    steps, frames, config, given=None, lag=0, spacing="time", rho=7.0, context_noise=0.0, first_step_times=()
+):
     """Levels {"video": [N+1, T], "audio": [N+1, T]} from pure noise to clean.
 
     steps: denoising steps of each frame; frames: T. given: {"video": [T], "audio": [T]} bool
     (either may be left out), frames that are clean from the start; where a modality is given in
-    part, to be gone on with, they stay lightly noised at time given_time (arXiv:2502.06764).
+    part, to be gone on with, they stay lightly noised at time context_noise (arXiv:2502.06764).
     lag: how many steps each frame is behind the one before it: 0, all together; more, a pyramid of
     N = steps + lag * (frames to make - 1).
     spacing: even in 'time' t, in 'log_snr', or as 'karras' in (sigma / alpha)^(1 / rho).
-    leap: times in [0, 1] that the first frames to be made reach in their first step, one for each.
+    first_step_times: times in [0, 1] that the first frames to be made reach in their first step, one for each.
     From pure noise x0 is the mean of what may follow. A short step from there lets the noise draw
-    one such future; a leap puts the frame at their mean, which is nearer to what does follow where
+    one such future; a first_step_times puts the frame at their mean, which is nearer to what does follow where
     what is given all but settles it: half the squared error, if what the model leaves open is what
     it does not know. Where several futures are likely their mean is a smear, which later steps have
     to settle.
@@ -71,11 +82,11 @@ def schedule_matrix(steps, frames, config, given=None, lag=0, spacing="time", rh
     # Video and audio of one frame start together, also where one of them is given.
     order = np.maximum(np.cumsum(~(masks["video"] & masks["audio"])) - 1, 0)  # [T]
     ladders = np.tile(ladder(steps), (order[-1] + 1, 1))  # [frames to make, steps + 1]
-    for own, start in zip(ladders, leap if steps > 1 else ()):
+    for own, start in zip(ladders, first_step_times if steps > 1 else ()):
         own[1:] = ladder(steps - 1, start)
     row = np.arange(steps + lag * order[-1] + 1)[:, None]
     matrix = ladders[order, np.clip(row - lag * order, 0, steps)]  # [N+1, T]
-    lightly = float(log_snr(given_time, config)) if given_time else high
+    lightly = float(log_snr(context_noise, config)) if context_noise else high
     return {n: jnp.asarray(np.where(mask, high if mask.all() else lightly, matrix)) for n, mask in masks.items()}
 
 
@@ -144,7 +155,7 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config, eta=0.0):
     def each(function, *trees):  # by leaf, with per-frame arrays [B, T] spread to its shape
         def leaf(name):
             arrays = [tree[name] for tree in trees]
-            return function(*(spread(a, z_T[name]) if a.ndim == 2 else a for a in arrays))
+            return function(*(broadcast_to_latent(a, z_T[name]) if a.ndim == 2 else a for a in arrays))
 
         return {name: leaf(name) for name in names}
 
@@ -220,12 +231,12 @@ def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
             active = jnp.zeros_like(inside)
             for (extra, _, _), (more, less) in zip(terms, places):
                 extra = jnp.where(inside, extra[name] if isinstance(extra, dict) else extra, 0)
-                guided = guided + spread(extra, guided) * (made[more] - made[less])
+                guided = guided + broadcast_to_latent(extra, guided) * (made[more] - made[less])
                 active |= extra != 0
             # arXiv:2305.08891, eq. 14 to 16; a standard deviation per frame, as levels are.
             deviations = [a.reshape(*now.shape, -1).std(-1) for a in (plain, guided)]  # [B, T]
             factor = rescale * deviations[0] / jnp.maximum(deviations[1], 1e-12) + 1 - rescale
-            return spread(jnp.where(active, factor, 1), guided) * guided
+            return broadcast_to_latent(jnp.where(active, factor, 1), guided) * guided
 
         return {name: combine(name) for name in z}
 
@@ -256,7 +267,7 @@ def history_guidance(weight, given, noise, config, fraction=0.0):
             mask = {name: jnp.broadcast_to(given[name], level[name].shape) for name in z}
             known = {name: jnp.where(mask[name], to, level[name]) for name in z}
             hidden = add_noise(z, noise, {name: jnp.full_like(level[name], to) for name in z})
-            shown = {name: jnp.where(spread(mask[name], z[name]), hidden[name], z[name]) for name in z}
+            shown = {name: jnp.where(broadcast_to_latent(mask[name], z[name]), hidden[name], z[name]) for name in z}
             return shown, known, cond
 
         return view

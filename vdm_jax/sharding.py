@@ -1,7 +1,7 @@
 """The one place that knows mesh axes: the mesh, the parameter table, activation constraints.
 
 Parameters carry no metadata. `PARAMETER_RULES` maps a regular expression over a parameter's path to mesh axes,
-counted from the last dimension, and serves parameters, optimiser moments and EMA alike, because all three repeat
+counted from the last dimension, and serves parameters, optimizer moments and EMA alike, because all three repeat
 the same paths. Activations name their dimensions: `constrain(x, "batch", "time", ...)`.
 """
 
@@ -31,7 +31,7 @@ ACTIVATION_AXES = {
 
 # Least part of a dimension on one device. XLA's partitioner of convolutions computes wrong values where a part is no
 # larger than the halo that it needs of its neighbours.
-LEAST = {"time": 2, "height": 2, "token": 2}
+MIN_SHARD = {"time": 2, "height": 2, "token": 2}
 
 # First match wins; axes are for the trailing dimensions, earlier ones stay whole.
 PARAMETER_RULES = (
@@ -101,7 +101,7 @@ def split(axis):
     return not mesh.empty and mesh.shape[axis] > 1
 
 
-def by_rows(f, x, *whole):
+def shard_map_batch(f, x, *whole):
     """f(x, *whole), in which each device sees its own rows of x [B, ...] alone and all of the others.
 
     f may then merge rows with other dimensions, which a partitioner could not follow. Along other axes of the mesh
@@ -120,7 +120,7 @@ def activation_spec(names, shape, mesh_shape):
     spec, free = [], set(MESH_AXES)
     for name, size in zip(names, shape, strict=True):
         axes = ACTIVATION_AXES[name] if name is not None else None
-        taken = _dividing([a for a in axes or () if a in free], size, mesh_shape, LEAST.get(name, 1))
+        taken = _dividing([a for a in axes or () if a in free], size, mesh_shape, MIN_SHARD.get(name, 1))
         spec.append(taken)
         free -= set(taken or ())
     return P(*spec)
@@ -138,7 +138,7 @@ def _dividing(axes, size, mesh_shape, least=1):
     return tuple(kept) or None
 
 
-def gathered(params, dtype):
+def all_gather_params(params, dtype):
     """Parameters as a layer wants them: whole along `fsdp`, kernels and embeddings in `dtype`, before they are used.
 
     Left to itself XLA moves activations to where the parts of a weight lie, by permutes and all-to-alls. Gradients go
@@ -210,7 +210,7 @@ def table(params, mesh_shape):
 
 
 def state_shardings(abstract_state, mesh):
-    """A NamedSharding for every leaf of a train state (parameters, optimiser, EMA), by path."""
+    """A NamedSharding for every leaf of a train state (parameters, optimizer, EMA), by path."""
 
     def one(path, leaf):
         return NamedSharding(mesh, parameter_spec(path_name(path), leaf.shape, dict(mesh.shape)))
@@ -233,7 +233,7 @@ def replicated(mesh):
     return NamedSharding(mesh, P())
 
 
-def whole(tree):
+def replicate(tree):
     """Constrains arrays to be whole on every device of the current mesh, so that each process can read them."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -241,7 +241,7 @@ def whole(tree):
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), tree)
 
 
-def in_parts(batch, parts):
+def microbatches(batch, parts):
     """Rows [B, ...] -> [parts, B / parts, ...]: part i is rows i, i + parts, ...: each device keeps its own."""
     mesh = jax.sharding.get_abstract_mesh()
 
@@ -257,9 +257,9 @@ def in_parts(batch, parts):
 def check_batch(batch_size, mesh, parts=1, every=1):
     """Raises UserError when a global batch, or each of `parts` of it, does not divide over the mesh's batch axes.
 
-    every: each device's share of a part must hold a multiple of so many (near_miss.every).
+    every: each device's share of a part must hold a multiple of so many (hard_negative.every).
     """
-    for name, value in (("batch_size", batch_size), ("accumulate", parts), ("near_miss.every", every)):
+    for name, value in (("batch_size", batch_size), ("accumulate", parts), ("hard_negative.every", every)):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -268,7 +268,7 @@ def check_batch(batch_size, mesh, parts=1, every=1):
         below = batch_size // ways * ways
         sizes = f"{below} or {below + ways}" if below else f"{ways}"
         groups = "device groups (data x fsdp)" + (f" x {parts} parts (accumulate)" if parts > 1 else "")
-        groups += f" x {every} clips (near_miss.every)" if every > 1 else ""
+        groups += f" x {every} clips (hard_negative.every)" if every > 1 else ""
         raise UserError(f"batch_size={batch_size} does not divide over {devices} {groups}: use {sizes}")
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Given(NamedTuple):
+class Context(NamedTuple):
     """What a task gives, for P clips or for one that all share. Unused parts of a clip are filler."""
 
     video: np.ndarray | None  # uint8 [P or 1, F, H, W, 3]; None: nothing of the picture is given
@@ -19,7 +19,7 @@ class Given(NamedTuple):
 
 def nothing(size):
     """Text to video and sound: all is made. size: a stages.Layout, here and below."""
-    return Given(None, None, _masks(size, 0, 0))
+    return Context(None, None, _masks(size, 0, 0))
 
 
 def image(picture, size):
@@ -29,12 +29,12 @@ def image(picture, size):
 
 def video(frames, size):
     """Frames [n, H, W, 3] get a sound; with fewer frames than a clip has, the picture goes on, too."""
-    return Given(_held(frames[None], size.frames), None, _masks(size, _latents(len(frames), size), 0))
+    return Context(_held(frames[None], size.frames), None, _masks(size, _latents(len(frames), size), 0))
 
 
 def sound(samples, size):
     """A sound [n] gets a picture; silence follows one that is shorter than the clip."""
-    return Given(None, _padded(samples[None], size.samples), _masks(size, 0, size.latent_frames))
+    return Context(None, _padded(samples[None], size.samples), _masks(size, 0, size.latent_frames))
 
 
 def history(frames, samples, size):
@@ -45,7 +45,7 @@ def history(frames, samples, size):
     count = _latents(frames.shape[1], size)
     n = 1 + size.f_t * (count - 1)
     frames, samples = frames[:, -n:], samples[:, -n * size.samples_per_frame :]
-    return Given(_held(frames, size.frames), _padded(samples, size.samples), _masks(size, count, count))
+    return Context(_held(frames, size.frames), _padded(samples, size.samples), _masks(size, count, count))
 
 
 def between(start, end, size, latents):
@@ -62,7 +62,7 @@ def between(start, end, size, latents):
     sounds = start[1][-head * per_frame :], np.zeros(rest * per_frame, np.float32), end[1][: tail * per_frame]
     at = np.arange(size.latent_frames)
     mask = (at < latents) | (at >= size.latent_frames - latents)
-    return Given(frames[None], np.concatenate(sounds)[None], {"video": mask, "audio": mask})
+    return Context(frames[None], np.concatenate(sounds)[None], {"video": mask, "audio": mask})
 
 
 def _masks(size, video, audio):

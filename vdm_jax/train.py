@@ -50,7 +50,7 @@ def main(argv):
     names = checkpoint.STAGES if options.stage == "all" else (options.stage,)
     mesh, source = check(config, names)  # before anything is written
     alive = hosts.watchdog(config.watchdog_seconds)
-    with alone(workdir), jax.set_mesh(mesh), hosts.together_to_the_end(), preemption.watching() as stop:
+    with exclusive_lock(workdir), jax.set_mesh(mesh), hosts.exit_on_lost_peer(), preemption.watching() as stop:
         write_config(workdir, config)
         logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
         for name in names:
@@ -84,12 +84,12 @@ def check(config, names):
 
 
 @contextlib.contextmanager
-def alone(workdir):
+def exclusive_lock(workdir):
     """Keeps other trainings out of a run's folder, which it makes, as long as this process lives. Raises UserError.
 
     In a bucket, which has no locks, it is for the launcher to start a run once.
     """
-    if not hosts.lead() or fcntl is None or storage.in_bucket(workdir):
+    if not hosts.is_primary() or fcntl is None or storage.in_bucket(workdir):
         yield
         return
     try:
@@ -121,8 +121,8 @@ def write_config(workdir, config):
         for key in ("size", "fps", "sample_rate", "text_length"):
             if key in before.data and before.data[key] != config.data[key]:
                 raise UserError(f"{workdir} was begun with data.{key}={before.data[key]}: use another --workdir")
-    hosts.agreed(True)  # that all have looked
-    if not hosts.lead():
+    hosts.broadcast_from_primary(True)  # that all have looked
+    if not hosts.is_primary():
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -136,13 +136,13 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
     watch, settings = run_log.Watch(), config[name]
     directory = workdir / name
     directory.mkdir(parents=True, exist_ok=True)
-    lead = hosts.lead()
+    lead = hosts.is_primary()
 
     # ---------------------------------------------------------------------------- state, abstract first, then restored
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     step_key = jax.device_put(step_key, sharding.replicated(mesh))
     program = train_state.program(stages.build(config)[name], settings, init_key, mesh, config.skip.loss_over_mean)
-    checkpoint.set_damaged_aside(directory / "checkpoints")
+    checkpoint.quarantine_damaged(directory / "checkpoints")
     checkpoints = checkpoint.manager(directory / "checkpoints", **config.keep)
     newest = checkpoints.latest_step()  # 0 where imported weights are to be trained from the start
     done = newest or 0
@@ -161,7 +161,7 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
     if items is source:
         length = config.data.text_length
 
-        kinds = settings.get("near_misses", ())
+        kinds = stages.hard_negative_words(config, name)
 
         def to_example(item):
             return pipeline.example(item, length, kinds)

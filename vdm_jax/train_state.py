@@ -13,11 +13,11 @@ LOSS_DECAY = 0.98  # a step, of the moving average of the loss
 
 
 def create(params, config):
-    """A fresh state for `params` under a stage's optimiser settings."""
+    """A fresh state for `params` under a stage's optimizer settings."""
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
-        "opt": optim.optimiser(config).init(params),
+        "opt": optim.optimizer(config).init(params),
         "ema": jax.tree.map(jnp.copy, params),
         "loss_mean": jnp.full((), jnp.nan, jnp.float32),  # moving average over steps, nan before the first
     }
@@ -31,13 +31,13 @@ def make_step(loss_fn, config, loss_over_mean=0.0):
     A step whose loss or gradients are not finite is skipped: only its number moves on, and metrics["skipped"] is 1.
     With loss_over_mean > 0 so is one whose loss is more than that many times the moving average of the losses before.
     """
-    optimiser = optim.optimiser(config)
+    optimizer = optim.optimizer(config)
     gradients = accumulated(jax.grad(loss_fn, has_aux=True), config.accumulate)
 
     def step(state, key, batch, frozen):
         key = jax.random.fold_in(key, state["step"])
         grads, metrics = gradients(state["params"], key, batch, frozen)
-        updates, opt = jax.named_scope("optimiser")(optimiser.update)(grads, state["opt"], state["params"])
+        updates, opt = jax.named_scope("optimizer")(optimizer.update)(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         ema = optim.update_ema(state["ema"], params, state["step"], config.ema)
         loss, norm, mean = metrics["loss"], optax.tree.norm(grads), state["loss_mean"]
@@ -74,7 +74,7 @@ def accumulated(gradients, parts):
             return jax.tree.map(jnp.add, total, grads), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        total, metrics = jax.lax.scan(add, zeros, (jnp.arange(parts), sharding.in_parts(batch, parts)))
+        total, metrics = jax.lax.scan(add, zeros, (jnp.arange(parts), sharding.microbatches(batch, parts)))
         return jax.tree.map(lambda x: x / parts, total), jax.tree.map(jnp.nanmean, metrics)
 
     return run

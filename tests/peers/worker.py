@@ -51,7 +51,7 @@ class Torch:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as XLA does
         self.model, self.call = make()
         self.model.eval().to(self.device)
-        self.optimiser = torch.optim.Adam(self.model.parameters(), 1e-4)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4)
         self.params = sum(p.numel() for p in self.model.parameters())
         self.run = self.model
         if self.gpu:
@@ -84,11 +84,11 @@ class Torch:
         self.wait()
 
     def step(self, video, timesteps, text):
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         with self.autocast:
             loss = (self.call(self.run, video, timesteps, text) - video).square().mean()
         loss.backward()
-        self.optimiser.step()
+        self.optimizer.step()
         self.wait()
 
 
@@ -107,10 +107,10 @@ class Ours:
 
         jax.config.update("jax_platforms", "cuda" if device == "gpu" else "cpu")
         model = UNet3DCondition(**unet3d.SETTINGS, dtype=jnp.dtype(dtype))
-        optimiser = optax.adam(1e-4)
+        optimizer = optax.adam(1e-4)
         abstract = abstract_params(model)
         params = weights(abstract)
-        self.state = jax.device_put((params, optimiser.init(params)))
+        self.state = jax.device_put((params, optimizer.init(params)))
         self.params = sum(leaf.size for leaf in jax.tree.leaves(params))
 
         def forward(state, video, timesteps, text):
@@ -120,13 +120,13 @@ class Ours:
             return ((forward((params,), video, *rest) - video) ** 2).mean()
 
         def count(what, job):
-            with layers.forms_of("gpu"):  # what the model asks for, not what a form of it for CPUs does
+            with layers.backend("gpu"):  # what the model asks for, not what a form of it for CPUs does
                 return flops.count(loss, abstract, *job)[what == "step"]
 
         def step(state, *job):
             params, moments = state
             value, gradient = jax.value_and_grad(loss)(params, *job)
-            updates, moments = optimiser.update(gradient, moments)
+            updates, moments = optimizer.update(gradient, moments)
             return (optax.apply_updates(params, updates), moments), value
 
         self.jitted = {"forward": jax.jit(forward), "step": jax.jit(step, donate_argnums=0)}

@@ -37,12 +37,12 @@ def source(config, split="train"):
 def example(item, text_length, kinds=()):
     """A source's item as a training example: {'video', 'audio', 'tokens' int32 [L]}.
 
-    With kinds of words there is also 'near_miss' int32 [L], a caption that is nearly the item's (text.near_miss).
+    With kinds of words there is also 'hard_negative' int32 [L], a caption that is nearly the item's (text.py).
     """
     caption = item["caption"]
     out = {"video": item["video"], "audio": item["audio"], "tokens": text.encode([caption], text_length)[0]}
     if kinds:
-        out["near_miss"] = text.encode([text.near_miss(caption, kinds)], text_length)[0]
+        out["hard_negative"] = text.encode([text.hard_negative(caption, kinds)], text_length)[0]
     return out
 
 

@@ -32,7 +32,7 @@ MAX_OUTPUT_BYTES = 1 << 30  # of one decoded clip
 # Ticks may be as coarse as 1 ms (WebM): a frame due at 1/24 s is then stamped 0.042 s.
 TIME_TOLERANCE = Fraction(1001, 1_000_000)  # s
 AAC_RATE = 48_000  # Hz
-# swscale's quick paths darken by one level and bleed colour over edges; these cost 4 ms at 720p.
+# swscale's quick paths darken by one level and bleed color over edges; these cost 4 ms at 720p.
 TO_YUV = Interpolation.AREA | Interpolation.ACCURATE_RND
 TO_RGB = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
@@ -467,8 +467,8 @@ def spectrogram(path, audio: np.ndarray, sample_rate: int) -> None:
     level = 10 * np.log10(np.maximum(power / max(power.max(), 1e-12), 1e-8))  # -80..0 dB
     stops = np.array([[0, 0, 0], [60, 15, 110], [180, 40, 100], [245, 130, 30], [255, 250, 200]])
     shade = (level.T[::-1] / 80 + 1) * (len(stops) - 1)  # high frequencies on top
-    colour = np.stack([np.interp(shade, range(len(stops)), c) for c in stops.T], axis=-1)
-    plot = Image.fromarray(colour.astype(np.uint8)).resize((max(400, len(level)), 256))
+    color = np.stack([np.interp(shade, range(len(stops)), c) for c in stops.T], axis=-1)
+    plot = Image.fromarray(color.astype(np.uint8)).resize((max(400, len(level)), 256))
 
     left, top, bottom = 48, 12, 32
     sheet = Image.new("RGB", (left + plot.width + 16, top + plot.height + bottom), "white")

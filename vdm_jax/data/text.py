@@ -69,7 +69,7 @@ def decode(tokens) -> list[str]:
     return texts
 
 
-def near_miss(caption: str, kinds) -> str:
+def hard_negative(caption: str, kinds) -> str:
     """The caption with two words of one kind exchanged, or where it has no two, with one replaced by another.
 
     kinds: groups of words, such as (("red", "blue"), ("left", "right")). What is changed is drawn from the caption's

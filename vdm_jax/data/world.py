@@ -1,6 +1,6 @@
 """A procedural world of moving shapes with sound and exact state: an endless source of clips.
 
-Coloured shapes move in a box, bounce off its walls and off each other, and every impact sounds.
+Colored shapes move in a box, bounce off its walls and off each other, and every impact sounds.
 Episode i of a seed is one infinite film: `World(seed)[i]` is its beginning, and
 `World(seed).window(i, start_frame, frames)` is any part of it. Motion is simulated from event to
 event in closed form (all objects share one acceleration, so relative motion is linear), hence
@@ -26,7 +26,7 @@ PALETTE = {  # name -> RGB; hues about 60 degrees apart
     "magenta": (226, 44, 214),
     "cyan": (36, 206, 222),
 }
-COLOURS = tuple(PALETTE)
+COLORS = tuple(PALETTE)
 MATERIALS = ("rubber", "metal")
 DIRECTIONS = ("left", "right", "up", "down")
 
@@ -88,7 +88,7 @@ class World:
       position, velocity  float32 [F, O, 2], in frame widths (per second)
       visible             float32 [F, O], share of the object's area in the frame and not occluded
       radius              float32 [O], in frame widths
-      shape, colour, material  int [O], indices into SHAPES, COLOURS, MATERIALS
+      shape, color, material  int [O], indices into SHAPES, COLORS, MATERIALS
       camera              float32 [F, 2];  light  float32 [F];  gravity  float
       occluder            float32 [F, 2], left and right edge, or None
       events              list of {'time': s from the window's start, 'objects': indices,
@@ -105,7 +105,7 @@ class World:
         sample_rate=8000,
         objects=(0.5, 0.35, 0.15),
         shapes=SHAPES,
-        colours=COLOURS,
+        colors=COLORS,
         gravity=0.2,
         occluder=0.2,
         leave=0.2,
@@ -117,13 +117,13 @@ class World:
         start=0,
         length=2**31 - 1,
     ):
-        for name, value, known in (("shapes", shapes, SHAPES), ("colours", colours, COLOURS)):
+        for name, value, known in (("shapes", shapes, SHAPES), ("colors", colors, COLORS)):
             if not value or set(value) - set(known):
                 raise UserError(f"world: {name}={value} must be some of {', '.join(known)}")
         if len(objects) > 3 or min(objects) < 0 or not math.isclose(sum(objects), 1, abs_tol=1e-6):
             raise UserError(f"world: objects={objects} must be chances of 1 to 3 objects, sum 1")
-        if any(p > 0 and n >= len(set(colours)) for n, p in enumerate(objects)):
-            raise UserError("world: no two objects share a colour; name as many colours as objects")
+        if any(p > 0 and n >= len(set(colors)) for n, p in enumerate(objects)):
+            raise UserError("world: no two objects share a color; name as many colors as objects")
         if frames < 1 or size < 8 or fps <= 0 or sample_rate < 2000 or start < 0:
             raise UserError("world: frames >= 1, size >= 8, fps > 0, sample_rate >= 2000, start >= 0")
         if not (0 < speed[0] <= speed[1] <= 1 and 0.04 <= radius[0] <= radius[1] <= 0.2):
@@ -132,7 +132,7 @@ class World:
         self.sample_rate, self.start, self.length = sample_rate, start, length
         self.objects, self.speed, self.radius = tuple(objects), tuple(speed), tuple(radius)
         self.shapes = tuple(SHAPES.index(s) for s in shapes)
-        self.colours = tuple(COLOURS.index(c) for c in colours)
+        self.colors = tuple(COLORS.index(c) for c in colors)
         self.chances = (gravity, occluder, leave, pan, light)
         self.undirected = undirected
 
@@ -170,7 +170,7 @@ class World:
             "velocity": velocity.astype(np.float32),
             "radius": np.array(episode["r"], np.float32),
             "shape": np.array(episode["shape"]),
-            "colour": np.array(episode["colour"]),
+            "color": np.array(episode["color"]),
             "material": np.array(episode["material"]),
             "camera": camera.astype(np.float32),
             "light": light.astype(np.float32),
@@ -201,8 +201,8 @@ class World:
         sway = (u(0.06, 0.1), u(6, 9), u(0, 6.28), u(7, 11), u(0, 6.28))  # reach, (s, phase) x, y
         episode["pan"] = sway if pan else None
         episode["light"] = (u(5, 9), u(0, 6.28)) if light else None
-        colours = list(self.colours)
-        episode["colour"] = [colours.pop(int(u() * len(colours))) for _ in range(count)]
+        colors = list(self.colors)
+        episode["color"] = [colors.pop(int(u() * len(colors))) for _ in range(count)]
         episode["shape"] = [pick(self.shapes) for _ in range(count)]
         episode["material"] = [int(u() * 2) for _ in range(count)]
         while not self._place(episode, count, u, pick):
@@ -212,7 +212,7 @@ class World:
         return episode
 
     def _place(self, episode, count, u, pick):
-        for name in ("colour", "shape", "material"):
+        for name in ("color", "shape", "material"):
             del episode[name][count:]
         x, y, vx, vy, r = columns = ([], [], [], [], [])
         smallest = self.radius[0]
@@ -262,7 +262,7 @@ class World:
 
     @staticmethod
     def meaning(item):
-        """What a clip's caption says, or could, of its objects: sorted tuple of (colour, shape, direction)."""
+        """What a clip's caption says, or could, of its objects: sorted tuple of (color, shape, direction)."""
         return tuple(sorted(describe(item["state"])))
 
 
@@ -386,7 +386,7 @@ def render(state, size, open_sides=False):
 
     visible = np.empty(position.shape[:2], np.float32)
     step = np.arange(frames)[:, None]
-    for o, (shape, colour) in enumerate(zip(state["shape"], state["colour"])):
+    for o, (shape, color) in enumerate(zip(state["shape"], state["color"])):
         # Only a patch around the object is drawn; at the frame's edge it is moved inside.
         radius = float(state["radius"][o]) * size
         reach = math.ceil(1.3 * radius) + 1
@@ -404,7 +404,7 @@ def render(state, size, open_sides=False):
             spot = np.exp(-(((offset + 0.35 * radius) / (0.38 * radius)) ** 2))
             shine = 0.75 * spot[:, 0, None, :] * spot[:, 1, :, None]
         index = (step[:, :, None] * size + grid[:, 1, :, None]) * size + grid[:, 0, None, :]
-        for channel, value in zip(flat, PALETTE[COLOURS[colour]]):
+        for channel, value in zip(flat, PALETTE[COLORS[color]]):
             paint = np.float32(value / 255)
             if shine is not None:
                 paint = 0.85 * paint + (0.95 - 0.85 * paint) * shine
@@ -435,13 +435,13 @@ def seen(state):
 
 
 def describe(state):
-    """[(colour, shape, direction)] of the objects that are seen."""
-    names = [(COLOURS[c], SHAPES[s]) for c, s in zip(state["colour"], state["shape"])]
+    """[(color, shape, direction)] of the objects that are seen."""
+    names = [(COLORS[c], SHAPES[s]) for c, s in zip(state["color"], state["shape"])]
     return [(*names[o], direction_of(state["velocity"][0, o])) for o in seen(state)]
 
 
-def _thing(rng, colour, shape, direction, size="", material=""):
-    word = " ".join(w for w in (size, material, colour, shape) if w)
+def _thing(rng, color, shape, direction, size="", material=""):
+    word = " ".join(w for w in (size, material, color, shape) if w)
     verb = ("moving", "moving", "going", "heading")[int(rng.integers(4))]
     return f"a {word} {verb} {direction}" if direction else f"a {word}"
 
@@ -461,13 +461,13 @@ def caption(state, rng, undirected=0.0):
     who = seen(state)
     things = {}
     vague = undirected and rng.random() < undirected
-    for o, (colour, shape, direction) in zip(who, describe(state)):
+    for o, (color, shape, direction) in zip(who, describe(state)):
         r, size, material = state["radius"][o], "", ""
         if len(who) < 3 and rng.integers(3) == 0:
             size = "small" if r < 0.13 else "large" if r > 0.16 else ""
         if len(who) < (2 if size else 3) and rng.integers(3) == 0:  # few go over 96 bytes
             material = MATERIALS[state["material"][o]]
-        things[o] = _thing(rng, colour, shape, "" if vague and rng.integers(4) else direction, size, material)
+        things[o] = _thing(rng, color, shape, "" if vague and rng.integers(4) else direction, size, material)
     if rng.integers(10) < 7:
         for event in state["events"]:
             if event["kind"] == "turn" or not set(event["objects"]) <= set(who):
@@ -485,15 +485,15 @@ def caption(state, rng, undirected=0.0):
     return _together(rng, list(things.values())) if who else "an empty box"
 
 
-def prompts(seed, n, objects=1, shapes=SHAPES, colours=COLOURS):
+def prompts(seed, n, objects=1, shapes=SHAPES, colors=COLORS):
     """n sentences of the captions' grammar, without events, and what they ask for:
-    [{'text': str, 'objects': [{'colour', 'shape', 'direction'}]}]."""
+    [{'text': str, 'objects': [{'color', 'shape', 'direction'}]}]."""
     rng = np.random.default_rng([seed, objects, 77])
     out = []
     for _ in range(n):
         asked = []
-        for c in rng.permutation(len(colours))[:objects]:
+        for c in rng.permutation(len(colors))[:objects]:
             shape, direction = shapes[rng.integers(len(shapes))], DIRECTIONS[rng.integers(4)]
-            asked.append({"colour": colours[c], "shape": shape, "direction": direction})
+            asked.append({"color": colors[c], "shape": shape, "direction": direction})
         out.append({"text": _together(rng, [_thing(rng, **a) for a in asked]), "objects": asked})
     return out

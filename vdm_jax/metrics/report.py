@@ -20,7 +20,7 @@ from etils import epath
 
 SOURCES = ("truth", "autoencoder", "samples")
 OUTCOMES = {  # keys of M
-    "one_object": "one object: colour and shape right",
+    "one_object": "one object: color and shape right",
     "two_objects": "two objects: both right",
     "direction": "direction as asked",
     "permanence": "permanence: asked and there",
@@ -35,13 +35,13 @@ REQUIRED = {
 }
 LABELS = {
     **OUTCOMES,
-    "colour_drift": "colour drift (less is better)",
+    "color_drift": "color drift (less is better)",
     "psnr": "PSNR",
     "ssim": "SSIM",
     "si_sdr": "SI-SDR",
     "onset_within_half_frame": "onsets within half a frame",
     "recall_at_1": "text finds its video first",
-    "near_miss_told": "video tells its text from a near miss",
+    "hard_negative_accuracy": "video tells its text from a hard negative",
 }
 SHARES = {
     *OUTCOMES,
@@ -51,11 +51,11 @@ SHARES = {
     "moves_truth",
     "right",
     "count",
-    "colour",
+    "color",
     "shape",
     "onset_within_half_frame",
     "recall_at_1",
-    "near_miss_told",
+    "hard_negative_accuracy",
 }
 DECIBELS = {"psnr", "si_sdr", "first_frame_psnr", "first_frame_psnr_reconstructed"}
 MEDIA = {  # suffix -> element and MIME type

@@ -23,16 +23,16 @@ def objects(item):
     """What the caption of a clip of the world asks for, as the tracker wants it; None for other sources."""
     if "state" not in item:
         return None
-    return [dict(zip(("colour", "shape", "direction"), thing)) for thing in world.World.meaning(item)]
+    return [dict(zip(("color", "shape", "direction"), thing)) for thing in world.World.meaning(item)]
 
 
 def measure(generator, items, seed):
-    """-> {'undirected', 'image', 'continue', 'foley', 'sound', 'roll_out'}: figures of each task over `items`."""
+    """-> {'undirected', 'image', 'continue', 'foley', 'sound', 'rollout'}: figures of each task over `items`."""
     config = generator.config
     run = _Run(generator, items, stages.layout(config), config.data.fps, config.data.sample_rate, seed)
     out = {}
-    for task in (undirected, image, carry_on, foley, sound, roll_out):
-        name = {"carry_on": "continue"}.get(task.__name__, task.__name__)
+    for task in (undirected, image, continue_, foley, sound, rollout):
+        name = {"continue_": "continue"}.get(task.__name__, task.__name__)
         logger.info("task: %s, %d clips", name.replace("_", " "), len(items))
         out[name] = task(run)
     return out
@@ -47,16 +47,16 @@ class _Run:
         self.video, self.audio = (np.stack([item[part] for item in items]) for part in ("video", "audio"))
 
     def complete(self, make):
-        """make(video, audio) -> tasks.Given of one clip; all clips are completed from their own."""
+        """make(video, audio) -> tasks.Context of one clip; all clips are completed from their own."""
         given = [make(video, audio) for video, audio in zip(self.video, self.audio, strict=True)]
         parts = [None if x[0] is None else np.concatenate(x) for x in zip(*((g.video, g.audio) for g in given))]
-        return self.generator(self.prompts, seed=self.seed, given=tasks.Given(*parts, given[0].masks))
+        return self.generator(self.prompts, seed=self.seed, given=tasks.Context(*parts, given[0].masks))
 
 
 def undirected(run):
-    """The clips' objects asked for by colour and shape alone: shares of prompts of which all are right."""
+    """The clips' objects asked for by color and shape alone: shares of prompts of which all are right."""
     asked = [objects(item) for item in run.items]
-    texts = [" and ".join(f"a {o['colour']} {o['shape']}" for o in things) for things in asked]
+    texts = [" and ".join(f"a {o['color']} {o['shape']}" for o in things) for things in asked]
     clips = zip(*run.generator(texts, seed=run.seed, given=tasks.nothing(run.size)), asked, strict=True)
     made = tracker.summarise([tracker.measure(v, a, run.fps, run.rate, want) for v, a, want in clips])
     return {key: made[key] for key in ("one_object", "two_objects")}
@@ -86,13 +86,13 @@ def _moves(video):
     return False
 
 
-def carry_on(run):
+def continue_(run):
     """Velocity changes where a given beginning ends, before it and after it, away from impacts; frame widths a second.
 
-    The beginning is config.sample.history latent frames of the true clip, as the autoencoder sees them. 'seam' is of
+    The beginning is config.sample.context_frames latent frames of the true clip, autoencoded. 'seam' is of
     the two frames around its end, 'inside' of those whose neighbours are made, too, 'given' of those before.
     """
-    past = 1 + run.size.f_t * (run.generator.config.sample.history - 1)
+    past = 1 + run.size.f_t * (run.generator.config.sample.context_frames - 1)
     samples = past * run.size.samples_per_frame
     video, _ = run.complete(lambda video, audio: tasks.history(video[None, :past], audio[None, :samples], run.size))
     made, true = _velocity_changes(run, video, past), _velocity_changes(run, run.video, past)
@@ -149,10 +149,10 @@ def _in_step(run, video, audio):
     return {key: made[key] for key in keys} | {f"{key}_truth": true[key] for key in keys}
 
 
-def roll_out(run):
+def rollout(run):
     """What is asked, window by window of a clip's length, up to WINDOWS of them: a curve of shares."""
     frames = WINDOWS * run.size.frames
-    video, audio = run.generator.roll_out(run.prompts, frames, seed=run.seed)
+    video, audio = run.generator.rollout(run.prompts, frames, seed=run.seed)
     per_frame = run.size.samples_per_frame
     curve = {"seconds": [], "right": [], "permanence": [], "size_drift": []}
     for i in range(WINDOWS):

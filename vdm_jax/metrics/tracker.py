@@ -1,7 +1,7 @@
 """Reads a world clip back from its pixels and its waveform, by classical vision alone.
 
-Colour: in the plane of chroma (where every grey is the origin) an object's pixel is light *
-coverage * the palette's vector, so its angle names the colour and its length is a soft mask.
+Color: in the plane of chroma (where every grey is the origin) an object's pixel is light *
+coverage * the palette's vector, so its angle names the color and its length is a soft mask.
 Shape, centre and radius: least squares (Gauss-Newton) of the world's own anti-aliased shapes on
 that mask; pixels that show something else (the occluder, another object, beyond the frame) have no
 say. The best of the three shapes is named only if it fits well enough, so blobs, smears and ghosts
@@ -17,7 +17,7 @@ import math
 import numpy as np
 from scipy import ndimage
 
-from vdm_jax.data.world import AREA, COLOURS, DIRECTIONS, PALETTE, SHAPES, coverage, direction_of
+from vdm_jax.data.world import AREA, COLORS, DIRECTIONS, PALETTE, SHAPES, coverage, direction_of
 from vdm_jax.errors import UserError
 
 VISIBLE = 0.75  # an object is judged where at least this share of it is in sight
@@ -30,33 +30,33 @@ MIN_FLUX = 0.08  # mean rise of log(1 + 100 magnitude) over 8 ms that is an onse
 FLUX_DELAY = 0.0003  # s, from the middle of the window at the flux's peak to the onset
 MIN_KINK = 0.12  # frame widths per second, the least change of velocity that is an impact
 
-_RGB = np.array([PALETTE[c] for c in COLOURS], np.float32) / 255
+_RGB = np.array([PALETTE[c] for c in COLORS], np.float32) / 255
 _CHROMA = np.array([[1, -0.5, -0.5], [0, 3**0.5 / 2, -(3**0.5) / 2]], np.float32)
-_VECTORS = _RGB @ _CHROMA.T  # [colours, 2]
+_VECTORS = _RGB @ _CHROMA.T  # [colors, 2]
 _LENGTHS = np.linalg.norm(_VECTORS, axis=1)
 _PLANE = ndimage.generate_binary_structure(2, 1)[None]  # neighbours within a frame
 
 
 def track(video):
-    """Objects of every frame, linked by colour. video: uint8 [F, H, W, 3].
+    """Objects of every frame, linked by color. video: uint8 [F, H, W, 3].
 
-    Returns {colour: {'present' bool, 'shape' int (index into SHAPES, -1: none fits), 'position'
+    Returns {color: {'present' bool, 'shape' int (index into SHAPES, -1: none fits), 'position'
     [., 2], 'radius', 'visible' (share of the fitted shape in sight), 'fit', 'strength', 'hue'
-    (radians), 'extra' (further objects of this colour)}}, each [F]; floats are NaN where absent.
+    (radians), 'extra' (further objects of this color)}}, each [F]; floats are NaN where absent.
     """
     pooled = _pool(video)
     frames, height, width, _ = pooled.shape
     chroma = pooled @ _CHROMA.T
     value = pooled.max(-1)
-    dots = chroma @ (_VECTORS / _LENGTHS[:, None]).T  # [F, H, W, colours]
+    dots = chroma @ (_VECTORS / _LENGTHS[:, None]).T  # [F, H, W, colors]
     nearest = dots.argmax(-1)
-    strength = dots / _LENGTHS  # 1: the palette's colour in full light
-    coloured = np.take_along_axis(strength, nearest[..., None], -1)[..., 0]
-    grey_bar = (coloured < 0.12) & (value > 0.325) & (value < 0.55)
+    strength = dots / _LENGTHS  # 1: the palette's color in full light
+    colored = np.take_along_axis(strength, nearest[..., None], -1)[..., 0]
+    grey_bar = (colored < 0.12) & (value > 0.325) & (value < 0.55)
 
     out, fits = {}, []
-    for c, name in enumerate(COLOURS):
-        mine = (nearest == c) & (coloured > 0.3)
+    for c, name in enumerate(COLORS):
+        mine = (nearest == c) & (colored > 0.3)
         if (mine.sum((1, 2)) < MIN_AREA * height * width).all():
             continue
         label, _ = ndimage.label(mine, np.pad(_PLANE, ((1, 1), (0, 0), (0, 0))))
@@ -83,7 +83,7 @@ def track(video):
     level = np.array([np.percentile(p[m], 75) for p, m in zip(power, body)])
     power = power / level[:, None, None]
     bright, hues = value[index[:, 1]], nearest[index[:, 1]]
-    foreign = (hues != index[:, :1, None]) & (coloured[index[:, 1]] > 0.25)
+    foreign = (hues != index[:, :1, None]) & (colored[index[:, 1]] > 0.25)
 
     # Highlights lose chroma, not brightness; inside the body a pixel is covered whatever it shows.
     mask = np.clip(power, 0, 1) * (~foreign & (power > 0.12))  # less is noise
@@ -101,7 +101,7 @@ def track(video):
 
     shape, centre, radius, fit, seen = _fit(mask, weight.astype(np.float32), body)
     for n, (c, f, main, others) in enumerate(fits):
-        row = out[COLOURS[c]]
+        row = out[COLORS[c]]
         inside = (
             (np.arange(width) + 0.5 - centre[n, 0]),
             (np.arange(height)[:, None] + 0.5 - centre[n, 1]),
@@ -115,7 +115,7 @@ def track(video):
         row["position"][f] = centre[n] / (width, height)
         row["radius"][f], row["visible"][f] = radius[n] / height, seen[n]
         row["fit"][f], row["strength"][f] = fit[n], level[n]
-    for c, name in enumerate(COLOURS):  # a sliver fits as a small whole: compare it with the others
+    for c, name in enumerate(COLORS):  # a sliver fits as a small whole: compare it with the others
         of = index[:, 0] == c
         if of.any():
             row, f, area = out[name], index[of, 1], body[of].sum((1, 2))
@@ -200,7 +200,7 @@ def _fit(mask, weight, body, steps=8):
 
 
 def impacts(tracks, fps):
-    """Visible changes of velocity: sorted [(time in s, colour, change in frame widths per second)].
+    """Visible changes of velocity: sorted [(time in s, color, change in frame widths per second)].
 
     Second differences of a track are zero but for gravity and for impacts: one between frames f and
     f + 1 changes the velocity by d = (d2[f] + d2[f + 1]) * fps, and how it is shared between the
@@ -260,9 +260,9 @@ def onsets(audio, sample_rate):
 def measure(video, audio, fps, sample_rate, objects):
     """One clip against what was asked of it.
 
-    video: uint8 [F, H, W, 3]; audio: [N] in [-1, 1]; objects: [{'colour', 'shape', 'direction'}] by
+    video: uint8 [F, H, W, 3]; audio: [N] in [-1, 1]; objects: [{'color', 'shape', 'direction'}] by
     name. Returns {'objects': [per asked object {'present_share', 'shape_right_share', 'right',
-    'direction_right', 'size_drift', 'colour_drift'}], 'right': all objects right, 'count_right',
+    'direction_right', 'size_drift', 'color_drift'}], 'right': all objects right, 'count_right',
     'sync_impacts': (impacts with an onset within one frame, impacts), 'sync_onsets': (onsets with
     an impact within one frame, onsets)}. A drift is None where too little is seen. Frames in which
     an object is mostly out of sight, or gone after it was partly so, are not held against its
@@ -271,7 +271,7 @@ def measure(video, audio, fps, sample_rate, objects):
     """
     tracks, frames = track(video), len(video)
     kinks, heard = impacts(tracks, fps), onsets(audio, sample_rate)
-    judged = [_judge(tracks.get(ask["colour"]), ask, kinks, fps, frames) for ask in objects]
+    judged = [_judge(tracks.get(ask["color"]), ask, kinks, fps, frames) for ask in objects]
 
     lasting = [row for row in tracks.values() if row["present"].mean() >= 0.25]
     more = sum((row["extra"] > 0).mean() >= 0.25 for row in lasting)
@@ -289,12 +289,12 @@ def measure(video, audio, fps, sample_rate, objects):
 
 
 def _judge(row, ask, kinks, fps, frames):
-    """The part of `measure` that concerns one asked object; row: its colour's track, if any."""
-    for key, known in (("colour", COLOURS), ("shape", SHAPES), ("direction", DIRECTIONS)):
+    """The part of `measure` that concerns one asked object; row: its color's track, if any."""
+    for key, known in (("color", COLORS), ("shape", SHAPES), ("direction", DIRECTIONS)):
         if ask[key] not in known:
             raise UserError(f"tracker: {key} {ask[key]!r} unknown; one of {', '.join(known)}")
     out = {"present_share": 0.0, "shape_right_share": 0.0, "right": False, "direction_right": False}
-    out |= {"size_drift": None, "colour_drift": None}
+    out |= {"size_drift": None, "color_drift": None}
     if row is None or not row["present"].any():
         return out
     there = row["present"]
@@ -309,7 +309,7 @@ def _judge(row, ask, kinks, fps, frames):
     out["shape_right_share"] = float(good.sum() / counted)
     out["right"] = bool(out["shape_right_share"] >= SHARE)
 
-    hit = min([t for t, name, _ in kinks if name == ask["colour"]], default=math.inf)
+    hit = min([t for t, name, _ in kinks if name == ask["color"]], default=math.inf)
     first = at[(at < at[0] + 4) & (at / fps <= hit)]
     if clear[first].sum() > 1:
         first = first[clear[first]]
@@ -324,13 +324,13 @@ def _judge(row, ask, kinks, fps, frames):
         turn = np.angle(np.exp(1j * row["hue"][late]).mean() / np.exp(1j * row["hue"][early]).mean())
         whole = np.median(row["radius"][clear])
         out["size_drift"] = float(min(1, (large - small) / whole))
-        out["colour_drift"] = float(min(1, abs(turn) / (math.pi / 3)))  # 1: the next colour's hue
+        out["color_drift"] = float(min(1, abs(turn) / (math.pi / 3)))  # 1: the next color's hue
     return out
 
 
 def summarise(measures):
-    """Pools `measure`s: {'one_object', 'two_objects' (colour and shape right), 'direction',
-    'count', 'permanence', 'size_drift', 'colour_drift', 'sync_impacts', 'sync_onsets'}, shares in
+    """Pools `measure`s: {'one_object', 'two_objects' (color and shape right), 'direction',
+    'count', 'permanence', 'size_drift', 'color_drift', 'sync_impacts', 'sync_onsets'}, shares in
     0..1, None where there was nothing to count."""
     mean = lambda values: float(np.mean(values)) if len(values) else None  # noqa: E731
     each = [j for m in measures for j in m["objects"]]
@@ -342,7 +342,7 @@ def summarise(measures):
         "count": mean([m["count_right"] for m in measures]),
         "permanence": mean(known("present_share")),
         "size_drift": mean(known("size_drift")),
-        "colour_drift": mean(known("colour_drift")),
+        "color_drift": mean(known("color_drift")),
     }
     for key in ("sync_impacts", "sync_onsets"):
         hits, total = np.sum([m[key] for m in measures], axis=0) if measures else (0, 0)

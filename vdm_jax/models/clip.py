@@ -10,8 +10,8 @@ from vdm_jax.models.layers import (
     GroupNorm,
     LayerNorm,
     ResidualBlock,
+    activation_dtype,
     space_to_depth,
-    stored,
     transformer_layer,
 )
 
@@ -32,8 +32,8 @@ class TextEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, mask):
-        x = nn.Embed(self.vocabulary, self.width, dtype=stored(self.dtype), name="tokens")(tokens)
-        positions = nn.Embed(self.length, self.width, dtype=stored(self.dtype), name="positions")
+        x = nn.Embed(self.vocabulary, self.width, dtype=activation_dtype(self.dtype), name="tokens")(tokens)
+        positions = nn.Embed(self.length, self.width, dtype=activation_dtype(self.dtype), name="positions")
         x = x + positions(jnp.arange(tokens.shape[1]))
         for i in range(self.layers):
             x = transformer_layer(x, mask, self.heads, i, dtype=self.dtype)

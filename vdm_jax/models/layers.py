@@ -26,7 +26,7 @@ _platform = contextvars.ContextVar("platform", default=None)
 
 
 @contextlib.contextmanager
-def forms_of(platform):
+def backend(platform):
     """Inside, layers take the forms of `platform`, whatever this process runs on: to compile for it, or to count."""
     token = _platform.set(platform)
     try:
@@ -39,7 +39,7 @@ def on_cpu():
     return (_platform.get() or jax.default_backend()) == "cpu"
 
 
-def stored(dtype):
+def activation_dtype(dtype):
     """The type of arrays between the layers of a model whose products are in `dtype`."""
     return jnp.float32 if on_cpu() else dtype
 
@@ -52,7 +52,7 @@ ACTIVATION, PRODUCT = "activation", "product"
 REMAT = ("none", "pointwise", "blocks")
 
 
-def rematerialised(call, mode):
+def apply_remat(call, mode):
     """A function or class of modules whose backward pass keeps less of the forward one. mode: "none" or
 
     "pointwise"  keeps what convolutions, linear layers and attention give: norms, activation functions and the weights
@@ -163,11 +163,11 @@ class Conv(nn.Module):
         return constrain_activation(x) if self.strides else x  # fewer places: they may be split over fewer devices
 
 
-class FactorisedConv(nn.Module):
-    """A 3-D convolution, full (3x3x3) or factorised (1x3x3 then 3x1x1); for sound, one 1-D convolution of width 3."""
+class FactorizedConv(nn.Module):
+    """A 3-D convolution, full (3x3x3) or factorized (1x3x3 then 3x1x1); for sound, one 1-D convolution of width 3."""
 
     features: int
-    factorised: bool = True
+    factorized: bool = True
     time_padding: str = "same"
     zero: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -177,7 +177,7 @@ class FactorisedConv(nn.Module):
         make = functools.partial(Conv, self.features, time_padding=self.time_padding, dtype=self.dtype)
         if x.ndim == 3:
             return make(window=(3,), zero=self.zero, name="time")(x)
-        if not self.factorised:
+        if not self.factorized:
             return make(window=(3, 3, 3), zero=self.zero, name="full")(x)
         x = make(window=(1, 3, 3), name="space")(x)
         return make(window=(3, 1, 1), zero=self.zero, name="time")(x)
@@ -264,8 +264,8 @@ class GroupNorm(nn.Module):
         parameters = jax.tree.map(lambda p: p.astype(jnp.float32), (scale, bias, offset, film))
         if on_cpu():
             x = x.astype(jnp.float32).reshape(shape[0], frames, pixels, channels)
-            return cpu.scaled(coefficients, self.activation, x, parameters).reshape(shape)
-        return accelerator.scaled(coefficients, self.activation, self.dtype, x, parameters).reshape(shape)
+            return cpu.norm_act(coefficients, self.activation, x, parameters).reshape(shape)
+        return accelerator.norm_act(coefficients, self.activation, self.dtype, x, parameters).reshape(shape)
 
 
 class LayerNorm(nn.Module):
@@ -281,7 +281,9 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         mean = x.mean(-1, keepdims=True)
         variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
-        return _affine((x - mean) * jax.lax.rsqrt(variance + self.eps), scale, bias).astype(stored(self.dtype))
+        return _affine((x - mean) * jax.lax.rsqrt(variance + self.eps), scale, bias).astype(
+            activation_dtype(self.dtype)
+        )
 
 
 class RMSNorm(nn.Module):
@@ -413,7 +415,7 @@ class ResidualBlock(nn.Module):
     """
 
     features: int
-    factorised: bool = True
+    factorized: bool = True
     time_padding: str = "same"
     groups: int = 8
     dtype: jnp.dtype = jnp.float32
@@ -422,7 +424,7 @@ class ResidualBlock(nn.Module):
     def __call__(self, x, embedding=None):
         frames = embedding.shape[1] if embedding is not None else 0
         norm = functools.partial(GroupNorm, self.groups, frames, activation=nn.silu, dtype=self.dtype)
-        layer = functools.partial(FactorisedConv, self.features, self.factorised, self.time_padding, dtype=self.dtype)
+        layer = functools.partial(FactorizedConv, self.features, self.factorized, self.time_padding, dtype=self.dtype)
         h = layer(name="conv_in")(norm(name="norm_in")(x))
         film = None
         if embedding is not None:

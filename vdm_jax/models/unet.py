@@ -17,17 +17,17 @@ from vdm_jax.models.layers import (
     GroupNorm,
     LayerNorm,
     ResidualBlock,
+    activation_dtype,
+    apply_remat,
     constrain_activation,
     depth_to_space,
     fourier_features,
-    rematerialised,
     space_to_depth,
-    stored,
     transformer_layer,
 )
 
 
-class LevelEmbedding(nn.Module):
+class NoiseEmbedding(nn.Module):
     """Noise level [B, T], frame time and pooled text [B, D] -> embedding [B, T, E] of one modality."""
 
     features: int
@@ -47,7 +47,7 @@ class LevelEmbedding(nn.Module):
         return nn.silu(x)
 
 
-class TokenMixer(nn.Module):
+class SpaceTimeAttention(nn.Module):
     """Self-attention over all tokens of one stream, then cross-attention to the text; both residual.
 
     x is [B, T, h, w, C] or [B, K*T, C]; seconds [tokens] places each on the time axis; text states [B, L, D].
@@ -69,12 +69,12 @@ class TokenMixer(nn.Module):
         attention = functools.partial(Attention, max(1, channels // self.head_dim), self.head_dim, dtype=self.dtype)
         norm = functools.partial(LayerNorm, dtype=self.dtype)
         tokens = tokens + attention(name="self")(norm(name="norm_self")(tokens) + place, positions=seconds)
-        words = cond["states"].astype(stored(self.dtype))
+        words = cond["states"].astype(activation_dtype(self.dtype))
         tokens = tokens + attention(name="cross")(norm(name="norm_cross")(tokens), words, cond["mask"])
         return constrain_activation(tokens.reshape(x.shape))
 
 
-class Exchange(nn.Module):
+class CrossModalAttention(nn.Module):
     """Video and sound tokens attend to each other, both reading the other's state from before the exchange.
 
     Rotary positions are in seconds on both sides; outputs are zero-initialised, so streams start out independent.
@@ -102,7 +102,7 @@ class Exchange(nn.Module):
 class TextRefiner(nn.Module):
     """Transformer layers on the text states [B, L, D], trained with the denoiser.
 
-    A contrastive text encoder names what is there, and hardly tells which colour goes with which shape
+    A contrastive text encoder names what is there, and hardly tells which color goes with which shape
     (arXiv:2210.01936): what it leaves out can be learnt here. Which words belong together shows in how far apart they
     are, hence the rotary positions. The layers start as nothing.
     """
@@ -113,7 +113,7 @@ class TextRefiner(nn.Module):
 
     @nn.compact
     def __call__(self, states, mask):
-        x = states.astype(stored(self.dtype))
+        x = states.astype(activation_dtype(self.dtype))
         heads = max(1, x.shape[-1] // self.head_dim)
         positions = jnp.arange(x.shape[1]) / 20  # bytes to rotary periods of 20 bytes, some three words, to 2,000
         for i in range(self.layers):
@@ -130,9 +130,9 @@ class UNet(nn.Module):
     The picture is cut into squares of patch x patch latents first. Level i has channels[i], for sound
     audio_channels[i] (or the same where that is empty), and blocks[i] residual blocks on the way down and again on the
     way up; space halves between levels, time by time_strides[i] (1 or 2), sound always by 2. attention[i] puts a
-    TokenMixer, exchange[i] an Exchange after the level's blocks; the bottleneck always has both. text_layers
+    SpaceTimeAttention, cross_modal[i] a CrossModalAttention after its blocks; the bottleneck has both. text_layers
     transformer layers refine the text. remat[i], where given, says what the backward pass of the level's blocks and
-    mixers computes again (see layers.rematerialised); the bottleneck is of the last level.
+    mixers computes again (see layers.apply_remat); the bottleneck is of the last level.
     """
 
     patch: int
@@ -140,9 +140,9 @@ class UNet(nn.Module):
     audio_channels: tuple[int, ...]
     blocks: tuple[int, ...]
     attention: tuple[bool, ...]
-    exchange: tuple[bool, ...]
+    cross_modal: tuple[bool, ...]
     time_strides: tuple[int, ...]
-    factorised: bool
+    factorized: bool
     head_dim: int
     embedding: int
     text_layers: int
@@ -159,9 +159,9 @@ class UNet(nn.Module):
         channels = {"video": self.channels, "audio": self.audio_channels or self.channels}
         refine = TextRefiner(self.text_layers, self.head_dim, self.dtype, name="text")
         cond = {**cond, "states": refine(cond["states"], cond["mask"])}
-        embed = functools.partial(LevelEmbedding, self.embedding, self.latent_fps, dtype=self.dtype)
+        embed = functools.partial(NoiseEmbedding, self.embedding, self.latent_fps, dtype=self.dtype)
         embedding = {m: embed(name=f"embedding_{m}")(log_snr[m], cond["pooled"]) for m in ("video", "audio")}
-        block = dict(factorised=self.factorised, groups=self.groups, dtype=self.dtype)
+        block = dict(factorized=self.factorized, groups=self.groups, dtype=self.dtype)
         conv = functools.partial(Conv, dtype=self.dtype)
 
         def seconds(x):
@@ -173,20 +173,20 @@ class UNet(nn.Module):
             return {"video": jnp.repeat(t, x["video"].shape[2] * x["video"].shape[3]), "audio": a}
 
         def at(level, module):
-            return rematerialised(module, self.remat[level]) if self.remat else module
+            return apply_remat(module, self.remat[level]) if self.remat else module
 
         def residual(x, level, name):
             pooled = {m: _to_length(e, x["video"].shape[1]) for m, e in embedding.items()}
             made = at(level, ResidualBlock)
             return {m: made(channels[m][level], **block, name=f"{name}_{m}")(x[m], pooled[m]) for m in x}
 
-        def mix(x, level, name, attend, exchange):
+        def mix(x, level, name, attend, cross_modal):
             where = seconds(x)
             if attend:
-                made = functools.partial(at(level, TokenMixer), self.head_dim, self.dtype)
+                made = functools.partial(at(level, SpaceTimeAttention), self.head_dim, self.dtype)
                 x = {m: made(name=f"{name}_attention_{m}")(x[m], where[m], cond) for m in x}
-            if exchange:
-                swap = at(level, Exchange)(self.head_dim, self.dtype, name=f"{name}_exchange")
+            if cross_modal:
+                swap = at(level, CrossModalAttention)(self.head_dim, self.dtype, name=f"{name}_exchange")
                 video, audio = swap(x["video"], x["audio"], where["video"], where["audio"])
                 x = {"video": constrain_activation(video), "audio": constrain_activation(audio)}
             return x
@@ -202,7 +202,7 @@ class UNet(nn.Module):
             for j in range(self.blocks[i]):
                 x = residual(x, i, f"down_{i}_{j}")
                 if j == self.blocks[i] - 1:
-                    x = mix(x, i, f"down_{i}", self.attention[i], self.exchange[i])
+                    x = mix(x, i, f"down_{i}", self.attention[i], self.cross_modal[i])
                 skips.append(x)
             if i < len(self.channels) - 1:
                 strides = {"video": (self.time_strides[i], 2, 2), "audio": (2,)}
@@ -210,7 +210,7 @@ class UNet(nn.Module):
 
         # Bottleneck
         x = residual(x, -1, "middle_in")
-        x = mix(x, -1, "middle", attend=True, exchange=True)
+        x = mix(x, -1, "middle", attend=True, cross_modal=True)
         x = residual(x, -1, "middle_out")
 
         # Up
@@ -219,7 +219,7 @@ class UNet(nn.Module):
                 skip = skips.pop()
                 x = {m: jnp.concatenate([x[m], skip[m]], -1) for m in x}
                 x = residual(x, i, f"up_{i}_{j}")
-            x = mix(x, i, f"up_{i}", self.attention[i], self.exchange[i])
+            x = mix(x, i, f"up_{i}", self.attention[i], self.cross_modal[i])
             if i:
                 grow = {"video": ((1, 3, 3), (self.time_strides[i - 1], 2, 2)), "audio": ((3,), (2,))}
                 x = {

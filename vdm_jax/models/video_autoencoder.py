@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vdm_jax.models.layers import (
     Conv,
-    FactorisedConv,
+    FactorizedConv,
     ResidualBlock,
     constrain_activation,
     depth_to_space,
@@ -52,7 +52,7 @@ class VideoAutoencoder(nn.Module):
         ]
         self.middle = [block(self.channels[-1]) for _ in range(self.middle_blocks)]
         self.to_latent = conv(2 * self.latent_channels, (1, 1, 1))
-        self.from_latent = FactorisedConv(self.channels[-1], time_padding="causal", dtype=self.dtype)
+        self.from_latent = FactorizedConv(self.channels[-1], time_padding="causal", dtype=self.dtype)
         self.middle_up = [block(self.channels[-1]) for _ in range(self.middle_blocks)]
         self.up = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in levels]
         self.grow = [

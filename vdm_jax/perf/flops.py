@@ -3,7 +3,7 @@
 A product of matrices, or a convolution, costs 2 operations for each multiply-add. Differentiating it costs as much
 again for each operand that depends on the parameters being trained: one more product gives the gradient of that
 operand. So a layer in the middle of a trained network counts three times, its first layer twice, attention between
-activations three times, a frozen encoder once. Recomputation (rematerialisation), optimisers and pointwise work are
+activations three times, a frozen encoder once. Recomputation (rematerialisation), optimizers and pointwise work are
 left out, as is what no result is made of: these are the *model* FLOPs of arXiv:2204.02311, appendix B.
 """
 

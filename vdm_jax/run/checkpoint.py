@@ -4,7 +4,7 @@
     python -m vdm_jax.checkpoint import --weights=FOLDER --workdir=DIR    # a run that goes on from exported weights
     python -m vdm_jax.checkpoint verify DIR    # are the files of a run, or of exported weights, what was written?
 
-An imported run stands where the exported one stood, less its optimiser's memory: raise a stage's steps to train it on,
+An imported run stands where the exported one stood, less its optimizer's memory: raise a stage's steps to train it on,
 or delete a stage's folder to train that one anew. --weights=reference names the weights that ship with the package.
 With --config=FILE the run is that recipe's, whose models may have parameters that the weights lack: those begin as
 drawn, and a stage that has such begins at step 0. Added layers that start as nothing leave a model what it was.
@@ -127,7 +127,7 @@ def _reason(error):
     return "no space left on the device" if "No space left" in text else text[:300] or type(error).__name__
 
 
-def set_damaged_aside(directory):
+def quarantine_damaged(directory):
     """Before a run goes on: moves checkpoints that are not what was written to the folder `damaged` beside theirs.
 
     Raises UserError where no good one is left; then all stay where they are. One from before there were checksums
@@ -205,12 +205,12 @@ def _check_stored(stored, wanted, where):
     for path, want in wanted.items():
         name = "/".join(map(str, path))
         if path not in stored:
-            raise UserError(f"{where} has no {name}: it is of another model or optimiser")
+            raise UserError(f"{where} has no {name}: it is of another model or optimizer")
         found, asked = ((tuple(x.shape), np.dtype(x.dtype).name) for x in (stored[path], want))
         if found != asked:
             raise UserError(f"{where}: {name} is {found[1]} {found[0]}, the config asks for {asked[1]} {asked[0]}")
     if extra := sorted("/".join(map(str, path)) for path in stored if path not in wanted):
-        raise UserError(f"{where} has {extra[0]}, which the config does not: it is of another model or optimiser")
+        raise UserError(f"{where} has {extra[0]}, which the config does not: it is of another model or optimizer")
 
 
 # ------------------------------------------------------------------------------------------------- trained weights
@@ -386,7 +386,7 @@ def read_safetensors(path, expected):
 
 
 def main(argv):
-    # Imported here: reading a checkpoint needs neither models nor optimisers.
+    # Imported here: reading a checkpoint needs neither models nor optimizers.
     from vdm_jax import train_state
     from vdm_jax.system import codec as stages
 
@@ -399,9 +399,9 @@ def main(argv):
         weights = REFERENCE if options.weights == "reference" else options.weights
         trained, steps = load_exported(weights, stages.abstract_params)
         if options.config is not None:
-            trained, steps = grow(trained, steps, options.config, stages.init_fns(options.config))
+            trained, steps = add_missing_params(trained, steps, options.config, stages.init_fns(options.config))
         steps |= dict.fromkeys(options.restart, 0)
-        return take_over(trained, steps, storage.given(options.workdir), train_state.create)
+        return import_weights(trained, steps, storage.given(options.workdir), train_state.create)
     raise UserError(
         "usage: python -m vdm_jax.checkpoint export --workdir=DIR --out=FOLDER, "
         "or python -m vdm_jax.checkpoint import --weights=FOLDER --workdir=DIR [--config=FILE] "
@@ -445,7 +445,7 @@ def verify(folder):
         raise UserError(f"{folder} holds neither checkpoints nor exported weights")
 
 
-def grow(trained, steps, config, init_fns):
+def add_missing_params(trained, steps, config, init_fns):
     """-> (Trained of `config`, {stage: step}): the weights there are, and what the config adds to them as drawn.
 
     Raises UserError where the config drops a parameter or gives it another shape.
@@ -471,7 +471,7 @@ def _overlay(stored, drawn):
     return tree, sorted(want - set(have)), sorted(set(have) - want)
 
 
-def take_over(trained, steps, workdir, create):
+def import_weights(trained, steps, workdir, create):
     """Makes the run `workdir` of trained weights; create(params, settings) -> a train state at step 0."""
     if (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds a run already: give a new --workdir")

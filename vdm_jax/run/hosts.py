@@ -58,7 +58,7 @@ def initialize(options):
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the other processes: {error}") from None
     logger.info("process %d of %d", jax.process_index(), jax.process_count())
-    if not lead():
+    if not is_primary():
         logger.setLevel(logging.WARNING)  # one tells what all do
 
 
@@ -79,12 +79,12 @@ def surroundings(environment):
     return None
 
 
-def lead():
+def is_primary():
     """Whether this process writes what all of them made."""
     return jax.process_index() == 0
 
 
-def agreed(value):
+def broadcast_from_primary(value):
     """What process 0 has as `value`, an integer or truth value, on all of them; they wait for each other here."""
     if jax.process_count() == 1:
         return value
@@ -97,31 +97,31 @@ def compiled(step, *arguments):
     A peer that waits in a step for one that still compiles would give it up: on a CPU after half a minute.
     """
     program = step.lower(*arguments).compile()
-    meet("compiled", COMPILING)
+    barrier("compiled", COMPILING)
     return program
 
 
-def meet(what, seconds):
+def barrier(what, seconds):
     """Returns when all processes have come here, the slowest within `seconds`; in a collective a CPU waits for 30."""
     if jax.process_count() > 1:
         ocp.multihost.sync_global_processes(what, timeout=seconds)
 
 
-def give_up(why):
+def abort(why):
     """Ends this process at once, without waiting for peers that will not come."""
     logger.error("error: %s; exit code %d asks the scheduler to start the job again", why, TRY_AGAIN)
     os._exit(TRY_AGAIN)
 
 
 @contextlib.contextmanager
-def together_to_the_end():
+def exit_on_lost_peer():
     """What JAX raises in a process when another one has gone, said clearly; for the part that all do together."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # the latter of gloo, between CPUs
         if jax.process_count() == 1 or isinstance(error, ValueError) and "Gloo" not in str(error):
             raise
-        give_up(f"a peer is gone, or failed: {str(error).splitlines()[0]}")
+        abort(f"a peer is gone, or failed: {str(error).splitlines()[0]}")
 
 
 def watchdog(seconds):
@@ -140,7 +140,7 @@ def watchdog(seconds):
             time.sleep(min(1.0, seconds / 10))
             what, when = last
             if what is not None and time.monotonic() - when > seconds:
-                give_up(f"nothing has happened for {seconds:g} s after {what}: a process is stuck or gone")
+                abort(f"nothing has happened for {seconds:g} s after {what}: a process is stuck or gone")
 
     if seconds and jax.process_count() > 1:
         threading.Thread(target=watch, daemon=True).start()

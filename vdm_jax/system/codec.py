@@ -14,7 +14,7 @@ from vdm_jax.data import text
 from vdm_jax.errors import UserError
 from vdm_jax.models.audio_autoencoder import AudioAutoencoder
 from vdm_jax.models.clip import Clip
-from vdm_jax.models.layers import REMAT, rematerialised
+from vdm_jax.models.layers import REMAT, apply_remat
 from vdm_jax.models.unet import UNet
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
 from vdm_jax.run.checkpoint import STAGES
@@ -26,8 +26,8 @@ SOUND = ("batch", "token", "channel")
 class Stage(NamedTuple):
     """init(key) -> params; loss(params, key, batch, frozen) -> (scalar, metrics).
 
-    batch: {'video' uint8 [B, F, H, W, 3], 'audio' float32 [B, N], 'tokens' int32 [B, L]}, of stages with near misses
-    'near_miss' int32 [B, L] too; the denoiser also takes batches that are encoded already, {'z', 'text'[, 'near_miss']}
+    batch: {'video' uint8 [B, F, H, W, 3], 'audio' float32 [B, N], 'tokens' int32 [B, L]}, of stages with hard negatives
+    'hard_negative' int32 [B, L] too; the denoiser also takes encoded batches, {'z', 'text'[, 'hard_negative']}
     (see `encode`, `encode_text`). frozen: {stage: params} of earlier stages and 'statistics', empty for all but the
     denoiser.
     """
@@ -94,7 +94,7 @@ def _check_numbers(name, value):
         for key, part in value.items():
             _check_numbers(f"{name}.{key}", part)
         return
-    counts = ("blocks", "middle_blocks", "layers", "text_layers", "attention", "exchange", "factorised")
+    counts = ("blocks", "middle_blocks", "layers", "text_layers", "attention", "cross_modal", "factorized")
     low, high = (0, 1000) if name.split(".")[-1] in counts else (1, 1_000_000)
     for one in value if isinstance(value, tuple | list) else (value,):
         if not isinstance(one, int) or not low <= one <= high:
@@ -107,7 +107,7 @@ def _check_depths(config):
         model = config[stage].model
         _check_numbers(f"{stage}.model", model)
         for name, value in model.items():
-            levels = name in ("blocks", "attention", "exchange", "audio_channels")
+            levels = name in ("blocks", "attention", "cross_modal", "audio_channels")
             if (levels or name.endswith("strides")) and not (name == "audio_channels" and not value):
                 wanted = len(model.channels) - (not levels)
                 if len(value) != wanted:
@@ -137,7 +137,8 @@ def _check_halvings(denoiser, side, tokens):
 
 def together(config, name):
     """How many clips of stage `name` go together: of each part of a batch a device holds a multiple of so many."""
-    return config.denoiser.near_miss.every if name == "denoiser" and config.denoiser.near_misses else 1
+    negatives = config.denoiser.hard_negatives
+    return negatives.every if name == "denoiser" and negatives.words else 1
 
 
 def check_batch(config, name, mesh):
@@ -160,7 +161,7 @@ def check_mesh(config, mesh, names):
 
 
 def remat(config, name):
-    """How stage `name` is rematerialised: (mode,), or of the denoiser a mode for each level. Raises UserError."""
+    """How stage `name` is apply_remat: (mode,), or of the denoiser a mode for each level. Raises UserError."""
     modes = tuple(diffusion.one_of(f"{name}.remat", mode, REMAT) for mode in config[name].remat.split(","))
     levels = len(config[name].model.channels) if name == "denoiser" else 1
     if len(modes) not in (1, levels):
@@ -221,6 +222,11 @@ def abstract_params(config):
 _shapes = {}  # by recipe: every check of a run asks for them, and tracing takes a second or more each time
 
 
+def hard_negative_words(config, name):
+    """Groups of words that stage `name` swaps in captions; () for none."""
+    return config[name].hard_negatives.words if "hard_negatives" in config[name] else ()
+
+
 def abstract_batch(config, name):
     """The batch that stage `name` trains on, as ShapeDtypeStructs."""
     size, side, rows = layout(config), config.data.size, config[name].batch_size
@@ -230,13 +236,13 @@ def abstract_batch(config, name):
         "audio": jax.ShapeDtypeStruct((rows, size.samples), jnp.float32),
         "tokens": tokens,
     }
-    if config[name].get("near_misses"):
-        clips["near_miss"] = tokens
+    if hard_negative_words(config, name):
+        clips["hard_negative"] = tokens
     if name != "denoiser" or not config.denoiser.cached_clips:
         return clips
     words = jax.eval_shape(lambda p, t: encode_text(config, p, t), abstract_frozen(config), tokens)
     z = {m: jax.ShapeDtypeStruct((rows, *shape), jnp.float32) for m, shape in latent_shapes(size).items()}
-    encoded = {"z": z, "text": words} | ({"near_miss": words} if "near_miss" in clips else {})
+    encoded = {"z": z, "text": words} | ({"hard_negative": words} if "hard_negative" in clips else {})
     return jax.tree.map(lambda x: x if x.dtype == bool else x.update(dtype=jnp.float16), encoded)
 
 
@@ -320,7 +326,7 @@ def encode_text(config, frozen, tokens):
 
 def _apply(made, frozen, stage, method, *arguments):
     with jax.named_scope(f"{stage}_{method}" if method else stage):
-        params = sharding.gathered(frozen[stage], made[stage].dtype)
+        params = sharding.all_gather_params(frozen[stage], made[stage].dtype)
         return made[stage].apply({"params": params}, *arguments, method=method)
 
 
@@ -332,13 +338,13 @@ def build(config):
     made, inits, size = models(config), init_fns(config), layout(config)
 
     def apply(stage, method=None):
-        """(params, ...) -> what the stage's model gives, on any mesh, rematerialised as the config says."""
+        """(params, ...) -> what the stage's model gives, on any mesh, apply_remat as the config says."""
 
         def call(params, *arguments):
             return _apply(made, {stage: params}, stage, method, *arguments)
 
         modes = remat(config, stage)
-        return rematerialised(call, modes[0]) if len(modes) == 1 else call  # else by level, see UNet
+        return apply_remat(call, modes[0]) if len(modes) == 1 else call  # else by level, see UNet
 
     def video_loss(params, key, batch, frozen):
         video = to_float(batch["video"])
@@ -364,13 +370,15 @@ def build(config):
         logits = scale * words @ pictures.T  # [B, B], a row a text
         by_video, labels = logits.T, jnp.arange(len(logits))
         metrics = {"recall_at_1": jnp.mean(jnp.argmax(logits, 1) == labels), "temperature": 1 / scale}
-        if "near_miss" in batch:  # captions that are nearly right are wrong answers, too: arXiv:2210.01936, section 4
-            near = batch["near_miss"]
+        if (
+            "hard_negative" in batch
+        ):  # captions that are nearly right are wrong answers, too: arXiv:2210.01936, section 4
+            near = batch["hard_negative"]
             wrong = apply("clip", "embed_text")(params, near, text.mask(near))
             wrong = scale * pictures @ wrong.T  # [B, B], a row a video
             same = jnp.all(near == tokens, 1)  # had no word to change
             told = (jnp.diagonal(wrong) < jnp.diagonal(logits)) & ~same
-            metrics["near_miss_told"] = told.sum() / (~same).sum()
+            metrics["hard_negative_accuracy"] = told.sum() / (~same).sum()
             by_video = jnp.concatenate([by_video, jnp.where(same, -jnp.inf, wrong)], 1)
         cross = optax.softmax_cross_entropy_with_integer_labels
         loss = 0.5 * (cross(logits, labels).mean() + cross(by_video, labels).mean())  # arXiv:2103.00020, fig. 3
@@ -378,7 +386,9 @@ def build(config):
 
     def denoiser_loss(params, key, batch, frozen):
         if "z" not in batch:
-            texts = {"text": batch["tokens"]} | ({"near_miss": batch["near_miss"]} if "near_miss" in batch else {})
+            texts = {"text": batch["tokens"]} | (
+                {"hard_negative": batch["hard_negative"]} if "hard_negative" in batch else {}
+            )
             batch = {name: encode_text(config, frozen, tokens) for name, tokens in texts.items()} | {
                 "z": encode(config, frozen, batch["video"], batch["audio"])
             }
@@ -392,12 +402,12 @@ def build(config):
         denoise = functools.partial(apply("denoiser"), params)
         c = config.denoiser
         others = []
-        if "near_miss" in batch:
+        if "hard_negative" in batch:
             some = jax.tree.map(
-                lambda x: x.reshape(-1, c.near_miss.every, *x.shape[1:])[:, 0], (z, words, batch["near_miss"])
+                lambda x: x.reshape(-1, c.hard_negatives.every, *x.shape[1:])[:, 0], (z, words, batch["hard_negative"])
             )
             near_key = jax.random.fold_in(key, 1)
-            others = [diffusion.near_miss_objective(near_key, *some, c.diffusion.target, c.near_miss)]
+            others = [diffusion.hard_negative_objective(near_key, *some, c.diffusion.target, c.hard_negatives)]
         loss, metrics = diffusion.loss(denoise, key, z, cond, c.diffusion, *others)
         return loss, {"loss": loss, **metrics}
 

@@ -35,11 +35,11 @@ def prepare(config, workdir, source, mesh):
     params = {name: checkpoint.load_params(workdir, name, expected[name]) for name in checkpoint.STAGES[:3]}
 
     path = directory / "statistics.json"
-    if not hosts.agreed(path.exists()):
+    if not hosts.broadcast_from_primary(path.exists()):
         statistics = measure(config, params, source)
-        if hosts.lead():
+        if hosts.is_primary():
             checkpoint.write_statistics(path, statistics)
-        hosts.meet("statistics", ENCODING)
+        hosts.barrier("statistics", ENCODING)
     statistics = checkpoint.read_statistics(path)
     frozen = {**params, "statistics": statistics}
 
@@ -70,9 +70,9 @@ def measure(config, params, source):
 def _encoder(config, frozen, source):
     """-> batches(first, count): yields the source's training examples from number `first` on, encoded.
 
-    In whole batches of ENCODE_BATCH, {'z', 'text'[, 'near_miss']}, by all devices of this process, whatever others do.
+    In whole batches of ENCODE_BATCH, {'z', 'text'[, 'hard_negative']}, by all devices of this process.
     """
-    kinds, devices = config.denoiser.near_misses, jax.local_devices()
+    kinds, devices = config.denoiser.hard_negatives.words, jax.local_devices()
     devices = devices if ENCODE_BATCH % len(devices) == 0 else devices[:1]
     mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | {"data": len(devices)}, devices)
     frozen = jax.device_put(frozen, sharding.replicated(mesh))
@@ -80,7 +80,7 @@ def _encoder(config, frozen, source):
     @jax.jit
     def encode(frozen, batch):
         z = stages.encode(config, frozen, batch["video"], batch["audio"])
-        texts = {"text": batch["tokens"]} | ({"near_miss": batch["near_miss"]} if kinds else {})
+        texts = {"text": batch["tokens"]} | ({"hard_negative": batch["hard_negative"]} if kinds else {})
         return {"z": z, **{name: stages.encode_text(config, frozen, tokens) for name, tokens in texts.items()}}
 
     def to_example(item):
@@ -98,7 +98,7 @@ def _encoder(config, frozen, source):
 
 
 class Encoded:
-    """Encoded clips as a data source: {'z': latents, 'text': condition[, 'near_miss': condition]}.
+    """Encoded clips as a data source: {'z': latents, 'text': condition[, 'hard_negative': condition]}.
 
     A clip is one record of a .npy file of PART, on a disk or in a bucket, read when it is asked for, by any thread.
     """
@@ -148,24 +148,26 @@ def _cached(config, frozen, source, folder):
     """
     mark, vouches, count = _fingerprint(config, frozen), folder / "fingerprint", config.denoiser.cached_clips
     wanted = stages.abstract_batch(config, "denoiser")
-    if hosts.lead() and not (vouches.exists() and vouches.read_text() == mark):
+    if hosts.is_primary() and not (vouches.exists() and vouches.read_text() == mark):
         if folder.exists():
             folder.rmtree()
         folder.mkdir(parents=True)
         vouches.write_text(mark)
-    hosts.meet("folder", ENCODING)
+    hosts.barrier("folder", ENCODING)
     paths = [folder / f"clips_{part:05d}.npy" for part in range(-(-count // PART))]
     missing = [part for part, path in enumerate(paths) if not path.exists()]
-    hosts.meet("looked", ENCODING)
+    hosts.barrier("looked", ENCODING)
     if missing:
         logger.info("encoding %d clips once, %d of %d files", count, len(missing), len(paths))
         batches = _encoder(config, frozen, source)
         own = missing[jax.process_index() :: jax.process_count()]
         sizes = [min(PART, count - part * PART) for part in own]
-        with tqdm(total=sum(sizes), desc="encode", disable=None if hosts.lead() else True, unit="clip") as progress:
+        with tqdm(
+            total=sum(sizes), desc="encode", disable=None if hosts.is_primary() else True, unit="clip"
+        ) as progress:
             for part, clips in zip(own, sizes):
                 _write(paths[part], batches(part * PART, clips), _record(wanted), clips, progress)
-    hosts.meet("encoded", ENCODING)
+    hosts.barrier("encoded", ENCODING)
     return Encoded(paths, wanted, count)
 
 
@@ -188,7 +190,9 @@ def _write(path, batches, record, count, progress):
 def _fingerprint(config, frozen):
     digest = hashlib.sha256()
     c = config.denoiser
-    digest.update(json.dumps([PART, config.seed, c.cached_clips, c.near_misses, config.data.to_json()]).encode())
+    digest.update(
+        json.dumps([PART, config.seed, c.cached_clips, c.hard_negatives.words, config.data.to_json()]).encode()
+    )
     for leaf in jax.tree.leaves(frozen):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()

@@ -8,11 +8,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from vdm_jax.sharding import by_rows, split
+from vdm_jax.sharding import shard_map_batch, split
 
 
 def conv(x, kernel, bias, strides, padding):
-    """XLA's own convolution; a factorised one of a video in as many dimensions as its window has.
+    """XLA's own convolution; a factorized one of a video in as many dimensions as its window has.
 
     With fewer than eight clips a device XLA's form of a 3-D one for TPUs cuts frames into pieces with halos: up to half
     as many FLOPs again. Frames stay outermost in all forms, so that nothing is moved from one to the other.
@@ -41,10 +41,10 @@ def conv(x, kernel, bias, strides, padding):
 
     if kernel.ndim == 5 and not split("sequence"):
         if kernel.shape[0] == strides[0] == 1:
-            return by_rows(space, x, kernel, bias)
+            return shard_map_batch(space, x, kernel, bias)
         if kernel.shape[1:3] == strides[1:] == (1, 1):
-            return by_rows(time, x, kernel, bias)
-        return by_rows(full, x, kernel, bias)
+            return shard_map_batch(time, x, kernel, bias)
+        return shard_map_batch(full, x, kernel, bias)
     return _convolved(x, kernel, strides, padding) + bias
 
 
@@ -56,28 +56,28 @@ def _convolved(x, kernel, strides, padding, layout=None):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def scaled(coefficients, activation, dtype, x, parameters):
-    """cpu.scaled for accelerators: x [B, frames, *space, C] -> the same in `dtype`, computed in float32.
+def norm_act(coefficients, activation, dtype, x, parameters):
+    """cpu.norm_act for accelerators: x [B, frames, *space, C] -> the same in `dtype`, computed in float32.
 
     The backward pass reads x and the gradient twice, in the types they have. Left to itself XLA for TPUs keeps what it
     computed of them for the sums, in float32: twice the bytes, and these layers are bound by bytes.
     """
     x = jax.lax.optimization_barrier(x)  # or what convolves before it would write float32
-    return _scaled_forward(coefficients, activation, dtype, x, parameters)[0]
+    return _norm_act_forward(coefficients, activation, dtype, x, parameters)[0]
 
 
 def _over_space(x):
     return tuple(range(2, x.ndim - 1))  # height and width stay apart: to merge them XLA for TPUs would copy
 
 
-def _scaled_forward(coefficients, activation, dtype, x, parameters):
+def _norm_act_forward(coefficients, activation, dtype, x, parameters):
     over, y = _over_space(x), x.astype(jnp.float32)
     (a, b), pull = jax.vjp(coefficients, y.sum(over), jnp.square(y).sum(over), parameters)
     out = activation(y * jnp.expand_dims(a, over) + jnp.expand_dims(b, over)).astype(dtype)
     return out, (x, a, b, pull)
 
 
-def _scaled_backward(coefficients, activation, dtype, saved, grad):
+def _norm_act_backward(coefficients, activation, dtype, saved, grad):
     x, a, b, pull = saved
     over = _over_space(x)
 
@@ -95,4 +95,4 @@ def _scaled_backward(coefficients, activation, dtype, saved, grad):
     return g.astype(x.dtype), parameters
 
 
-scaled.defvjp(_scaled_forward, _scaled_backward)
+norm_act.defvjp(_norm_act_forward, _norm_act_backward)

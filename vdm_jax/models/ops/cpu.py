@@ -253,7 +253,7 @@ attention.defvjp(_attention_forward, _attention_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def scaled(coefficients, activation, x, parameters):
+def norm_act(coefficients, activation, x, parameters):
     """activation(x * a + b) of x [..., P, C], where a, b [..., C] = coefficients(sum x, sum x^2, parameters).
 
     The sums run over P. activation: a pointwise function.
@@ -262,20 +262,20 @@ def scaled(coefficients, activation, x, parameters):
     return activation(x * a[..., None, :] + b[..., None, :])
 
 
-def _scaled_forward(coefficients, activation, x, parameters):
+def _norm_act_forward(coefficients, activation, x, parameters):
     sums = x.sum(-2), jnp.square(x).sum(-2)
     (a, b), pull = jax.vjp(coefficients, *sums, parameters)
     return activation(x * a[..., None, :] + b[..., None, :]), (x, a, b, pull)
 
 
-def _scaled_backward(coefficients, activation, saved, grad):
+def _norm_act_backward(coefficients, activation, saved, grad):
     x, a, b, pull = saved
     grad = jax.vjp(activation, x * a[..., None, :] + b[..., None, :])[1](grad)[0]
     first, second, parameters = pull((row_sum(grad * x), row_sum(grad)))
     return grad * a[..., None, :] + first[..., None, :] + 2 * x * second[..., None, :], parameters
 
 
-scaled.defvjp(_scaled_forward, _scaled_backward)
+norm_act.defvjp(_norm_act_forward, _norm_act_backward)
 
 
 @jax.custom_vjp
