@@ -22,6 +22,19 @@ def given(path):
     return epath.Path(path)
 
 
+def make_folder(path):
+    """-> path of a folder for results, made if it is not there: before the work, so that no result is lost.
+
+    Raises UserError where it cannot be made.
+    """
+    path = given(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from None
+    return path
+
+
 def absolute(path):
     """From the root."""
     return epath.Path(path) if in_bucket(path) else epath.Path(path).absolute()
