@@ -22,15 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from vdm_jax import conditioning, diffusion, preview, sample, samplers
+from vdm_jax import conditioning, diffusion, preview, sample, samplers, weights
 from vdm_jax import pipeline as generate
 from vdm_jax.data import batches as pipeline
 from vdm_jax.data import media, text, world
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import reconstruction, report, retrieval, tracker
 from vdm_jax.metrics import tasks as task_metrics
-from vdm_jax.run import checkpoint, cli
+from vdm_jax.run import cli, folder
 from vdm_jax.system import codec as stages
+from vdm_jax.system.layout import STAGES
 
 logger = logging.getLogger("vdm_jax")
 
@@ -48,7 +49,7 @@ def main(argv):
     if not options.out:
         raise UserError("--out is missing: the folder for the report")
     began = time.perf_counter()
-    config, frozen = load(options.workdir, AUTOENCODERS.values() if options.only else checkpoint.STAGES)
+    config, frozen = load(options.workdir, AUTOENCODERS.values() if options.only else STAGES)
     if options.tasks and (options.only or config.data.source != "world"):
         raise UserError("--tasks is for whole runs on the procedural world, whose clips the tracker reads")
     samplers_asked = [read_sampler(name) for name in options.samplers]
@@ -122,10 +123,11 @@ def read_sampler(name):
 
 def load(workdir, names):
     """-> (config, frozen) of a run, with no more than the stages `names`; workdir None: the reference weights."""
-    if workdir is None or set(names) == set(checkpoint.STAGES):
-        return checkpoint.load_trained(workdir, stages.abstract_params)
-    config, expected = checkpoint.open_run(workdir, stages.abstract_params)
-    return config, {name: checkpoint.load_params(workdir, name, expected[name]) for name in names}
+    if workdir is None or set(names) == set(STAGES):
+        return weights.load(workdir)[:2]
+    config = folder.read_config(workdir)
+    expected = folder.checked_build(workdir, config, stages.abstract_params)
+    return config, {name: folder.read_params(workdir, name, expected[name]) for name in names}
 
 
 def batched(function, config, *arrays):

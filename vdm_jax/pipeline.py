@@ -20,7 +20,7 @@ FADE = 0.005  # s, over which the sound of one window of a roll-out gives way to
 class Generator:
     """A trained model, ready to sample: one compiled program for each (shape, method, number of steps).
 
-    config, frozen: as in checkpoint.Trained. Call it with prompts; see `__call__`. `run` is the program: text in,
+    config, frozen: as weights.load returns them. Call it with prompts; see `__call__`. `run` is the program: text in,
     frames and sound out. Weights are put on `mesh`, if one is given, or stay where they are; with that mesh set, clips
     are split over `data` and `fsdp`, and every process gets them all.
     """

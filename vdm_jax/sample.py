@@ -24,10 +24,10 @@ import numpy as np
 from absl import flags
 
 from vdm_jax import pipeline as generate
-from vdm_jax import samplers, sharding, tasks
+from vdm_jax import samplers, sharding, tasks, weights
 from vdm_jax.data import media, text
 from vdm_jax.errors import UserError
-from vdm_jax.run import checkpoint, cli, hosts, storage
+from vdm_jax.run import cli, hosts, storage
 from vdm_jax.system import codec as stages
 
 logger = logging.getLogger("vdm_jax")
@@ -108,7 +108,7 @@ def main(argv):
         raise UserError(f"--out={options.out} must end in .mp4")
 
     hosts.initialize(options)
-    trained = checkpoint.load_trained(options.workdir, stages.abstract_params)
+    trained = weights.load(options.workdir)
     config = trained.config
     cli.use_cache(config)
     set_sampler(config)
@@ -118,7 +118,7 @@ def main(argv):
     # Whatever mesh it was trained on: weights split over all devices there are, and the prompts, too.
     mesh = sharding.make_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1))
     with jax.set_mesh(mesh):
-        generator = generate.Generator(config, trained.frozen, mesh)
+        generator = generate.Generator(config, trained.params, mesh)
         video, audio = make(generator, prompts, frames, given, start, options.seed)
     if not hosts.is_primary():
         return

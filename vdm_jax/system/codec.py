@@ -17,7 +17,7 @@ from vdm_jax.models.clip import Clip
 from vdm_jax.models.layers import REMAT, apply_remat
 from vdm_jax.models.unet import UNet
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
-from vdm_jax.run.checkpoint import STAGES
+from vdm_jax.system.layout import STAGES
 
 VIDEO = ("batch", "time", "height", "width", "channel")  # dimensions of pictures, and of their latents
 SOUND = ("batch", "token", "channel")

@@ -13,8 +13,10 @@ from tqdm import tqdm
 from vdm_jax import sharding
 from vdm_jax.data import batches as pipeline
 from vdm_jax.errors import UserError
-from vdm_jax.run import checkpoint, hosts, storage
+from vdm_jax.run import folder as run_folder
+from vdm_jax.run import hosts, storage
 from vdm_jax.system import codec as stages
+from vdm_jax.system.layout import STAGES
 
 logger = logging.getLogger("vdm_jax")
 
@@ -32,15 +34,15 @@ def prepare(config, workdir, source, mesh):
     """
     expected = stages.abstract_params(config)
     directory = workdir / "denoiser"
-    params = {name: checkpoint.load_params(workdir, name, expected[name]) for name in checkpoint.STAGES[:3]}
+    params = {name: run_folder.read_params(workdir, name, expected[name]) for name in STAGES[:3]}
 
     path = directory / "statistics.json"
     if not hosts.broadcast_from_primary(path.exists()):
         statistics = measure(config, params, source)
         if hosts.is_primary():
-            checkpoint.write_statistics(path, statistics)
+            run_folder.write_statistics(path, statistics)
         hosts.barrier("statistics", ENCODING)
-    statistics = checkpoint.read_statistics(path)
+    statistics = run_folder.read_statistics(path)
     frozen = {**params, "statistics": statistics}
 
     items = source
