@@ -1,6 +1,6 @@
 """What the defaults of training rest on: one small model and budget, one thing changed at a time.
 
-    python -m vdm_jax.checkpoint import --weights=reference --workdir=runs/noise
+    python -m vdm_jax.weights import --weights=reference --workdir=runs/noise
     rm -r runs/noise/denoiser/checkpoints
     python -m vdm_jax.train --config=configs/choices.py:noise --workdir=runs/noise --stage=denoiser
     python -m vdm_jax.evaluate --workdir=runs/noise --out=reports/noise

@@ -4,7 +4,7 @@
 
 The models are those of world_tiny.py, so that a run can go on from the reference weights, which saves most of the time:
 
-    python -m vdm_jax.checkpoint import --config=configs/world.py --weights=reference --workdir=runs/world
+    python -m vdm_jax.weights import --config=configs/world.py --weights=reference --workdir=runs/world
 
 Imported stages stand where world_tiny.py ended, and have more steps here. As imported, without a step in this world
 (`python -m vdm_jax.evaluate --workdir=runs/world --out=report --clips=32 --prompts=64`): 100 % of one object, 92 % of

@@ -25,8 +25,10 @@ from vdm_jax.data import media, text
 from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, checksums, cli
+from vdm_jax.run import folder as run_folder
 from vdm_jax.run import log as run_log
 from vdm_jax.system import codec as stages
+from vdm_jax.system.layout import STAGES
 
 CLIP = dict(fps=8, size=16, sample_rate=2000)
 for name in ("vdm_jax", "absl"):
@@ -302,7 +304,7 @@ def tensors(draw, folder):
         length = draw.choice((len(header), len(header), 2**63, 2**64 - 1, 0))
         data = struct.pack("<Q", length) + header + b"\0" * 64
     (folder / "w.safetensors").write_bytes(mutate(draw, data) if draw.random() < 0.7 else data)
-    checkpoint.read_safetensors(folder / "w.safetensors", expected)
+    run_folder.read_safetensors(folder / "w.safetensors", expected)
 
 
 @functools.cache
@@ -314,11 +316,11 @@ def run_files():
         expected = stages.abstract_params(config)
         out = folder / "out"
         out.mkdir()
-        for stage in checkpoint.STAGES:
+        for stage in STAGES:
             zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), expected[stage])
-            checkpoint.write_safetensors(out / f"{stage}.safetensors", zeros, 1)
+            run_folder.write_safetensors(out / f"{stage}.safetensors", zeros, 1)
         statistics = {m: {"mean": np.zeros(4), "std": np.ones(4)} for m in ("video", "audio")}
-        checkpoint.write_statistics(out / "statistics.json", statistics)
+        run_folder.write_statistics(out / "statistics.json", statistics)
         (out / "config.json").write_text(config.to_json_best_effort())
         return {PurePath(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}, expected
 
@@ -346,20 +348,22 @@ def stored(draw, folder):
         directory = folder / "run" / "clip" / "checkpoints"
         checkpoint.quarantine_damaged(directory)
         return
-    checkpoint.load_params(folder / "run", "clip", expected["clip"])
+    run_folder.read_params(folder / "run", "clip", expected["clip"])
 
 
 def exported(draw, folder):
     """Exported weights with a changed file; the settings among them also with a changed value."""
-    expected = place(folder, "out", draw, draw.choice(("", "out")))
-    if draw.random() < 0.5:
+    seal = draw.choice(("", "out"))
+    expected = place(folder, "out", draw, seal)
+    spoiled = draw.random() < 0.5
+    if spoiled:
         config = json.loads(run_files()[0][PurePath("out/config.json")])
         spoil(draw, config)
         (folder / "out" / "config.json").write_text(json.dumps(config))
         checksums.write(folder / "out")
-        checkpoint.load_exported(folder / "out", stages.abstract_params)
-    else:
-        checkpoint.load_exported(folder / "out", lambda config: stages.models(config) and expected)
+    config = run_folder.read_config(folder / "out")
+    built = run_folder.checked_build(folder / "out", config, stages.abstract_params if spoiled else stages.models)
+    run_folder.read_exported(folder / "out", built if spoiled else expected, unverified=not seal)
 
 
 def spoil(draw, settings):
@@ -426,7 +430,7 @@ def command_line(draw, folder):
         cli._parse(sys.argv)
         options = flags.FLAGS
         if options.config is not None and options.workdir:
-            names = checkpoint.STAGES if options.stage == "all" else (options.stage,)
+            names = STAGES if options.stage == "all" else (options.stage,)
             train.check(options.config, names)
     finally:
         sys.argv = typed

@@ -29,6 +29,7 @@ from tests.helpers import digest, final_state
 from vdm_jax import train
 from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, checksums
+from vdm_jax.run import folder as run_folder
 
 STAGE = "clip"
 PATIENCE = 300  # s, for a single start
@@ -117,7 +118,7 @@ def kill(count, seed, folder, steps=240, checkpoint_every=4):
         ended = process.exitcode == 0
         if not ended:
             counts[kind] += 1
-            print(f"{kills(counts)} of {count}: {kind}, at step {checkpoint.newest_step(killed, STAGE)}", flush=True)
+            print(f"{kills(counts)} of {count}: {kind}, at step {run_folder.newest_step(killed, STAGE)}", flush=True)
             continue
         finish(process, killed)
         counts["runs brought to their right end"] += 1
@@ -164,7 +165,7 @@ def flips(count, seed, folder, steps=8, onward=5):
             checkpoint.quarantine_damaged(run / STAGE / "checkpoints")
         except UserError:
             raise AssertionError(f"{path}: the older checkpoint was lost, too") from None
-        if checkpoint.newest_step(run, STAGE) == steps:  # not seen
+        if run_folder.newest_step(run, STAGE) == steps:  # not seen
             counts["NOT DETECTED"] += 1
             continue
         assert len(list((run / STAGE / "damaged").iterdir())) == 1

@@ -9,14 +9,13 @@ import pytest
 
 from tests import tiny
 from tests.conftest import write_run
-from vdm_jax import evaluate, preview
+from vdm_jax import evaluate, preview, weights
 from vdm_jax.data import batches as pipeline
 from vdm_jax.data import media
 from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import report
 from vdm_jax.metrics import tasks as task_metrics
-from vdm_jax.run import checkpoint
 from vdm_jax.system import codec as stages
 
 
@@ -178,8 +177,8 @@ def test_batches_are_filled_up_and_cut_again(config):
 
 def test_loss_by_level_of_a_network_that_says_nothing(tiny_run, config):
     """v = 0 means eps = sigma z, so the error is alpha^2 (alpha eps - sigma x)^2: alpha^2 (alpha^2 + sigma^2 x^2)."""
-    trained = checkpoint.load_trained(tiny_run, stages.abstract_params)
-    frozen = trained.frozen | {"denoiser": jax.tree.map(jnp.zeros_like, trained.frozen["denoiser"])}
+    trained = weights.load(tiny_run)
+    frozen = trained.params | {"denoiser": jax.tree.map(jnp.zeros_like, trained.params["denoiser"])}
     source = pipeline.source(config, "held_out")
     items = [source[i] for i in range(4)]
     clips = clips_of(items)

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from vdm_jax import pipeline as generate
-from vdm_jax import tasks
+from vdm_jax import tasks, weights
 from vdm_jax.errors import UserError
-from vdm_jax.run import checkpoint
 from vdm_jax.system import codec as stages
 
 
@@ -23,7 +22,7 @@ class Counted(generate.Generator):
 
 @pytest.fixture(scope="module")
 def model(tiny_run):
-    return Counted(*checkpoint.load_trained(tiny_run, stages.abstract_params))
+    return Counted(*weights.load(tiny_run)[:2])
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from tests.conftest import write_run
 from tests.helpers import finish, start
 from vdm_jax import sample, train
 from vdm_jax.data import media
-from vdm_jax.run import checkpoint, hosts
+from vdm_jax.run import hosts
+from vdm_jax.system.layout import STAGES
 
 CONFIG, STEPS = "--config=tests/tiny.py", 20
 # Seconds: for all of a test's processes together, most of them compilation beside whatever else this machine does; and
@@ -100,7 +101,7 @@ def test_two_processes_train_as_one_and_others_go_on(tmp_path):
 
 def test_two_processes_encode_as_one(tmp_path):
     """Latent statistics, the cache of clips, previews: what the denoiser needs, and what only one process writes."""
-    folders = [write_run(tmp_path / n, tiny.get_config(), checkpoint.STAGES[:3]) for n in ("one", "two")]
+    folders = [write_run(tmp_path / n, tiny.get_config(), STAGES[:3]) for n in ("one", "two")]
     more = ["--config.preview_every=2"]
     with Deadline() as deadline:
         alone = deadline.start(1, "train", *options(folders[0], "denoiser", 2, *more), devices=1)

@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "sample", "evaluate", "overview", "dry_run", "bench")  # may import everything
+SCRIPTS = ("train", "sample", "evaluate", "weights", "overview", "dry_run", "bench")  # may import everything
 SHARED = ("stages", "latents", "generate", "preview", "task_metrics")  # what scripts share: here models and data meet
-# Modules that also have a command of their own, and what only that command imports.
-COMMANDS = {"vdm_jax.checkpoint": ["vdm_jax.stages"]}
 WITHOUT_JAX = [  # what a process that only loads or measures data needs, quick to start
     "vdm_jax.data.files",
     "vdm_jax.data.world",
@@ -43,7 +41,7 @@ def is_within(name: str, packages) -> bool:
 def violations(module: str, source: str) -> list[str]:
     """The imports of a module, by its dotted name, that the layout does not allow."""
     scripts, shared = ([f"vdm_jax.{name}" for name in names] for names in (SCRIPTS, SHARED))
-    forbidden, allowed = [*scripts, *shared, "vdm_jax.models"], COMMANDS.get(module, [])
+    forbidden, allowed = [*scripts, *shared, "vdm_jax.models"], []
     if is_within(module, shared):
         forbidden = scripts
     elif is_within(module, ["vdm_jax.models"]):
@@ -92,7 +90,6 @@ def test_arrows(module, path):
         ("vdm_jax.stages", "from vdm_jax.sample import load", ["sample.load"]),
         ("vdm_jax.media", "from vdm_jax import preview, text", ["preview"]),
         ("vdm_jax.evaluate", "from vdm_jax import sample, stages\nimport vdm_jax.models", []),
-        ("vdm_jax.checkpoint", "from vdm_jax import stages, sample", ["sample"]),
     ],
 )
 def test_the_checker_sees(module, source, found):

@@ -13,9 +13,9 @@ from vdm_jax import sharding
 from vdm_jax.data import text
 from vdm_jax.errors import UserError
 from vdm_jax.perf import flops
-from vdm_jax.run.checkpoint import STAGES
 from vdm_jax.sharding import path_name
 from vdm_jax.system import codec as stages
+from vdm_jax.system.layout import STAGES
 
 
 @pytest.fixture

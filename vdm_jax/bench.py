@@ -33,8 +33,9 @@ from vdm_jax.data import text
 from vdm_jax.errors import UserError
 from vdm_jax.models import layers
 from vdm_jax.perf import flops
-from vdm_jax.run import checkpoint, cli, storage
+from vdm_jax.run import cli, storage
 from vdm_jax.system import codec as stages
+from vdm_jax.system.layout import STAGES
 
 logger = logging.getLogger("vdm_jax")
 
@@ -242,7 +243,7 @@ def parameters(tree):
 def define_flags():
     cli.define_config()
     flags.DEFINE_enum("part", "train", ("train", "sample", "encode", "data"), "What to time.")
-    flags.DEFINE_enum("stage", "denoiser", checkpoint.STAGES, "Stage, with --part=train and data.")
+    flags.DEFINE_enum("stage", "denoiser", STAGES, "Stage, with --part=train and data.")
     flags.DEFINE_integer("repeats", 10, "Calls to take the median of.", lower_bound=1)
     flags.DEFINE_integer("steps", None, "Denoising steps, with --part=sample.", lower_bound=1)
     flags.DEFINE_enum("method", None, samplers.METHODS, "Sampler, with --part=sample.")

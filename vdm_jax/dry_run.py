@@ -40,8 +40,9 @@ from vdm_jax import sample, sharding, train_state
 from vdm_jax.errors import UserError
 from vdm_jax.models import layers
 from vdm_jax.perf import flops, hlo
-from vdm_jax.run import checkpoint, cli, storage
+from vdm_jax.run import cli, storage
 from vdm_jax.system import codec as stages
+from vdm_jax.system.layout import STAGES
 
 logger = logging.getLogger("vdm_jax")
 
@@ -364,7 +365,7 @@ def define_flags():
     cli.define_config()
     flags.DEFINE_string("topology", None, "TPU slice, such as v5e:4x4; several with commas between.")
     flags.DEFINE_enum("part", "train", ("train", "sample", "encode"), "Program to compile.")
-    flags.DEFINE_enum("stage", "denoiser", checkpoint.STAGES, "Stage, with --part=train.")
+    flags.DEFINE_enum("stage", "denoiser", STAGES, "Stage, with --part=train.")
     flags.DEFINE_integer("rows", generate.BATCH, "Prompts or clips at once, with --part=sample and encode.")
     flags.DEFINE_float("mfu", 0.4, "Share of the chips' peak FLOP/s for days and chip-hours; assumed, not measured.")
     flags.DEFINE_bool("try", False, "Where it does not fit, compile with the changes suggested, until one fits.")

@@ -13,9 +13,10 @@ from absl import flags
 
 from vdm_jax import sharding
 from vdm_jax.errors import UserError
-from vdm_jax.run import checkpoint, cli
+from vdm_jax.run import cli
 from vdm_jax.sharding import path_name
 from vdm_jax.system import codec as stages
+from vdm_jax.system.layout import STAGES
 
 
 def main(argv):
@@ -23,7 +24,7 @@ def main(argv):
     config = flags.FLAGS.config
     if config is None:
         raise UserError("--config=FILE is missing")
-    chosen = checkpoint.STAGES if flags.FLAGS.stage == "all" else (flags.FLAGS.stage,)
+    chosen = STAGES if flags.FLAGS.stage == "all" else (flags.FLAGS.stage,)
     size = stages.layout(config)
     mesh = sharding.mesh_shape(config.mesh, flags.FLAGS.chips) if flags.FLAGS.chips else None
     if mesh:
@@ -48,7 +49,7 @@ def main(argv):
 
 def define_flags():
     cli.define_config()
-    flags.DEFINE_enum("stage", "all", ("all", *checkpoint.STAGES), "Stage to show.")
+    flags.DEFINE_enum("stage", "all", ("all", *STAGES), "Stage to show.")
     flags.DEFINE_integer("chips", None, "Devices that config.mesh is to split parameters over.", lower_bound=1)
 
 

@@ -57,13 +57,14 @@ def load(path=None, *, stages=STAGES):
     """A trained system as a Pipeline.
 
     path: a run's folder, or a folder of exported weights; None: the reference weights of this package.
-    stages: the stages whose parameters are read; a Pipeline that samples needs all.
+    stages: the stages whose parameters are read. A Pipeline that samples needs all of them.
     Raises UserError where something is missing or damaged.
     """
-    source = folder.REFERENCE if path is None else folder.existing(path)
-    config = folder.read_config(source / "config.json")
+    source = folder.REFERENCE if path is None else path
+    config = folder.read_config(source)
     system = folder.checked_build(source, config, build)
-    return Pipeline(system, folder.read_all(source, {name: system.params[name] for name in stages}))
+    params, _ = folder.read_weights(source, {name: system.params[name] for name in stages})
+    return Pipeline(system, params)
 
 
 class Pipeline:

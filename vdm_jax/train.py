@@ -6,16 +6,8 @@ A finished stage is skipped, an interrupted one goes on from its newest checkpoi
 the step under way, saved, with exit code 0; a second such signal ends it at once.
 """
 
-import contextlib
-import errno
-import json
 import logging
 import time
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 import jax
 import numpy as np
@@ -25,14 +17,13 @@ from tqdm import tqdm
 from vdm_jax import preview, sharding, train_state
 from vdm_jax.data import batches as pipeline
 from vdm_jax.errors import UserError
-from vdm_jax.run import checkpoint, cli, hosts, preemption, profiling, storage
+from vdm_jax.run import checkpoint, cli, folder, hosts, preemption, profiling, storage
 from vdm_jax.run import log as run_log
 from vdm_jax.system import codec as stages
 from vdm_jax.system import latents
+from vdm_jax.system.layout import STAGES
 
 logger = logging.getLogger("vdm_jax")
-
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def main(argv):
@@ -47,24 +38,16 @@ def main(argv):
     cli.use_cache(config)
 
     # ------------------------------------------------------------------------------------------------ run folder
-    names = checkpoint.STAGES if options.stage == "all" else (options.stage,)
+    names = STAGES if options.stage == "all" else (options.stage,)
     mesh, source = check(config, names)  # before anything is written
     alive = hosts.watchdog(config.watchdog_seconds)
-    with exclusive_lock(workdir), jax.set_mesh(mesh), hosts.exit_on_lost_peer(), preemption.watching() as stop:
-        write_config(workdir, config)
+    with folder.exclusive_lock(workdir), jax.set_mesh(mesh), hosts.exit_on_lost_peer(), preemption.watching() as stop:
+        folder.write_config(workdir, config, STAGES)
         logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
         for name in names:
-            try:
+            with folder.explain_disk_faults(workdir, name):
                 if not train_stage(name, config, workdir, mesh, source, stop, alive, span):
                     break
-            except OSError as error:
-                if error.errno not in DISK_FAULTS:
-                    raise
-                newest = checkpoint.newest_step(workdir, name)
-                raise UserError(
-                    f"{name}: cannot write in {workdir}: {error.strerror}; "
-                    + (f"step {newest} is the newest checkpoint" if newest is not None else "there is no checkpoint")
-                ) from None
 
 
 def check(config, names):
@@ -81,54 +64,6 @@ def check(config, names):
         stages.check_batch(config, name, mesh)
     stages.check_mesh(config, mesh, names)
     return mesh, pipeline.source(config)
-
-
-@contextlib.contextmanager
-def exclusive_lock(workdir):
-    """Keeps other trainings out of a run's folder, which it makes, as long as this process lives. Raises UserError.
-
-    In a bucket, which has no locks, it is for the launcher to start a run once.
-    """
-    if not hosts.is_primary() or fcntl is None or storage.in_bucket(workdir):
-        yield
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        held = open(workdir / "lock", "a")
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
-    with held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another training is under way in {workdir}: stop it, or use another --workdir") from None
-        except OSError as error:  # a file system without locks
-            logger.debug("%s cannot be locked: %s", workdir, error)
-        yield
-
-
-def write_config(workdir, config):
-    """Stores the config with the run, which goes on only with the sizes, and the models of begun stages, it has."""
-    path = workdir / "config.json"
-    stored = config.to_json_best_effort(indent=1, sort_keys=True) + "\n"
-    if path.exists():
-        before = checkpoint.load_config(path)
-        for part in checkpoint.STAGES:
-            if checkpoint.newest_step(workdir, part) is None:
-                continue
-            if part in before and json.loads(before[part].model.to_json()) != json.loads(config[part].model.to_json()):
-                raise UserError(f"{workdir} was begun with another {part}.model: use another --workdir, or its config")
-        for key in ("size", "fps", "sample_rate", "text_length"):
-            if key in before.data and before.data[key] != config.data[key]:
-                raise UserError(f"{workdir} was begun with data.{key}={before.data[key]}: use another --workdir")
-    hosts.broadcast_from_primary(True)  # that all have looked
-    if not hosts.is_primary():
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(stored)
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
 
 
 def train_stage(name, config, workdir, mesh, source, stop, alive, span):
@@ -266,7 +201,7 @@ def define_flags():
     hosts.define_flags()
     flags.DEFINE_string("profile", None, "Steps of each stage to trace for xprof, such as 10:15.")
     flags.DEFINE_string("workdir", None, "Folder of the run.")
-    flags.DEFINE_enum("stage", "all", ("all", *checkpoint.STAGES), "Stage to train.")
+    flags.DEFINE_enum("stage", "all", ("all", *STAGES), "Stage to train.")
 
 
 if __name__ == "__main__":
