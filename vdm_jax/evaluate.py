@@ -3,8 +3,8 @@
     python -m vdm_jax.evaluate --out=report [--workdir=DIR | --weights=DIR] [--suite=prompts] [--count=192] [--steps=32]
         [--guidance=4] [--method=dpmpp_2m] [--seed=0] [--samplers=dpmpp_2m:16,ddim:64]
 
-Without --workdir and --weights the reference weights of this package are measured. Writes metrics.json, report.html (one
-file that can be sent on) with its pictures and clips, and prints the table.
+Without --workdir and --weights the reference weights of this package are measured. Writes metrics.json and
+report.html (one file that can be sent on) with its pictures and clips, and prints the table.
 
 --suite=reconstruction   held-out clips through the two autoencoders; needs no other stage
 --suite=prompts          that, retrieval, the loss by noise level, and samples of held-out prompts

@@ -85,9 +85,7 @@ class Pipeline:
     def config(self):
         return self.system.config
 
-    def __call__(
-        self, prompt, *, seed=0, seconds=None, image=None, video=None, audio=None, between=None, **options
-    ):
+    def __call__(self, prompt, *, seed=0, seconds=None, image=None, video=None, audio=None, between=None, **options):
         """A Clip of a prompt, or a list of Clips of a list of prompts.
 
         Main arguments:
@@ -167,7 +165,7 @@ class Pipeline:
         return video[:, :frames], audio[:, : frames * per_frame]
 
     def frames_of(self, seconds):
-        """Video frames nearest to `seconds` that fill whole latent frames; a warning tells where that is another length.
+        """Video frames nearest to `seconds` that fill whole latent frames. A warning names a rounded length.
 
         Raises UserError for a length that is not above 0 or too long.
         """
@@ -220,7 +218,10 @@ class Pipeline:
         return tasks.between(start, end, layout, latents)
 
     def _read(self, clip, frames=None):
-        """-> (video uint8 [F, H, W, 3], audio float32 [N]) of a file, a Clip or frames, at the system's size and rates."""
+        """-> (video uint8 [F, H, W, 3], audio float32 [N]) at the system's size and rates.
+
+        clip: a file, a Clip, or frames uint8 [F, h, w, 3] at the system's frame rate.
+        """
         data, per_frame = self.config.data, self.system.layout.samples_per_frame
         if isinstance(clip, np.ndarray):
             clip = Clip(clip, np.zeros(len(clip) * per_frame, np.float32), data.fps, data.sample_rate)

@@ -1,9 +1,10 @@
 """Prompts to MP4s with sound.
 
     python -m vdm_jax.sample --prompt="a red circle moving right" --out=clip.mp4 [--workdir=DIR | --weights=DIR]
-        [--seconds=2 --steps=32 --guidance=4 --seed=0 --method=dpmpp_2m] [--image=x.png | --video=x.mp4 | --audio=x.wav |
-        --continue=x.mp4 | --between=x.mp4,y.mp4] [--guidance.history=1.5 --guidance.modality=1.5
-        --guidance.text_continue=1 --guidance.text_cross_modal=2.5 --history_noise=0 --context_noise=0.02 --lag=0]
+        [--seconds=2 --steps=32 --guidance=4 --seed=0 --method=dpmpp_2m]
+        [--image=x.png | --video=x.mp4 | --audio=x.wav | --continue=x.mp4 | --between=x.mp4,y.mp4]
+        [--guidance.history=1.5 --guidance.modality=1.5 --guidance.text_continue=1 --guidance.text_cross_modal=2.5]
+        [--history_noise=0 --context_noise=0.02 --lag=0]
     python -m vdm_jax.sample --prompts=file.txt --out=FOLDER
 
 Without --workdir and --weights the reference weights of this package are used.
@@ -14,7 +15,8 @@ Without --workdir and --weights the reference weights of this package are used.
 --continue  goes on for --seconds after its end; the output begins with the clip itself, at the model's size and rates
 --between   gives a clip that leads from the end of the first file to the beginning of the second
 
-A clip longer than the clips of training is made window by window. Each window gets the end of the one before as context.
+A clip longer than the clips of training is made window by window. Each window gets the end of the window before as
+context.
 """
 
 import logging
@@ -22,7 +24,7 @@ import logging
 from absl import flags
 
 from vdm_jax import samplers
-from vdm_jax.data import media, text
+from vdm_jax.data import text
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import figures
 from vdm_jax.pipeline import load

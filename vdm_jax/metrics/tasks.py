@@ -68,9 +68,7 @@ class _Run:
         contexts = [make(video, audio) for video, audio in zip(self.video, self.audio, strict=True)]
         parts = zip(*((context.video, context.audio) for context in contexts))
         video, audio = (None if part[0] is None else np.concatenate(part) for part in parts)
-        return self.pipe.sample(
-            self.prompts, seed=self.seed, context=tasks.Context(video, audio, contexts[0].masks)
-        )
+        return self.pipe.sample(self.prompts, seed=self.seed, context=tasks.Context(video, audio, contexts[0].masks))
 
     def outcomes(self, video, audio, asked=None):
         """What the tracker finds in each clip. asked: P lists of objects; None: of the captions."""
@@ -121,9 +119,7 @@ def continue_(run):
     """
     past = 1 + run.layout.f_t * (run.pipe.config.sample.context_frames - 1)
     samples = past * run.layout.samples_per_frame
-    video, _ = run.complete(
-        lambda video, audio: tasks.continue_(video[None, :past], audio[None, :samples], run.layout)
-    )
+    video, _ = run.complete(lambda video, audio: tasks.continue_(video[None, :past], audio[None, :samples], run.layout))
     made, true = _velocity_changes(run, video, past), _velocity_changes(run, run.video, past)
     found = run.outcomes(video, run.audio)
     return {

@@ -34,7 +34,7 @@ def make_models(config, layout):
 
 
 def remat_modes(config, stage):
-    """How the backward pass of a stage recomputes: (mode,), or one mode for each resolution of a model that has several.
+    """How the backward pass of a stage recomputes: (mode,), or one mode for each resolution of its model.
 
     Raises UserError for an unknown mode, or for another number of modes.
     """
@@ -90,7 +90,7 @@ class Codec:
             return self.models[stage].apply({"params": gathered}, *arguments, method=method)
 
     def apply_fn(self, stage, method=None):
-        """call(params of the stage, *arguments) as `apply`, for training: the backward pass recomputes as configured."""
+        """call(params of the stage, *arguments), as `apply`; its backward pass recomputes as configured."""
 
         def call(params, *arguments):
             return self.apply(stage, {stage: params}, *arguments, method=method)
@@ -99,7 +99,7 @@ class Codec:
         return apply_remat(call, modes[0]) if len(modes) == 1 else call  # else by resolution, inside the model
 
     def encode(self, params, video, audio):
-        """Clips -> latents {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}, of unit variance where statistics are known.
+        """Clips -> latents {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}, of unit variance with statistics.
 
         params: both autoencoders, and 'statistics' if there are any.
         video: uint8 [B, F, H, W, 3].

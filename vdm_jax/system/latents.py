@@ -188,7 +188,13 @@ def _fingerprint(config, params):
     """What the cache depends on, as a hash: settings, data and parameters."""
     digest = hashlib.sha256()
     denoiser = config.denoiser
-    settings = [CLIPS_PER_FILE, config.seed, denoiser.cached_clips, denoiser.hard_negatives.words, config.data.to_json()]
+    settings = [
+        CLIPS_PER_FILE,
+        config.seed,
+        denoiser.cached_clips,
+        denoiser.hard_negatives.words,
+        config.data.to_json(),
+    ]
     digest.update(json.dumps(settings).encode())
     for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(leaf).tobytes())

@@ -23,7 +23,9 @@ class Stage(NamedTuple):
     params: Any  # what init gives, as ShapeDtypeStructs
     batch: dict  # a training batch, as ShapeDtypeStructs
     encoder_params: dict  # what `loss` reads of earlier stages and 'statistics', as ShapeDtypeStructs; {} for none
-    preview: Callable | None  # preview(params, encoder_params, clips, captions) -> previews.Preview; None: nothing to show
+    preview: (
+        Callable | None
+    )  # preview(params, encoder_params, clips, captions) -> previews.Preview; None: nothing to show
     activation: tuple  # (shape, names of dimensions) of the largest activation that a mesh must be able to split
     hard_negative_words: tuple = ()  # groups of words that are swapped in captions; () for none
     group: int = 1  # so many clips of a batch stay together on a device
@@ -62,7 +64,11 @@ def make_stages(codec):
     encoders = {name: params[name] for name in STAGES[:3]} | {"statistics": abstract_statistics(layout)}
     return {
         "video_autoencoder": stage(
-            "video_autoencoder", video_autoencoder_loss, VIDEO_AXES, layout.frames, previews.reconstruction(codec, "video")
+            "video_autoencoder",
+            video_autoencoder_loss,
+            VIDEO_AXES,
+            layout.frames,
+            previews.reconstruction(codec, "video"),
         ),
         "audio_autoencoder": stage(
             "audio_autoencoder", audio_autoencoder_loss, AUDIO_AXES, tokens, previews.reconstruction(codec, "audio")

@@ -20,8 +20,8 @@ BATCH = 8  # prompts sampled at once
 class Sampler:
     """Samples with the models of a Codec; compiles once for each shape, method and number of steps.
 
-    `program` is the jitted function. With a mesh set, clips are split over its axes `data` and `fsdp`, and every process
-    gets all of them.
+    `program` is the jitted function. With a mesh set, clips are split over its axes `data` and `fsdp`, and every
+    process gets all of them.
     """
 
     def __init__(self, codec):
