@@ -117,7 +117,7 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
     show = preview.make(name, config, directory / "previews", mesh) if config.preview_every else None
     log = run_log.MetricsLog(directory, done) if lead else None
     steps = tqdm(range(done, settings.steps), name, settings.steps, initial=done, disable=None, unit="step")
-    history, losses, row, saved, due, stopped = [], [], run_log.Row(), newest, False, False
+    history, losses, row, saved, due, stopped = [], [], run_log.Streak(), newest, False, False
     take = None
     trace = profiling.tracer(span, directory)
     trace(done)
@@ -141,7 +141,7 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
         due = due or number % config.checkpoint_every == 0 or last
 
         if number % config.log_every == 0 or due:  # before each save: what a later start goes on from is logged
-            means, skipped = run_log.summarise(history, number + 1 - len(history))
+            means, skipped = run_log.summarize(history, number + 1 - len(history))
             losses.append((means["loss"], len(history) - len(skipped)))
             means |= watch.lap(len(history))
             means["goodput"] = watch.goodput()
@@ -161,12 +161,12 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
                         shown["skipped"], shown["saved"], left,
                     )  # fmt: skip
             for one in skipped if lead else ():
-                ids = pipeline.sample_ids(items, batch_size=settings.batch_size, seed=config.seed, step=one.step - 1)
-                logger.warning("%s: step %d is skipped (%s), its samples are %s", name, one.step, one.why(), ids)
+                ids = pipeline.sample_ids(items, batch_size=settings.batch_size, seed=config.seed, step=one.number - 1)
+                logger.warning("%s: step %d is skipped (%s), its samples are %s", name, one.number, one.why(), ids)
             if row.add(skipped, number, config.skip.stop_after):
                 checkpoint.finish(checkpoints)
                 raise UserError(
-                    f"{name}: {len(row.steps)} steps in a row were skipped, from step {row.steps[0].step} on "
+                    f"{name}: {len(row.steps)} steps in a row were skipped, from step {row.steps[0].number} on "
                     f"({row.steps[0].why()}); the newest checkpoint is of step {saved}; lower {name}.learning_rate, "
                     f"or look at these samples"
                 )
