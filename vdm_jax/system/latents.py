@@ -24,11 +24,13 @@ OPEN_FILES = 512  # at a time
 ENCODING_SECONDS = 24 * 3600  # in which the slowest process must have encoded its share
 
 
-def prepare(system, workdir, source, mesh):
+def prepare(system, workdir, examples, mesh):
     """-> (encoder_params, items) for training the denoiser.
 
+    examples: data/batches.Examples of the training clips.
+
     encoder_params: {stage: EMA parameters of the three earlier stages, 'statistics': ...}, on the mesh.
-    items: `source` itself, or with config.denoiser.cached_clips > 0 a source of that many encoded clips, kept in the
+    items: `examples` itself, or with config.denoiser.cached_clips > 0 a source of that many encoded clips, kept in the
         run's folder.
     Raises UserError where an earlier stage has no checkpoint.
     """
@@ -36,18 +38,18 @@ def prepare(system, workdir, source, mesh):
     params = {name: folder.read_params(workdir, name, system.params[name]) for name in encoders}
     path = workdir / "denoiser" / "statistics.json"
     if not hosts.broadcast_from_primary(path.exists()):
-        statistics = measure(system, params, source)
+        statistics = measure(system, params, examples)
         if hosts.is_primary():
             folder.write_statistics(path, statistics)
         hosts.barrier("statistics", ENCODING_SECONDS)
     params["statistics"] = folder.read_statistics(path)
-    items = source
+    items = examples
     if system.config.denoiser.cached_clips:
-        items = _cached(system, params, source, workdir / "denoiser" / "latents")
+        items = _cached(system, params, examples, workdir / "denoiser" / "latents")
     return jax.device_put(params, sharding.state_shardings(params, mesh)), items
 
 
-def measure(system, params, source):
+def measure(system, params, examples):
     """Mean and standard deviation of the latents of config.denoiser.statistics_clips training clips, by channel.
 
     -> {modality: {'mean' float32 [C], 'std' float32 [C]}}.
@@ -55,7 +57,7 @@ def measure(system, params, source):
     count = system.config.denoiser.statistics_clips
     logger.info("measuring latent statistics on %d clips", count)
     sums = {}
-    for batch in _encoder(system, params, source)(0, count):
+    for batch in _encoder(system, params, examples)(0, count):
         for name, x in batch["z"].items():
             x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
             n, total, squares = sums.get(name, (0, 0.0, 0.0))
@@ -68,25 +70,22 @@ def measure(system, params, source):
     return out
 
 
-def _encoder(system, params, source):
+def _encoder(system, params, examples):
     """-> encoded(first, count): yields training examples from number `first` on, encoded, in batches of ENCODE_BATCH.
 
     All devices of this process encode together, whatever other processes do.
     """
-    config, words = system.config, system.stages["denoiser"].hard_negative_words
+    config = system.config
     devices = jax.local_devices()
     devices = devices if ENCODE_BATCH % len(devices) == 0 else devices[:1]
     mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | {"data": len(devices)}, devices)
     params = jax.device_put(params, sharding.replicated(mesh))
     encode = jax.jit(functools.partial(encode_batch, system))
 
-    def to_example(item):
-        return batches.example(item, config.data.text_length, words)
-
     def encoded(first, count):
         start, stop = first // ENCODE_BATCH, -(-(first + count) // ENCODE_BATCH)
         order = dict(batch_size=ENCODE_BATCH, seed=config.seed, start=start, stop=stop)
-        for batch in batches.batches(source, data=config.data, to_example=to_example, **order):
+        for batch in batches.batches(examples, data=config.data, **order):
             with jax.set_mesh(mesh):
                 made = encode(params, jax.device_put(batch, sharding.batch_sharding(mesh)))
             yield jax.device_get(made)
@@ -138,7 +137,7 @@ def _record(wanted):
     return np.dtype([(sharding.path_name(path), leaf.dtype, leaf.shape[1:]) for path, leaf in leaves])
 
 
-def _cached(system, params, source, directory):
+def _cached(system, params, examples, directory):
     """The cache in `directory` if these parameters and this data made it, else made now. Half precision.
 
     Each process makes some of the files. A file appears when it is whole, so a run that was killed goes on encoding.
@@ -157,7 +156,7 @@ def _cached(system, params, source, directory):
     hosts.barrier("looked", ENCODING_SECONDS)
     if missing:
         logger.info("encoding %d clips once, %d of %d files", count, len(missing), len(paths))
-        encoded = _encoder(system, params, source)
+        encoded = _encoder(system, params, examples)
         parts = missing[jax.process_index() :: jax.process_count()]  # of this process
         sizes = [min(CLIPS_PER_FILE, count - part * CLIPS_PER_FILE) for part in parts]
         shown = None if hosts.is_primary() else True
