@@ -13,6 +13,7 @@ SHARED = ("stages", "latents", "generate", "preview", "task_metrics")  # what sc
 # Modules that also have a command of their own, and what only that command imports.
 COMMANDS = {"vdm_jax.checkpoint": ["vdm_jax.stages"]}
 WITHOUT_JAX = [  # what a process that only loads or measures data needs, quick to start
+    "vdm_jax.data.captions",
     "vdm_jax.data.files",
     "vdm_jax.data.world",
     "vdm_jax.metrics.reconstruction",

@@ -25,7 +25,7 @@ from absl import flags
 from vdm_jax import conditioning, diffusion, preview, sample, samplers
 from vdm_jax import pipeline as generate
 from vdm_jax.data import batches as pipeline
-from vdm_jax.data import media, text, world
+from vdm_jax.data import captions, media, text
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import reconstruction, report, retrieval, tracker
 from vdm_jax.metrics import tasks as task_metrics
@@ -164,19 +164,19 @@ def choose_prompts(config, held_out, seed):
     """
     count, shown = config.evaluate.prompts, [held_out[i] for i in range(preview.CLIPS)]
     if config.data.source != "world":
-        captions = [held_out[preview.CLIPS + i]["caption"] for i in range(count)]
-        fresh = [caption for caption in captions if caption not in {item["caption"] for item in shown}]
+        texts = [held_out[preview.CLIPS + i]["caption"] for i in range(count)]
+        fresh = [caption for caption in texts if caption not in {item["caption"] for item in shown}]
         if not fresh:
             logger.warning("too few captions: those sampled here are also those of the previews")
-        return [{"text": caption, "objects": None} for caption in fresh or captions]
+        return [{"text": caption, "objects": None} for caption in fresh or texts]
 
     settings = config.data.world
     known = {key: settings[key] for key in ("shapes", "colors") if key in settings}
-    meanings = {world.World.meaning(item) for item in shown}
+    meanings = {captions.meaning(item["state"]) for item in shown}
     prompts = []
     for number, chance in enumerate(settings.objects[:2], 1):
         if chance > 0:
-            drawn = world.prompts(seed, 4 * count + 64, number, **known)
+            drawn = captions.prompts(seed, 4 * count + 64, number, **known)
             fresh = [p for p in drawn if tuple(sorted(tuple(o.values()) for o in p["objects"])) not in meanings]
             prompts += fresh[:count]
     if not prompts:
@@ -252,7 +252,7 @@ def recall(config, frozen, held_out):
     different = {}
     for i in range(4 * CANDIDATES if config.data.source == "world" else CANDIDATES):  # a film costs more to read
         item = held_out[i]
-        meaning = world.World.meaning(item) if "state" in item else item["caption"]
+        meaning = captions.meaning(item["state"]) if "state" in item else item["caption"]
         different.setdefault(meaning, item)
         if len(different) == CANDIDATES:
             break
