@@ -16,9 +16,9 @@ WITHOUT_JAX = [  # what a process that only loads or measures data needs, quick 
     "vdm_jax.data.captions",
     "vdm_jax.data.files",
     "vdm_jax.data.world",
+    "vdm_jax.metrics.figures",
     "vdm_jax.metrics.reconstruction",
     "vdm_jax.metrics.report",
-    "vdm_jax.metrics.retrieval",
     "vdm_jax.metrics.tracker",
 ]
 

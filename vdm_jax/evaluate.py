@@ -27,8 +27,9 @@ from vdm_jax import pipeline as generate
 from vdm_jax.data import batches as pipeline
 from vdm_jax.data import captions, media, text
 from vdm_jax.errors import UserError
-from vdm_jax.metrics import reconstruction, report, retrieval, tracker
+from vdm_jax.metrics import reconstruction, report, tracker
 from vdm_jax.metrics import tasks as task_metrics
+from vdm_jax.metrics.figures import contact_sheet, spectrogram
 from vdm_jax.run import checkpoint, cli
 from vdm_jax.system import codec as stages
 
@@ -267,7 +268,7 @@ def recall(config, frozen, held_out):
 
     video = np.stack([item["video"] for item in items])
     words, pictures = batched(functools.partial(embed, params), config, tokens_of(config, items), video)
-    found = {"recall_at_1": retrieval.recall_at_k(words, pictures), "candidates": len(items)}
+    found = {"recall_at_1": reconstruction.recall_at_k(words, pictures), "candidates": len(items)}
     if config.clip.hard_negatives.words:
         near = [text.hard_negative(item["caption"], config.clip.hard_negatives.words) for item in items]
         others = batched(functools.partial(embed, params), config, text.encode(near, config.data.text_length), video)[0]
@@ -319,7 +320,7 @@ def show_samples(config, out, texts, made):
     """A contact sheet and MP4s of up to SHOWN samples, spread over the prompts -> [(caption, file)]."""
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(SHOWN, len(texts))).round().astype(int))
     figures = [("Samples", out / "samples.png")]
-    media.contact_sheet(figures[0][1], [made["video"][i] for i in chosen], [texts[i] for i in chosen])
+    contact_sheet(figures[0][1], [made["video"][i] for i in chosen], [texts[i] for i in chosen])
     for i in chosen:
         figures.append((texts[i], out / f"sample_{i:03d}.mp4"))
         media.write_mp4(figures[-1][1], made["video"][i], made["audio"][i], config.data.fps, config.data.sample_rate)
@@ -337,8 +338,8 @@ def show_reconstruction(config, out, items, truth, remade):
         (f"Truth: {labels[0]}", out / "truth.mp4"),
         ("Its reconstruction", out / "autoencoder.mp4"),
     ]
-    media.contact_sheet(figures[0][1], pairs["video"], labels)
-    media.spectrogram(figures[1][1], np.concatenate(pairs["audio"]), rate)
+    contact_sheet(figures[0][1], pairs["video"], labels)
+    spectrogram(figures[1][1], np.concatenate(pairs["audio"]), rate)
     for (_, path), video, audio in zip(figures[2:], pairs["video"], pairs["audio"]):
         media.write_mp4(path, video, audio, config.data.fps, rate)
     return figures

@@ -7,6 +7,7 @@ from vdm_jax import pipeline as generate
 from vdm_jax import sharding
 from vdm_jax.data import batches as pipeline
 from vdm_jax.data import media
+from vdm_jax.metrics import figures
 from vdm_jax.run import hosts
 from vdm_jax.system import codec as stages
 
@@ -36,7 +37,7 @@ def make(name, config, folder, mesh):
             video, audio = generators[0](captions)
             if not hosts.is_primary():
                 return
-            media.contact_sheet(folder / f"{step}.png", list(video), captions)
+            figures.contact_sheet(folder / f"{step}.png", list(video), captions)
             media.write_mp4(folder / f"{step}.mp4", video[0], audio[0], config.data.fps, rate)
 
         return write
@@ -50,9 +51,9 @@ def make(name, config, folder, mesh):
         if not hosts.is_primary():
             return None
         if part == "audio":
-            return media.spectrogram(folder / f"{step}.png", np.stack([truth, out], 1).reshape(-1), rate)
+            return figures.spectrogram(folder / f"{step}.png", np.stack([truth, out], 1).reshape(-1), rate)
         rows = [clip for pair in zip(truth, out, strict=True) for clip in pair]
         labels = [label for caption in captions for label in (caption, "reconstruction")]
-        media.contact_sheet(folder / f"{step}.png", rows, labels)
+        figures.contact_sheet(folder / f"{step}.png", rows, labels)
 
     return write

@@ -27,6 +27,7 @@ from vdm_jax import pipeline as generate
 from vdm_jax import samplers, sharding, tasks
 from vdm_jax.data import media, text
 from vdm_jax.errors import UserError
+from vdm_jax.metrics import figures
 from vdm_jax.run import checkpoint, cli, hosts, storage
 from vdm_jax.system import codec as stages
 
@@ -128,7 +129,7 @@ def main(argv):
         media.write_mp4(path, v, a, config.data.fps, config.data.sample_rate)
         logger.info("wrote %s", path)
     if options.prompts is not None:
-        media.contact_sheet(out / "contact_sheet.png", list(video), prompts)
+        figures.contact_sheet(out / "contact_sheet.png", list(video), prompts)
         logger.info("wrote %s", out / "contact_sheet.png")
 
 

@@ -9,15 +9,14 @@ import contextlib
 import math
 import os
 import tempfile
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fractions import Fraction
 
 import av
 import numpy as np
 from av.video.reformatter import Interpolation
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 from vdm_jax.errors import UserError
 from vdm_jax.run import storage
@@ -41,7 +40,7 @@ TO_RGB = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_C
 
 
 @contextlib.contextmanager
-def _replacing(path) -> Iterator[str]:
+def replacing(path) -> Iterator[str]:
     """Yields a temporary name that becomes `path` if the block succeeds and is removed if not."""
     path = os.fspath(path)
     if storage.in_bucket(path):
@@ -89,7 +88,7 @@ def write_mp4(path, video, audio, fps, sample_rate, upscale: int | None = None) 
             raise ValueError(f"audio must be [N], not {audio.shape}")
 
     with (
-        _replacing(path) as temporary,
+        replacing(path) as temporary,
         av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as out,
     ):
         # Without B-frames the first frame has time 0 even for players that ignore edit lists.
@@ -424,65 +423,3 @@ def read_image(path, size: int | tuple[int, int]) -> np.ndarray:
         if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return fit(np.asarray(image.convert("RGB")), size)
-
-
-# ------------------------------------------------------------------------------------------ figures
-
-
-def contact_sheet(path, videos: Sequence, captions: Sequence[str], columns: int = 8, scale: int = 4) -> None:
-    """A PNG with a row per clip: its caption, then `columns` frames equally spaced over the clip.
-
-    videos: uint8 arrays [F, H, W, 3], sizes may differ. scale: screen pixels per pixel.
-    """
-    font, gap = ImageFont.load_default(size=13), 4
-    strips = []
-    for video in videos:
-        picks = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
-        tiles = np.asarray(video)[picks].repeat(scale, axis=1).repeat(scale, axis=2)
-        strips.append(np.concatenate(np.pad(tiles, ((0, 0), (0, 0), (0, gap), (0, 0))), axis=1))
-    width = max((strip.shape[1] for strip in strips), default=1)
-    letters = max(16, int(width / font.getlength("n")))
-    blocks = ["\n".join(textwrap.wrap(caption, letters)) for caption in captions]
-    rows = [
-        (block, 16 * (block.count("\n") + 1) + gap, Image.fromarray(strip))
-        for block, strip in zip(blocks, strips, strict=True)
-    ]
-    sheet = Image.new("RGB", (width, sum(text + image.height + gap for _, text, image in rows) or 1))
-    draw, top = ImageDraw.Draw(sheet), 0
-    for block, text, image in rows:
-        draw.multiline_text((2, top), block, fill="white", font=font, spacing=3)
-        sheet.paste(image, (0, top + text))
-        top += text + image.height + gap
-    with _replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")
-
-
-def spectrogram(path, audio: np.ndarray, sample_rate: int) -> None:
-    """A PNG of power over time (s) and frequency (kHz): 80 dB, brightest at its loudest point."""
-    audio = np.asarray(audio, np.float32)
-    window = max(64, 2 ** round(math.log2(sample_rate / 30)))  # about 33 ms
-    hop = max(window // 8, math.ceil(len(audio) / 1200))  # at most 1200 columns
-    spans = np.lib.stride_tricks.sliding_window_view(np.pad(audio, window // 2), window)[::hop]
-    power = np.abs(np.fft.rfft(spans * np.hanning(window), axis=1)) ** 2  # [columns, frequencies]
-    level = 10 * np.log10(np.maximum(power / max(power.max(), 1e-12), 1e-8))  # -80..0 dB
-    stops = np.array([[0, 0, 0], [60, 15, 110], [180, 40, 100], [245, 130, 30], [255, 250, 200]])
-    shade = (level.T[::-1] / 80 + 1) * (len(stops) - 1)  # high frequencies on top
-    color = np.stack([np.interp(shade, range(len(stops)), c) for c in stops.T], axis=-1)
-    plot = Image.fromarray(color.astype(np.uint8)).resize((max(400, len(level)), 256))
-
-    left, top, bottom = 48, 12, 32
-    sheet = Image.new("RGB", (left + plot.width + 16, top + plot.height + bottom), "white")
-    sheet.paste(plot, (left, top))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-    for share in np.linspace(0, 1, 6):
-        x, y = left + plot.width * share, top + plot.height * (1 - share)
-        draw.line([(x, top + plot.height), (x, top + plot.height + 4)], fill="black")
-        draw.line([(left - 4, y), (left, y)], fill="black")
-        time, frequency = len(audio) / sample_rate * share, sample_rate / 2000 * share
-        draw.text((x, top + plot.height + 5), f"{time:.2f}", fill="black", font=font, anchor="mt")
-        draw.text((left - 6, y), f"{frequency:.1f}", fill="black", font=font, anchor="rm")
-    middle = (left + plot.width / 2, sheet.height - 1)
-    draw.text(middle, "time (s)", fill="black", font=font, anchor="mb")
-    draw.text((2, top + 16), "kHz", fill="black", font=font)
-    with _replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")
