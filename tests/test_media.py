@@ -320,7 +320,7 @@ def test_missing_empty_folder_and_caps(tmp_path, monkeypatch):
                 reader(path)
     path = tmp_path / "clip.mp4"
     media.write_mp4(path, make_video(), None, FPS, RATE)
-    with pytest.raises(UserError, match="bytes is over the limit"):
+    with pytest.raises(UserError, match="bytes are over the limit"):
         read(path, max_bytes=100)
     with pytest.raises(UserError, match="over 5 frames"):
         read(path, max_source_frames=5)
