@@ -70,7 +70,7 @@ def test_items_are_windows_with_their_sound_and_caption(folder, warnings):
         expected = level / 128 if level[0] < 50 else np.zeros(FRAMES)
         np.testing.assert_allclose(loudness, expected, atol=0.03)
     assert len(seen) > 12
-    assert [line for line in warnings if "no sound" in line] == ["1 of 2 videos: no sound, it gets silence: sub/b.mp4"]
+    assert [line for line in warnings if "no sound" in line] == ["1 of 2 videos: no sound, it is silent: sub/b.mp4"]
 
 
 def test_items_depend_on_seed_and_index_alone(folder):

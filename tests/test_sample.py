@@ -10,6 +10,7 @@ from tests.helpers import finish, start
 from vdm_jax import sample
 from vdm_jax.data import media
 from vdm_jax.errors import UserError
+from vdm_jax.metrics import figures
 
 RATE = {"fps": 8, "sample_rate": 2000}
 
@@ -121,7 +122,7 @@ def test_what_is_given_is_read_at_the_size_and_rates_of_the_run(tmp_path):
     given, _ = sample.read_given(config, 5, {"audio": path})
     assert given.audio.shape == (1, 5 * 250) and given.audio.dtype == np.float32
     assert np.abs(given.audio[0, 100:-100]).max() > 0.8 and given.masks["audio"].all()
-    media.contact_sheet(tmp_path / "image.png", [video], [""])
+    figures.contact_sheet(tmp_path / "image.png", [video], [""])
     given, _ = sample.read_given(config, 5, {"image": tmp_path / "image.png"})
     assert given.masks["video"].tolist() == [True, False, False]
     given, start = sample.read_given(config, 5, {"continue": path})

@@ -3,7 +3,7 @@ import pytest
 
 from configs import common
 from tests.helpers import finish, start
-from vdm_jax.data import batches as pipeline
+from vdm_jax.data import batches
 from vdm_jax.data.tfds import Tfds
 from vdm_jax.errors import UserError
 
@@ -93,12 +93,12 @@ def test_a_recipe_names_the_data_set(data_dir):
     config = common.get_config()
     config.data.update(source="tfds", path=str(data_dir), frames=4, size=16)
     config.data.tfds.update(name="tiny_clips", video_key="clip", caption_key="text", source_fps=2.0 * FPS)
-    silent = pipeline.source(config)[2]
+    silent = batches.source(config)[2]
     assert silent["caption"] and not silent["audio"].any()
     greys = silent["video"].mean((1, 2, 3))
     np.testing.assert_allclose(np.diff(greys), 2)  # every second frame
     config.data.tfds.audio_key = "sound"
-    assert any(pipeline.source(config)[i]["audio"].any() for i in range(3))
+    assert any(batches.source(config)[i]["audio"].any() for i in range(3))
 
 
 def test_items_depend_on_seed_and_index_alone(data_dir):

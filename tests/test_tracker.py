@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from vdm_jax.data.world import COLORS, DIRECTIONS, SHAPES, World
+from vdm_jax.data.captions import COLORS, DIRECTIONS, SHAPES, asked
+from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
 from vdm_jax.metrics.tracker import VISIBLE, impacts, measure, onsets, summarise, track
 
@@ -13,7 +14,7 @@ PLAIN = {"gravity": 0, "occluder": 0, "leave": 0, "pan": 0, "light": 0}
 
 
 def ask(item):
-    return [dict(zip(("color", "shape", "direction"), m)) for m in World.meaning(item)]
+    return asked(item["state"])
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +149,8 @@ def test_wrong_shape_color_direction_and_count_fail(easy):
     for item in easy[:5]:
         (true,) = ask(item)
 
-        def result(asked, item=item):
-            return measure(item["video"], item["audio"], FPS, RATE, asked)
+        def result(objects, item=item):
+            return measure(item["video"], item["audio"], FPS, RATE, objects)
 
         good = result([true])
         assert good["right"] and good["count_right"] and good["objects"][0]["direction_right"]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from vdm_jax import tasks
-from vdm_jax.data import world
+from vdm_jax.data import captions
 from vdm_jax.metrics import reconstruction, tracker
 
 logger = logging.getLogger("vdm_jax")
@@ -23,7 +23,7 @@ def objects(item):
     """What the caption of a clip of the world asks for, as the tracker wants it; None for other data."""
     if "state" not in item:
         return None
-    return [dict(zip(("color", "shape", "direction"), thing)) for thing in world.World.meaning(item)]
+    return captions.asked(item["state"])
 
 
 def measure(pipe, items, seed):

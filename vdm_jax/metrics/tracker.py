@@ -17,7 +17,8 @@ import math
 import numpy as np
 from scipy import ndimage
 
-from vdm_jax.data.world import AREA, COLORS, DIRECTIONS, PALETTE, SHAPES, coverage, direction_of
+from vdm_jax.data.captions import COLORS, DIRECTIONS, SHAPES, direction_of
+from vdm_jax.data.world import AREA, PALETTE, coverage
 from vdm_jax.errors import UserError
 
 VISIBLE = 0.75  # an object is judged where at least this share of it is in sight

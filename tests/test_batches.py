@@ -1,4 +1,4 @@
-"""Batches are a pure function of the seed and the step."""
+"""A batch is a pure function of the seed and the step."""
 
 import itertools
 
@@ -8,8 +8,7 @@ import pytest
 
 from tests import tiny
 from vdm_jax import sharding
-from vdm_jax.data import batches as pipeline
-from vdm_jax.data import text
+from vdm_jax.data import batches, text
 from vdm_jax.errors import UserError
 
 DATA = tiny.get_config().data
@@ -31,10 +30,11 @@ class Numbers:
 
 def numbers(count, start=0, seed=0, batch_size=4, length=10, rows=None, stop=None):
     """[count, rows]: the items in `count` batches from step `start` on."""
-    batches = pipeline.batches(
-        Numbers(length), batch_size=batch_size, seed=seed, start=start, data=DATA, to_example=dict, rows=rows, stop=stop
+    source = Numbers(length)
+    drawn = batches.batches(
+        source, batch_size=batch_size, seed=seed, start=start, data=DATA, to_example=dict, rows=rows, stop=stop
     )
-    return np.stack([batch["number"] for batch in itertools.islice(batches, count)])
+    return np.stack([batch["number"] for batch in itertools.islice(drawn, count)])
 
 
 def test_a_batch_follows_from_seed_and_step():
@@ -51,9 +51,9 @@ def test_a_batch_follows_from_seed_and_step():
 def test_the_samples_of_a_step_can_be_named():
     whole = numbers(12)
     for step in (0, 5, 11):
-        ids = pipeline.sample_ids(Numbers(10), batch_size=4, seed=0, step=step)
+        ids = batches.sample_ids(Numbers(10), batch_size=4, seed=0, step=step)
         np.testing.assert_array_equal(ids, whole[step])
-    assert pipeline.sample_ids(Numbers(10), batch_size=4, seed=1, step=0) != list(whole[0])
+    assert batches.sample_ids(Numbers(10), batch_size=4, seed=1, step=0) != list(whole[0])
 
 
 def test_every_epoch_holds_every_item_once_in_another_order():
@@ -71,33 +71,33 @@ def test_rows_of_all_processes_are_the_batch_of_one():
 
 def test_batches_of_the_world():
     config = tiny.get_config()
-    source = pipeline.source(config)
+    source = batches.source(config)
 
-    def batches(start):
-        return pipeline.batches(
+    def from_step(start):
+        return batches.batches(
             source,
             batch_size=3,
             seed=0,
             start=start,
             data=config.data,
-            to_example=lambda item: pipeline.example(item, config.data.text_length),
+            to_example=lambda item: batches.example(item, config.data.text_length),
         )
 
-    first, second = itertools.islice(batches(0), 2)
+    first, second = itertools.islice(from_step(0), 2)
     assert {k: (x.shape, x.dtype) for k, x in first.items()} == {
         "video": ((3, 5, 16, 16, 3), np.uint8),
         "audio": ((3, 1250), np.float32),
         "tokens": ((3, 96), np.int32),
     }
-    again = next(batches(1))
+    again = next(from_step(1))
     jax.tree.map(np.testing.assert_array_equal, again, second)
     assert (first["video"] != second["video"]).any()
     assert all(len(caption) > 5 for caption in text.decode(first["tokens"]))
-    held_out = pipeline.source(config, "held_out")
+    held_out = batches.source(config, "held_out")
     assert (held_out[0]["video"] != source[0]["video"]).any()
 
     mesh = sharding.make_mesh(config.mesh)
-    on_devices = pipeline.to_devices(first, sharding.batch_sharding(mesh), 3)
+    on_devices = batches.to_devices(first, sharding.batch_sharding(mesh), 3)
     jax.tree.map(np.testing.assert_array_equal, on_devices, first)
     assert on_devices["video"].sharding.spec == jax.P(("data", "fsdp"))
 
@@ -106,8 +106,8 @@ def test_batches_of_the_world():
     "changes, words",
     [({"source": "wrld"}, "use world, files or tfds"), ({"source": "files"}, "--config.data.path=FOLDER")],
 )
-def test_a_source_that_is_none(changes, words):
+def test_a_source_that_does_not_exist(changes, words):
     config = tiny.get_config()
     config.data.update(changes)
     with pytest.raises(UserError, match=words):
-        pipeline.source(config)
+        batches.source(config)
