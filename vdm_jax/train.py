@@ -112,7 +112,7 @@ def train_stage(run, name):
         checkpoints.close()
         return True
     # 3. Data: clips, or clips that the earlier stages have encoded.
-    encoder_params, items = {}, batches.Examples(run.source, config.data.text_length, stage.hard_negative_words)
+    encoder_params, items = {}, batches.Examples(run.source, config.data.text_length, stage.hard_negative)
     if stage.encoder_params:
         encoder_params, items = latents.prepare(run.system, run.workdir, items, run.mesh)
     batch_sharding = sharding.batch_sharding(run.mesh)

@@ -40,20 +40,35 @@ def source(config, split="train"):
     raise UserError(f"data.source={data.source!r} is unknown: use world, files or tfds")
 
 
-def example(item, text_length, hard_negative_words=()):
-    """Returns a source's item as a training example: {'video', 'audio', 'tokens' int32 [L]}.
+class Examples:
+    """The items of a data source as training examples.
 
-    item: of a source
+    An example is {'video', 'audio', 'tokens' int32 [L]}; with hard negatives it also has 'hard_negative' int32 [L].
+
+    source: a data source
     text_length: L, in tokens
-    hard_negative_words: groups of words; with any, the example also has 'hard_negative' int32 [L], a wrong caption that
-        differs from the right one by words of one group
+    hard_negative: a function caption -> wrong caption; None for no hard negatives
     """
-    caption = item["caption"]
-    out = {"video": item["video"], "audio": item["audio"], "tokens": text.encode([caption], text_length)[0]}
-    if hard_negative_words:
-        wrong = text.hard_negative(caption, hard_negative_words)
-        out["hard_negative"] = text.encode([wrong], text_length)[0]
-    return out
+
+    def __init__(self, source, text_length, hard_negative=None):
+        self.source = source
+        self.text_length = text_length
+        self.hard_negative = hard_negative
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, number):
+        item = self.source[number]
+        captions = {"tokens": item["caption"]}
+        if self.hard_negative:
+            captions["hard_negative"] = self.hard_negative(item["caption"])
+        tokens = {name: text.encode([caption], self.text_length)[0] for name, caption in captions.items()}
+        return {"video": item["video"], "audio": item["audio"], **tokens}
+
+    def take(self, numbers):
+        """Returns the examples of these numbers as one batch."""
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *[self[number] for number in numbers])
 
 
 class _Batches:
@@ -75,26 +90,20 @@ class _Batches:
         return self.take([int(self.order[first + j]) for j in self.rows])
 
 
-def batches(items, *, batch_size, seed, start, data, to_example=None, rows=None, stop=None):
+def batches(items, *, batch_size, seed, start, data, rows=None, stop=None):
     """Returns an iterator of batches as NumPy arrays, from the batch of step `start` on.
 
-    items: a random-access source
+    items: Examples, or another source whose `take(numbers)` returns a batch
     batch_size: examples of a batch, over all processes
     seed: of the shuffle
     start: step of the first batch
     data: config.data, for the number of threads and of batches that are read ahead
-    to_example: turns an item into a dict of arrays. None: `items.take(numbers)` returns a whole batch.
     rows: numbers of the batch's examples that this process loads; None loads all
     stop: step after the last batch; None is endless
     """
-
-    def stack(numbers):
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *[to_example(items[i]) for i in numbers])
-
-    take = items.take if to_example is None else stack
     stop = start + 2**31 - 1 if stop is None else stop
     rows = range(batch_size) if rows is None else rows
-    batches = _Batches(_order(items, seed), take, batch_size, start, stop, rows)
+    batches = _Batches(_order(items, seed), items.take, batch_size, start, stop, rows)
     read = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(read))
 

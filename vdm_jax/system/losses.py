@@ -10,7 +10,7 @@ import optax
 
 from vdm_jax import diffusion
 from vdm_jax.data import text
-from vdm_jax.system import previews
+from vdm_jax.system import hard_negatives, previews
 from vdm_jax.system.codec import init_fns, remat_modes, to_float
 from vdm_jax.system.layout import AUDIO_AXES, STAGES, VIDEO_AXES
 
@@ -27,7 +27,7 @@ class Stage(NamedTuple):
         Callable | None
     )  # preview(params, encoder_params, clips, captions) -> previews.Preview; None: nothing to show
     activation: tuple  # (shape, names of dimensions) of the largest activation that a mesh must be able to split
-    hard_negative_words: tuple = ()  # groups of words that are swapped in captions; () for none
+    hard_negative: Callable | None = None  # caption -> wrong caption, for every example; None for no hard negatives
     group: int = 1  # so many clips of a batch stay together on a device
 
 
@@ -44,7 +44,7 @@ def make_stages(codec):
         shape = (1, length, side, side, 1) if axes is VIDEO_AXES else (1, length, 1)
         words = config[name].hard_negatives.words if "hard_negatives" in config[name] else ()
         encoders = encoder_params or {}
-        batch = abstract_clips(config, layout, config[name].batch_size, words)
+        batch = abstract_clips(config, layout, config[name].batch_size, with_hard_negatives=bool(words))
         if encoders and config[name].cached_clips:
             batch = jax.eval_shape(functools.partial(encode_batch, codec), encoders, batch)
             batch = jax.tree.map(lambda x: x if x.dtype == bool else x.update(dtype=jnp.float16), batch)
@@ -56,7 +56,7 @@ def make_stages(codec):
             encoder_params=encoders,
             preview=preview,
             activation=(shape, axes),
-            hard_negative_words=words,
+            hard_negative=hard_negatives.swapper(words),
             group=config[name].hard_negatives.every if words and "every" in config[name].hard_negatives else 1,
         )
 
@@ -80,8 +80,8 @@ def make_stages(codec):
     }
 
 
-def abstract_clips(config, layout, rows, hard_negative_words=()):
-    """`rows` training examples that are not encoded yet, as ShapeDtypeStructs; see data/batches.example."""
+def abstract_clips(config, layout, rows, with_hard_negatives=False):
+    """`rows` training examples that are not encoded yet, as ShapeDtypeStructs; see data/batches.Examples."""
     side = config.data.size
     tokens = jax.ShapeDtypeStruct((rows, config.data.text_length), jnp.int32)
     clips = {
@@ -89,7 +89,7 @@ def abstract_clips(config, layout, rows, hard_negative_words=()):
         "audio": jax.ShapeDtypeStruct((rows, layout.samples), jnp.float32),
         "tokens": tokens,
     }
-    return clips | ({"hard_negative": tokens} if hard_negative_words else {})
+    return clips | ({hard_negatives.FIELD: tokens} if with_hard_negatives else {})
 
 
 def abstract_statistics(layout):
@@ -165,8 +165,8 @@ def clip_loss(codec, params, key, batch, encoder_params):
     logits = scale * words @ pictures.T  # [B, B], a row a text
     by_video, labels = logits.T, jnp.arange(len(logits))
     metrics = {"recall_at_1": jnp.mean(jnp.argmax(logits, 1) == labels), "temperature": 1 / scale}
-    if "hard_negative" in batch:
-        wrong_tokens = batch["hard_negative"]
+    if hard_negatives.FIELD in batch:
+        wrong_tokens = batch[hard_negatives.FIELD]
         wrong = codec.apply_fn("clip", "embed_text")(params, wrong_tokens, text.mask(wrong_tokens))
         wrong = scale * pictures @ wrong.T  # [B, B], a row a video
         same = jnp.all(wrong_tokens == tokens, 1)  # no word of the caption could be swapped
@@ -199,7 +199,9 @@ def drop_text(key, words, null, share):
 
 def encode_batch(codec, encoder_params, batch):
     """What the denoiser trains on, of a batch of clips: {'z': latents, 'text': text[, 'hard_negative': text]}."""
-    texts = {"text": batch["tokens"]} | ({"hard_negative": batch["hard_negative"]} if "hard_negative" in batch else {})
+    texts = {"text": batch["tokens"]} | (
+        {hard_negatives.FIELD: batch[hard_negatives.FIELD]} if hard_negatives.FIELD in batch else {}
+    )
     encoded = {name: codec.encode_text(encoder_params, tokens) for name, tokens in texts.items()}
     return encoded | {"z": codec.encode(encoder_params, batch["video"], batch["audio"])}
 
@@ -219,13 +221,19 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
     null = codec.encode_null_text(encoder_params)
     cond = drop_text(drop_key, words, null, settings.text_dropout)
     denoise_fn = functools.partial(codec.apply_fn("denoiser"), params)
-    others = []
-    if "hard_negative" in batch:
-        every = settings.hard_negatives.every
-        some = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:])[:, 0], (z, words, batch["hard_negative"]))
-        pair_key = jax.random.fold_in(key, 1)
-        others = [
-            diffusion.hard_negative_objective(pair_key, *some, settings.diffusion.target, settings.hard_negatives)
-        ]
-    loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion, *others)
-    return loss, {"loss": loss, **metrics}
+    if hard_negatives.FIELD not in batch:
+        loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
+        return loss, {"loss": loss, **metrics}
+
+    # Hard negatives share the network call: a program with two calls takes twice as long to compile.
+    some = hard_negatives.first_of_every(settings.hard_negatives.every, (z, words, batch[hard_negatives.FIELD]))
+    pair_key = jax.random.fold_in(key, 1)
+    pairs = hard_negatives.make_pairs(pair_key, *some, settings.diffusion.target, settings.hard_negatives)
+    noised = diffusion.corrupt(key, z, settings.diffusion)
+    prediction, pair_prediction = hard_negatives.call_together(
+        denoise_fn, (noised.z_t, noised.log_snr, cond), (pairs.z_t, pairs.log_snr, pairs.cond)
+    )
+    denoising_loss, metrics = diffusion.weighted_error(prediction, noised, settings.diffusion)
+    pair_loss, pair_metrics = hard_negatives.classification_loss(pair_prediction, pairs, settings.hard_negatives)
+    loss = denoising_loss + pair_loss
+    return loss, {"loss": loss, **metrics, **pair_metrics}
