@@ -17,7 +17,7 @@ from etils import epath
 from tests import tiny
 from tests.helpers import digest, final_state, finish, start
 from vdm_jax import train
-from vdm_jax.data import batches as pipeline
+from vdm_jax.data import batches
 from vdm_jax.data import world
 from vdm_jax.run import folder as run_folder
 from vdm_jax.run import preemption
@@ -176,8 +176,8 @@ def test_a_signal_ends_a_run_and_the_next_goes_on_from_there(command, reading, w
 
 def test_bad_steps_are_skipped_counted_and_named(command, reading, tmp_path):
     stage, config, workdir = "audio_autoencoder", tiny.get_config(), tmp_path / "run"
-    ids = pipeline.sample_ids(pipeline.source(config), batch_size=4, seed=config.seed, step=4)
-    bad = pipeline.source(config)[ids[1]]["video"]
+    ids = batches.sample_ids(batches.source(config), batch_size=4, seed=config.seed, step=4)
+    bad = batches.source(config)[ids[1]]["video"]
 
     def spoil(item):
         return {**item, "audio": item["audio"] * np.nan} if np.array_equal(item["video"], bad) else item
