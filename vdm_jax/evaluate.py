@@ -26,11 +26,12 @@ from vdm_jax import conditioning, diffusion, preview, sample, samplers
 from vdm_jax import pipeline as generate
 from vdm_jax.data import batches as pipeline
 from vdm_jax.data import media, text, world
-from vdm_jax.errors import UserError
+from vdm_jax.errors import UserError, one_of
 from vdm_jax.metrics import reconstruction, report, retrieval, tracker
 from vdm_jax.metrics import tasks as task_metrics
 from vdm_jax.run import checkpoint, cli
 from vdm_jax.system import codec as stages
+from vdm_jax.system import hard_negatives
 
 logger = logging.getLogger("vdm_jax")
 
@@ -114,7 +115,7 @@ def main(argv):
 def read_sampler(name):
     """'dpmpp_2m:16' -> ('dpmpp_2m', 16). Raises UserError."""
     method, _, steps = name.partition(":")
-    diffusion.one_of("sampler", method, samplers.METHODS)
+    one_of("sampler", method, samplers.METHODS)
     if not steps.isdecimal() or not 0 < int(steps) <= 10_000:
         raise UserError(f"--samplers={name}: want a method and a number of steps, such as {method}:16")
     return method, int(steps)
@@ -269,7 +270,7 @@ def recall(config, frozen, held_out):
     words, pictures = batched(functools.partial(embed, params), config, tokens_of(config, items), video)
     found = {"recall_at_1": retrieval.recall_at_k(words, pictures), "candidates": len(items)}
     if config.clip.hard_negatives.words:
-        near = [text.hard_negative(item["caption"], config.clip.hard_negatives.words) for item in items]
+        near = [hard_negatives.swap_words(item["caption"], config.clip.hard_negatives.words) for item in items]
         others = batched(functools.partial(embed, params), config, text.encode(near, config.data.text_length), video)[0]
         right, wrong = (np.sum(pictures * x, 1) for x in (words, others))
         found["hard_negative_accuracy"] = float(np.mean(right > wrong))
@@ -297,7 +298,7 @@ def loss_by_level(config, frozen, items, truth, seed):
         denoise = conditioning.denoise_fn(model, frozen["denoiser"])
         prediction = denoise(diffusion.add_noise(z, eps, levels), levels, cond)
         target = diffusion.to_target(z, eps, levels, settings.target)
-        factor = diffusion.eps_error(level, settings.target)
+        factor = diffusion.eps_error_factor(level, settings.target)
         return {name: factor * jnp.square(prediction[name] - target[name]).reshape(shape[0], -1).mean(1) for name in z}
 
     z, cond = batched(functools.partial(encode, frozen), config, truth, tokens_of(config, items))

@@ -28,7 +28,7 @@ from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, cli, hosts, preemption, profiling, storage
 from vdm_jax.run import log as run_log
 from vdm_jax.system import codec as stages
-from vdm_jax.system import latents
+from vdm_jax.system import hard_negatives, latents
 
 logger = logging.getLogger("vdm_jax")
 
@@ -164,7 +164,7 @@ def train_stage(name, config, workdir, mesh, source, stop, alive, span):
         kinds = stages.hard_negative_words(config, name)
 
         def to_example(item):
-            return pipeline.example(item, length, kinds)
+            return pipeline.example(item, length, hard_negatives.swapper(kinds))
 
     batch_sharding = sharding.batch_sharding(mesh)
     batches = pipeline.batches(

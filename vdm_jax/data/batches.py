@@ -34,15 +34,18 @@ def source(config, split="train"):
     raise UserError(f"data.source={data.source!r} is unknown: use world, files or tfds")
 
 
-def example(item, text_length, kinds=()):
-    """A source's item as a training example: {'video', 'audio', 'tokens' int32 [L]}.
+def example(item, text_length, hard_negative=None):
+    """Returns a source's item as a training example: {'video', 'audio', 'tokens' int32 [L]}.
 
-    With kinds of words there is also 'hard_negative' int32 [L], a caption that is nearly the item's (text.py).
+    item: {'video', 'audio', 'caption', ...}.
+    text_length: L, tokens.
+    hard_negative: a function caption -> hard negative (system/hard_negatives.py). It adds the field 'hard_negative',
+        int32 [L]. None adds nothing.
     """
     caption = item["caption"]
     out = {"video": item["video"], "audio": item["audio"], "tokens": text.encode([caption], text_length)[0]}
-    if kinds:
-        out["hard_negative"] = text.encode([text.hard_negative(caption, kinds)], text_length)[0]
+    if hard_negative is not None:
+        out["hard_negative"] = text.encode([hard_negative(caption)], text_length)[0]
     return out
 
 

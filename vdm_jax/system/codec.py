@@ -11,13 +11,14 @@ import optax
 
 from vdm_jax import conditioning, diffusion, sharding
 from vdm_jax.data import text
-from vdm_jax.errors import UserError
+from vdm_jax.errors import UserError, one_of
 from vdm_jax.models.audio_autoencoder import AudioAutoencoder
 from vdm_jax.models.clip import Clip
 from vdm_jax.models.layers import REMAT, apply_remat
 from vdm_jax.models.unet import UNet
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
 from vdm_jax.run.checkpoint import STAGES
+from vdm_jax.system import hard_negatives
 
 VIDEO = ("batch", "time", "height", "width", "channel")  # dimensions of pictures, and of their latents
 SOUND = ("batch", "token", "channel")
@@ -162,7 +163,7 @@ def check_mesh(config, mesh, names):
 
 def remat(config, name):
     """How stage `name` is apply_remat: (mode,), or of the denoiser a mode for each level. Raises UserError."""
-    modes = tuple(diffusion.one_of(f"{name}.remat", mode, REMAT) for mode in config[name].remat.split(","))
+    modes = tuple(one_of(f"{name}.remat", mode, REMAT) for mode in config[name].remat.split(","))
     levels = len(config[name].model.channels) if name == "denoiser" else 1
     if len(modes) not in (1, levels):
         one = "one value" + (f", or one for each of {levels} levels" if levels > 1 else "")
@@ -175,7 +176,7 @@ def remat(config, name):
 
 def models(config):
     """{stage: Flax module} for a config."""
-    dtype = jnp.dtype(diffusion.one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16")))
+    dtype = jnp.dtype(one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16")))
     text_size = dict(vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
     clip = config.clip.model
     size, modes = layout(config), remat(config, "denoiser")
@@ -401,15 +402,19 @@ def build(config):
         cond = conditioning.drop_text(drop_key, words, null, config.denoiser.text_dropout)
         denoise = functools.partial(apply("denoiser"), params)
         c = config.denoiser
-        others = []
-        if "hard_negative" in batch:
-            some = jax.tree.map(
-                lambda x: x.reshape(-1, c.hard_negatives.every, *x.shape[1:])[:, 0], (z, words, batch["hard_negative"])
-            )
-            near_key = jax.random.fold_in(key, 1)
-            others = [diffusion.hard_negative_objective(near_key, *some, c.diffusion.target, c.hard_negatives)]
-        loss, metrics = diffusion.loss(denoise, key, z, cond, c.diffusion, *others)
-        return loss, {"loss": loss, **metrics}
+        if "hard_negative" not in batch:
+            loss, metrics = diffusion.loss(denoise, key, z, cond, c.diffusion)
+            return loss, {"loss": loss, **metrics}
+        some = hard_negatives.first_of_every(c.hard_negatives.every, (z, words, batch["hard_negative"]))
+        noised = diffusion.corrupt(key, z, c.diffusion)
+        pairs = hard_negatives.make_pairs(jax.random.fold_in(key, 1), *some, c.diffusion.target, c.hard_negatives)
+        prediction, of_pairs = hard_negatives.call_together(
+            denoise, (noised.z_t, noised.log_snr, cond), (pairs.z_t, pairs.log_snr, pairs.cond)
+        )
+        denoising, metrics = diffusion.weighted_error(prediction, noised, c.diffusion)
+        classification, more = hard_negatives.classification_loss(of_pairs, pairs, c.hard_negatives)
+        loss = denoising + classification
+        return loss, {"loss": loss, **metrics, **more}
 
     losses = dict(zip(STAGES, (video_loss, audio_loss, clip_loss, denoiser_loss), strict=True))
     return {name: Stage(inits[name], losses[name]) for name in STAGES}

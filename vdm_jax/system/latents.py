@@ -15,6 +15,7 @@ from vdm_jax.data import batches as pipeline
 from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, hosts, storage
 from vdm_jax.system import codec as stages
+from vdm_jax.system import hard_negatives
 
 logger = logging.getLogger("vdm_jax")
 
@@ -84,7 +85,7 @@ def _encoder(config, frozen, source):
         return {"z": z, **{name: stages.encode_text(config, frozen, tokens) for name, tokens in texts.items()}}
 
     def to_example(item):
-        return pipeline.example(item, config.data.text_length, kinds)
+        return pipeline.example(item, config.data.text_length, hard_negatives.swapper(kinds))
 
     def batches(first, count):
         start, stop = first // ENCODE_BATCH, -(-(first + count) // ENCODE_BATCH)
