@@ -26,7 +26,7 @@ def prediction(z):
 
 def walk_ours(timesteps, target, method, **more):
     """z_T and z_0 of our sampler on diffusers' timesteps, and the levels in between."""
-    levels = diffusion.log_snr((jnp.asarray(timesteps) + 1) / 1000, CONFIG)
+    levels = diffusion.log_snr_at((jnp.asarray(timesteps) + 1) / 1000, CONFIG)
     levels = jnp.append(levels, CONFIG["log_snr_max"])[:, None]  # [N+1, 1]
     levels = {"video": levels, "audio": levels}
     keys = jax.random.split(jax.random.key(0))
@@ -52,7 +52,7 @@ def walk_theirs(scheduler, z, **noise):
 @pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DDIMScheduler"])
 def test_linear_beta_alphas(scheduler):
     theirs = getattr(diffusers, scheduler)().alphas_cumprod.numpy()
-    level = diffusion.log_snr(jnp.arange(1, 1001) / 1000, CONFIG)
+    level = diffusion.log_snr_at(jnp.arange(1, 1001) / 1000, CONFIG)
     alpha, sigma = diffusion.alpha_sigma(level)
     np.testing.assert_allclose(alpha**2, theirs, atol=1e-6)
     np.testing.assert_allclose(alpha, np.sqrt(theirs), atol=1e-6)
@@ -78,7 +78,7 @@ def test_ddim_step():
         there = torch.tensor(np.array(z))
         theirs = scheduler.step(prediction(there), timestep, there).prev_sample
         ends = jnp.array([timestep + 1, timestep - 99]) / 1000
-        levels = {"video": diffusion.log_snr(ends, CONFIG)[:, None]}
+        levels = {"video": diffusion.log_snr_at(ends, CONFIG)[:, None]}
         ours = samplers.sample(denoise, key, {"video": z}, {}, levels, "ddim", config)
         np.testing.assert_allclose(ours["video"], theirs, atol=2e-5)
 

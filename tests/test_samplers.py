@@ -141,7 +141,7 @@ def test_doubling_steps_divides_the_error(method, factor):
 def test_schedule_matrix_rows():
     given = {"video": [True, False, False, False], "audio": [True, False, False, True]}
     flat_levels = samplers.scheduling_matrix(4, 4, CONFIG, given)
-    ladder = [-12, *np.array(diffusion.log_snr(jnp.array([0.75, 0.5, 0.25]), CONFIG)), 12]
+    ladder = [-12, *np.array(diffusion.log_snr_at(jnp.array([0.75, 0.5, 0.25]), CONFIG)), 12]
     for name in ("video", "audio"):
         assert flat_levels[name].shape == (5, 4) and flat_levels[name].dtype == jnp.float32
         for frame in range(4):
@@ -159,7 +159,7 @@ def test_schedule_matrix_rows():
     leaping = samplers.scheduling_matrix(4, 4, CONFIG, given, lag=3, first_step_times=(0.3, 0.6))
     for name in ("video", "audio"):
         for frame, start in ((1, 0.3), (2, 0.6)):
-            rest = np.array(diffusion.log_snr(start * jnp.array([1, 2 / 3, 1 / 3]), CONFIG))
+            rest = np.array(diffusion.log_snr_at(start * jnp.array([1, 2 / 3, 1 / 3]), CONFIG))
             column = leaping[name][3 * (frame - 1) :, frame]
             np.testing.assert_allclose(column[:5], [-12, *rest, 12], atol=1e-4)
         np.testing.assert_array_equal(leaping[name][:, [0, 3]], rising[name][:, [0, 3]])
@@ -358,7 +358,7 @@ def test_history_guidance_withholds_what_is_given(fraction):
     full, alone = tied(z, level, {}), by_example(mean, untied(covariance, group))(z, level, {})
     more = full
     if fraction:
-        to = float(diffusion.log_snr(fraction, CONFIG))
+        to = float(diffusion.log_snr_at(fraction, CONFIG))
         noisy = diffusion.add_noise(z, other, {n: jnp.full((4, FRAMES), to) for n in z})
         hazy = {
             n: jnp.where(diffusion.broadcast_to_latent(jnp.asarray(given[n])[None], z[n]), noisy[n], z[n]) for n in z
@@ -405,7 +405,7 @@ def test_all_guidance_is_one_call():
 def test_frames_to_go_on_from_may_be_lightly_noised():
     given = {"video": np.array([True, False, False]), "audio": np.ones(FRAMES, bool)}
     levels = samplers.scheduling_matrix(4, FRAMES, CONFIG, given, context_noise=0.02)
-    np.testing.assert_allclose(levels["video"][:, 0], diffusion.log_snr(0.02, CONFIG), rtol=1e-6)
+    np.testing.assert_allclose(levels["video"][:, 0], diffusion.log_snr_at(0.02, CONFIG), rtol=1e-6)
     assert levels["video"][0, 0] < 12 and (levels["video"][-1, 1:] == 12).all()
     assert (levels["audio"] == 12).all()  # given whole: exact
 

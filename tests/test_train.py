@@ -17,8 +17,7 @@ from etils import epath
 from tests import tiny
 from tests.helpers import digest, final_state, finish, start
 from vdm_jax import train
-from vdm_jax.data import batches
-from vdm_jax.data import world
+from vdm_jax.data import batches, world
 from vdm_jax.run import folder as run_folder
 from vdm_jax.run import preemption
 from vdm_jax.system import latents

@@ -302,7 +302,7 @@ def loss_per_noise_level(pipe, items, truth, seed):
         log_snr = {name: jnp.full(shape, noise_level) for name in z}
         prediction = system.apply("denoiser", params, diffusion.add_noise(z, eps, log_snr), log_snr, cond)
         target = diffusion.to_target(z, eps, log_snr, settings.target)
-        factor = diffusion.eps_error(noise_level, settings.target)
+        factor = diffusion.eps_error_factor(noise_level, settings.target)
         return {name: factor * jnp.square(prediction[name] - target[name]).reshape(shape[0], -1).mean(1) for name in z}
 
     z, cond = batched(functools.partial(encode, params), config, truth, tokens_of(config, items))

@@ -22,12 +22,11 @@ from vdm_jax.diffusion import (
     add_noise,
     alpha_sigma,
     broadcast_to_latent,
-    log_snr,
+    log_snr_at,
     noise_like,
-    one_of,
     to_x0,
 )
-from vdm_jax.errors import UserError
+from vdm_jax.errors import UserError, one_of
 
 METHODS = ("ddpm", "ddim", "dpmpp_2m", "heun")
 SPACINGS = ("time", "log_snr", "karras")
@@ -66,9 +65,9 @@ def scheduling_matrix(
     high = config["log_snr_max"]
 
     def ladder(steps, start=1.0):  # [steps + 1], from time `start` to clean
-        part, low = np.arange(steps + 1) / steps, float(log_snr(start, config))
+        part, low = np.arange(steps + 1) / steps, float(log_snr_at(start, config))
         if spacing == "time":
-            rungs = np.array(log_snr(start * (1 - part), config), np.float64)
+            rungs = np.array(log_snr_at(start * (1 - part), config), np.float64)
         elif spacing == "log_snr":
             rungs = low + part * (high - low)
         else:  # arXiv:2206.00364, eq. 5, for sigma / alpha = exp(-log_snr / 2)
@@ -86,7 +85,7 @@ def scheduling_matrix(
         own[1:] = ladder(steps - 1, start)
     row = np.arange(steps + lag * order[-1] + 1)[:, None]
     matrix = ladders[order, np.clip(row - lag * order, 0, steps)]  # [N+1, T]
-    lightly = float(log_snr(context_noise, config)) if context_noise else high
+    lightly = float(log_snr_at(context_noise, config)) if context_noise else high
     return {n: jnp.asarray(np.where(mask, high if mask.all() else lightly, matrix)) for n, mask in masks.items()}
 
 
@@ -261,7 +260,7 @@ def history_guidance(weight, given, noise, config, fraction=0.0):
     """
 
     def noised(t):
-        to = log_snr(t, config)
+        to = log_snr_at(t, config)
 
         def view(z, level, cond):
             mask = {name: jnp.broadcast_to(given[name], level[name].shape) for name in z}
@@ -284,7 +283,7 @@ def modality_guidance(weight, noise, config):
 
     def without(other):
         def view(z, level, cond):
-            silent = jnp.full_like(level[other], log_snr(1.0, config))
+            silent = jnp.full_like(level[other], log_snr_at(1.0, config))
             return {**z, other: noise[other]}, {**level, other: silent}, cond
 
         return view

@@ -7,8 +7,6 @@ condition, is the empty string: begin, end, padding.
 import functools
 import logging
 import os
-import re
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,27 +70,6 @@ def decode(tokens) -> list[str]:
         row = row[: ends[0]] if len(ends) else row
         texts.append(bytes((row[row >= OFFSET] - OFFSET).astype(np.uint8)).decode("utf-8", errors="replace"))
     return texts
-
-
-def hard_negative(caption: str, kinds) -> str:
-    """The caption with two words of one kind exchanged, or where it has no two, with one replaced by another.
-
-    kinds: groups of words, such as (("red", "blue"), ("left", "right")). What is changed is drawn from the caption's
-    own bytes. A caption without any of the words comes back as it is.
-    """
-    rng = np.random.default_rng(zlib.crc32(caption.encode("utf-8", errors="replace")))
-    words = re.split(r"(\W+)", caption)
-    found = [[i for i, word in enumerate(words) if word in kind] for kind in kinds]
-    exchanges = [(i, j) for at in found for i in at for j in at if i < j and words[i] != words[j]]
-    if exchanges:
-        i, j = exchanges[rng.integers(len(exchanges))]
-        words[i], words[j] = words[j], words[i]
-    else:
-        options = [(i, word) for at, kind in zip(found, kinds) for i in at for word in kind if word != words[i]]
-        if options:
-            i, word = options[rng.integers(len(options))]
-            words[i] = word
-    return "".join(words)
 
 
 def read_prompts(path: str | os.PathLike) -> list[str]:

@@ -8,8 +8,7 @@ from ml_collections import ConfigDict
 
 from vdm_jax import sharding
 from vdm_jax.data import text
-from vdm_jax.diffusion import one_of
-from vdm_jax.errors import UserError
+from vdm_jax.errors import UserError, one_of
 from vdm_jax.models.audio_autoencoder import AudioAutoencoder
 from vdm_jax.models.clip import Clip
 from vdm_jax.models.layers import REMAT, apply_remat

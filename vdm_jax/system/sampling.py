@@ -9,8 +9,8 @@ import numpy as np
 
 from vdm_jax import samplers, sharding, tasks
 from vdm_jax.data import text
-from vdm_jax.diffusion import add_noise, broadcast_to_latent, one_of
-from vdm_jax.errors import UserError
+from vdm_jax.diffusion import add_noise, broadcast_to_latent
+from vdm_jax.errors import UserError, one_of
 from vdm_jax.sharding import constrain
 from vdm_jax.system.layout import AUDIO_AXES, VIDEO_AXES
 
