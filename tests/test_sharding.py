@@ -131,9 +131,11 @@ def test_parts_of_a_batch_must_divide_too():
     ):
         with pytest.raises(UserError, match=words):
             sharding.check_batch(size, mesh, parts)
-    sharding.check_batch(48, mesh, 2, 3)
-    with pytest.raises(UserError, match=r"x 2 parts \(accumulate\) x 3 clips \(hard_negative.every\): use 48$"):
-        sharding.check_batch(32, mesh, 2, 3)
+    sharding.check_batch(48, mesh, 2, group=3)
+    with pytest.raises(UserError, match=r"x 2 parts \(accumulate\) x 3 clips \(some.key\): use 48$"):
+        sharding.check_batch(32, mesh, 2, group=3, group_key="some.key")
+    with pytest.raises(UserError, match="some.key=0 must be at least 1"):
+        sharding.check_batch(32, mesh, 2, group=0, group_key="some.key")
 
 
 @pytest.mark.parametrize("sizes, told", [

@@ -144,7 +144,9 @@ def together(config, name):
 def check_batch(config, name, mesh):
     """Raises UserError where the batch of stage `name` does not divide over the mesh."""
     settings = config[name]
-    sharding.check_batch(settings.batch_size, mesh, settings.accumulate, together(config, name))
+    sharding.check_batch(
+        settings.batch_size, mesh, settings.accumulate, together(config, name), "denoiser.hard_negatives.every"
+    )
 
 
 def check_mesh(config, mesh, names):
