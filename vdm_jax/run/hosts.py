@@ -51,7 +51,7 @@ def initialize(options):
     own = dict(coordinator=options.coordinator, processes=options.processes, process=options.process)
     missing = [name for name, value in own.items() if value is None]
     if len(missing) == len(own):
-        if options.distributed == "no" or options.distributed == "auto" and not surroundings(os.environ):
+        if options.distributed == "no" or options.distributed == "auto" and not scheduler(os.environ):
             return
     elif missing:
         raise UserError(f"--{missing[0]} is missing: give all of --coordinator, --processes and --process")
@@ -69,7 +69,7 @@ def initialize(options):
         logger.setLevel(logging.WARNING)  # process 0 reports for all
 
 
-def surroundings(environment):
+def scheduler(environment):
     """Returns which scheduler started several processes, "slurm", "gke" or "tpu"; None when this is the only one.
 
     environment: the environment variables.
