@@ -65,7 +65,7 @@ def mutate(draw, data):
 
 @functools.cache
 def movie(kind):
-    """A short file, whole."""
+    """Returns the bytes of a short, valid video file."""
     file, rng = io.BytesIO(), np.random.default_rng(0)
     container = {"webm": "webm", "avi": "avi", "mkv": "matroska"}.get(kind, "mp4")
     codec = {"webm": "libvpx", "avi": "mpeg4"}.get(kind, "libx264")
@@ -132,7 +132,7 @@ def mp4(draw, folder):
 
 
 def playlist(draw, folder):
-    """Formats that would have FFmpeg open further files."""
+    """Formats that could make FFmpeg open other files."""
     secret = folder.parent.parent / "outside" / "secret.txt"
     content = draw.choice(
         (
@@ -206,7 +206,7 @@ def sound(draw, folder):
 
 
 def words(draw):
-    """Bytes that claim to be text."""
+    """Bytes in place of a text."""
     kind = draw.randrange(9)
     if kind == 0:
         return draw.randbytes(draw.randrange(300))
@@ -242,7 +242,7 @@ def captions(draw, folder):
 
 
 def metadata(draw, folder):
-    """metadata.csv or .jsonl with names that lead elsewhere, and rows of any shape."""
+    """metadata.csv or .jsonl with paths outside its folder, and rows of any shape."""
     outside = folder.parent.parent / "outside"
     (folder / "a.mp4").write_bytes(movie("silent"))
     (folder / "link.mp4").symlink_to(outside / "secret.txt")

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the process of its own
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the process with 8 devices
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def test_kernels_are_split_and_small_ones_left_whole(shapes):
     assert spec("clip/text_encoder/tokens/embedding") == P(None, ("fsdp",))
     assert spec("denoiser/middle_in_video/conv_in/space/kernel") == P(None, None, None, None, ("fsdp",))
     assert spec("denoiser/middle_in_video/norm_in/scale") == P(None)
-    # 2 heads over 4, and 12 outputs over 8, stay whole.
+    # 2 heads are not cut into 4 parts, and 12 outputs are not cut into 8.
     four = dict(data=1, fsdp=1, sequence=1, tensor=4)
     assert spec(f"{attention}/query/kernel", four) == P(None, None, None)
     assert sharding.parameter_spec("x/kernel", (3, 12), dict(mesh, fsdp=8)) == P(None, None)
@@ -299,7 +299,7 @@ def compare_samples(config):
         if title in ("data", "fsdp"):
             np.testing.assert_array_equal(video, singly[0])
             np.testing.assert_array_equal(audio, singly[1])
-        # A frame may round to the next of 256 levels.
+        # A pixel may round to the next of 256 levels.
         assert np.abs(video.astype(int) - one[0].astype(int)).max() <= 1
         np.testing.assert_allclose(audio, one[1], atol=1e-4)
         print(f"equal: samples, {title}, off by {np.abs(audio - one[1]).max():.1e}")
