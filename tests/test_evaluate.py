@@ -93,7 +93,7 @@ def test_a_folder_of_videos_has_no_state_but_all_else(tmp_path, command, config)
     "options, told",
     [
         ([], "--out is missing"),
-        (["--out={tmp}/r", "--workdir={tmp}/none"], "no run folder"),
+        (["--out={tmp}/r", "--workdir={tmp}/none"], "is neither a run nor exported weights"),
         (["--out={tmp}/r", "--workdir={tmp}/none", "--only=reconstruction"], "config.json is missing"),
         (["--out={tmp}/r", "--only=samples"], "--only"),
         (["--out={tmp}/r", "--samplers=ddim"], "--samplers=ddim"),

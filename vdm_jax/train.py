@@ -3,7 +3,7 @@
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
 A finished stage is skipped, an interrupted one goes on from its newest checkpoint. SIGTERM and SIGINT end the run after
-the step under way, saved, with exit code 0; a second such signal ends it at once.
+the current step, which is saved, with exit code 0. A second signal ends it at once.
 """
 
 import logging
