@@ -54,7 +54,7 @@ def flip(path, place=None, bit=0):
 
 
 def arrays(folder):
-    """The largest file of a checkpoint, where its arrays are."""
+    """Returns the largest file of a checkpoint, which holds its arrays."""
     return max((p for p in (folder / "default").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
@@ -89,10 +89,10 @@ def test_a_save_that_was_cut_off_does_not_count(tmp_path):
     rest.mkdir()
     (rest / "half").write_text("half")
     equal(run_folder.read_params(tmp_path, "clip", EXPECTED), jax.tree.map(lambda x: 2 * x, PARAMS))
-    assert rest.exists()  # it may be a running save of a training run: a reader leaves it alone
+    assert rest.exists()  # it may be the current save of a training run, so a reader does not delete it
     with checkpoint.manager(folder) as checkpoints:
         assert checkpoints.latest_step() == 1
-        for _ in range(300):  # the run itself tidies up, in the background
+        for _ in range(300):  # the run itself deletes it, in the background
             if not rest.exists():
                 break
             time.sleep(0.1)
@@ -102,7 +102,7 @@ def test_a_save_that_was_cut_off_does_not_count(tmp_path):
 def test_the_newest_and_the_best_are_never_deleted(tmp_path):
     losses = [3.0, 1.0, 2.0, np.nan, 4.0, np.inf]
     save(tmp_path, *map(state, range(1, 7)), losses=losses)
-    assert steps(tmp_path) == [2, 5, 6]  # one that is no number is nobody's best
+    assert steps(tmp_path) == [2, 5, 6]  # a loss of nan is never the best
     save(tmp_path, state(7), losses=[0.5])  # in a later process, too
     assert steps(tmp_path) == [6, 7]
     save(tmp_path, state(8), state(9), newest=1, best=0)
@@ -114,7 +114,7 @@ def test_a_deletion_that_was_cut_off_leaves_no_damaged_checkpoint(tmp_path, capl
         for step in (1, 2, 3):
             checkpoint.save(checkpoints, state(step), loss=step)  # 3 supersedes 2, which is neither newest nor best
     rest = tmp_path / "run" / checkpoint.SUPERSEDED / "2"
-    checksums.check(rest)  # out of the way in one go, before any of it is deleted
+    checksums.check(rest)  # it is moved as a whole before a file of it is deleted
     shutil.rmtree(rest / "metrics")
     assert command(weights, "verify", tmp_path / "run").code == 0
     checkpoint.quarantine_damaged(tmp_path / "run")
@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_is_named_and_set_aside(tmp_path, caplog):
     assert steps(folder) == [1, 2, 3] and not caplog.text
     content = files(folder / "3")
     flip(arrays(folder / "3"))
-    with pytest.raises(UserError, match=f"{arrays(folder / '3')} is damaged"):  # a reader leaves it where it is
+    with pytest.raises(UserError, match=f"{arrays(folder / '3')} is damaged"):  # a reader does not move it
         run_folder.read_params(tmp_path, "clip", EXPECTED)
     checkpoint.quarantine_damaged(folder)
     (record,) = caplog.records
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_named_and_set_aside(tmp_path, caplog):
     assert record.levelname == "ERROR" and f"3/{arrays(aside).relative_to(aside)} is damaged" in record.message
     assert set(files(aside)) == set(content) and files(aside) != content
     equal(restore(folder), state(2, 5.0))
-    save(folder, state(3, 7.0))  # the run comes by again
+    save(folder, state(3, 7.0))  # the run reaches step 3 again
     equal(run_folder.read_params(tmp_path, "clip", EXPECTED), jax.tree.map(lambda x: 14 * x, PARAMS))
 
 
@@ -246,9 +246,9 @@ def test_a_checkpoint_without_checksums_counts_as_damaged(tmp_path, caplog):
     (folder / "2" / checksums.NAME).unlink()
     with pytest.raises(UserError, match="2 has no checksums.txt, so damage would not be noticed: restore this file"):
         run_folder.read_params(tmp_path, "clip", EXPECTED)
-    run_checkpoints = steps(folder)
+    assert steps(folder) == [1, 2]  # a reader does not move it
     checkpoint.quarantine_damaged(folder)
-    assert run_checkpoints == [1, 2] and steps(folder) == [1] and "2 has no checksums.txt" in caplog.text
+    assert steps(folder) == [1] and "2 has no checksums.txt" in caplog.text
     (folder / "1" / checksums.NAME).unlink()
     with pytest.raises(UserError, match="no checkpoint in .* is whole .*1 has no checksums.txt.*restore a copy"):
         checkpoint.quarantine_damaged(folder)

@@ -1,4 +1,4 @@
-"""Every change of a file is found, and named."""
+"""Every changed file is found and named."""
 
 import numpy as np
 import pytest

@@ -39,7 +39,7 @@ def test_what_follows_the_restored_step_is_cut_off_in_place(tmp_path, tail):
     path.write_text(WHOLE + tail)
     before = path.stat().st_ino
     log = run_log.MetricsLog(tmp_path, 6)
-    assert path.read_text() == WHOLE and path.stat().st_ino == before  # the file itself, not another in its place
+    assert path.read_text() == WHOLE and path.stat().st_ino == before  # the same file, not a new one in its place
     log.write(8, "clip", {"loss": np.nan, "skipped": 2})
     log.close()
     assert path.read_text() == WHOLE + '{"step": 8, "loss": null, "skipped": 2}\n'
@@ -176,7 +176,7 @@ def test_a_log_line_holds_the_means_since_the_line_before(tmp_path, caplog):
     assert [(line["step"], line["loss"], line["skipped"]) for line in lines] == [(2, 1.5, 0), (4, 3.5, 0), (6, 5.5, 0)]
     assert {"step_seconds", "data_wait_share", "saving_share", "goodput"} <= set(lines[0])
     assert list((tmp_path / "clip").glob("events*"))
-    shown = [record.message for record in caplog.records]  # stderr is no terminal here
+    shown = [record.message for record in caplog.records]  # lines, because stderr is no terminal here
     assert [line.split("  ")[0] for line in shown] == [
         "clip 2/6 loss 1.5000", "clip 4/6 loss 3.5000", "clip 6/6 loss 5.5000",
     ]  # fmt: skip
@@ -228,7 +228,7 @@ def test_only_the_primary_process_writes(tmp_path, monkeypatch):
     log, called = report(tmp_path / "clip")
     for _ in range(3):
         log.add(step(np.nan, 1))
-    with pytest.raises(UserError, match="in a row"):  # but all of them stop
+    with pytest.raises(UserError, match="in a row"):  # all processes stop
         log.write(3)
     log.heartbeat(3, last=True)
     log.close()

@@ -22,7 +22,7 @@ def test_spans():
 
 @pytest.mark.parametrize("done, first, last", [(0, 2, 3), (2, 2, 4), (0, 1, 1), (5, 2, 3)])
 def test_a_trace_begins_before_its_first_step_and_ends_after_its_last(monkeypatch, tmp_path, done, first, last):
-    """For a run that goes on from step `done`: what has been missed is missed."""
+    """A run that continues from step `done` traces only steps after it."""
     active, traced = [False], []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: active.__setitem__(0, True))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: active.__setitem__(0, False))

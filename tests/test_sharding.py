@@ -1,13 +1,13 @@
-"""The parameter table, and that a mesh of 8 devices computes what one device does.
+"""The table of parameters, and a mesh of 8 devices that computes what one device computes.
 
-The second needs its own process, whose devices are 8 virtual ones: python tests/test_sharding.py
+The second test runs this file in a process with 8 virtual devices: python tests/test_sharding.py
 """
 
 import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the process of its own
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the process with 8 devices
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,8 @@ MESHES = {
     "fsdp, tensor": dict(fsdp=4, tensor=2),
     "data, sequence": dict(data=4, sequence=2),
 }
-BOTH = ("fsdp, tensor", "data, sequence")  # these have every axis; the denoiser takes a minute to compile for each
-CUT = ("data, sequence",)  # this cuts clips themselves, in time or height
+BOTH = ("fsdp, tensor", "data, sequence")  # every axis; the denoiser takes a minute to compile for each mesh
+CUT = ("data, sequence",)  # the mesh that cuts clips in time or height
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def shapes():
 
 
 def with_attention(config):
-    """One level of everything, and heads for the tensor axis."""
+    """One level with every kind of layer, and attention heads for the tensor axis."""
     config.unlock()
     config.denoiser.model.update(channels=(16,), blocks=(1,), attention=(True,), cross_modal=(True,), time_strides=())
     return config
@@ -56,7 +56,7 @@ def test_every_rule_is_for_some_parameter(shapes):
     for pattern, _ in sharding.PARAMETER_RULES[:-1]:
         matched = [path for path in shapes if re.search(pattern, path)]
         assert matched, f"{pattern} matches nothing"
-        # And no rule before it takes them all.
+        # And no earlier rule matches all of them.
         earlier = sharding.PARAMETER_RULES[: [p for p, _ in sharding.PARAMETER_RULES].index(pattern)]
         assert any(not any(re.search(p, path) for p, _ in earlier) for path in matched), pattern
         for word in re.findall(r"\(([a-z|]+)\)", pattern):
@@ -79,7 +79,7 @@ def test_kernels_are_split_and_small_ones_left_whole(shapes):
     assert spec("clip/text_encoder/tokens/embedding") == P(None, ("fsdp",))
     assert spec("denoiser/middle_in_video/conv_in/space/kernel") == P(None, None, None, None, ("fsdp",))
     assert spec("denoiser/middle_in_video/norm_in/scale") == P(None)
-    # 2 heads over 4, and 12 outputs over 8, stay whole.
+    # 2 heads are not cut into 4 parts, and 12 outputs are not cut into 8.
     four = dict(data=1, fsdp=1, sequence=1, tensor=4)
     assert spec(f"{attention}/query/kernel", four) == P(None, None, None)
     assert sharding.parameter_spec("x/kernel", (3, 12), dict(mesh, fsdp=8)) == P(None, None)
@@ -131,9 +131,11 @@ def test_parts_of_a_batch_must_divide_too():
     ):
         with pytest.raises(UserError, match=words):
             sharding.check_batch(size, mesh, parts)
-    sharding.check_batch(48, mesh, 2, 3)
-    with pytest.raises(UserError, match=r"x 2 parts \(accumulate\) x 3 clips \(hard_negative.every\): use 48$"):
-        sharding.check_batch(32, mesh, 2, 3)
+    sharding.check_batch(48, mesh, 2, group=3)
+    with pytest.raises(UserError, match=r"x 2 parts \(accumulate\) x 3 clips \(some.key\): use 48$"):
+        sharding.check_batch(32, mesh, 2, group=3, group_key="some.key")
+    with pytest.raises(UserError, match="some.key=0 must be at least 1"):
+        sharding.check_batch(32, mesh, 2, group=0, group_key="some.key")
 
 
 @pytest.mark.parametrize("sizes, told", [
@@ -200,7 +202,7 @@ def test_eight_devices_compute_what_one_does():
 
 
 def distance(tree, want):
-    """The largest distance of a leaf from what it should be, as a share of the whole tree's norm."""
+    """Returns the largest distance between two leaves, divided by the norm of the whole tree `want`."""
     scale = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(want)))
     return max(jax.tree.leaves(jax.tree.map(lambda a, b: np.linalg.norm(np.asarray(a) - b) / scale, tree, want)))
 
@@ -212,7 +214,7 @@ def on_meshes(among):
 
 
 def batches(config, rng):
-    """{stage: 8 examples}; the denoiser's are encoded already."""
+    """Returns {stage: a batch of 8 clips}. The denoiser's batch is encoded."""
     size = stages.layout(config)
     z = {m: rng.normal(size=(8, *shape)).astype(np.float32) for m, shape in stages.latent_shapes(size).items()}
     tokens = text.encode([f"clip {i}" for i in range(8)], config.data.text_length)
@@ -230,9 +232,9 @@ def batches(config, rng):
 
 
 def compare_losses(config, convolved=False):
-    """Loss and gradients of each stage. Half of them in two parts, and with each way of rematerialisation.
+    """Compares loss and gradients of each stage. The stages differ in `remat`, and half of them use two microbatches.
 
-    convolved: of those with 3-D convolutions alone, in the forms of accelerators, split otherwise than by examples.
+    convolved: only stages with 3-D convolutions, on the meshes in CUT.
     """
     trees = stages.abstract_params(config)
     for i, (name, batch) in enumerate(batches(config, np.random.default_rng(0)).items()):
@@ -266,7 +268,7 @@ def compare_losses(config, convolved=False):
 
 
 def compare_samples(config):
-    """The noise that sampling begins with, and what it ends with."""
+    """Compares the noise at the start of sampling, and the clips at its end."""
     trees, size = stages.abstract_params(config), stages.layout(config)
     statistics = {m: {"mean": np.zeros(s[-1], "f"), "std": np.ones(s[-1], "f")} for m, s in
                   stages.latent_shapes(size).items()}  # fmt: skip
@@ -274,8 +276,8 @@ def compare_samples(config):
     prompts = [f"clip {i}" for i in range(8)]
     alone = generate.Generator(config, frozen)
     one = alone(prompts)
-    # A device that has one of eight clips computes what one device does with that clip alone, to the last bit. With
-    # eight at once its products are of other shapes, and round otherwise.
+    # A device with one of eight clips computes the same bits as a single device with this clip alone. With eight clips
+    # at once the products have other shapes and round differently.
     arrays, static = alone.arguments()
     tokens, key = text.encode(prompts, config.data.text_length), jax.random.fold_in(jax.random.key(0), 0)
     singly = [
@@ -297,7 +299,7 @@ def compare_samples(config):
         if title in ("data", "fsdp"):
             np.testing.assert_array_equal(video, singly[0])
             np.testing.assert_array_equal(audio, singly[1])
-        # A frame may round to the next of 256 levels.
+        # A pixel may round to the next of 256 levels.
         assert np.abs(video.astype(int) - one[0].astype(int)).max() <= 1
         np.testing.assert_allclose(audio, one[1], atol=1e-4)
         print(f"equal: samples, {title}, off by {np.abs(audio - one[1]).max():.1e}")

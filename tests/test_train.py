@@ -263,9 +263,9 @@ def test_wrong_input_is_one_line(command, monkeypatch, tmp_path, options, words)
 @pytest.mark.parametrize(
     "option, words",
     [
-        ("--config.audio_autoencoder.model.latent_channels=8", "begun with another audio_autoencoder.model"),
-        ("--config.data.fps=4", "begun with data.fps=8"),
-        ("--config.data.text_length=64", "begun with data.text_length=96"),
+        ("--config.audio_autoencoder.model.latent_channels=8", "started with another audio_autoencoder.model"),
+        ("--config.data.fps=4", "started with data.fps=8"),
+        ("--config.data.text_length=64", "started with data.text_length=96"),
     ],
 )
 def test_a_run_goes_on_with_its_own_models_only(command, tiny_run, option, words):
@@ -280,7 +280,7 @@ def test_a_folder_is_for_one_training_at_a_time(command, tiny_run):
         before = files(tiny_run)
         done = command(train, CONFIG, f"--workdir={tiny_run}", "--stage=clip")
         assert files(tiny_run) == before
-    assert done.code == 2 and len(done.err) == 1 and "another training is under way" in done.err[0]
+    assert done.code == 2 and len(done.err) == 1 and "another training is running" in done.err[0]
     with run_folder.exclusive_lock(epath.Path(tiny_run)):  # and free again
         pass
 

@@ -27,7 +27,7 @@ def test_a_run_that_is_none_or_unfinished_is_told(tmp_path):
     config.write_text(config.read_text()[:200])
     with pytest.raises(UserError, match="damaged"):
         weights.load(run)
-    for wrong in ("{}", '{"data": {"frames": 17}}', '{"data": 3}', "[]"):  # whole, but of no run
+    for wrong in ("{}", '{"data": {"frames": 17}}', '{"data": 3}', "[]"):  # valid JSON, but no config of a run
         config.write_text(wrong)
         with pytest.raises(UserError, match="config.json (does not fit this version|is damaged)"):
             weights.load(run)
@@ -47,7 +47,7 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     assert exported.config.to_dict() == trained.config.to_dict()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), exported.params, trained.params)
 
-    # -------------------------------------------------------------------------------------- and taken over by a new run
+    # -------------------------------------------------------------------------------------- and imported as a new run
     run = tmp_path / "new" / "run"
     done = command(weights, "import", f"--weights={tmp_path / 'out'}", f"--workdir={run}")
     assert done.code == 0 and f"denoiser at step {tiny.get_config().denoiser.steps}" in done.out
@@ -61,7 +61,7 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     assert done.code == 0 and any("8 of 10 steps done" in line for line in done.err)
     assert run_folder.newest_step(run, "denoiser") == tiny.get_config().denoiser.steps + 2
 
-    # ------------------------------------------------------------- and by one that trains a stage on from its weights
+    # ------------------------------------------------------------- and imported to train a stage again from step 0
     run = tmp_path / "tuned"
     whole = ["import", f"--weights={tmp_path / 'out'}", f"--workdir={run}"]
     done = command(weights, *whole, "--restart=audio_autoencoder", "--restart=denoiser")
@@ -71,7 +71,7 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     done = command(weights, *whole, "--restart=decoder")
     assert done.code == 2 and "decoder" in done.err[-1]
 
-    # -------------------------------------------------------------------------------------- and by one with more layers
+    # ------------------------------------------------------------------------------------ and imported with more layers
     run = tmp_path / "grown"
     recipe = ["--config=tests/tiny.py", "--config.denoiser.model.text_layers=1"]
     done = command(weights, "import", f"--weights={tmp_path / 'out'}", f"--workdir={run}", *recipe)
@@ -90,8 +90,8 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     assert done.code == 0
     start = grown.params["denoiser"]["stem_video"]["kernel"]
     after = weights.load(run).params["denoiser"]["stem_video"]["kernel"]
-    assert 0 < np.abs(after - start).max() < 0.1  # one step from the weights, not from a fresh draw
-    other = "--config.denoiser.model.embedding=32"  # weights of another shape cannot be taken over
+    assert 0 < np.abs(after - start).max() < 0.1  # one step from the imported weights, not from fresh ones
+    other = "--config.denoiser.model.embedding=32"  # weights of another shape cannot be imported
     done = command(weights, "import", "--weights=reference", f"--workdir={tmp_path / 'no'}", *recipe, other)
     assert done.code == 2 and len(done.err) == 1 and "the config asks for" in done.err[0]
     assert not (tmp_path / "no").exists()

@@ -1,9 +1,9 @@
 """Shows what a recipe builds: every parameter with its shape, and the sizes of clips and latents.
 
-python -m vdm_jax.overview --config=configs/world_tiny.py [--stage=denoiser] [--chips=256]
+    python -m vdm_jax.overview --config=configs/world_tiny.py [--stage=denoiser] [--chips=256]
 
-With --chips, how the recipe's mesh splits each parameter over that many devices, and what the table in sharding.py
-comes to.
+With --chips it also shows how the recipe's mesh splits each parameter over that many devices, and a summary of this for
+each rule in sharding.py.
 """
 
 import math
@@ -23,7 +23,7 @@ def main(argv):
     cli.only_options(argv)
     config = flags.FLAGS.config
     if config is None:
-        raise UserError("--config=FILE is missing")
+        raise UserError("--config=FILE is missing: name a recipe, such as configs/world_tiny.py")
     chosen = STAGES if flags.FLAGS.stage == "all" else (flags.FLAGS.stage,)
     size = stages.layout(config)
     mesh = sharding.mesh_shape(config.mesh, flags.FLAGS.chips) if flags.FLAGS.chips else None
@@ -50,7 +50,7 @@ def main(argv):
 def define_flags():
     cli.define_config()
     flags.DEFINE_enum("stage", "all", ("all", *STAGES), "Stage to show.")
-    flags.DEFINE_integer("chips", None, "Devices that config.mesh is to split parameters over.", lower_bound=1)
+    flags.DEFINE_integer("chips", None, "Number of devices over which config.mesh splits parameters.", lower_bound=1)
 
 
 if __name__ == "__main__":
