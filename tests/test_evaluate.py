@@ -91,15 +91,9 @@ def test_a_folder_of_videos_has_no_state_but_all_else(tmp_path, command, config)
     "options, told",
     [
         ([], "--out is missing"),
-<<<<<<< HEAD
         (["--out={tmp}/r", "--workdir={tmp}/none"], "no config.json"),
         (["--out={tmp}/r", "--workdir={tmp}/a", "--weights={tmp}/b"], "only one of --workdir and --weights"),
         (["--out={tmp}/r", "--suite=samples"], "--suite"),
-=======
-        (["--out={tmp}/r", "--workdir={tmp}/none"], "is neither a run nor exported weights"),
-        (["--out={tmp}/r", "--workdir={tmp}/none", "--only=reconstruction"], "config.json is missing"),
-        (["--out={tmp}/r", "--only=samples"], "--only"),
->>>>>>> aa440668ab43eaf7a61ddc5fbcac43571ec0df58
         (["--out={tmp}/r", "--samplers=ddim"], "--samplers=ddim"),
         (["--out={tmp}/r", "--samplers=dpm:4"], "dpmpp_2m"),
         (["--out={tmp}/r", "--count=0"], "--count"),

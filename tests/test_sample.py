@@ -79,14 +79,7 @@ WRONG = {
     "no steps": (["--prompt=x", "--out={files}/x.mp4", "--steps=0"], "--steps"),
     "seed": (["--prompt=x", "--out={files}/x.mp4", "--seed=4294967296"], "--seed"),
     "guidance": (["--prompt=x", "--out={files}/x.mp4", "--guidance=much"], "--guidance"),
-<<<<<<< HEAD
     "no run": (["--workdir={files}/none", "--prompt=x", "--out={files}/x.mp4"], "no config.json"),
-=======
-    "no run": (
-        ["--workdir={files}/none", "--prompt=x", "--out={files}/x.mp4"],
-        "is neither a run nor exported weights",
-    ),
->>>>>>> aa440668ab43eaf7a61ddc5fbcac43571ec0df58
     "unfinished run": (["--workdir={files}/begun", "--prompt=x", "--out={files}/x.mp4"], "stage audio_autoencoder"),
     "damaged run": (["--workdir={files}/damaged", "--prompt=x", "--out={files}/x.mp4"], "config.json is damaged"),
     "negative": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--seconds=-1"], "seconds=-1"),
