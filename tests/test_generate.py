@@ -84,7 +84,7 @@ def test_noise_is_a_matter_of_seed_and_number_alone(model, method):
 @pytest.mark.parametrize("part", ["video", "audio"])
 def test_a_given_modality_comes_back_and_the_other_is_made(model, clip, part):
     size = stages.layout(model.config)
-    given = tasks.video(clip["video"], size) if part == "video" else tasks.sound(clip["audio"], size)
+    given = tasks.foley(clip["video"], size) if part == "video" else tasks.audio(clip["audio"], size)
     one, two = (model(["a red circle"], given=given, seed=seed) for seed in (0, 1))
     i, other = (0, 1) if part == "video" else (1, 0)
     assert_same(part, one[i][0], remade(model, part, clip[part]))
@@ -113,9 +113,9 @@ def test_other_lengths_than_trained(model):
 def test_what_each_clip_is_given_is_its_own(model, clip):
     size = stages.layout(model.config)
     frames, samples = (np.stack([x, x[::-1]]) for x in (clip["video"][:3], clip["audio"][: 3 * size.samples_per_frame]))
-    both = model(["a red circle"] * 2, given=tasks.history(frames, samples, size))
+    both = model(["a red circle"] * 2, given=tasks.continue_(frames, samples, size))
     for i in range(2):
-        alone = model(["a red circle"], given=tasks.history(frames[i : i + 1], samples[i : i + 1], size))
+        alone = model(["a red circle"], given=tasks.continue_(frames[i : i + 1], samples[i : i + 1], size))
         assert_same("video", both[0][i, :3], alone[0][0, :3])
         held = np.concatenate([frames[i], np.repeat(frames[i, -1:], size.frames - 3, 0)])
         assert_same("video", both[0][i, :3], remade(model, "video", held)[:3])
@@ -131,7 +131,7 @@ def test_what_each_clip_is_given_is_its_own(model, clip):
 ])  # fmt: skip
 def test_options_change_what_is_made_and_keep_what_is_given(model, clip, options):
     size = stages.layout(model.config)
-    given = tasks.history(clip["video"][None, :1], clip["audio"][None, : size.samples_per_frame], size)
+    given = tasks.continue_(clip["video"][None, :1], clip["audio"][None, : size.samples_per_frame], size)
     plain, other = (model(["a red circle"], given=given, steps=2, **o) for o in ({}, options))
     assert_same("video", plain[0][:, :1], other[0][:, :1])
     assert np.abs(plain[0][:, 1:].astype(float) - other[0][:, 1:]).max() > 2
@@ -143,7 +143,7 @@ def test_where_a_clip_goes_on_it_is_sampled_otherwise(model, clip):
     def made(latents, **options):
         frames = 1 + size.f_t * (latents - 1)
         sound = clip["audio"][None, : frames * size.samples_per_frame]
-        given = tasks.history(clip["video"][None, :frames], sound, size)
+        given = tasks.continue_(clip["video"][None, :frames], sound, size)
         return model(["a red circle"], given=given, steps=2, **options)[0]
 
     plain = made(2)
@@ -153,10 +153,10 @@ def test_where_a_clip_goes_on_it_is_sampled_otherwise(model, clip):
     with earlier.unlocked():
         for name in ("onward_guidance", "across_guidance", "first_step_times"):
             del earlier.sample[name]  # as in runs of earlier versions
-    given = tasks.history(clip["video"][None, :3], clip["audio"][None, : 3 * size.samples_per_frame], size)
+    given = tasks.continue_(clip["video"][None, :3], clip["audio"][None, : 3 * size.samples_per_frame], size)
     arrays, _ = generate.Generator(earlier, model.frozen).arguments(given=given, guidance=5.0)
     assert arrays["weights"]["guidance"] == 5.0  # one for all
-    for given, weight in ((tasks.sound(clip["audio"], size), 2.5), (tasks.video(clip["video"], size), 2.5),
+    for given, weight in ((tasks.audio(clip["audio"], size), 2.5), (tasks.foley(clip["video"], size), 2.5),
                           (tasks.image(clip["video"][0], size), 5.0)):  # fmt: skip
         arrays, _ = model.arguments(given=given, guidance=5.0)
         assert arrays["weights"]["guidance"] == weight
@@ -177,7 +177,7 @@ def test_a_roll_out_goes_on_from_its_own_end(model, clip):
     fade = round(generate.FADE * config.data.sample_rate)
     np.testing.assert_array_equal(audio[:, : size.samples - fade], first[1][:, :-fade])
     past = 1 + size.f_t  # two latent frames
-    given = tasks.history(first[0][:, -past:], first[1][:, -past * size.samples_per_frame :], size)
+    given = tasks.continue_(first[0][:, -past:], first[1][:, -past * size.samples_per_frame :], size)
     second = model(prompts, window=1, given=given, steps=2)
     new = size.frames - past
     np.testing.assert_array_equal(video[:, size.frames : size.frames + new], second[0][:, past:])

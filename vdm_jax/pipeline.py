@@ -68,7 +68,7 @@ class Generator:
         while video.shape[1] < frames:
             window += 1
             past = min(1 + size.f_t * (wanted - 1), 1 + (video.shape[1] - 1) // size.f_t * size.f_t)
-            given = tasks.history(video[:, -past:], audio[:, -past * per_frame :], size)
+            given = tasks.continue_(video[:, -past:], audio[:, -past * per_frame :], size)
             more, sound = self(prompts, seed=seed, window=window, given=given, **options)
             video = np.concatenate([video, more[:, past:]], 1)
             audio = joined(audio, sound, past * per_frame, round(FADE * self.config.data.sample_rate))
@@ -93,14 +93,14 @@ class Generator:
                 raise UserError(f"{name}={o[name]} must be from 0 to 1")
         if not all(0 <= t <= 1 for t in o["first_step_times"]):
             raise UserError(f"first_step_times={o['first_step_times']} must be times from 0 to 1")
-        masks, clean = self._given(given or tasks.nothing(size), size)
+        masks, clean = self._given(given or tasks.text(size), size)
         some = any(mask.any() for mask in masks.values())
         onward = all(mask[:2].all() for mask in masks.values())  # two frames show what moves, and how
         if onward:
             weights["text"] = weights["text_continue"]
         elif any(mask.all() for mask in masks.values()):
             weights["text"] = weights["text_cross_modal"]
-        levels = samplers.scheduling_matrix(
+        levels = tasks.scheduling_matrix(
             o["steps"],
             size.latent_frames,
             self.config.denoiser.diffusion,

@@ -76,9 +76,9 @@ def read_given(config, frames, files):
     if "image" in files:
         return tasks.image(media.read_image(files["image"], data.size), size), None
     if "video" in files:
-        return tasks.video(clip(files["video"], frames)[0], size), None
+        return tasks.foley(clip(files["video"], frames)[0], size), None
     if "audio" in files:
-        return tasks.sound(media.read_audio(files["audio"], data.sample_rate, frames / data.fps), size), None
+        return tasks.audio(media.read_audio(files["audio"], data.sample_rate, frames / data.fps), size), None
     if "continue" in files:
         return None, tuple(part[None] for part in clip(files["continue"]))
     if "between" in files:
@@ -92,7 +92,7 @@ def read_given(config, frames, files):
                 f"--between wants clips of at least {need} frames at {data.fps} fps, and --seconds for both"
             )
         return tasks.between(start, end, size, latents), None
-    return tasks.nothing(size), None
+    return tasks.text(size), None
 
 
 def main(argv):
@@ -166,7 +166,7 @@ def define_run_flags():
     flags.DEFINE_integer(
         "steps", None, "Denoising steps; this and the next: default of the run's config.", lower_bound=1
     )
-    flags.DEFINE_enum("method", None, samplers.METHODS, "Sampler.")
+    flags.DEFINE_enum("method", None, tuple(samplers.METHODS), "Sampler.")
     flags.DEFINE_float("guidance", None, "Classifier-free guidance scale of the text; 1: no guidance, here and below.")
     flags.DEFINE_float("guidance.text_continue", None, "Scale of the text where a clip is continued.")
     flags.DEFINE_float("guidance.text_cross_modal", None, "Scale of the text where picture or sound is given whole.")

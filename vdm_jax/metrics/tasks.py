@@ -57,7 +57,7 @@ def undirected(run):
     """The clips' objects asked for by color and shape alone: shares of prompts of which all are right."""
     asked = [objects(item) for item in run.items]
     texts = [" and ".join(f"a {o['color']} {o['shape']}" for o in things) for things in asked]
-    clips = zip(*run.generator(texts, seed=run.seed, given=tasks.nothing(run.size)), asked, strict=True)
+    clips = zip(*run.generator(texts, seed=run.seed, given=tasks.text(run.size)), asked, strict=True)
     made = tracker.summarise([tracker.measure(v, a, run.fps, run.rate, want) for v, a, want in clips])
     return {key: made[key] for key in ("one_object", "two_objects")}
 
@@ -94,7 +94,7 @@ def continue_(run):
     """
     past = 1 + run.size.f_t * (run.generator.config.sample.context_frames - 1)
     samples = past * run.size.samples_per_frame
-    video, _ = run.complete(lambda video, audio: tasks.history(video[None, :past], audio[None, :samples], run.size))
+    video, _ = run.complete(lambda video, audio: tasks.continue_(video[None, :past], audio[None, :samples], run.size))
     made, true = _velocity_changes(run, video, past), _velocity_changes(run, run.video, past)
     shown = [tracker.measure(v, a, run.fps, run.rate, objects(i)) for v, a, i in zip(video, run.audio, run.items)]
     return {
@@ -129,13 +129,13 @@ def _velocity_changes(run, clips, past):
 
 def foley(run):
     """Silent clips get their sound: shares of visible impacts that sound, and of onsets that have an impact."""
-    _, audio = run.complete(lambda video, audio: tasks.video(video, run.size))
+    _, audio = run.complete(lambda video, audio: tasks.foley(video, run.size))
     return _in_step(run, run.video, audio)
 
 
 def sound(run):
     """Sounds get their clip: the same two shares, of the true sound and the picture made."""
-    video, _ = run.complete(lambda video, audio: tasks.sound(audio, run.size))
+    video, _ = run.complete(lambda video, audio: tasks.audio(audio, run.size))
     return _in_step(run, video, run.audio)
 
 
