@@ -246,7 +246,7 @@ def define_flags():
     flags.DEFINE_enum("stage", "denoiser", STAGES, "Stage, with --part=train and data.")
     flags.DEFINE_integer("repeats", 10, "Calls to take the median of.", lower_bound=1)
     flags.DEFINE_integer("steps", None, "Denoising steps, with --part=sample.", lower_bound=1)
-    flags.DEFINE_enum("method", None, samplers.METHODS, "Sampler, with --part=sample.")
+    flags.DEFINE_enum("method", None, tuple(samplers.METHODS), "Sampler, with --part=sample.")
     flags.DEFINE_string("out", None, "JSON file to write.")
 
 

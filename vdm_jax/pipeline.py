@@ -158,7 +158,7 @@ class Pipeline:
         while video.shape[1] < frames:
             window += 1
             past = min(1 + layout.f_t * (context_frames - 1), 1 + (video.shape[1] - 1) // layout.f_t * layout.f_t)
-            context = tasks.history(video[:, -past:], audio[:, -past * per_frame :], layout)
+            context = tasks.continue_(video[:, -past:], audio[:, -past * per_frame :], layout)
             next_video, next_audio = self.sample(prompts, seed=seed, window=window, context=context, **options)
             video = np.concatenate([video, next_video[:, past:]], 1)
             audio = crossfade(audio, next_audio, past * per_frame, fade)
@@ -198,12 +198,12 @@ class Pipeline:
             image = media.fit(image, data.size) if isinstance(image, np.ndarray) else media.read_image(image, data.size)
             return tasks.image(image, layout)
         if video is not None:
-            return tasks.video(self._read(video, frames)[0], layout)
+            return tasks.foley(self._read(video, frames)[0], layout)
         if audio is not None:
-            return tasks.sound(self._read_audio(audio, frames), layout)
+            return tasks.audio(self._read_audio(audio, frames), layout)
         if between is not None:
             return self._between(between, layout)
-        return tasks.nothing(layout)
+        return tasks.text(layout)
 
     def _between(self, clips, layout):
         if isinstance(clips, str) or len(clips) != 2:

@@ -64,7 +64,7 @@ class Sampler:
         codec = self.codec
         layout = codec.layout if frames is None else codec.layout.at(frames)
         settings = resolve(codec.config.sample, options)
-        context = context or tasks.nothing(layout)
+        context = context or tasks.text(layout)
         masks = context.masks
         clean = self._context_latents(params, context, layout)
 
