@@ -58,7 +58,7 @@ def undirected(run):
     asked = [objects(item) for item in run.items]
     texts = [" and ".join(f"a {o['color']} {o['shape']}" for o in things) for things in asked]
     clips = zip(*run.generator(texts, seed=run.seed, given=tasks.nothing(run.size)), asked, strict=True)
-    made = tracker.summarise([tracker.measure(v, a, run.fps, run.rate, want) for v, a, want in clips])
+    made = tracker.summarize([tracker.measure(v, a, run.fps, run.rate, want) for v, a, want in clips])
     return {key: made[key] for key in ("one_object", "two_objects")}
 
 
@@ -142,7 +142,7 @@ def sound(run):
 def _in_step(run, video, audio):
     def shares(video, audio):
         clips = zip(video, audio, run.items, strict=True)
-        return tracker.summarise([tracker.measure(v, a, run.fps, run.rate, objects(i)) for v, a, i in clips])
+        return tracker.summarize([tracker.measure(v, a, run.fps, run.rate, objects(i)) for v, a, i in clips])
 
     made, true = shares(video, audio), shares(run.video, run.audio)
     keys = ("sync_impacts", "sync_onsets")
@@ -160,7 +160,7 @@ def rollout(run):
         sounds = audio[:, at.start * per_frame : at.stop * per_frame]
         clips = zip(video[:, at], sounds, run.items, strict=True)
         judged = [tracker.measure(v, a, run.fps, run.rate, objects(item)) for v, a, item in clips]
-        summary = tracker.summarise(judged)
+        summary = tracker.summarize(judged)
         curve["seconds"].append(at.stop / run.fps)
         curve["right"].append(float(np.mean([m["right"] for m in judged])))
         curve["permanence"].append(summary["permanence"])
