@@ -7,7 +7,7 @@ from scipy import ndimage
 from vdm_jax.data.captions import COLORS, DIRECTIONS, SHAPES, asked
 from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
-from vdm_jax.metrics.tracker import VISIBLE, impacts, measure, onsets, summarise, track
+from vdm_jax.metrics.tracker import VISIBLE, impacts, measure, onsets, summarize, track
 
 FPS, RATE = 8, 8000
 PLAIN = {"gravity": 0, "occluder": 0, "leave": 0, "pan": 0, "light": 0}
@@ -138,7 +138,7 @@ def test_impacts_are_those_of_the_world(clips):
 
 def test_true_clips_measure_right(clips):
     """The ceilings: what a perfect generator would get."""
-    pooled = summarise([measure(i["video"], i["audio"], FPS, RATE, ask(i)) for i in clips[0][:80]])
+    pooled = summarize([measure(i["video"], i["audio"], FPS, RATE, ask(i)) for i in clips[0][:80]])
     assert pooled["one_object"] > 0.96 and pooled["two_objects"] > 0.9
     assert pooled["direction"] > 0.96 and pooled["count"] > 0.96 and pooled["permanence"] > 0.85
     assert pooled["size_drift"] < 0.02 and pooled["color_drift"] < 0.01
@@ -202,7 +202,7 @@ def test_what_an_autoencoder_does_to_a_clip_is_borne(easy):
         rows.append(measure(video, item["audio"], FPS, RATE, ask(item)))
         right += rows[-1]["right"]
     assert right >= 11
-    assert summarise(rows)["size_drift"] < 0.05 and summarise(rows)["direction"] > 0.9
+    assert summarize(rows)["size_drift"] < 0.05 and summarize(rows)["direction"] > 0.9
 
 
 def test_noise_and_nothing_hold_no_objects():
@@ -249,8 +249,8 @@ def test_sound_out_of_time_is_out_of_sync(clips):
         true.append(measure(item["video"], item["audio"], FPS, RATE, ask(item)))
         audio = np.roll(item["audio"], 3 * RATE // FPS)
         late.append(measure(item["video"], audio, FPS, RATE, ask(item)))
-    assert summarise(late)["sync_impacts"] < summarise(true)["sync_impacts"] - 0.4
-    assert summarise(late)["sync_onsets"] < summarise(true)["sync_onsets"] - 0.3
+    assert summarize(late)["sync_impacts"] < summarize(true)["sync_impacts"] - 0.4
+    assert summarize(late)["sync_onsets"] < summarize(true)["sync_onsets"] - 0.3
 
 
 def test_larger_frames_and_other_rates():
@@ -261,7 +261,7 @@ def test_larger_frames_and_other_rates():
             item = source[i]
             rows.append(measure(item["video"], item["audio"], fps, rate, ask(item)))
         assert all(row["right"] and row["count_right"] for row in rows)
-        assert summarise(rows)["sync_impacts"] > 0.9
+        assert summarize(rows)["sync_impacts"] > 0.9
 
 
 def test_one_frame_can_be_read(easy):
@@ -271,7 +271,7 @@ def test_one_frame_can_be_read(easy):
 
 
 def test_summary_of_nothing_and_of_unknown_names():
-    assert set(summarise([]).values()) == {None}
+    assert set(summarize([]).values()) == {None}
     video = np.zeros((5, 32, 32, 3), np.uint8)
     with pytest.raises(UserError, match="shape 'hexagon' unknown"):
         measure(video, np.zeros(5000), FPS, RATE, [dict(color="red", shape="hexagon", direction="up")])

@@ -158,7 +158,7 @@ def measure(config, clips, asked):
         return dict.fromkeys(report.OUTCOMES)
     rates = config.data.fps, config.data.sample_rate
     clips = zip(clips["video"], clips["audio"], asked, strict=True)
-    return tracker.summarise([tracker.measure(video, audio, *rates, want) for video, audio, want in clips])
+    return tracker.summarize([tracker.measure(video, audio, *rates, want) for video, audio, want in clips])
 
 
 def choose_prompts(config, held_out, seed):

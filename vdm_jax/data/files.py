@@ -174,7 +174,10 @@ class Files:
         self.root = Path(path)
         if not self.root.is_dir():
             raise UserError(f"data path {os.fspath(path)!r} is not a folder: name the folder of videos")
-        self.frames, self.seed, self.split, self.length = frames, seed, split, length
+        self.frames = frames
+        self.seed = seed
+        self.split = split
+        self.length = length
         self.settings = {"size": size, "fps": fps, "sample_rate": sample_rate}
         self.samples = int(frames * sample_rate // fps)
         self._load(_listing(self.root), held_out, cache_bytes)
@@ -182,7 +185,8 @@ class Files:
 
     def _load(self, listing: dict[str, list[str]], held_out: float, cache_bytes: int) -> None:
         """Probes every file, fills self.videos and warns of faults."""
-        fps, (height, width) = self.settings["fps"], media.pair(self.settings["size"])
+        fps = self.settings["fps"]
+        height, width = media.pair(self.settings["size"])
         frame_bytes = height * width * 3 + 4 * self.samples // self.frames
         self.videos, broken, silent, short = [], [], [], []
         for name, captions in listing.items():
@@ -226,7 +230,9 @@ class Files:
             raise UserError(f"{what}: it holds no {', '.join(SUFFIXES)} file")
 
     def _clear(self) -> None:
-        self._cache, self._warned, self._lock = {}, set(), threading.Lock()
+        self._cache = {}
+        self._warned = set()
+        self._lock = threading.Lock()
 
     def __getstate__(self):  # decoded videos and the lock are not sent to worker processes
         return {k: v for k, v in self.__dict__.items() if k not in ("_cache", "_warned", "_lock")}

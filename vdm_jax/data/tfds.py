@@ -73,8 +73,13 @@ class Tfds:
             raise UserError(
                 "data.tfds.name is empty: name a data set in data.path, or its folder, --config.data.tfds.name=NAME"
             )
-        self.name, self.seed, self.length = os.fspath(name), seed, length
-        self.frames, self.size, self.fps, self.sample_rate = frames, size, fps, sample_rate
+        self.name = os.fspath(name)
+        self.frames = frames
+        self.size = size
+        self.fps = fps
+        self.sample_rate = sample_rate
+        self.seed = seed
+        self.length = length
         self.source_fps = source_fps or fps
         self.source_sample_rate = source_sample_rate or sample_rate
         self.keys = (video_key, audio_key, caption_key)
@@ -84,7 +89,8 @@ class Tfds:
             else:
                 builder = tfds.builder(self.name, data_dir=data_dir, try_gcs=False)
             self.source = builder.as_data_source(split=split)
-            self.features, count = builder.info.features, len(self.source)
+            self.features = builder.info.features
+            count = len(self.source)
         except Exception as error:  # each fault has an error of its own: unknown, not built, another format
             raise UserError(self._fault(f"split {split!r} cannot be opened", error)) from error
         for key in (video_key, *filter(None, self.keys[1:])):
