@@ -30,7 +30,7 @@ def run(denoise, z, levels, method, target="v", **more):
 
 
 # --------------------------------------------------------------------------------------------------
-# Moments. The Monte-Carlo error is 0.015 for means and up to 0.05 for covariances, which are up to 2.3. The rest of each
+# Moments. The Monte-Carlo error is 0.015 for means and up to 0.05 for covariances of up to 2.3. The rest of each
 # tolerance is the error of the method at this number of steps.
 
 

@@ -82,7 +82,7 @@ def undirected(run):
     asked = [objects(item) for item in run.items]
     texts = [" and ".join(f"a {o['color']} {o['shape']}" for o in things) for things in asked]
     video, audio = run.pipe.sample(texts, seed=run.seed, context=tasks.text(run.layout))
-    found = tracker.summarise(run.outcomes(video, audio, asked))
+    found = tracker.summarize(run.outcomes(video, audio, asked))
     return {key: found[key] for key in ("one_object", "two_objects")}
 
 
@@ -165,8 +165,8 @@ def audio(run):
 
 
 def _synchrony(run, video, audio):
-    made = tracker.summarise(run.outcomes(video, audio))
-    true = tracker.summarise(run.outcomes(run.video, run.audio))
+    made = tracker.summarize(run.outcomes(video, audio))
+    true = tracker.summarize(run.outcomes(run.video, run.audio))
     keys = ("sync_impacts", "sync_onsets")
     return {key: made[key] for key in keys} | {f"{key}_truth": true[key] for key in keys}
 
@@ -180,7 +180,7 @@ def rollout(run):
     for i in range(WINDOWS):
         start, end = i * frames, (i + 1) * frames
         found = run.outcomes(video[:, start:end], audio[:, start * per_frame : end * per_frame])
-        summary = tracker.summarise(found)
+        summary = tracker.summarize(found)
         curve["seconds"].append(end / run.fps)
         curve["right"].append(float(np.mean([clip["right"] for clip in found])))
         curve["permanence"].append(summary["permanence"])

@@ -75,7 +75,16 @@ class Sampler:
             text_weight = weights["text_continue"]
         elif any(mask.all() for mask in masks.values()):
             text_weight = weights["text_cross_modal"]
-        levels = tasks_matrix(settings, layout, codec.config.denoiser.diffusion, masks, continued)
+        levels = tasks.scheduling_matrix(
+            settings["steps"],
+            layout.latent_frames,
+            codec.config.denoiser.diffusion,
+            masks,
+            lag=settings["lag"],
+            spacing=settings["spacing"],
+            context_noise=settings["context_noise"],
+            first_step_times=settings["first_step_times"] if continued else (),
+        )
         arrays = dict(
             clean=clean,
             masks=masks,
@@ -135,20 +144,6 @@ def resolve(defaults, options):
     if not all(0 <= t <= 1 for t in settings["first_step_times"]):
         raise UserError(f"first_step_times={settings['first_step_times']} must be times from 0 to 1")
     return settings
-
-
-def tasks_matrix(settings, layout, diffusion, masks, continued):
-    """The scheduling matrix of a task; see tasks.scheduling_matrix."""
-    return samplers.scheduling_matrix(
-        settings["steps"],
-        layout.latent_frames,
-        diffusion,
-        masks,
-        lag=settings["lag"],
-        spacing=settings["spacing"],
-        context_noise=settings["context_noise"],
-        first_step_times=settings["first_step_times"] if continued else (),
-    )
 
 
 def sample(
