@@ -27,7 +27,7 @@ from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, checksums, cli
 from vdm_jax.run import folder as run_folder
 from vdm_jax.run import log as run_log
-from vdm_jax.system import codec as stages
+from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
 
 CLIP = dict(fps=8, size=16, sample_rate=2000)
@@ -313,7 +313,7 @@ def run_files():
     with tempfile.TemporaryDirectory() as folder:
         folder, config = Path(folder), tiny.get_config()
         write_run(folder / "run", config, ("clip",))
-        expected = stages.abstract_params(config)
+        expected = build(config).params
         out = folder / "out"
         out.mkdir()
         for stage in STAGES:
@@ -362,8 +362,9 @@ def exported(draw, folder):
         (folder / "out" / "config.json").write_text(json.dumps(config))
         checksums.write(folder / "out")
     config = run_folder.read_config(folder / "out")
-    built = run_folder.checked_build(folder / "out", config, stages.abstract_params if spoiled else stages.models)
-    run_folder.read_exported(folder / "out", built if spoiled else expected, unverified=not seal)
+    if spoiled:
+        expected = run_folder.checked_build(folder / "out", config, build).params
+    run_folder.read_exported(folder / "out", expected, unverified=not seal)
 
 
 def spoil(draw, settings):

@@ -27,13 +27,14 @@ class Numbers:
         assert 0 <= i < self.length
         return {"number": np.int64(i)}
 
+    def take(self, numbers):
+        return {"number": np.stack([self[i]["number"] for i in numbers])}
+
 
 def numbers(count, start=0, seed=0, batch_size=4, length=10, rows=None, stop=None):
     """[count, rows]: the items in `count` batches from step `start` on."""
     source = Numbers(length)
-    drawn = batches.batches(
-        source, batch_size=batch_size, seed=seed, start=start, data=DATA, to_example=dict, rows=rows, stop=stop
-    )
+    drawn = batches.batches(source, batch_size=batch_size, seed=seed, start=start, data=DATA, rows=rows, stop=stop)
     return np.stack([batch["number"] for batch in itertools.islice(drawn, count)])
 
 
@@ -74,14 +75,8 @@ def test_batches_of_the_world():
     source = batches.source(config)
 
     def from_step(start):
-        return batches.batches(
-            source,
-            batch_size=3,
-            seed=0,
-            start=start,
-            data=config.data,
-            to_example=lambda item: batches.example(item, config.data.text_length),
-        )
+        examples = batches.Examples(source, config.data.text_length)
+        return batches.batches(examples, batch_size=3, seed=0, start=start, data=config.data)
 
     first, second = itertools.islice(from_step(0), 2)
     assert {k: (x.shape, x.dtype) for k, x in first.items()} == {
@@ -100,6 +95,14 @@ def test_batches_of_the_world():
     on_devices = batches.to_devices(first, sharding.batch_sharding(mesh), 3)
     jax.tree.map(np.testing.assert_array_equal, on_devices, first)
     assert on_devices["video"].sharding.spec == jax.P(("data", "fsdp"))
+
+
+def test_examples_have_a_wrong_caption_where_one_is_drawn():
+    source = [{"video": np.zeros(2), "audio": np.zeros(3), "caption": caption} for caption in ("a red cat", "a dog")]
+    plain = batches.Examples(source, 16).take([1, 0])
+    assert set(plain) == {"video", "audio", "tokens"} and text.decode(plain["tokens"]) == ["a dog", "a red cat"]
+    wrong = batches.Examples(source, 16, lambda caption: caption.upper()).take([1, 0])
+    assert text.decode(wrong["hard_negative"]) == ["A DOG", "A RED CAT"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ class System(Codec):
     def check_batch(self, mesh, name):
         """Raises UserError where the batch of stage `name` does not divide over the mesh."""
         settings = self.config[name]
-        sharding.check_batch(settings.batch_size, mesh, settings.accumulate, self.stages[name].group)
+        sharding.check_batch(
+            settings.batch_size, mesh, settings.accumulate, self.stages[name].group, f"{name}.hard_negatives.every"
+        )
 
 
 def build(config):
