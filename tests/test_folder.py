@@ -10,7 +10,7 @@ from configs import t2v_pod
 from tests import tiny
 from vdm_jax.errors import UserError
 from vdm_jax.run import folder as run_folder
-from vdm_jax.system import codec as stages
+from vdm_jax.system.layout import layout
 
 PARAMS = {
     "stem": {"kernel": np.arange(12, dtype=np.float32).reshape(3, 4) / 7, "bias": np.ones(4, np.float32)},
@@ -80,7 +80,7 @@ def test_settings_come_back_and_are_locked(tmp_path, recipe):
     back = run_folder.read_config(tmp_path)
     assert back.to_dict() == config.to_dict()
     assert back.is_locked and isinstance(back.denoiser.model.channels, tuple)
-    assert stages.layout(back) == stages.layout(config)
+    assert layout(back) == layout(config)
     with pytest.raises((AttributeError, KeyError)):
         back.denoiser.stps = 1
 

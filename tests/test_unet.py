@@ -10,6 +10,7 @@ from tests.helpers import init_weights, names
 from vdm_jax.data import text
 from vdm_jax.models.clip import TextEncoder
 from vdm_jax.models.unet import CrossModalAttention, NoiseEmbedding, SpaceTimeAttention, UNet
+from vdm_jax.system.losses import drop_text
 
 SETTINGS = dict(
     patch=1,
@@ -27,7 +28,6 @@ SETTINGS = dict(
     latent_fps=2.0,
 )
 LENGTH = 12  # byte tokens
-from vdm_jax.system.losses import drop_text
 
 
 def inputs(frames=3, batch=1, seed=0):

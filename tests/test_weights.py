@@ -13,7 +13,7 @@ from vdm_jax import train, weights
 from vdm_jax.errors import UserError
 from vdm_jax.run import checksums
 from vdm_jax.run import folder as run_folder
-from vdm_jax.system import codec as stages
+from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
 
 
@@ -78,12 +78,12 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     assert done.code == 0 and "denoiser at step 0" in done.out and "text/" in done.out
     grown = weights.load(run)
     cond = {"states": np.ones((1, 96, 16)), "mask": np.ones((1, 96), bool), "pooled": np.ones((1, 16))}
-    size = stages.layout(grown.config)
-    z = {name: np.ones((1, *shape), np.float32) for name, shape in stages.latent_shapes(size).items()}
-    level = {name: np.zeros((1, size.latent_frames)) for name in z}
+    layout = build(grown.config).layout
+    z = {name: np.ones((1, *shape), np.float32) for name, shape in layout.latent_shapes.items()}
+    log_snr = {name: np.zeros((1, layout.latent_frames)) for name in z}
     outputs = [
-        stages.models(one.config)["denoiser"].apply({"params": one.params["denoiser"]}, z, level, cond)
-        for one in (grown, exported)
+        build(made.config).models["denoiser"].apply({"params": made.params["denoiser"]}, z, log_snr, cond)
+        for made in (grown, exported)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *outputs)
     done = command(train, *recipe, f"--workdir={run}", "--config.denoiser.steps=1", "--config.preview_every=0")
