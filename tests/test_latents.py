@@ -14,7 +14,7 @@ from vdm_jax.data import batches as pipeline
 from vdm_jax.errors import UserError
 from vdm_jax.models import layers
 from vdm_jax.system import codec as stages
-from vdm_jax.system import latents
+from vdm_jax.system import hard_negatives, latents
 
 
 @pytest.fixture
@@ -111,6 +111,7 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
     assert jax.tree.map(np.shape, item["hard_negative"]) == jax.tree.map(np.shape, item["text"])
 
     # Item 5 is the sixth clip of the shuffled source.
+    swap = hard_negatives.swapper(config.denoiser.hard_negatives.words)
     batch = next(
         pipeline.batches(
             source,
@@ -118,7 +119,7 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
             seed=config.seed,
             start=0,
             data=config.data,
-            to_example=lambda item: pipeline.example(item, config.data.text_length, config.denoiser.hard_negatives),
+            to_example=lambda item: pipeline.example(item, config.data.text_length, swap),
         )
     )
     batch = {name: x[5:6] for name, x in batch.items()}

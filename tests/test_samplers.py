@@ -304,8 +304,8 @@ def assert_close(a, b, where):
 
 @pytest.mark.parametrize("history_noise", [0.0, 0.4])
 def test_history_guidance_withholds_the_context(history_noise):
-    # Closed forms for a Gaussian. The prediction without the context is that of the other frames alone. The prediction
-    # with a noised context is that of all frames, the context at its new noise level.
+    # Closed forms for a Gaussian. Without the context, only the other frames are predicted. With a noised context, all
+    # frames are predicted, the context at its new noise level.
     mean, covariance = gaussian()
     masks = {"video": np.array([True, False, False]), "audio": np.array([True, True, False])}
     generated = {name: ~mask for name, mask in masks.items()}
