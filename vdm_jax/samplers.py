@@ -227,7 +227,8 @@ def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
             inside = (low <= log_snr[name]) & (log_snr[name] <= high)  # [B, T]
             plain, *others = jnp.split(predictions[name], len(views))
             others = iter(others)
-            total, active = plain, jnp.zeros_like(inside)
+            total = plain
+            active = jnp.zeros_like(inside)
             for term in terms:
                 more = plain if term.more is None else next(others)
                 less = plain if term.less is None else next(others)
