@@ -193,7 +193,7 @@ def test_loss_depends_on_the_x0_error_alone(weighting, schedule):
 
 
 def test_sigmoid_weight_makes_the_loss_independent_of_the_schedule():
-    # The integral of weight over t is that of sigmoid(b - log_snr) over log_snr, for any schedule.
+    # For every schedule, the integral of weight over t equals the integral of sigmoid(b - log_snr) over log_snr.
     with enable_x64(True):
         t = (1 - jnp.cos(jnp.linspace(0, jnp.pi, 20001))) / 2  # denser at the ends, where the schedule is steep
         for schedule in ("cosine", "sigmoid"):

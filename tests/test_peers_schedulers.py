@@ -75,8 +75,8 @@ def test_ddim_step():
     config, key = {**CONFIG, "target": "noise"}, jax.random.key(0)
     z = jax.random.normal(key, (2, 1, 8))
     for timestep in (900, 500, 100):  # each step ends at the timestep - 100
-        there = torch.tensor(np.array(z))
-        theirs = scheduler.step(prediction(there), timestep, there).prev_sample
+        z_torch = torch.tensor(np.array(z))
+        theirs = scheduler.step(prediction(z_torch), timestep, z_torch).prev_sample
         ends = jnp.array([timestep + 1, timestep - 99]) / 1000
         levels = {"video": diffusion.log_snr_at(ends, CONFIG)[:, None]}
         ours = samplers.sample(denoise, key, {"video": z}, {}, levels, "ddim", config)

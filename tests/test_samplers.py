@@ -30,8 +30,8 @@ def run(denoise, z, levels, method, target="v", **more):
 
 
 # --------------------------------------------------------------------------------------------------
-# Moments. The Monte-Carlo error is 0.015 for means and up to 0.05 for covariances of up to 2.3. The rest of each
-# tolerance is the error of the method at this number of steps.
+# Moments. The Monte-Carlo error is 0.015 for means and up to 0.05 for covariances, which are up to 2.3.
+# The rest of each tolerance is the error of the method at this number of steps.
 
 
 @pytest.mark.parametrize(
@@ -304,8 +304,8 @@ def assert_close(a, b, where):
 
 @pytest.mark.parametrize("history_noise", [0.0, 0.4])
 def test_history_guidance_withholds_the_context(history_noise):
-    # Closed forms for a Gaussian. The prediction without the context is that of the other frames alone. The prediction
-    # with a noised context is that of all frames, the context at its new noise level.
+    # Closed forms for a Gaussian. Without the context, only the other frames are predicted. With a noised context, all
+    # frames are predicted, the context at its new noise level.
     mean, covariance = gaussian()
     masks = {"video": np.array([True, False, False]), "audio": np.array([True, True, False])}
     generated = {name: ~mask for name, mask in masks.items()}
@@ -334,11 +334,8 @@ def test_history_guidance_withholds_the_context(history_noise):
 
 def test_modality_guidance_withholds_the_other_modality():
     mean, covariance = gaussian()
-    z, other, log_snr = (
-        noise(4),
-        noise(4, 1),
-        {"video": jnp.full((4, FRAMES), 0.3), "audio": jnp.full((4, FRAMES), -0.5)},
-    )
+    z, other = noise(4), noise(4, 1)
+    log_snr = {"video": jnp.full((4, FRAMES), 0.3), "audio": jnp.full((4, FRAMES), -0.5)}
     tied = by_example(mean, covariance)
     group = np.arange(12) < 2 * FRAMES  # video
     full, alone = tied(z, log_snr, {}), by_example(mean, untied(covariance, group))(z, log_snr, {})
@@ -362,9 +359,8 @@ def test_all_guidance_is_one_call():
     terms += samplers.modality_guidance(2.0, noise(2, 1), CONFIG)
     log_snr = {name: jnp.zeros((2, FRAMES)) for name in MODALITIES}
     guided = samplers.guided(counted, terms)(noise(2), log_snr, {"text": jnp.ones((2, 2))})
-    assert calls == [
-        (2 * 6, (2 * 6, 2))
-    ]  # unchanged; without text; context noised; without context; without audio; without video
+    # Six views: plain, without text, with noised context, without context, without audio, without video.
+    assert calls == [(2 * 6, (2 * 6, 2))]
     assert guided["video"].shape == (2, FRAMES, 1, 1, 2)
 
 

@@ -2,7 +2,7 @@
 
 Everything here is a pure function of arrays, keys and a config. No function knows a network.
 
-The process is variance preserving (arXiv:2107.00630, section 3.1). Its noise level is the log signal-to-noise ratio:
+The process is variance preserving. Its noise level is the logarithm of the signal-to-noise ratio:
 
     z_t = alpha x + sigma eps,    alpha^2 = sigmoid(log_snr),    sigma^2 = sigmoid(-log_snr)
     log_snr = log(alpha^2 / sigma^2), the natural logarithm
@@ -117,7 +117,7 @@ SCHEDULES = {"cosine": _cosine, "sigmoid": _sigmoid, "linear_beta": _linear_beta
 
 
 def alpha_sigma(log_snr):
-    """Returns (alpha, sigma), arrays like log_snr. Both stay accurate at the extremes, where 1 - alpha^2 does not."""
+    """Returns (alpha, sigma), arrays like log_snr. Both are accurate for every log_snr; sqrt(1 - alpha^2) is not."""
     return jnp.exp(-jax.nn.softplus(-log_snr) / 2), jnp.exp(-jax.nn.softplus(log_snr) / 2)
 
 
@@ -153,8 +153,8 @@ def add_noise(x, eps, log_snr):
 def to_target(x, eps, log_snr, target):
     """Returns what a network of this target should predict, latents like x.
 
-    x, eps, log_snr: as in `add_noise`.
-    target: one of TARGETS; v is that of arXiv:2202.00512, appendix D.
+    x, eps, log_snr: the arguments of `add_noise`.
+    target: one of TARGETS; v as in arXiv:2202.00512, appendix D.
     """
     one_of("target", target, TARGETS)
 
@@ -189,7 +189,7 @@ def to_x0(prediction, z, log_snr, target):
 def to_eps(prediction, z, log_snr, target):
     """Returns the noise that a prediction implies, latents like z.
 
-    Arguments as in `to_x0`. From 'x0', rounding grows as exp(log_snr / 2).
+    prediction, z, log_snr, target: the arguments of `to_x0`. From 'x0', rounding grows as exp(log_snr / 2).
     """
     one_of("target", target, TARGETS)
 
@@ -209,7 +209,7 @@ def to_eps(prediction, z, log_snr, target):
 
 
 def eps_error_factor(log_snr, target):
-    """Returns the factor from a squared error of `target` to that of eps: 1 (noise), snr (x0) or alpha^2 (v).
+    """Returns the factor that turns a squared error of `target` into one of eps: 1 (noise), snr (x0) or alpha^2 (v).
 
     At fixed z, d eps = -(alpha / sigma) dx and dv = -dx / sigma. Hence |d eps|^2 = snr |dx|^2 = alpha^2 |dv|^2
     (arXiv:2202.00512, section 4).
@@ -253,7 +253,7 @@ def loss_weight(log_snr, slope, config):
 
 
 def stratified_uniform(key, batch, columns):
-    """Returns uniform random numbers [batch, columns]. Those in a column are evenly spaced and in random order.
+    """Returns uniform random numbers [batch, columns]. The numbers of a column are evenly spaced and in random order.
 
     The even spacing lowers the variance of the loss: arXiv:2107.00630, appendix I.1.
     """
@@ -396,7 +396,10 @@ def loss(denoise_fn, key, z, cond, config):
 
 
 def corrupt(key, z, config):
-    """Returns the Noised batch of clean latents: the first half of `loss`, before the network. Arguments as there."""
+    """Returns the Noised batch of clean latents: the first half of `loss`, before the network.
+
+    key, z, config: the arguments of `loss`.
+    """
     time_key, noise_key = jax.random.split(key)
     x = {name: z[name].astype(jnp.promote_types(z[name].dtype, jnp.float32)) for name in z}
 

@@ -2,7 +2,7 @@
 
 The scheduling matrix says which noise level each latent frame has before the first step and after each step:
 
-    levels = {"video": [N+1, T], "audio": [N+1, T]}     log_snr; row 0 is that of z_T, row N that of z_0
+    levels = {"video": [N+1, T], "audio": [N+1, T]}     log_snr; row 0 belongs to z_T, row N to z_0
 
 One loop serves all tasks and methods. Frames may change in different steps: in a pyramid, earlier frames come first. A
 frame whose level stays the same does not change in that step, not by one bit. The column of a context frame therefore
@@ -54,14 +54,17 @@ def ddpm(z, x0, past, step):
 
 def ddim(z, x0, past, step):
     """DDIM with the share eta of the ancestral noise: arXiv:2010.02502, eq. 12 and 16."""
-    return (_noisy_step(z, x0, step, step.eta) if step.eta else _exact_step(z, x0, step)), past
+    if step.eta:
+        return _noisy_step(z, x0, step, step.eta), past
+    return _exact_step(z, x0, step), past
 
 
 def dpmpp_2m(z, x0, past, step):
     """DPM-Solver++(2M), second order with one network call per step: arXiv:2211.01095, Algorithm 2."""
 
     def extrapolate(x0, h, past_x0, past_h):
-        half_over_r = jnp.where(past_h > 0, h / (2 * jnp.where(past_h > 0, past_h, 1)), 0)  # first step: first order
+        # A frame's first step has no step before it: its order is 1.
+        half_over_r = jnp.where(past_h > 0, h / (2 * jnp.where(past_h > 0, past_h, 1)), 0)
         return x0 + half_over_r * (x0 - past_x0)
 
     h = jax.tree.map(lambda now, after: (after - now) / 2, step.now, step.after)
@@ -73,16 +76,16 @@ def dpmpp_2m(z, x0, past, step):
 def heun(z, x0, past, step):
     """Heun's method, second order with two network calls per step: the trapezoid of arXiv:2206.00364, Algorithm 1.
 
-    The paper integrates over sigma / alpha. There a long first step from pure noise has an error larger than the data:
-    24 against 0.04 here, with 8 steps evenly spaced in time. The form here solves the linear part exactly
+    The paper integrates over sigma / alpha, and a long first step from pure noise then has an error larger than the
+    data: 24 with 8 steps evenly spaced in time. The form here has an error of 0.04. It solves the linear part exactly
     (arXiv:2211.01095, Proposition 4.1), with x0 linear in lambda over a step: ETD2RK of Cox and Matthews (2002).
     """
 
     def average(x0, x0_next, now, after):
         h = (after - now) / 2
         large = jnp.maximum(h, 0.05)
-        share = -1 / jnp.expm1(-large) - 1 / large  # of x0_next: from 1/2 up to 1
-        share = jnp.where(h < 0.05, 0.5 + h / 12, share)  # for small h its series: the difference above cancels
+        share = -1 / jnp.expm1(-large) - 1 / large  # weight of x0_next, from 1/2 to 1
+        share = jnp.where(h < 0.05, 0.5 + h / 12, share)  # the series for small h, where the difference is inaccurate
         return x0 + share * (x0_next - x0)
 
     x0_next = step.predict_x0(_finish(_exact_step(z, x0, step), z, x0, step))
@@ -131,15 +134,15 @@ def _finish(z_next, z, x0, step):
 def sample(denoise_fn, key, z_T, cond, levels, method, config, eta=0.0):
     """Returns z_0, clean latents like z_T.
 
-    Call it inside jax.jit, with arrays as arguments: then only new shapes compile again.
+    Call it inside jax.jit, with the arrays as arguments of the jitted function: only new shapes then compile again.
 
-    denoise_fn: (z, log_snr, cond) -> prediction of config.target, such as what `guided` returns.
+    denoise_fn: (z, log_snr, cond) -> prediction of config.target. The function that `guided` returns is one.
     key: for the noise of ddpm and of ddim with eta above 0.
-    z_T: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}: standard normal noise in frames to generate, latents with the
-        noise level of row 0 in context frames.
+    z_T: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}. Frames to generate hold standard normal noise. Context frames
+        hold latents with the noise level of row 0.
     cond: conditions, passed to denoise_fn unchanged.
-    levels: the scheduling matrix, [N+1, T] per modality, or [N+1, B, T] with levels of its own for each example. Levels
-        never fall from row to row.
+    levels: the scheduling matrix, log_snr [N+1, T] per modality, or [N+1, B, T] if examples differ. No frame's log_snr
+        falls from one row to the next.
     method: one of METHODS.
     config: target and log_snr_max; see vdm_jax.diffusion.
     eta: for ddim: the share in [0, 1] of the noise of ddpm.
@@ -192,8 +195,8 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config, eta=0.0):
 class Term(NamedTuple):
     """One kind of guidance: it adds extra * (more - less) to the prediction.
 
-    `more` and `less` are predictions from other inputs. Each is given as a view, a function of (z, log_snr, cond) that
-    returns the other inputs, of the same shapes. None is the inputs as they are.
+    `more` and `less` are predictions from other inputs. Each is given as a view: a function from (z, log_snr, cond) to
+    other inputs of the same shapes. None stands for the unguided prediction.
     """
 
     extra: float | dict  # the weight, or one per modality; 0 adds nothing
@@ -215,7 +218,7 @@ def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
     low, high = interval
 
     def guided_fn(z, log_snr, cond):
-        views = [(z, log_snr, cond)]  # inputs of the network; the first are those as they are
+        views = [(z, log_snr, cond)]  # inputs of the network; the first are the inputs of the unguided prediction
         for term in terms:
             views += [view(z, log_snr, cond) for view in (term.more, term.less) if view is not None]
         predictions = denoise_fn(*(jax.tree.map(_concatenate, *trees) for trees in zip(*views)))
@@ -224,7 +227,8 @@ def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
             inside = (low <= log_snr[name]) & (log_snr[name] <= high)  # [B, T]
             plain, *others = jnp.split(predictions[name], len(views))
             others = iter(others)
-            total, active = plain, jnp.zeros_like(inside)
+            total = plain
+            active = jnp.zeros_like(inside)
             for term in terms:
                 more = plain if term.more is None else next(others)
                 less = plain if term.less is None else next(others)

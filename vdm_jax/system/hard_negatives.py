@@ -32,7 +32,7 @@ def swap_words(caption, groups):
     caption without any of the words is returned as it is. The draw depends on the bytes of the caption alone.
 
     caption: a text.
-    groups: groups of words, such as (("red", "blue"), ("left", "right")).
+    groups: groups of words, for example (("red", "blue"), ("left", "right")).
     """
     rng = np.random.default_rng(zlib.crc32(caption.encode("utf-8", errors="replace")))
     words = re.split(r"(\W+)", caption)
@@ -67,7 +67,7 @@ class Pairs(NamedTuple):
     log_snr: dict  # [2 P, T] per modality
     cond: dict  # conditions, [2 P, ...]; row 2 i is the right caption, row 2 i + 1 the hard negative
     target: jax.Array  # what the network should predict of the video, [P, T, h, w, C]
-    error_factor: jax.Array  # from the squared error of the target to that of eps, [P, 1]
+    error_factor: jax.Array  # turns a squared error of the target into one of eps, [P, 1]
     differ: jax.Array  # bool [P]: False if the hard negative is the right caption
 
 
@@ -97,16 +97,15 @@ def make_pairs(key, z, right, wrong, target, config):
     x = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), z)
     eps = diffusion.noise_like(noise_key, x)
     z_t = diffusion.add_noise(x, eps, log_snr)
-    of_leaves = [
-        jnp.any((a != b).reshape(count, -1), 1) for a, b in zip(jax.tree.leaves(right), jax.tree.leaves(wrong))
-    ]
+    leaves = zip(jax.tree.leaves(right), jax.tree.leaves(wrong))
+    differ = [jnp.any((a != b).reshape(count, -1), 1) for a, b in leaves]  # bool [P] per array of the condition
     return Pairs(
         z_t=jax.tree.map(_interleave, z_t, z_t),
         log_snr=jax.tree.map(_interleave, log_snr, log_snr),
         cond=jax.tree.map(_interleave, right, wrong),
         target=diffusion.to_target(x, eps, log_snr, target)["video"],
         error_factor=diffusion.eps_error_factor(level, target),
-        differ=jnp.any(jnp.stack(of_leaves), 0),
+        differ=jnp.any(jnp.stack(differ), 0),
     )
 
 
@@ -124,17 +123,18 @@ def classification_loss(prediction, pairs, config):
         loss = weight * mean of softplus(-logit) + anchor * mean of (error with the right caption).
 
     The first mean is over the clips whose captions differ. The metrics are `hard_negative_loss`, that mean, and
-    `hard_negative_accuracy`, the share of these clips with logit > 0. Both are nan if no captions differ.
+    `hard_negative_accuracy`, the share of the same clips with logit > 0. Both are nan if no captions differ.
 
     prediction: the network's output for the 2 P rows, a dict like pairs.z_t.
     pairs: from `make_pairs`.
     config: weight and anchor.
     """
     chex.assert_equal_shape([prediction["video"], pairs.z_t["video"]])
-    count, target, differ = len(pairs.target), pairs.target, pairs.differ
-    rows = prediction["video"].reshape(count, 2, -1).astype(target.dtype)  # [P, 2, T*h*w*C]
-    squares = jnp.square(rows - target.reshape(count, 1, -1)).sum(2)  # [P, 2]
-    error_right, error_wrong = (pairs.error_factor * squares).T
+    differ = pairs.differ
+    target = pairs.target.reshape(len(differ), 1, -1)  # [P, 1, T*h*w*C]
+    both = prediction["video"].reshape(len(differ), 2, -1).astype(target.dtype)  # [P, 2, T*h*w*C]
+    squares = jnp.square(both - target).sum(2)  # [P, 2]
+    error_right, error_wrong = (pairs.error_factor * squares).T  # [P] each
     logit = error_wrong - error_right
     total = jnp.where(differ, jax.nn.softplus(-logit), 0).sum()
     loss = config["weight"] * total / jnp.maximum(differ.sum(), 1) + config["anchor"] * error_right.mean()
