@@ -3,7 +3,7 @@
 What is on disk at each moment, in the folder `<stage>/checkpoints/`:
 
 1. `save` copies the state and returns. A thread writes it to `<step>.orbax-checkpoint-tmp/`, which no reader looks at.
-2. When all arrays are written, `checksums.txt` is added. It lists every file with its size and its CRC-32.
+2. When all arrays are written, `checksums.txt` is added. It lists every file with its size in bytes and its CRC-32.
 3. Orbax renames the folder to `<step>/`. A disk renames a folder in one go, so a folder with this name is complete.
    A bucket cannot rename. Orbax ends with the file `commit_success.txt` there, and a folder without it does not count.
 4. `finish` adds the checksums of the files that Orbax wrote last.
@@ -223,8 +223,8 @@ def _check_stored(stored, expected, folder):
         name = "/".join(map(str, path))
         if path not in stored:
             raise UserError(f"{folder} has no {name}: it is of another model or optimizer")
-        found, asked = ((tuple(x.shape), np.dtype(x.dtype).name) for x in (stored[path], want))
-        if found != asked:
-            raise UserError(f"{folder}: {name} is {found[1]} {found[0]}, the config asks for {asked[1]} {asked[0]}")
+        found, wanted = (f"{np.dtype(x.dtype).name} {tuple(x.shape)}" for x in (stored[path], want))
+        if found != wanted:
+            raise UserError(f"{folder}: {name} is {found}, the config asks for {wanted}")
     if extra := sorted("/".join(map(str, path)) for path in stored if path not in expected):
         raise UserError(f"{folder} has {extra[0]}, which the config does not: it is of another model or optimizer")

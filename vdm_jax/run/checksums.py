@@ -1,8 +1,8 @@
 """Checksums of the files in a folder: a changed or missing file is found before it is used.
 
-The first line of `checksums.txt` is the CRC-32 of the lines after it. Each of these is `crc32 bytes path`, for one file
-of the folder. A CRC-32 detects every change of a single bit, and misses one in 4 billion other changes. It does not
-protect against forgery.
+Each line of `checksums.txt` is `crc32 bytes path` for one file of the folder. The first line is the CRC-32 of all later
+lines. A CRC-32 detects every change of a single bit, and misses one in 4 billion other changes. It does not protect
+against forgery.
 """
 
 import zlib

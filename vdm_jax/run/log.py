@@ -42,9 +42,9 @@ class RunLog:
     saved: step of the newest checkpoint, None when there is none.
     watch: the Watch that began with the stage.
     sample_ids: sample_ids(number) returns the names of the samples in the batch of a step.
-    stop_after: so many skipped steps in a row end the run.
+    stop_after: number of skipped steps in a row that ends the run with an error.
     heartbeat_every: seconds.
-    finish: is called before such an end, to wait for the current save.
+    finish: finish() waits for the current save. It is called before that error.
     """
 
     def __init__(self, stage, directory, *, steps, done, saved, watch, sample_ids, stop_after, heartbeat_every, finish):
@@ -204,16 +204,16 @@ class Watch:
 
     @contextlib.contextmanager
     def __call__(self, what):
-        asked = time.perf_counter()
+        began = time.perf_counter()
         yield
-        self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - asked
+        self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - began
 
     def start(self):
         """Begins a lap, just before the first step."""
         self.mark, self.spent = time.perf_counter(), {}
 
     def lap(self, steps):
-        """Ends a lap of so many `steps` and begins the next one. Returns these figures of the lap:
+        """Ends a lap, in which `steps` steps were done, and begins the next lap. Returns the figures of the lap:
 
         'step_seconds': seconds a step, without saves and previews.
         'data_wait_share': share of this time that the loop waited for data.

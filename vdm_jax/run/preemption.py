@@ -22,9 +22,8 @@ class Stop:
 
     def __init__(self):
         self.signal = None  # name of the signal that this process received
-        self.stepping = (
-            False  # whether training has begun. Before, there is nothing to save, and a signal ends the run.
-        )
+        # Whether training has begun. Before, there is nothing to save, and a signal ends the run at once.
+        self.stepping = False
 
     def __call__(self, step):
         if jax.distributed.is_initialized():  # JAX handles SIGTERM, and chooses a step for all processes
