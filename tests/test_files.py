@@ -20,7 +20,7 @@ def warnings(monkeypatch):
 
 
 def write(path, frames, sound=True, first=0):
-    """Frame k is the grey level 3 * (first + k), and its sound a constant tone as loud as k."""
+    """Frame k is the gray level 3 * (first + k), and its sound a constant tone as loud as k."""
     path.parent.mkdir(parents=True, exist_ok=True)
     video = np.zeros((frames, 16, 16, 3), np.uint8)
     video += (3 * (first + np.arange(frames, dtype=np.uint8)))[:, None, None, None]

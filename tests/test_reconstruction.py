@@ -24,7 +24,7 @@ def test_mixed_kinds_are_refused():
 
 
 def ssim_by_the_paper(a, b, data_range, size=11):
-    """Wang et al. 2004, eq. 13 to 16, with a 2-D window and centred moments, for one channel."""
+    """Wang et al. 2004, eq. 13 to 16, with a 2-D window and centered moments, for one channel."""
     y, x = np.mgrid[:size, :size] - (size - 1) / 2
     window = np.exp(-(x**2 + y**2) / (2 * 1.5**2))
     window /= window.sum()

@@ -183,7 +183,7 @@ def test_a_second_object_of_the_asked_color_is_counted(easy):
         pytest.param(lambda v: 0.5 * v + 0.5 * np.median(v, 0), id="ghost"),
         pytest.param(lambda v: ndimage.uniform_filter1d(v, 7, 0), id="smeared"),
         pytest.param(lambda v: ndimage.uniform_filter1d(v, 11, 2), id="stretched"),
-        pytest.param(lambda v: v.mean(-1, keepdims=True) + 0 * v, id="grey"),
+        pytest.param(lambda v: v.mean(-1, keepdims=True) + 0 * v, id="gray"),
     ],
 )
 def test_spoilt_objects_are_not_called_right(easy, spoil):

@@ -132,7 +132,7 @@ def test_pixels_show_the_state():
         item = source[i]
         state = item["state"]
         full = np.array(PALETTE[COLORS[state["color"][0]]])
-        excess = item["video"].astype(float).max(-1) - item["video"].min(-1)  # grey gives 0
+        excess = item["video"].astype(float).max(-1) - item["video"].min(-1)  # gray gives 0
         for frame in np.flatnonzero(state["visible"][:, 0] > 0.97)[::5]:
             mask = excess[frame] > 0.4 * excess[frame].max()
             y, x = (c.mean() + 0.5 for c in np.nonzero(mask))

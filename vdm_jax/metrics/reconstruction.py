@@ -110,7 +110,7 @@ def onset_errors(
 
 
 def recall_at_k(queries: np.ndarray, candidates: np.ndarray, k: int = 1) -> float:
-    """Returns the share of queries, in 0..1, whose own candidate is among the k nearest by cosine similarity.
+    """Returns the share of queries, in 0..1, whose own candidate is among their k nearest by cosine similarity.
 
     Queries of texts and candidates of videos give text-to-video recall; exchanged, they give video-to-text recall. A
     tie counts against the query, so embeddings that are all equal score 0 and not 1.
