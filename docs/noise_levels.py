@@ -14,8 +14,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configs import world_tiny
-from vdm_jax import samplers
+from configs import world_tiny  # noqa: E402
+from vdm_jax import samplers  # noqa: E402
 
 FRAMES = 9  # latent frames of a clip, as in the reference weights
 STEPS = 14
@@ -60,7 +60,9 @@ def draw(path):
             axes.set_yticks([0, len(matrix) - 1], ["0", str(len(matrix) - 1)])
             for at in np.flatnonzero(context):
                 corner = (at - 0.42, -0.35)
-                axes.add_patch(plt.Rectangle(corner, 0.84, len(matrix) - 0.3, fill=False, edgecolor=MARK, linewidth=2.5))
+                axes.add_patch(
+                    plt.Rectangle(corner, 0.84, len(matrix) - 0.3, fill=False, edgecolor=MARK, linewidth=2.5)
+                )
             axes.spines[:].set_visible(False)
             if row == 0:
                 axes.set_title(title, fontsize=20, loc="left", fontweight="bold")
@@ -74,7 +76,9 @@ def draw(path):
         text.set_horizontalalignment(side)
     bar.outline.set_visible(False)
     figure.patches.append(
-        plt.Rectangle((0.66, 0.062), 0.02, 0.04, fill=False, edgecolor=MARK, linewidth=2.5, transform=figure.transFigure)
+        plt.Rectangle(
+            (0.66, 0.062), 0.02, 0.04, fill=False, edgecolor=MARK, linewidth=2.5, transform=figure.transFigure
+        )
     )
     figure.text(0.69, 0.082, "context: clean from the first step", va="center")
     figure.savefig(path, dpi=100)
