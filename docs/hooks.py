@@ -147,16 +147,17 @@ def settings_tables():
 
 def api(path):
     """Markdown: what the module `path` says of itself, then of its public classes and functions."""
-    tree = ast.parse(path.read_text())
+    source = path.read_text()
+    tree, lines = ast.parse(source), source.splitlines()
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     parts = [f"## {name}", "", text(ast.get_docstring(tree))]
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and is_public(node):
-            parts += ["", f"### {node.name}", "", *described(node)]
+            parts += ["", f"### {node.name}", "", *described(node, lines)]
         if isinstance(node, ast.ClassDef) and is_public(node):
             for method in node.body:
                 if isinstance(method, ast.FunctionDef) and is_public(method):
-                    parts += ["", *described(method, f"{node.name}.")]
+                    parts += ["", *described(method, lines, f"{node.name}.")]
     return "\n".join(parts) + "\n"
 
 
@@ -164,15 +165,16 @@ def is_public(node):
     return (not node.name.startswith("_") or node.name == "__call__") and bool(ast.get_docstring(node))
 
 
-def described(node, owner=""):
+def described(node, lines, owner=""):
+    """[the signature, the docstring]; a class has its fields, as the source has them, or the arguments of __init__."""
+    head = owner + node.name
     if isinstance(node, ast.ClassDef):
         first = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-        arguments = signature(first) if first else ""
-        fields = [ast.unparse(n) for n in node.body if isinstance(n, ast.AnnAssign)]
-        line = f"class {node.name}{arguments or ('(' + ', '.join(fields) + ')' if fields else '')}"
+        fields = [lines[n.lineno - 1] for n in node.body if isinstance(n, ast.AnnAssign)]
+        head = "\n".join([f"class {head}{signature(first) if first else ''}", *fields])
     else:
-        line = owner + node.name + signature(node)
-    return [f"<pre><code>{html.escape(line.replace('.__call__', ''))}</code></pre>", "", text(ast.get_docstring(node))]
+        head = head.replace(".__call__", "") + signature(node)
+    return [f"<pre><code>{html.escape(head)}</code></pre>", "", text(ast.get_docstring(node))]
 
 
 def signature(node):

@@ -2,7 +2,7 @@
 
     python docs/noise_levels.py [FILE]
 
-The levels are those of `vdm_jax.samplers.scheduling_matrix`, which the sampler walks through row by row.
+The levels are those of `vdm_jax.tasks.scheduling_matrix`, which the sampler walks through row by row.
 """
 
 import sys
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configs import world_tiny  # noqa: E402
-from vdm_jax import samplers  # noqa: E402
+from vdm_jax import tasks  # noqa: E402
 
 FRAMES = 9  # latent frames of a clip, as in the reference weights
 STEPS = 14
@@ -47,7 +47,7 @@ def draw(path):
     figure = plt.figure(figsize=(14, 10.5))
     outer = figure.add_gridspec(2, 3, hspace=0.3, wspace=0.17, left=0.08, right=0.985, top=0.95, bottom=0.17)
     for place, (title, video, sound, options) in enumerate(panels()):
-        levels = samplers.scheduling_matrix(STEPS, FRAMES, diffusion, {"video": video, "audio": sound}, **options)
+        levels = tasks.scheduling_matrix(STEPS, FRAMES, diffusion, {"video": video, "audio": sound}, **options)
         inner = outer[place // 3, place % 3].subgridspec(2, 1, hspace=0.08)
         for row, (name, label, context) in enumerate((("video", "video", video), ("audio", "sound", sound))):
             axes = figure.add_subplot(inner[row])
