@@ -6,8 +6,8 @@
 Hardware: the eight chips of a v5e or v6e host. One chip, as a free Colab TPU has: --config.denoiser.batch_size=4.
 Latents: video [9, 16, 16, 16], audio [9 * 20, 32].
 Compiled for v5e:2x4, 8 clips a chip: 2.66 of 16 GiB, and at least 63.0 ms a step
-(`python -m vdm_jax.dry_run --config=configs/t2v_300m.py --topology=v5e:2x4`). All steps take 103 chip-hours at an assumed
-40 % of the peak.
+(`python -m vdm_jax.dry_run --config=configs/t2v_300m.py --topology=v5e:2x4`). All steps take 103 chip-hours at an
+assumed 40 % of the peak.
 Timed on one H200, 64 clips a step: 201 ms, 484 TFLOP/s, 48.9 % of the peak
 (`python -m vdm_jax.bench --config=configs/t2v_300m.py`).
 docs/performance.md has other batch sizes, other shapes and the cost of encoding.
