@@ -36,7 +36,7 @@ def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     assert done.code == 0, done.err
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics["tasks"]) == {"undirected", "image", "continue", "foley", "sound", "rollout"}
-    assert len(metrics["tasks"]["rollout"]["seconds"]) == 10 and "Task: roll out" in done.out
+    assert len(metrics["tasks"]["rollout"]["seconds"]) == 10 and "Task: rollout" in done.out
     for part, names in report.REQUIRED.items():
         assert set(names) <= set(metrics[part])
     assert metrics["truth"]["one_object"] == metrics["truth"]["permanence"] == 1
@@ -50,7 +50,7 @@ def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     levels = metrics["loss_per_noise_level"]
     assert levels["log_snr"] == [-10.5, -7.5, -4.5, -1.5, 1.5, 4.5, 7.5, 10.5]
     assert all(len(levels[m]) == 8 and min(levels[m]) > 0 for m in ("video", "audio"))
-    assert "text finds its video first" in done.out and "100 %" in done.out
+    assert "text ranks its own video first" in done.out and "100 %" in done.out
     page = (out / "report.html").read_text()
     assert page.count("data:video/mp4") == 5 and page.count("data:image/png") == 3
     video, audio, _ = media.read_video(out / "sample_002.mp4", fps=8, size=16, sample_rate=2000)
