@@ -105,11 +105,11 @@ def test_memory_and_seeking_give_the_same(folder):
     assert [video[-1] for video in sought.videos] == [False, False]
     assert [video[-1] for video in some.videos] == [False, True]
     for i in range(12):
-        one, two = cached[i], sought[i]
-        np.testing.assert_array_equal(one["video"], two["video"])
-        np.testing.assert_allclose(one["audio"], two["audio"], atol=0.1)  # up to half a sample off
-        lag = np.correlate(one["audio"], two["audio"], "full").argmax() - (FRAMES * 1000 - 1)
-        assert lag == 0 or not one["audio"].any()
+        first, second = cached[i], sought[i]
+        np.testing.assert_array_equal(first["video"], second["video"])
+        np.testing.assert_allclose(first["audio"], second["audio"], atol=0.1)  # up to half a sample off
+        lag = np.correlate(first["audio"], second["audio"], "full").argmax() - (FRAMES * 1000 - 1)
+        assert lag == 0 or not first["audio"].any()
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])

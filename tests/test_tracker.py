@@ -1,4 +1,4 @@
-"""The tracker on true renders, whose state is known, and on what must not pass for one."""
+"""The tracker on true renders, whose state is known, and on pictures that it must not take for objects."""
 
 import numpy as np
 import pytest

@@ -26,16 +26,16 @@ def test_layout_of_an_item():
 
 
 def test_an_item_follows_from_seed_and_index_alone():
-    one, two = World(seed=5), World(seed=5)
-    two[3], two[99]
+    first, second = World(seed=5), World(seed=5)
+    second[3], second[99]
     for i in (0, 7, 2**31 - 2):
-        assert (one[i]["video"] == two[i]["video"]).all() and one[i]["caption"] == two[i]["caption"]
-        assert (one[i]["audio"] == two[i]["audio"]).all()
-    assert (one[-1]["video"] == one[len(one) - 1]["video"]).all()
-    assert (one[0]["video"] != one[1]["video"]).any()
-    assert (one[0]["video"] != World(seed=6)[0]["video"]).any()
+        assert (first[i]["video"] == second[i]["video"]).all() and first[i]["caption"] == second[i]["caption"]
+        assert (first[i]["audio"] == second[i]["audio"]).all()
+    assert (first[-1]["video"] == first[len(first) - 1]["video"]).all()
+    assert (first[0]["video"] != first[1]["video"]).any()
+    assert (first[0]["video"] != World(seed=6)[0]["video"]).any()
     with pytest.raises(IndexError):
-        one[len(one)]
+        first[len(first)]
 
 
 def test_windows_agree_where_they_overlap():
