@@ -6,9 +6,9 @@
 --part=train   one optimizer step of --stage, on a batch that is already on the device
 --part=sample  the sampler on 8 prompts, decoding included; --steps and --method replace settings of config.sample
 --part=encode  the encoding of clips and captions into the latents and the text that the denoiser trains on
---part=data    the data pipeline alone, on the host
+--part=data    the data pipeline of --stage alone, on the host
 
-Weights and clips are random, except with --part=data.
+Weights and clips are random; only --part=data loads the clips of config.data.
 
 step_ms              median time of --repeats calls in milliseconds; the program waits for the end of each call
 step_ms_range        the shortest and the longest call
@@ -56,7 +56,7 @@ def main(argv):
     config = options.config
     cli.only_options(argv)
     if config is None:
-        raise UserError("--config=FILE is missing")
+        raise UserError("--config=FILE is missing: name a recipe, such as configs/world_tiny.py")
     config.sample.update({key: options[key].value for key in ("steps", "method") if options[key].value is not None})
     cli.use_cache(config)
     system = build(config)
@@ -71,7 +71,7 @@ def main(argv):
     elif options.part == "encode":
         result = encode(system, mesh, options.repeats)
     else:
-        result = data(config, options.stage)
+        result = data(system, options.stage)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     result = {"part": options.part, "device": device, **dict.fromkeys(MEASURED), **result}
     for key, value in result.items():
@@ -101,7 +101,7 @@ def train(system, name, mesh, repeats):
     system.check_batch(mesh, name)
     result = measure(programs.train_step(system, name, mesh), mesh, repeats)
     try:
-        pipeline = data(system.config, name)["examples_per_s"]
+        pipeline = data(system, name)["examples_per_s"]
     except UserError as error:  # the step itself needs no data
         logger.info("the data pipeline is not timed: %s", error)
         pipeline = None
@@ -122,17 +122,12 @@ def encode(system, mesh, repeats):
     return measure(programs.encoding(system, mesh, system.config.denoiser.batch_size), mesh, repeats)
 
 
-def data(config, name):
-    """Returns the figures of the data pipeline that loads batches of stage `name`; the batches stay on the host."""
+def data(system, name):
+    """Returns the figures of the pipeline that loads clips for stage `name`. The batches stay on the host."""
+    config = system.config
     rows = config[name].batch_size
-    loaded = batches.batches(
-        batches.source(config),
-        batch_size=rows,
-        seed=config.seed,
-        start=0,
-        data=config.data,
-        to_example=lambda item: batches.example(item, config.data.text_length),
-    )
+    examples = batches.Examples(batches.source(config), config.data.text_length, system.stages[name].hard_negative)
+    loaded = batches.batches(examples, batch_size=rows, seed=config.seed, start=0, data=config.data)
     next(loaded)  # starts the threads
     times = []
     began = time.perf_counter()

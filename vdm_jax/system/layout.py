@@ -62,6 +62,8 @@ def layout(config):
     for stage in STAGES:
         _check_numbers(f"{stage}.model", config[stage].model)
         _check_lengths(stage, config[stage].model)
+        if config[stage].batch_size < 1:
+            raise UserError(f"{stage}.batch_size={config[stage].batch_size} must be at least 1")
     if data.sample_rate % data.fps:
         raise UserError(f"data.sample_rate={data.sample_rate} is not a multiple of data.fps={data.fps}")
 
