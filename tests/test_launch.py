@@ -285,3 +285,29 @@ def test_wrong_input_is_one_clear_line(launch, script, arguments, told):
     done, asked = launch(script, *arguments)
     assert done.returncode == 2 and not asked
     assert done.stderr.startswith("error: ") and told in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_demo_makes_videos_first_and_says_where_they_are(tmp_path):
+    """demo.sh runs with a stand-in for Python, which writes the files that demo.sh lists at the end."""
+    places, out = tmp_path / "launch", tmp_path / "my videos"
+    places.mkdir()
+    shutil.copy(LAUNCH / "demo.sh", places)
+    python = places / "python"
+    python.write_text(f'#!/bin/bash\necho "runs $2"\nmkdir -p "{out}/report"\n')
+    for name in ("000.mp4", "contact_sheet.png", "report/report.html"):
+        python.write_text(python.read_text() + f'touch "{out}/{name}"\n')
+    python.chmod(0o755)
+    (places / "env.sh").write_text(f'ROOT="{tmp_path}"\nPY="{python}"\nensure_venv() {{ echo installs; }}\n')
+    done = subprocess.run([places / "demo.sh", out], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    steps = [line for line in done.stdout.splitlines() if line.startswith(("installs", "==", "runs vdm", str(out)))]
+    patterns = [
+        "installs",
+        "== 1 of 3: .* 1 min.*", "runs vdm_jax.sample",
+        f"{out}/000.mp4 is the first video, made \\d+ s after the installation.*", f"{out}/contact_sheet.png shows .*",
+        "== 2 of 3: .* min.*", "runs vdm_jax.evaluate",
+        "== 3 of 3: .* min.*", "runs vdm_jax.train",
+        f"{out}/000.mp4", f"{out}/contact_sheet.png", f"{out}/report/report.html",
+    ]  # fmt: skip
+    assert len(steps) == len(patterns) and all(map(re.fullmatch, patterns, steps)), steps
+    assert len((out / "prompts.txt").read_text().splitlines()) == 4
