@@ -12,7 +12,7 @@ from tests.helpers import weights
 from vdm_jax import sharding
 from vdm_jax.data import batches as pipeline
 from vdm_jax.errors import UserError
-from vdm_jax.models import layers
+from vdm_jax.models import ops
 from vdm_jax.system import codec as stages
 from vdm_jax.system import latents
 
@@ -80,7 +80,7 @@ def test_accelerators_forms_measure_the_same(config):
     config.denoiser.statistics_clips = 32
     source = pipeline.source(config)
     want = latents.measure(config, params, source)
-    with layers.backend("gpu"):
+    with ops.backend("gpu"):
         got = latents.measure(config, params, source)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
 

@@ -31,7 +31,7 @@ from vdm_jax import sample, samplers, sharding, train_state
 from vdm_jax.data import batches as pipeline
 from vdm_jax.data import text
 from vdm_jax.errors import UserError
-from vdm_jax.models import layers
+from vdm_jax.models import ops
 from vdm_jax.perf import flops
 from vdm_jax.run import checkpoint, cli, storage
 from vdm_jax.system import codec as stages
@@ -180,7 +180,7 @@ def count(function, trained, *arguments):
 
     Not of jitted functions, which keep the form that they were first traced in.
     """
-    with layers.backend("tpu"):
+    with ops.backend("tpu"):
         return flops.count(function, trained, *arguments)
 
 

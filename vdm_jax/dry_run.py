@@ -38,7 +38,7 @@ from jax.experimental import topologies
 from vdm_jax import pipeline as generate
 from vdm_jax import sample, sharding, train_state
 from vdm_jax.errors import UserError
-from vdm_jax.models import layers
+from vdm_jax.models import ops
 from vdm_jax.perf import flops, hlo
 from vdm_jax.run import checkpoint, cli, storage
 from vdm_jax.system import codec as stages
@@ -145,7 +145,7 @@ def plan(config, options, topology, found):
     """What main's JSON says of one topology."""
     mesh, chip = sharding.make_mesh(config.mesh, found), CHIPS[found[0].device_kind]
     part, stage = options.part, options.stage
-    with layers.backend("tpu"):
+    with ops.backend("tpu"):
         work, lower, arguments, params = {"train": train, "sample": sampling, "encode": encode}[part](
             config, stage, mesh, options.rows
         )
