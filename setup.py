@@ -49,5 +49,7 @@ setup(
         # What the tests compare with. Pinned, because the comparison is with one implementation.
         "peers": ["torch==2.13.0", "diffusers"],
         "notebooks": ["jupyterlab"],
+        # The site in docs/. ProperDocs is MkDocs 1, kept up.
+        "docs": ["properdocs", "properdocs-theme-readthedocs", "matplotlib"],
     },
 )

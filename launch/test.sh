@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Lint, format check and test suite in a .venv of its own.
+# Lint, format check, documentation and test suite in a .venv of its own.
 set -euo pipefail
 
 usage() {
     cat <<'EOF'
 usage: launch/test.sh [--no-peers] [--jax=VERSION] [pytest arguments]
 
-Sets up .venv at the top of the repository (quick the second time), then runs ruff and pytest on the CPU.
+Sets up .venv at the top of the repository (quick the second time), then runs ruff, builds the
+documentation with warnings as errors, and runs pytest on the CPU.
 
   --no-peers   leave out PyTorch and diffusers; the tests that compare with them are skipped
   --jax=0.7.2  with this version of JAX, in a .venv-jax-0.7.2 of its own (0.7.2 is what Colab's TPU machines have)
@@ -18,7 +19,7 @@ A certain Python:                PYTHON=python3.12 launch/test.sh
 EOF
 }
 
-extras=(test peers)
+extras=(test docs peers)
 arguments=()
 for argument in "$@"; do
     case "$argument" in
@@ -26,7 +27,7 @@ for argument in "$@"; do
             usage
             exit 0
             ;;
-        --no-peers) extras=(test) ;;
+        --no-peers) extras=(test docs) ;;
         --jax=*) JAX_VERSION="${argument#*=}" ;;
         *) arguments+=("$argument") ;;
     esac
@@ -40,5 +41,6 @@ export JAX_PLATFORMS=cpu
 
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
+"$PY" -m properdocs build --strict --quiet --site-dir "$ROOT/.cache/site"
 # A worker a core, at most 8: each holds its own JAX. Work is stolen rather than dealt, as a few tests take long.
 exec "$PY" -m pytest -n auto --maxprocesses 8 --dist worksteal ${arguments[@]+"${arguments[@]}"}

@@ -1,7 +1,7 @@
-"""A stand-in for Google Cloud Storage in a process of its own: python tests/bucket.py PORT. It ends with its stdin.
+"""An emulator of Google Cloud Storage: python tests/bucket.py PORT. It ends when its stdin is closed.
 
-It has one empty bucket, gs://bucket, in memory. `environment` makes gcsfs, tensorstore, tensorboardX and array_record
-of other processes use it. What the emulator lacks is added.
+It has one empty bucket, gs://bucket, in memory. With the variables of `environment`, gcsfs, tensorstore, tensorboardX
+and array_record of other processes use it. This file adds to the emulator package what tensorstore needs.
 """
 
 import sys
@@ -16,7 +16,7 @@ def environment(port):
         TENSORSTORE_GCS_HTTP_URL=at,
         CLOUD_STORAGE_EMULATOR_ENDPOINT=at,
         GOOGLE_CLOUD_PROJECT="none",
-        GCE_METADATA_ROOT="127.0.0.1:9",  # nobody there: no time is lost on looking for a real account
+        GCE_METADATA_ROOT="127.0.0.1:9",  # nothing answers there, so no time is lost looking for a real account
         NO_GCE_CHECK="true",
     )
 
@@ -27,7 +27,7 @@ def serve(port):
     given = objects.download
 
     def download(request, response, storage):
-        """With the header by which tensorstore tells versions of an object apart."""
+        """Adds the header that tells tensorstore the version of an object."""
         try:
             found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
             response["X-Goog-Generation"] = found["generation"]
@@ -40,9 +40,9 @@ def serve(port):
         objects.copy(request, response, storage)
         objects.delete(request, response, storage)
 
-    # Objects are numbered by microseconds, as the real ones: tensorstore takes numbers over 2**60 for malformed.
+    # Versions count microseconds, as the real ones do. Tensorstore rejects numbers over 2**60.
     objects.download, objects.time = download, SimpleNamespace(time_ns=lambda: time.time_ns() // 1000)
-    from gcp_storage_emulator import server  # makes a table of the functions
+    from gcp_storage_emulator import server  # after the changes above, because it copies the functions into a table
 
     moves = r"^/storage/v1/b/(?P<bucket_name>\w+)/o/(?P<object_id>.+)/moveTo/o/(?P<dest_object_id>.+)$"
     server.HANDLERS = ((moves, {"POST": move}), *server.HANDLERS)

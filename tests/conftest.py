@@ -26,22 +26,24 @@ from tests.bucket import environment
 from tests.helpers import weights
 from vdm_jax import train_state
 from vdm_jax.run import checkpoint, cli
-from vdm_jax.system import codec as stages
+from vdm_jax.run import folder as run_folder
+from vdm_jax.system import build
+from vdm_jax.system.layout import STAGES
 
 
-def write_run(workdir, config, names=checkpoint.STAGES):
+def write_run(workdir, config, names=STAGES):
     """A run folder whose stages `names` have a checkpoint: random weights, none zero, so that every input counts."""
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config.to_json_best_effort())
-    expected, size = stages.abstract_params(config), stages.layout(config)
+    system = build(config)
     for name in names:
-        state = train_state.create(weights(expected[name]), config[name])
+        state = train_state.create(weights(system.params[name]), config[name])
         with checkpoint.manager(workdir / name / "checkpoints") as checkpoints:
             checkpoint.save(checkpoints, state | {"step": state["step"] + config[name].steps})
     if "denoiser" in names:
-        channels = {"video": size.video[-1], "audio": size.audio[-1]}
+        channels = {"video": system.layout.video[-1], "audio": system.layout.audio[-1]}
         statistics = {m: {"mean": [0.1] * n, "std": [0.8] * n} for m, n in channels.items()}
-        checkpoint.write_statistics(workdir / "denoiser" / "statistics.json", statistics)
+        run_folder.write_statistics(workdir / "denoiser" / "statistics.json", statistics)
     return workdir
 
 

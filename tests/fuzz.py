@@ -1,7 +1,7 @@
-"""Wrong input by the thousand, over every way in: `python -m tests.fuzz --count=2000 [--seed=0] [--only=mp4]`.
+"""Thousands of wrong inputs of every kind: `python -m tests.fuzz --count=2000 [--seed=0] [--only=mp4]`.
 
-Each input must be read, or refused with a UserError: no other exception, no crash, nothing over 20 s, nothing written
-outside its folder, and no more memory than CAP. The test suite runs a short form.
+Each input must be read, or refused with a UserError. Faults are: another exception, a crash, more than 20 s, a file
+outside the input's folder, and more memory than CAP. The test suite runs a short form.
 """
 
 import argparse
@@ -20,16 +20,16 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 20  # s of a processor, an input; so that a busy machine is not taken for a hang
-PATIENCE = 300  # s of waiting, an input
-CAP = 2 << 30  # bytes a process may take up
+LIMIT = 20  # seconds of processor time for an input. A busy machine does not count as a hang.
+PATIENCE = 300  # seconds of wall time for an input
+CAP = 2 << 30  # bytes of memory for the process
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="one way in")
+    parser.add_argument("--only", default="", help="one kind of input, such as mp4")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -48,7 +48,7 @@ def main():
 
 
 def fuzz(count, seed=0, only=""):
-    """-> ({(way in, outcome): times}, faults, bytes of memory that a process took at most)."""
+    """Returns ({(kind of input, outcome): times}, faults, peak memory in bytes)."""
     counts, faults, peak, worker = collections.Counter(), [], 0, None
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -60,7 +60,7 @@ def fuzz(count, seed=0, only=""):
             if worker is None:
                 command = [sys.executable, "-m", "tests.fuzz", f"--worker={folder}", f"--seed={seed}", f"--only={only}"]
                 environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-                with open(folder.with_suffix(".err"), "w") as err:  # what C libraries say
+                with open(folder.with_suffix(".err"), "w") as err:  # messages of C libraries
                     worker = subprocess.Popen(
                         command, cwd=folder / "inside", env=environment, stdin=-1, stdout=-1, stderr=err, text=True
                     )
@@ -99,13 +99,13 @@ def fuzz(count, seed=0, only=""):
 
 
 def listing(folder):
-    """What stands in `folder`, but for inside/, where the inputs are."""
+    """Returns {path: content} of `folder` without inside/, which holds the inputs."""
     paths = [p for p in folder.rglob("*") if "inside" not in p.relative_to(folder).parts]
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in paths}
 
 
 def work(folder, seed, only):
-    """Answers each case number on stdin with a line of JSON."""
+    """Reads case numbers from stdin, and answers each with a line of JSON."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from tests import fuzz_ways  # it imports JAX
@@ -121,7 +121,7 @@ def work(folder, seed, only):
         shutil.rmtree(inside, ignore_errors=True)
         inside.mkdir()
         answer = {"way": way}
-        signal.setitimer(signal.ITIMER_PROF, LIMIT)  # whose signal ends the process
+        signal.setitimer(signal.ITIMER_PROF, LIMIT)  # its signal ends the process
         try:
             ways[way](draw, inside)
             answer["outcome"] = "read"
@@ -137,7 +137,7 @@ def work(folder, seed, only):
 
 
 def peak_memory():
-    """Most bytes that this process held; getrusage would count what the process held that started it, too."""
+    """Returns the peak memory of this process in bytes. getrusage would also count the parent process."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 

@@ -1,4 +1,4 @@
-"""The ways in that tests/fuzz.py goes through: each function makes an input in a folder, and reads it as a user's."""
+"""The kinds of input of tests/fuzz.py. Each function writes an input to a folder, and reads it as a command would."""
 
 import functools
 import io
@@ -25,8 +25,10 @@ from vdm_jax.data import media, text
 from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, checksums, cli
+from vdm_jax.run import folder as run_folder
 from vdm_jax.run import log as run_log
-from vdm_jax.system import codec as stages
+from vdm_jax.system import build
+from vdm_jax.system.layout import STAGES
 
 CLIP = dict(fps=8, size=16, sample_rate=2000)
 for name in ("vdm_jax", "absl"):
@@ -36,7 +38,7 @@ for name in ("vdm_jax", "absl"):
 
 
 def mutate(draw, data):
-    """Bytes with flips, runs of noise, a cut, a repeat, or numbers that are extreme."""
+    """Returns the bytes with flipped bits, noise, a cut, a repeat, or extreme numbers."""
     data = bytearray(data)
     for _ in range(draw.choice((0, 1, 1, 1, 2, 5))):
         if not data:
@@ -53,7 +55,7 @@ def mutate(draw, data):
             del data[place : place + draw.choice((1, 4, 100))]
         elif kind == 4:
             data[place:place] = data[place : place + 200]
-        elif kind == 5:  # near the start, where headers are
+        elif kind == 5:  # near the start, in the header
             place = draw.randrange(min(len(data), 64))
             data[place : place + 4] = draw.choice((b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f"))
         else:
@@ -63,7 +65,7 @@ def mutate(draw, data):
 
 @functools.cache
 def movie(kind):
-    """A short file, whole."""
+    """Returns the bytes of a short, valid video file."""
     file, rng = io.BytesIO(), np.random.default_rng(0)
     container = {"webm": "webm", "avi": "avi", "mkv": "matroska"}.get(kind, "mp4")
     codec = {"webm": "libvpx", "avi": "mpeg4"}.get(kind, "libx264")
@@ -130,7 +132,7 @@ def mp4(draw, folder):
 
 
 def playlist(draw, folder):
-    """Formats that would have FFmpeg open further files."""
+    """Formats that could make FFmpeg open other files."""
     secret = folder.parent.parent / "outside" / "secret.txt"
     content = draw.choice(
         (
@@ -204,7 +206,7 @@ def sound(draw, folder):
 
 
 def words(draw):
-    """Bytes that claim to be text."""
+    """Bytes in place of a text."""
     kind = draw.randrange(9)
     if kind == 0:
         return draw.randbytes(draw.randrange(300))
@@ -240,7 +242,7 @@ def captions(draw, folder):
 
 
 def metadata(draw, folder):
-    """metadata.csv or .jsonl with names that lead elsewhere, and rows of any shape."""
+    """metadata.csv or .jsonl with paths outside its folder, and rows of any shape."""
     outside = folder.parent.parent / "outside"
     (folder / "a.mp4").write_bytes(movie("silent"))
     (folder / "link.mp4").symlink_to(outside / "secret.txt")
@@ -302,29 +304,29 @@ def tensors(draw, folder):
         length = draw.choice((len(header), len(header), 2**63, 2**64 - 1, 0))
         data = struct.pack("<Q", length) + header + b"\0" * 64
     (folder / "w.safetensors").write_bytes(mutate(draw, data) if draw.random() < 0.7 else data)
-    checkpoint.read_safetensors(folder / "w.safetensors", expected)
+    run_folder.read_safetensors(folder / "w.safetensors", expected)
 
 
 @functools.cache
 def run_files():
-    """{path: content} of a run of one stage, of exported weights, and what they are expected to hold."""
+    """Returns {path: content} of a run of one stage and of exported weights, and the parameters they should hold."""
     with tempfile.TemporaryDirectory() as folder:
         folder, config = Path(folder), tiny.get_config()
         write_run(folder / "run", config, ("clip",))
-        expected = stages.abstract_params(config)
+        expected = build(config).params
         out = folder / "out"
         out.mkdir()
-        for stage in checkpoint.STAGES:
+        for stage in STAGES:
             zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), expected[stage])
-            checkpoint.write_safetensors(out / f"{stage}.safetensors", zeros, 1)
+            run_folder.write_safetensors(out / f"{stage}.safetensors", zeros, 1)
         statistics = {m: {"mean": np.zeros(4), "std": np.ones(4)} for m in ("video", "audio")}
-        checkpoint.write_statistics(out / "statistics.json", statistics)
+        run_folder.write_statistics(out / "statistics.json", statistics)
         (out / "config.json").write_text(config.to_json_best_effort())
         return {PurePath(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}, expected
 
 
 def place(folder, part, draw, seal):
-    """Writes a part of run_files, one file of it mutated, with fresh checksums where `seal` is a folder."""
+    """Writes a part of run_files with one file mutated. It writes fresh checksums in the folder `seal`, if given."""
     files, expected = run_files()
     files = {path: data for path, data in files.items() if path.parts[0] == part}
     victim = draw.choice(sorted(path for path in files if path.name != checksums.NAME or not seal))
@@ -333,37 +335,40 @@ def place(folder, part, draw, seal):
         (folder / path).write_bytes(mutate(draw, data) if path == victim else data)
     if draw.random() < 0.1:
         (folder / victim).unlink()
-    if seal:  # as if whoever changed them meant it
+    if seal:  # a forged file, with checksums that match
         checksums.write(folder / seal)
     return expected
 
 
 def stored(draw, folder):
-    """A checkpoint with a changed file, which its checksums tell or, forged, do not."""
+    """A checkpoint with a changed file. Half of the time its checksums are forged to match."""
     seal = draw.choice(("", "run/clip/checkpoints/8"))
     expected = place(folder, "run", draw, seal)
     if draw.random() < 0.3:
         directory = folder / "run" / "clip" / "checkpoints"
         checkpoint.quarantine_damaged(directory)
         return
-    checkpoint.load_params(folder / "run", "clip", expected["clip"])
+    run_folder.read_params(folder / "run", "clip", expected["clip"])
 
 
 def exported(draw, folder):
-    """Exported weights with a changed file; the settings among them also with a changed value."""
-    expected = place(folder, "out", draw, draw.choice(("", "out")))
-    if draw.random() < 0.5:
+    """Exported weights with a changed file, and half of the time with a changed value in config.json."""
+    seal = draw.choice(("", "out"))
+    expected = place(folder, "out", draw, seal)
+    spoiled = draw.random() < 0.5
+    if spoiled:
         config = json.loads(run_files()[0][PurePath("out/config.json")])
         spoil(draw, config)
         (folder / "out" / "config.json").write_text(json.dumps(config))
         checksums.write(folder / "out")
-        checkpoint.load_exported(folder / "out", stages.abstract_params)
-    else:
-        checkpoint.load_exported(folder / "out", lambda config: stages.models(config) and expected)
+    config = run_folder.read_config(folder / "out")
+    if spoiled:
+        expected = run_folder.checked_build(folder / "out", config, build).params
+    run_folder.read_exported(folder / "out", expected, unverified=not seal)
 
 
 def spoil(draw, settings):
-    """Changes a value of nested settings into one of any kind."""
+    """Replaces one value of nested settings by a value of any kind."""
     key = draw.choice(sorted(settings))
     if isinstance(settings[key], dict) and settings[key] and draw.random() < 0.9:
         return spoil(draw, settings[key])
@@ -376,7 +381,7 @@ def spoil(draw, settings):
 
 
 def command_line(draw, folder):
-    """Flags as a user types them, up to where a run would begin."""
+    """Flags as a user types them, checked up to the point where a run would begin."""
     config = tiny.get_config().to_dict()
 
     def keys(tree, above=""):
@@ -426,7 +431,7 @@ def command_line(draw, folder):
         cli._parse(sys.argv)
         options = flags.FLAGS
         if options.config is not None and options.workdir:
-            names = checkpoint.STAGES if options.stage == "all" else (options.stage,)
+            names = STAGES if options.stage == "all" else (options.stage,)
             train.check(options.config, names)
     finally:
         sys.argv = typed

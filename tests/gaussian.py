@@ -1,4 +1,4 @@
-"""A Gaussian of clips with sound, whose best denoiser and whose conditionals are known."""
+"""A Gaussian over clips with sound. Its best denoiser and its conditional distributions have closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +6,17 @@ import numpy as np
 
 from vdm_jax import diffusion
 
-FRAMES, TOKENS = 3, 2  # latent frames; audio tokens a frame
+FRAMES = 3  # latent frames
+TOKENS = 2  # audio tokens per latent frame
 
 
-def flat(z):  # [B, 12]: all of a clip as one vector
+def flat(z):
+    """Returns clips as vectors [B, 12]: six numbers of video, then six of audio."""
     return jnp.concatenate([z[name].reshape(len(z[name]), -1) for name in ("video", "audio")], 1)
 
 
 def unflat(x):
+    """Returns vectors [B, 12] as clips: the inverse of `flat`."""
     return {
         "video": x[:, : 2 * FRAMES].reshape(-1, FRAMES, 1, 1, 2),
         "audio": x[:, 2 * FRAMES :].reshape(-1, TOKENS * FRAMES, 1),
@@ -21,31 +24,43 @@ def unflat(x):
 
 
 def exact(mean, covariance, target="v"):
-    """The best denoise_fn for equally likely Gaussians: mean [M, 12], covariance [12, 12]."""
+    """Returns the best denoise_fn for a mixture of M Gaussians of equal weight, where all examples have equal levels.
 
-    def denoise(z, level, cond):
-        spread = {n: jnp.broadcast_to(diffusion.spread(level[n][:1], z[n]), (1, *z[n].shape[1:])) for n in z}
-        alpha, sigma = diffusion.alpha_sigma(flat(spread)[0])  # [12], one for all examples
+    mean: [M, 12].
+    covariance: [12, 12], the same for all.
+    target: what denoise_fn predicts.
+    """
+
+    def to_elements(log_snr, z):  # [B, T] -> one number per element of the first example, [1, ...]
+        return jnp.broadcast_to(diffusion.broadcast_to_latent(log_snr[:1], z), (1, *z.shape[1:]))
+
+    def denoise(z, log_snr, cond):
+        alpha, sigma = diffusion.alpha_sigma(flat(jax.tree.map(to_elements, log_snr, z))[0])  # [12]
         noisy = alpha[:, None] * covariance * alpha + jnp.diag(sigma**2)
         off = flat(z)[:, None] - alpha * mean  # [B, M, 12]
         solved = off @ jnp.linalg.inv(noisy)
         share = jax.nn.softmax(-(off * solved).sum(-1) / 2)  # [B, M]
         each = mean + (solved * alpha) @ covariance
         x0 = unflat((share[..., None] * each).sum(1))
-        return diffusion.to_target(x0, diffusion.to_eps(x0, z, level, "x0"), level, target)
+        return diffusion.to_target(x0, diffusion.to_eps(x0, z, log_snr, "x0"), log_snr, target)
 
     return denoise
 
 
 def gaussian(seed=0):
-    """A mean [1, 12] and covariance [12, 12] that tie frames and modalities to each other."""
+    """Returns a mean [1, 12] and a covariance [12, 12]. Frames and modalities depend on each other."""
     rng = np.random.default_rng(seed)
     factor = rng.normal(size=(12, 12)) / np.sqrt(12)
     return rng.normal(size=(1, 12)), factor @ factor.T + 0.1 * np.eye(12)
 
 
 def conditioned(mean, covariance, x, made):
-    """Mean and covariance of coordinates `made` of a Gaussian, the others being those of `x`."""
+    """Returns the mean and covariance of some coordinates of a Gaussian, if the others are known.
+
+    mean, covariance: of the Gaussian, [1, 12] and [12, 12].
+    x: [12], with the known coordinates.
+    made: numbers of the coordinates that are not known.
+    """
     known = np.setdiff1d(np.arange(len(x)), made)
     gain = covariance[np.ix_(made, known)] @ np.linalg.inv(covariance[np.ix_(known, known)])
     rest = covariance[np.ix_(made, made)] - gain @ covariance[np.ix_(known, made)]

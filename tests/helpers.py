@@ -12,7 +12,7 @@ import numpy as np
 from vdm_jax import train_state
 from vdm_jax.run import checkpoint
 from vdm_jax.sharding import path_name
-from vdm_jax.system import codec as stages
+from vdm_jax.system import build
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,7 +54,7 @@ def digest(state):
 
 def final_state(workdir, stage, config):
     """The newest train state of a stage of a run, on the host."""
-    params = stages.abstract_params(config)[stage]
+    params = build(config).params[stage]
     abstract = jax.eval_shape(lambda p: train_state.create(p, config[stage]), params)
     with checkpoint.manager(workdir / stage / "checkpoints") as checkpoints:
         return jax.device_get(checkpoint.restore(checkpoints, abstract))

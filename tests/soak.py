@@ -1,9 +1,9 @@
-"""Long tests of what a run survives; the test suite runs short forms of them.
+"""Long tests of what a run survives. The test suite runs short forms of them.
 
     python -m tests.soak kill --count=100 [--seed=0]     # SIGKILL at random moments, saves included
     python -m tests.soak flips --count=200 [--seed=0]    # flipped bits in stored checkpoints
 
-Each prints its counts, and fails where what is left is not what an undisturbed run leaves.
+Each prints its counts. It fails when a disturbed run does not end as an undisturbed one.
 """
 
 import argparse
@@ -29,9 +29,10 @@ from tests.helpers import digest, final_state
 from vdm_jax import train
 from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, checksums
+from vdm_jax.run import folder as run_folder
 
 STAGE = "clip"
-PATIENCE = 300  # s, for a single start
+PATIENCE = 300  # seconds for one start
 
 
 def settings(steps, checkpoint_every):
@@ -49,7 +50,7 @@ def options(config, workdir):
 
 
 def train_here(arguments, output):
-    """For a process of its own, forked from one that has imported everything but started no JAX."""
+    """Trains in a process of its own. That is forked from one that imported all modules and did not start JAX."""
     sys.argv = arguments
     for number in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -73,7 +74,7 @@ def finish(process, workdir):
 
 
 def moment(draw, workdir, process):
-    """Waits for a random moment of a run. -> what it is in: "begin", "steps" or "save"."""
+    """Waits for a random moment of a run. Returns what the run does then: "begin", "steps" or "save"."""
     directory, started = workdir / STAGE, time.monotonic()
     log = directory / "metrics.jsonl"
     size = log.stat().st_size if log.exists() else 0
@@ -100,7 +101,7 @@ def kills(counts):
 
 
 def kill(count, seed, folder, steps=240, checkpoint_every=4):
-    """Kills runs `count` times in all. -> {moment: kills}. Raises where an end is not that of an undisturbed run."""
+    """Kills runs, `count` times in all. Returns {moment: kills}. Each must end as an undisturbed run."""
     config, draw, counts = settings(steps, checkpoint_every), random.Random(seed), collections.Counter()
     whole, killed = folder / "whole", folder / "killed"
     finish(begin(config, whole), whole)
@@ -117,7 +118,7 @@ def kill(count, seed, folder, steps=240, checkpoint_every=4):
         ended = process.exitcode == 0
         if not ended:
             counts[kind] += 1
-            print(f"{kills(counts)} of {count}: {kind}, at step {checkpoint.newest_step(killed, STAGE)}", flush=True)
+            print(f"{kills(counts)} of {count}: {kind}, at step {run_folder.newest_step(killed, STAGE)}", flush=True)
             continue
         finish(process, killed)
         counts["runs brought to their right end"] += 1
@@ -131,15 +132,15 @@ def kill(count, seed, folder, steps=240, checkpoint_every=4):
 
 
 def read_log(path):
-    """[(step, loss, gradient norm)] of a metrics.jsonl, all lines of which must be whole."""
+    """Returns [(step, loss, gradient norm)] of a metrics.jsonl. Fails for an incomplete line."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
 def flips(count, seed, folder, steps=8, onward=5):
-    """Flips a bit at `count` random places of the newest checkpoint, each time anew. -> {what came of it: times}.
+    """Flips one bit at a random place of the newest checkpoint, `count` times, each time in a fresh copy.
 
-    One in `onward` times the run goes on: it must end like an undisturbed one.
+    Returns {outcome: times}. One in `onward` times the run continues, and must end as an undisturbed run.
     """
     config, draw, counts = settings(steps, 4), random.Random(seed), collections.Counter()
     whole = folder / "whole"
@@ -154,7 +155,7 @@ def flips(count, seed, folder, steps=8, onward=5):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(whole, run)
         stored = [run / STAGE / "checkpoints" / str(steps) / name for name in checksums.files(checkpoints / str(steps))]
-        # Half of the flips over all bytes, which are mostly arrays, the others over all files, which are mostly notes.
+        # Half of the flips are drawn over all bytes, so most are in arrays. The others are drawn over all files.
         weights = [path.stat().st_size if turn % 2 else 1 for path in stored]
         path = draw.choices(stored, weights)[0]
         content = bytearray(path.read_bytes())
@@ -164,7 +165,7 @@ def flips(count, seed, folder, steps=8, onward=5):
             checkpoint.quarantine_damaged(run / STAGE / "checkpoints")
         except UserError:
             raise AssertionError(f"{path}: the older checkpoint was lost, too") from None
-        if checkpoint.newest_step(run, STAGE) == steps:  # not seen
+        if run_folder.newest_step(run, STAGE) == steps:  # the damage was not noticed
             counts["NOT DETECTED"] += 1
             continue
         assert len(list((run / STAGE / "damaged").iterdir())) == 1
@@ -184,7 +185,7 @@ def main():
     parser.add_argument("what", choices=("kill", "flips"))
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--onward", type=int, default=5, help="of so many flips, one is trained on from")
+    parser.add_argument("--onward", type=int, default=5, help="continue training after one flip in ONWARD")
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ from tests import tiny
 from tests.helpers import init_weights, names
 from vdm_jax.models.audio_autoencoder import AudioAutoencoder
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
-from vdm_jax.system import codec as stages
+from vdm_jax.system import build
 
 T = 3  # latent frames
 VIDEO = {  # space strides, time strides
@@ -90,7 +90,8 @@ def test_sound_tokens_are_causal():
 @pytest.mark.parametrize("name", ["video_autoencoder", "audio_autoencoder"])
 def test_training_samples_the_latent(name):
     config = tiny.get_config()
-    model, size = stages.models(config)[name], stages.layout(config)
+    system = build(config)
+    model, size = system.models[name], system.layout
     shapes = {"video_autoencoder": (size.frames, 16, 16, 3), "audio_autoencoder": (size.latent_frames * 500,)}
     x = np.random.default_rng(0).normal(size=(2, *shapes[name])).astype(np.float32)
     params = init_weights(model, x, jax.random.key(0))
@@ -103,7 +104,7 @@ def test_training_samples_the_latent(name):
 
     out, want, mean, log_variance = run(x, jax.random.key(1))
     assert out.shape == x.shape and out.dtype == np.float32
-    assert mean.shape == log_variance.shape == (2, *stages.latent_shapes(size)[name.split("_")[0]])
+    assert mean.shape == log_variance.shape == (2, *size.latent_shapes[name.split("_")[0]])
     np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4)
     assert np.abs(out - run(x, jax.random.key(2))[0]).max() > 1e-4
 
@@ -111,7 +112,7 @@ def test_training_samples_the_latent(name):
 @pytest.mark.parametrize("name", ["video_autoencoder", "audio_autoencoder"])
 def test_parameters_do_not_depend_on_the_length(name):
     config = tiny.get_config()
-    short = stages.abstract_params(config)[name]
+    short = build(config).params[name]
     config.unlock()
     config.data.frames = 13
-    assert names(stages.abstract_params(config)[name]) == names(short)
+    assert names(build(config).params[name]) == names(short)

@@ -38,7 +38,7 @@ def metrics(path):
 
 
 def first():
-    """After the first run: keeps its lines, and takes its last checkpoint away."""
+    """After the first run: copies its log, and deletes its last checkpoint."""
     stage = FOLDER / "audio_autoencoder"
     (stage / "metrics.jsonl").copy(FOLDER / "before.jsonl")
     (stage / "checkpoints" / "8").rmtree()
@@ -50,7 +50,7 @@ def resumed():
 
 
 def data(folder):
-    """Reads in a bucket what it wrote there: encoded clips, an MP4, the data set of a folder."""
+    """Writes encoded clips, an MP4 and a data set to a bucket, and reads them back."""
     from vdm_jax.data import media
     from vdm_jax.data.tfds import Tfds
     from vdm_jax.run import storage

@@ -1,4 +1,4 @@
-"""Weights and settings come back as they were, and what is broken or missing is told."""
+"""Train states come back as they were, and damaged checkpoints are found."""
 
 import shutil
 import time
@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import t2v_pod, world_tiny
-from tests import tiny
-from tests.conftest import write_run
 from tests.helpers import finish, start
-from vdm_jax import train
+from vdm_jax import weights
 from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, checksums
-from vdm_jax.system import codec as stages
+from vdm_jax.run import folder as run_folder
 
 PARAMS = {
     "stem": {"kernel": np.arange(12, dtype=np.float32).reshape(3, 4) / 7, "bias": np.ones(4, np.float32)},
@@ -57,59 +54,12 @@ def flip(path, place=None, bit=0):
 
 
 def arrays(folder):
-    """The largest file of a checkpoint, where its arrays are."""
+    """Returns the largest file of a checkpoint, which holds its arrays."""
     return max((p for p in (folder / "default").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
 def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-# --------------------------------------------------------------------------------------------------- safetensors
-
-
-def test_safetensors_come_back(tmp_path):
-    path = tmp_path / "w.safetensors"
-    checkpoint.write_safetensors(path, PARAMS, 7, np.float32)
-    back, step = checkpoint.read_safetensors(path, EXPECTED)
-    equal(back, PARAMS)
-    assert step == 7
-    checkpoint.write_safetensors(path, PARAMS, 0)
-    half, _ = checkpoint.read_safetensors(path, EXPECTED)
-    equal(half, jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), PARAMS))
-    assert {x.dtype for x in jax.tree.leaves(half)} == {np.dtype(np.float32)}
-
-
-def test_safetensors_of_another_model_are_told(tmp_path):
-    path = tmp_path / "w.safetensors"
-    stem = PARAMS["stem"]
-    for params, words in (
-        (
-            {**PARAMS, "stem": {**stem, "kernel": stem["kernel"].T}},
-            r"stem/kernel has shape \(4, 3\).*asks for \(3, 4\)",
-        ),
-        ({"stem": stem}, "scale is missing"),
-        ({**PARAMS, "more": stem}, "more/bias is unknown"),
-    ):
-        checkpoint.write_safetensors(path, params, 0)
-        with pytest.raises(UserError, match=words):
-            checkpoint.read_safetensors(path, EXPECTED)
-
-
-def test_damaged_safetensors_are_told(tmp_path):
-    path = tmp_path / "w.safetensors"
-    with pytest.raises(UserError, match="missing"):
-        checkpoint.read_safetensors(path, EXPECTED)
-    for step in ("much", -1, 2**40):
-        checkpoint.write_safetensors(path, PARAMS, step)
-        with pytest.raises(UserError, match="no readable safetensors"):
-            checkpoint.read_safetensors(path, EXPECTED)
-    checkpoint.write_safetensors(path, PARAMS, 0)
-    whole = path.read_bytes()
-    for content in (b"", whole[:5], whole[:40], whole[:-3], whole + b"x", b"\xff" * 64, b"PK\3\4" + whole):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match="no readable safetensors"):
-            checkpoint.read_safetensors(path, EXPECTED)
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints
@@ -126,10 +76,10 @@ def test_the_newest_state_comes_back(tmp_path):
 
 def test_weights_are_the_average_of_the_newest_state(tmp_path):
     save(tmp_path / "clip" / "checkpoints", state(1), state(2, 5.0))
-    equal(checkpoint.load_params(tmp_path, "clip", EXPECTED), jax.tree.map(lambda x: 10 * x, PARAMS))
+    equal(run_folder.read_params(tmp_path, "clip", EXPECTED), jax.tree.map(lambda x: 10 * x, PARAMS))
     other = {**EXPECTED, "scale": jax.ShapeDtypeStruct((2,), np.float32)}
     with pytest.raises(UserError, match=r"scale is float32 \(\), the config asks for float32 \(2,\)"):
-        checkpoint.load_params(tmp_path, "clip", other)
+        run_folder.read_params(tmp_path, "clip", other)
 
 
 def test_a_save_that_was_cut_off_does_not_count(tmp_path):
@@ -138,11 +88,11 @@ def test_a_save_that_was_cut_off_does_not_count(tmp_path):
     rest = folder / "2.orbax-checkpoint-tmp"
     rest.mkdir()
     (rest / "half").write_text("half")
-    equal(checkpoint.load_params(tmp_path, "clip", EXPECTED), jax.tree.map(lambda x: 2 * x, PARAMS))
-    assert rest.exists()  # it may be a running save of a training run: a reader leaves it alone
+    equal(run_folder.read_params(tmp_path, "clip", EXPECTED), jax.tree.map(lambda x: 2 * x, PARAMS))
+    assert rest.exists()  # it may be the current save of a training run, so a reader does not delete it
     with checkpoint.manager(folder) as checkpoints:
         assert checkpoints.latest_step() == 1
-        for _ in range(300):  # the run itself tidies up, in the background
+        for _ in range(300):  # the run itself deletes it, in the background
             if not rest.exists():
                 break
             time.sleep(0.1)
@@ -152,7 +102,7 @@ def test_a_save_that_was_cut_off_does_not_count(tmp_path):
 def test_the_newest_and_the_best_are_never_deleted(tmp_path):
     losses = [3.0, 1.0, 2.0, np.nan, 4.0, np.inf]
     save(tmp_path, *map(state, range(1, 7)), losses=losses)
-    assert steps(tmp_path) == [2, 5, 6]  # one that is no number is nobody's best
+    assert steps(tmp_path) == [2, 5, 6]  # a loss of nan is never the best
     save(tmp_path, state(7), losses=[0.5])  # in a later process, too
     assert steps(tmp_path) == [6, 7]
     save(tmp_path, state(8), state(9), newest=1, best=0)
@@ -164,9 +114,9 @@ def test_a_deletion_that_was_cut_off_leaves_no_damaged_checkpoint(tmp_path, capl
         for step in (1, 2, 3):
             checkpoint.save(checkpoints, state(step), loss=step)  # 3 supersedes 2, which is neither newest nor best
     rest = tmp_path / "run" / checkpoint.SUPERSEDED / "2"
-    checksums.check(rest)  # out of the way in one go, before any of it is deleted
+    checksums.check(rest)  # it is moved as a whole before a file of it is deleted
     shutil.rmtree(rest / "metrics")
-    assert command(checkpoint, "verify", tmp_path / "run").code == 0
+    assert command(weights, "verify", tmp_path / "run").code == 0
     checkpoint.quarantine_damaged(tmp_path / "run")
     assert not caplog.messages and not (tmp_path / "damaged").exists()
     assert restore(tmp_path / "run")["step"] == 3 and steps(tmp_path / "run") == [1, 3]
@@ -198,16 +148,7 @@ def test_another_dtype_shape_or_name_is_refused(tmp_path):
         with pytest.raises(UserError, match=words):
             restore(folder, abstract)
     with pytest.raises(UserError, match="scale is float32 .*, the config asks for bfloat16"):
-        checkpoint.load_params(tmp_path, "clip", {**EXPECTED, "scale": half})
-
-
-def test_a_state_from_before_it_had_a_loss_mean_comes_back(tmp_path):
-    save(tmp_path, state(3))
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    mean = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding)
-    restored = restore(tmp_path, {**ABSTRACT, "loss_mean": mean})
-    assert np.isnan(restored.pop("loss_mean"))
-    equal(restored, state(3))
+        run_folder.read_params(tmp_path, "clip", {**EXPECTED, "scale": half})
 
 
 MESHES = """
@@ -247,16 +188,16 @@ def test_a_damaged_checkpoint_is_named_and_set_aside(tmp_path, caplog):
     assert steps(folder) == [1, 2, 3] and not caplog.text
     content = files(folder / "3")
     flip(arrays(folder / "3"))
-    with pytest.raises(UserError, match=f"{arrays(folder / '3')} is damaged"):  # a reader leaves it where it is
-        checkpoint.load_params(tmp_path, "clip", EXPECTED)
+    with pytest.raises(UserError, match=f"{arrays(folder / '3')} is damaged"):  # a reader does not move it
+        run_folder.read_params(tmp_path, "clip", EXPECTED)
     checkpoint.quarantine_damaged(folder)
     (record,) = caplog.records
     (aside,) = (tmp_path / "clip" / "damaged").iterdir()
     assert record.levelname == "ERROR" and f"3/{arrays(aside).relative_to(aside)} is damaged" in record.message
     assert set(files(aside)) == set(content) and files(aside) != content
     equal(restore(folder), state(2, 5.0))
-    save(folder, state(3, 7.0))  # the run comes by again
-    equal(checkpoint.load_params(tmp_path, "clip", EXPECTED), jax.tree.map(lambda x: 14 * x, PARAMS))
+    save(folder, state(3, 7.0))  # the run reaches step 3 again
+    equal(run_folder.read_params(tmp_path, "clip", EXPECTED), jax.tree.map(lambda x: 14 * x, PARAMS))
 
 
 def files(folder):
@@ -272,7 +213,7 @@ def test_where_all_are_damaged_none_is_moved(tmp_path, command):
     with pytest.raises(UserError, match=f"no checkpoint in {folder} is whole .*2/checksums.txt is damaged.*restore a"):
         checkpoint.quarantine_damaged(folder)
     assert files(tmp_path) == before
-    done = command(checkpoint, "verify", tmp_path)
+    done = command(weights, "verify", tmp_path)
     assert done.code == 2 and done.out.count("DAMAGED") == 2
     assert len(done.err) == 1 and "is missing, and 1 more are damaged" in done.err[0]
 
@@ -299,13 +240,19 @@ def test_any_flipped_bit_is_found(tmp_path):
     assert found > 35
 
 
-def test_checkpoints_from_before_there_were_checksums_are_used_with_a_warning(tmp_path, caplog):
+def test_a_checkpoint_without_checksums_counts_as_damaged(tmp_path, caplog):
     folder = tmp_path / "clip" / "checkpoints"
-    save(folder, state(1))
-    (folder / "1" / checksums.NAME).unlink()
+    save(folder, state(1), state(2, 5.0))
+    (folder / "2" / checksums.NAME).unlink()
+    with pytest.raises(UserError, match="2 has no checksums.txt, so damage would not be noticed: restore this file"):
+        run_folder.read_params(tmp_path, "clip", EXPECTED)
+    assert steps(folder) == [1, 2]  # a reader does not move it
     checkpoint.quarantine_damaged(folder)
-    assert "has no checksums" in caplog.text
-    equal(restore(folder), state(1))
+    assert steps(folder) == [1] and "2 has no checksums.txt" in caplog.text
+    (folder / "1" / checksums.NAME).unlink()
+    with pytest.raises(UserError, match="no checkpoint in .* is whole .*1 has no checksums.txt.*restore a copy"):
+        checkpoint.quarantine_damaged(folder)
+    assert steps(folder) == [1]
 
 
 SAVES = """
@@ -339,152 +286,3 @@ def test_a_disk_that_is_full_ends_the_run_with_the_last_checkpoint_whole(tmp_pat
     checkpoint.quarantine_damaged(folder)
     abstract = {"step": jax.ShapeDtypeStruct((), jnp.int32), "x": jax.ShapeDtypeStruct((1000,), jnp.float32)}
     equal(restore(folder, abstract), {"step": 1, "x": np.ones(1000)})
-
-
-# ----------------------------------------------------------------------------------------------------------- runs
-
-
-@pytest.mark.parametrize("recipe", [tiny, t2v_pod])
-def test_settings_come_back_and_are_locked(tmp_path, recipe):
-    config = recipe.get_config()
-    (tmp_path / "config.json").write_text(config.to_json_best_effort())
-    back = checkpoint.load_config(tmp_path / "config.json")
-    assert back.to_dict() == config.to_dict()
-    assert back.is_locked and isinstance(back.denoiser.model.channels, tuple)
-    assert stages.layout(back) == stages.layout(config)
-    with pytest.raises((AttributeError, KeyError)):
-        back.denoiser.stps = 1
-
-
-def test_statistics_come_back(tmp_path):
-    path = tmp_path / "statistics.json"
-    statistics = {"video": {"mean": np.array([0.1, -2e-9], np.float32), "std": np.array([1 / 3, 7], np.float32)}}
-    checkpoint.write_statistics(path, statistics)
-    equal(checkpoint.read_statistics(path), statistics)
-    assert [p.name for p in tmp_path.iterdir()] == ["statistics.json"]
-    path.write_text(path.read_text()[:-9])
-    with pytest.raises(UserError, match="damaged"):
-        checkpoint.read_statistics(path)
-    path.unlink()
-    with pytest.raises(UserError, match="unfinished"):
-        checkpoint.read_statistics(path)
-
-
-def test_a_run_that_is_none_or_unfinished_is_told(tmp_path):
-    with pytest.raises(UserError, match="no run folder"):
-        checkpoint.load_trained(tmp_path / "none", stages.abstract_params)
-    run = write_run(tmp_path / "run", tiny.get_config(), ("video_autoencoder", "audio_autoencoder"))
-    with pytest.raises(UserError, match="unfinished: stage clip has no checkpoint.*--stage=clip"):
-        checkpoint.load_trained(run, stages.abstract_params)
-    config = run / "config.json"
-    config.write_text(config.read_text()[:200])
-    with pytest.raises(UserError, match="damaged"):
-        checkpoint.load_trained(run, stages.abstract_params)
-    for wrong in ("{}", '{"data": {"frames": 17}}', '{"data": 3}', "[]"):  # whole, but of no run
-        config.write_text(wrong)
-        with pytest.raises(UserError, match="config.json is (not that of a run|damaged)"):
-            checkpoint.load_trained(run, stages.abstract_params)
-
-
-def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, command):
-    trained = checkpoint.load_trained(tiny_run, stages.abstract_params)
-    assert set(trained.frozen) == {*checkpoint.STAGES, "statistics"}
-    monkeypatch.setattr(checkpoint, "REFERENCE", epath.Path(tmp_path / "out"))
-    done = command(checkpoint, "verify", tiny_run)
-    assert done.code == 0 and done.out.count(": good") == 4 and "GB/s" in done.out
-    with pytest.raises(UserError, match="no reference weights"):
-        checkpoint.load_trained(None, stages.abstract_params)
-    done = command(checkpoint, "export", f"--workdir={tiny_run}", f"--out={tmp_path / 'out'}")
-    assert done.code == 0 and "MB of weights" in done.out
-    exported = checkpoint.load_trained(None, stages.abstract_params)
-    assert exported.config.to_dict() == trained.config.to_dict()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), exported.frozen, trained.frozen)
-
-    # -------------------------------------------------------------------------------------- and taken over by a new run
-    run = tmp_path / "new" / "run"
-    done = command(checkpoint, "import", f"--weights={tmp_path / 'out'}", f"--workdir={run}")
-    assert done.code == 0 and f"denoiser at step {tiny.get_config().denoiser.steps}" in done.out
-    jax.tree.map(
-        np.testing.assert_array_equal, checkpoint.load_trained(run, stages.abstract_params).frozen, exported.frozen
-    )
-    done = command(checkpoint, "import", "--weights=reference", f"--workdir={run}")
-    assert done.code == 2 and len(done.err) == 1 and "holds a run already" in done.err[0]
-    done = command(checkpoint, "import", f"--weights={tmp_path}", f"--workdir={tmp_path / 'other'}")
-    assert done.code == 2 and len(done.err) == 1 and "holds no weights" in done.err[0]
-    longer = f"--config.denoiser.steps={tiny.get_config().denoiser.steps + 2}"
-    done = command(train, "--config=tests/tiny.py", f"--workdir={run}", longer, "--config.preview_every=0")
-    assert done.code == 0 and any("8 of 10 steps done" in line for line in done.err)
-    assert checkpoint.newest_step(run, "denoiser") == tiny.get_config().denoiser.steps + 2
-
-    # ------------------------------------------------------------- and by one that trains a stage on from its weights
-    run = tmp_path / "tuned"
-    whole = ["import", f"--weights={tmp_path / 'out'}", f"--workdir={run}"]
-    done = command(checkpoint, *whole, "--restart=audio_autoencoder", "--restart=denoiser")
-    assert done.code == 0 and "audio_autoencoder at step 0" in done.out and "denoiser at step 0" in done.out
-    assert f"video_autoencoder at step {tiny.get_config().video_autoencoder.steps}" in done.out
-    jax.tree.map(
-        np.testing.assert_array_equal, checkpoint.load_trained(run, stages.abstract_params).frozen, exported.frozen
-    )
-    done = command(checkpoint, *whole, "--restart=decoder")
-    assert done.code == 2 and "decoder" in done.err[-1]
-
-    # -------------------------------------------------------------------------------------- and by one with more layers
-    run = tmp_path / "grown"
-    recipe = ["--config=tests/tiny.py", "--config.denoiser.model.text_layers=1"]
-    done = command(checkpoint, "import", f"--weights={tmp_path / 'out'}", f"--workdir={run}", *recipe)
-    assert done.code == 0 and "denoiser at step 0" in done.out and "text/" in done.out
-    grown = checkpoint.load_trained(run, stages.abstract_params)
-    cond = {"states": np.ones((1, 96, 16)), "mask": np.ones((1, 96), bool), "pooled": np.ones((1, 16))}
-    size = stages.layout(grown.config)
-    z = {name: np.ones((1, *shape), np.float32) for name, shape in stages.latent_shapes(size).items()}
-    level = {name: np.zeros((1, size.latent_frames)) for name in z}
-    outputs = [
-        stages.models(one.config)["denoiser"].apply({"params": one.frozen["denoiser"]}, z, level, cond)
-        for one in (grown, exported)
-    ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *outputs)
-    done = command(train, *recipe, f"--workdir={run}", "--config.denoiser.steps=1", "--config.preview_every=0")
-    assert done.code == 0
-    start = grown.frozen["denoiser"]["stem_video"]["kernel"]
-    after = checkpoint.load_trained(run, stages.abstract_params).frozen["denoiser"]["stem_video"]["kernel"]
-    assert 0 < np.abs(after - start).max() < 0.1  # one step from the weights, not from a fresh draw
-    other = "--config.denoiser.model.embedding=32"  # weights of another shape cannot be taken over
-    done = command(checkpoint, "import", "--weights=reference", f"--workdir={tmp_path / 'no'}", *recipe, other)
-    assert done.code == 2 and len(done.err) == 1 and "the config asks for" in done.err[0]
-    assert not (tmp_path / "no").exists()
-
-    for options in (["export"], ["export", f"--workdir={tiny_run}"], [f"--workdir={tiny_run}", "--out=x"]):
-        done = command(checkpoint, *options)
-        assert done.code == 2 and len(done.err) == 1 and "usage" in done.err[0]
-    done = command(checkpoint, "verify", tmp_path / "out")
-    assert done.code == 0 and done.out.count(": good") == 1
-    done = command(checkpoint, "verify", tmp_path / "nothing")
-    assert done.code == 2 and len(done.err) == 1 and "is not a folder" in done.err[0]
-    flip(tmp_path / "out" / "clip.safetensors")
-    with pytest.raises(UserError, match="clip.safetensors is damaged"):
-        checkpoint.load_trained(None, stages.abstract_params)
-    done = command(checkpoint, "verify", tmp_path / "out")
-    assert done.code == 2 and len(done.err) == 1 and "clip.safetensors is damaged" in done.err[0]
-    (tmp_path / "out" / "clip.safetensors").unlink()
-    with pytest.raises(UserError, match="clip.safetensors is missing"):
-        checkpoint.load_trained(None, stages.abstract_params)
-
-
-def test_the_reference_weights_are_those_of_their_recipe():
-    exported, recipe = checkpoint.load_config(checkpoint.REFERENCE / "config.json"), world_tiny.get_config()
-    for stage in checkpoint.STAGES:
-        assert exported[stage].to_dict() == recipe[stage].to_dict()
-    for part in ("data", "sample", "evaluate"):
-        assert exported[part].to_dict() == recipe[part].to_dict()
-    assert checksums.check(checkpoint.REFERENCE) > 1e6
-    assert (
-        checkpoint.load_exported(checkpoint.REFERENCE, stages.abstract_params)[1]["denoiser"] == recipe.denoiser.steps
-    )
-
-
-def test_statistics_are_written_over(tmp_path):
-    path = tmp_path / "statistics.json"
-    for mean in (1.0, 2.0):
-        checkpoint.write_statistics(path, {"video": {"mean": np.full(3, mean), "std": np.ones(3)}})
-    np.testing.assert_array_equal(checkpoint.read_statistics(path)["video"]["mean"], [2.0, 2.0, 2.0])
-    assert [p.name for p in tmp_path.iterdir()] == ["statistics.json"]

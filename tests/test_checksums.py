@@ -1,4 +1,4 @@
-"""Every change of a file is found, and named."""
+"""Every changed file is found and named."""
 
 import numpy as np
 import pytest
@@ -21,8 +21,13 @@ def test_what_is_unchanged_is_good(folder):
     (folder / "more").write_text("of someone else")
     (folder / checksums.LATER[0]).write_text("of Orbax")
     assert checksums.check(folder) == checksums.CHUNK + 77 + 40
+
+
+def test_a_folder_without_checksums_is_refused(folder):
     (folder / checksums.NAME).unlink()
-    assert checksums.check(folder) is None
+    for read in (checksums.check, checksums.add_later):
+        with pytest.raises(checksums.Missing, match=f"{folder} has no checksums.txt"):
+            read(folder)
 
 
 def test_what_comes_later_can_be_added(folder):

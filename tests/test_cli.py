@@ -1,4 +1,4 @@
-"""A script called inside a process, as notebooks do."""
+"""A command called inside a process, as notebooks do."""
 
 import pytest
 from absl import flags

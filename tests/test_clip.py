@@ -7,7 +7,8 @@ import pytest
 from tests import tiny
 from tests.helpers import weights
 from vdm_jax.data import text
-from vdm_jax.system import codec as stages
+from vdm_jax.system import build
+from vdm_jax.system.codec import to_float
 
 PROMPTS = ["a red circle", "a blue square moving left", "", "zwei Kreise, größer"]
 
@@ -16,8 +17,9 @@ PROMPTS = ["a red circle", "a blue square moving left", "", "zwei Kreise, größ
 def clip():
     """-> (params, embed(tokens, video) -> outputs of every method, loss(batch))."""
     config = tiny.get_config()
-    model = stages.models(config)["clip"]
-    params = weights(stages.abstract_params(config)["clip"])
+    system = build(config)
+    model = system.models["clip"]
+    params = weights(system.params["clip"])
 
     @jax.jit
     def run(tokens, mask, video):
@@ -37,38 +39,38 @@ def batch(seed=0):
 def test_padding_is_not_read(clip):
     tokens, video = batch()
     mask, run = text.mask(tokens), clip[2]
-    states, words, pictures, _ = run(tokens, mask, stages.to_float(video))
+    states, words, pictures, _ = run(tokens, mask, to_float(video))
     assert states["states"].shape == (4, 96, 16) and states["pooled"].shape == (4, 16)
     other = np.where(mask, tokens, 77)
-    states_2, words_2, pictures_2, _ = run(other, mask, stages.to_float(video))
+    states_2, words_2, pictures_2, _ = run(other, mask, to_float(video))
     np.testing.assert_array_equal(states_2["pooled"], states["pooled"])
     np.testing.assert_array_equal(states_2["states"][mask], states["states"][mask])
     np.testing.assert_array_equal(words_2, words)
     other = np.where(np.arange(96) == 3, 77, tokens)  # a token that is read
-    assert (np.abs(run(other, mask | (np.arange(96) == 3), stages.to_float(video))[1] - words).max(1) > 1e-4).all()
+    assert (np.abs(run(other, mask | (np.arange(96) == 3), to_float(video))[1] - words).max(1) > 1e-4).all()
 
 
 def test_embeddings_are_unit_vectors_of_one_item(clip):
     tokens, video = batch()
     run = clip[2]
-    _, words, pictures, scale = run(tokens, text.mask(tokens), stages.to_float(video))
+    _, words, pictures, scale = run(tokens, text.mask(tokens), to_float(video))
     assert words.shape == pictures.shape == (4, 16)
     for embedding in (words, pictures):
         np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-5)
         assert np.abs(embedding - embedding[::-1]).max() > 1e-2
-    _, words_2, pictures_2, _ = run(tokens[::-1], text.mask(tokens[::-1]), stages.to_float(video[::-1]))
+    _, words_2, pictures_2, _ = run(tokens[::-1], text.mask(tokens[::-1]), to_float(video[::-1]))
     np.testing.assert_allclose(words_2[::-1], words, atol=1e-5)
     np.testing.assert_allclose(pictures_2[::-1], pictures, atol=1e-5)
     np.testing.assert_allclose(scale, np.exp(clip[1]["log_temperature"]), rtol=1e-6)
     # Time has a direction, or "left" and "right" would be one.
-    backwards = run(tokens, text.mask(tokens), stages.to_float(video[:, ::-1]))[2]
+    backwards = run(tokens, text.mask(tokens), to_float(video[:, ::-1]))[2]
     assert (np.abs(backwards - pictures).max(1) > 1e-4).all()
 
 
 def test_temperature_starts_as_in_the_paper_and_is_bounded():
     config = tiny.get_config()
     tokens, video = batch()
-    model, arguments = stages.models(config)["clip"], (tokens, tokens > 0, stages.to_float(video))
+    model, arguments = build(config).models["clip"], (tokens, tokens > 0, to_float(video))
 
     @jax.jit
     def scales(key):
@@ -86,8 +88,8 @@ def test_loss_is_the_mean_of_both_directions(clip, misses):
     inputs = {"tokens": tokens, "video": video}
     if misses:
         inputs["hard_negative"] = tokens[[0, 1, 3, 3]]  # only the third differs from its caption
-    loss, metrics = jax.jit(stages.build(config)["clip"].loss)(params, jax.random.key(0), inputs, {})
-    _, words, pictures, scale = run(tokens, text.mask(tokens), stages.to_float(video))
+    loss, metrics = jax.jit(build(config).stages["clip"].loss)(params, jax.random.key(0), inputs, {})
+    _, words, pictures, scale = run(tokens, text.mask(tokens), to_float(video))
     logits = float(scale) * np.asarray(words, np.float64) @ np.asarray(pictures, np.float64).T
     to_video = np.diag(logits) - np.log(np.exp(logits).sum(1))
     wrong = np.zeros(4)

@@ -9,15 +9,12 @@ import pytest
 
 from tests import tiny
 from tests.conftest import write_run
-from vdm_jax import evaluate, preview
-from vdm_jax.data import batches as pipeline
-from vdm_jax.data import media
+from vdm_jax import evaluate, load
+from vdm_jax.data import batches, media
 from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import report
 from vdm_jax.metrics import tasks as task_metrics
-from vdm_jax.run import checkpoint
-from vdm_jax.system import codec as stages
 
 
 @pytest.fixture
@@ -31,12 +28,12 @@ def clips_of(items):
 
 def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     out = tmp_path / "new" / "report"
-    counts = ["--clips=3", "--prompts=3", "--steps=4", "--tasks=2", "--samplers=ddim:2"]
+    counts = ["--count=3", "--steps=4", "--suite=all", "--samplers=ddim:2"]
     done = command(evaluate, f"--workdir={tiny_run}", f"--out={out}", *counts)
     assert done.code == 0, done.err
     metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics["tasks"]) == {"undirected", "image", "continue", "foley", "sound", "rollout"}
-    assert len(metrics["tasks"]["rollout"]["seconds"]) == 10 and "Task: roll out" in done.out
+    assert set(metrics["tasks"]) == {"undirected", "image", "continue", "foley", "audio", "rollout"}
+    assert len(metrics["tasks"]["rollout"]["seconds"]) == 10 and "Task: rollout" in done.out
     for part, names in report.REQUIRED.items():
         assert set(names) <= set(metrics[part])
     assert metrics["truth"]["one_object"] == metrics["truth"]["permanence"] == 1
@@ -60,7 +57,7 @@ def test_a_run_is_evaluated(tiny_run, tmp_path, command):
 def test_the_autoencoders_alone(tmp_path, command):
     run = write_run(tmp_path / "run", tiny.get_config(), names=("video_autoencoder", "audio_autoencoder"))
     out = tmp_path / "report"
-    done = command(evaluate, f"--workdir={run}", f"--out={out}", "--clips=3", "--only=reconstruction")
+    done = command(evaluate, f"--workdir={run}", f"--out={out}", "--count=3", "--suite=reconstruction")
     assert done.code == 0, done.err
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["reconstruction"]["psnr"] > 0 and metrics["truth"]["one_object"] == 1
@@ -79,7 +76,7 @@ def test_a_folder_of_videos_has_no_state_but_all_else(tmp_path, command, config)
         (films / f"{i}.txt").write_text(f"film number {i}")
     config.data.update(source="files", path=str(films))
     run, out = write_run(tmp_path / "run", config), tmp_path / "report"
-    done = command(evaluate, f"--workdir={run}", f"--out={out}", "--clips=3", "--prompts=3", "--steps=4")
+    done = command(evaluate, f"--workdir={run}", f"--out={out}", "--count=3", "--steps=4")
     assert done.code == 0, done.err
     metrics = json.loads((out / "metrics.json").read_text())
     for part in ("truth", "autoencoder", "samples"):
@@ -94,12 +91,12 @@ def test_a_folder_of_videos_has_no_state_but_all_else(tmp_path, command, config)
     "options, told",
     [
         ([], "--out is missing"),
-        (["--out={tmp}/r", "--workdir={tmp}/none"], "no run folder"),
-        (["--out={tmp}/r", "--workdir={tmp}/none", "--only=reconstruction"], "config.json is missing"),
-        (["--out={tmp}/r", "--only=samples"], "--only"),
+        (["--out={tmp}/r", "--workdir={tmp}/none"], "no config.json"),
+        (["--out={tmp}/r", "--workdir={tmp}/a", "--weights={tmp}/b"], "only one of --workdir and --weights"),
+        (["--out={tmp}/r", "--suite=samples"], "--suite"),
         (["--out={tmp}/r", "--samplers=ddim"], "--samplers=ddim"),
         (["--out={tmp}/r", "--samplers=dpm:4"], "dpmpp_2m"),
-        (["--out={tmp}/r", "--clips=0"], "--clips"),
+        (["--out={tmp}/r", "--count=0"], "--count"),
         (["--out={tmp}/r", "--method=euler"], "--method"),
         (["--out={tmp}/r", "more"], "unexpected argument 'more'"),
         (["--out={tmp}/file", "--workdir={run}"], "cannot make the folder"),
@@ -134,10 +131,10 @@ def test_prompts_ask_for_nothing_that_previews_show(config):
     with config.unlocked():
         config.data.world.update(objects=(0.5, 0.5), colors=("red", "green"), shapes=("circle",))
         config.evaluate.prompts = 5
-    held_out = pipeline.source(config, "held_out")
+    held_out = batches.source(config, "held_out")
     prompts = evaluate.choose_prompts(config, held_out, seed=3)
     assert [len(p["objects"]) for p in prompts] == [1] * 5 + [2] * 5
-    shown = [task_metrics.objects(held_out[i]) for i in range(preview.CLIPS)]
+    shown = [task_metrics.objects(held_out[i]) for i in range(evaluate.PREVIEWED)]
     for prompt in prompts:
         assert prompt["objects"] not in shown and prompt["objects"][::-1] not in shown
         for thing in prompt["objects"]:
@@ -178,13 +175,13 @@ def test_batches_are_filled_up_and_cut_again(config):
 
 def test_loss_by_level_of_a_network_that_says_nothing(tiny_run, config):
     """v = 0 means eps = sigma z, so the error is alpha^2 (alpha eps - sigma x)^2: alpha^2 (alpha^2 + sigma^2 x^2)."""
-    trained = checkpoint.load_trained(tiny_run, stages.abstract_params)
-    frozen = trained.frozen | {"denoiser": jax.tree.map(jnp.zeros_like, trained.frozen["denoiser"])}
-    source = pipeline.source(config, "held_out")
+    pipe = load(tiny_run)
+    pipe.params["denoiser"] = jax.tree.map(jnp.zeros_like, pipe.params["denoiser"])
+    source = batches.source(config, "held_out")
     items = [source[i] for i in range(4)]
     clips = clips_of(items)
-    columns = evaluate.loss_by_level(trained.config, frozen, items, clips, seed=0)
-    z = jax.jit(lambda f, c: stages.encode(config, f, c["video"], c["audio"]))(frozen, clips)
+    columns = evaluate.loss_per_noise_level(pipe, items, clips, seed=0)
+    z = jax.jit(lambda p, c: pipe.system.encode(p, c["video"], c["audio"]))(pipe.params, clips)
     for name in ("video", "audio"):
         alpha2 = 1 / (1 + np.exp(-np.array(columns["log_snr"])))
         expected = alpha2 * (alpha2 + (1 - alpha2) * float(jnp.square(z[name]).mean()))

@@ -20,7 +20,7 @@ def warnings(monkeypatch):
 
 
 def write(path, frames, sound=True, first=0):
-    """Frame k is the grey level 3 * (first + k), and its sound a constant tone as loud as k."""
+    """Frame k is the gray level 3 * (first + k), and its sound a constant tone as loud as k."""
     path.parent.mkdir(parents=True, exist_ok=True)
     video = np.zeros((frames, 16, 16, 3), np.uint8)
     video += (3 * (first + np.arange(frames, dtype=np.uint8)))[:, None, None, None]
@@ -70,7 +70,7 @@ def test_items_are_windows_with_their_sound_and_caption(folder, warnings):
         expected = level / 128 if level[0] < 50 else np.zeros(FRAMES)
         np.testing.assert_allclose(loudness, expected, atol=0.03)
     assert len(seen) > 12
-    assert [line for line in warnings if "no sound" in line] == ["1 of 2 videos: no sound, it gets silence: sub/b.mp4"]
+    assert [line for line in warnings if "no sound" in line] == ["1 of 2 videos: no sound, it is silent: sub/b.mp4"]
 
 
 def test_items_depend_on_seed_and_index_alone(folder):
@@ -105,11 +105,11 @@ def test_memory_and_seeking_give_the_same(folder):
     assert [video[-1] for video in sought.videos] == [False, False]
     assert [video[-1] for video in some.videos] == [False, True]
     for i in range(12):
-        one, two = cached[i], sought[i]
-        np.testing.assert_array_equal(one["video"], two["video"])
-        np.testing.assert_allclose(one["audio"], two["audio"], atol=0.1)  # up to half a sample off
-        lag = np.correlate(one["audio"], two["audio"], "full").argmax() - (FRAMES * 1000 - 1)
-        assert lag == 0 or not one["audio"].any()
+        first, second = cached[i], sought[i]
+        np.testing.assert_array_equal(first["video"], second["video"])
+        np.testing.assert_allclose(first["audio"], second["audio"], atol=0.1)  # up to half a sample off
+        lag = np.correlate(first["audio"], second["audio"], "full").argmax() - (FRAMES * 1000 - 1)
+        assert lag == 0 or not first["audio"].any()
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])

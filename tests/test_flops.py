@@ -1,4 +1,4 @@
-"""Counts against products that can be counted by hand."""
+"""FLOPs counted from shapes, compared with counts by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from vdm_jax.perf import flops
 
 X, W = jax.ShapeDtypeStruct((5, 7), "float32"), jax.ShapeDtypeStruct((7, 7), "float32")
-ONE = 2 * 5 * 7 * 7  # x @ w
+PRODUCT = 2 * 5 * 7 * 7  # FLOPs of x @ w
 
 
 def layers(w, x):
@@ -15,9 +15,9 @@ def layers(w, x):
 
 
 def test_a_first_layer_counts_twice_and_a_later_one_three_times():
-    assert flops.count(layers, W, X) == (2 * ONE, (2 + 3) * ONE)
-    assert flops.count(lambda w, x: (x @ w).sum(), W, X) == (ONE, 2 * ONE)
-    assert flops.count(lambda trained, w, x: layers(w, x) * trained, jnp.ones(()), W, X) == (2 * ONE, 2 * ONE)
+    assert flops.count(layers, W, X) == (2 * PRODUCT, (2 + 3) * PRODUCT)
+    assert flops.count(lambda w, x: (x @ w).sum(), W, X) == (PRODUCT, 2 * PRODUCT)
+    assert flops.count(lambda trained, w, x: layers(w, x) * trained, jnp.ones(()), W, X) == (2 * PRODUCT, 2 * PRODUCT)
 
 
 def test_attention_between_activations_counts_three_times():
@@ -25,38 +25,38 @@ def test_attention_between_activations_counts_three_times():
         y = x @ w  # [5, 7]
         return y @ y.T  # [5, 5]
 
-    assert flops.count(attention, W, X) == (ONE + 2 * 25 * 7, 2 * ONE + 3 * 2 * 25 * 7)
+    assert flops.count(attention, W, X) == (PRODUCT + 2 * 25 * 7, 2 * PRODUCT + 3 * 2 * 25 * 7)
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, jax.vmap])
 def test_called_functions_and_recomputation(wrap):
     if wrap is jax.vmap:
         batched = jax.ShapeDtypeStruct((3, *X.shape), "float32")
-        assert flops.count(jax.vmap(layers, (None, 0)), W, batched) == (6 * ONE, 15 * ONE)
+        assert flops.count(jax.vmap(layers, (None, 0)), W, batched) == (6 * PRODUCT, 15 * PRODUCT)
     else:
-        assert flops.count(wrap(layers), W, X) == (2 * ONE, 5 * ONE)
+        assert flops.count(wrap(layers), W, X) == (2 * PRODUCT, 5 * PRODUCT)
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
-def test_what_no_result_is_made_of_is_not_counted(wrap):
+def test_what_no_result_needs_is_not_counted(wrap):
     def pair(w, x):
         return x @ w, jnp.tanh(x @ w) @ w
 
-    assert flops.count(lambda w, x: wrap(pair)(w, x)[0], W, X) == (ONE, 2 * ONE)
+    assert flops.count(lambda w, x: wrap(pair)(w, x)[0], W, X) == (PRODUCT, 2 * PRODUCT)
 
-    def streams(w, x):  # the second stream of the first call is read by the second call's second stream alone
+    def streams(w, x):  # no result needs the second stream, b
         a, b = wrap(lambda a, b: (a @ w, b @ w))(x, x)
         return wrap(lambda a, b: (a @ w, b @ w))(a, b)[0]
 
-    assert flops.count(streams, W, X) == (2 * ONE, 5 * ONE)
+    assert flops.count(streams, W, X) == (2 * PRODUCT, 5 * PRODUCT)
 
 
 def test_loops_count_as_often_as_they_run():
     def loop(w, x):
         return jax.lax.scan(lambda y, _: (jnp.tanh(y @ w), None), x, length=4)[0]
 
-    # The body is counted as one: what it reads was made by the step before.
-    assert flops.count(loop, W, X) == (4 * ONE, 4 * 3 * ONE)
+    # Each iteration counts three times, the first one too: the body reads the carry, which depends on w.
+    assert flops.count(loop, W, X) == (4 * PRODUCT, 4 * 3 * PRODUCT)
 
     def endless(w, x):
         return jax.lax.while_loop(lambda y: y.sum() < 3, lambda y: y @ w, x)
@@ -65,11 +65,11 @@ def test_loops_count_as_often_as_they_run():
         flops.count(endless, W, X)
 
 
-def test_of_a_condition_the_dearest_branch_counts():
+def test_the_most_expensive_branch_of_a_condition_counts():
     def choose(w, x):
         return jax.lax.cond(x.sum() > 0, lambda: x @ w @ w, lambda: x)
 
-    assert flops.count(choose, W, X) == (2 * ONE, 5 * ONE)
+    assert flops.count(choose, W, X) == (2 * PRODUCT, 5 * PRODUCT)
 
 
 def test_convolutions():
@@ -85,7 +85,7 @@ def test_convolutions():
     assert flops.count(lambda w, x: conv(w, x, 2), half, x)[0] == cost // 2
 
 
-def test_peaks_are_of_the_device():
+def test_each_device_has_its_peak():
     class Device:
         def __init__(self, kind):
             self.device_kind = kind

@@ -1,4 +1,4 @@
-"""The reader of compiled programs: against programs of this machine's compiler, and lines as a TPU's writes them."""
+"""The reader of compiled programs: a text as the TPU compiler writes it, and programs that this machine compiles."""
 
 import jax
 import jax.numpy as jnp
@@ -52,20 +52,20 @@ ENTRY %main (a: f32[4,32,16], b: bf16[8,16], c: f32[64]) -> bf16[8,8] {
 
 
 def test_a_tpu_program_is_read():
-    found = {one.name: one for one in hlo.operations(TPU)}
+    found = {operation.name: operation for operation in hlo.operations(TPU)}
     assert set(found) == {"near", "gather", "scatter", "permute", "y", "product"}
-    assert found["near"].bytes == 256  # the copy is in the chip's nearer memory
+    assert found["near"].bytes == 256  # of the operand; S(1) is not main memory, so the result does not count
     assert found["gather"].collectives == {"all-gather": 3 * 256}
     assert found["scatter"].collectives == {"reduce-scatter": 192}
     assert found["permute"].collectives == {"collective-permute": 256}
     assert (found["y"].times, found["y"].bytes) == (5, 2 * 256)
     assert found["product"].flops == 2 * 8 * 8 * 16
-    assert found["product"].bytes == 4 * 16 * 8 + 2 * 8 * 16 + 2 * 8 * 8  # of `a` a slice is read
+    assert found["product"].bytes == 4 * 16 * 8 + 2 * 8 * 16 + 2 * 8 * 8  # a slice of `a`, `b`, the result
 
 
 def flops(function, *shapes):
     compiled = jax.jit(function).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile()
-    return sum(one.times * one.flops for one in hlo.operations(compiled.as_text()))
+    return sum(operation.times * operation.flops for operation in hlo.operations(compiled.as_text()))
 
 
 def test_products_and_loops_are_counted():

@@ -1,4 +1,4 @@
-"""Several processes on this machine: they compute what one does, go on from each other, and none waits for the dead."""
+"""Several processes on this machine: they compute what one process does, and end when one of them is lost."""
 
 import http.server
 import json
@@ -17,16 +17,16 @@ from tests.conftest import write_run
 from tests.helpers import finish, start
 from vdm_jax import sample, train
 from vdm_jax.data import media
-from vdm_jax.run import checkpoint, hosts
+from vdm_jax.run import hosts
+from vdm_jax.system.layout import STAGES
 
 CONFIG, STEPS = "--config=tests/tiny.py", 20
-# Seconds: for all of a test's processes together, most of them compilation beside whatever else this machine does; and
-# for a process to end once another is gone.
-LIMIT, SOON = 900, 170
+LIMIT = 900  # seconds for all processes of a test together; most of it is compilation
+SOON = 170  # seconds for a process to end after another one is lost
 
 
 class Deadline:
-    """What is left of LIMIT. On leaving, who still runs is killed: after initialize, SIGTERM does not end them."""
+    """What is left of LIMIT. At its end it kills the processes that still run; JAX would make them survive SIGTERM."""
 
     def __init__(self):
         self.end, self.processes = time.monotonic() + LIMIT, []
@@ -57,7 +57,7 @@ class Deadline:
         return made
 
     def finish(self, processes):
-        """Waits for processes -> [(exit code, lines of stderr)]."""
+        """Waits for processes. Returns [(exit code, lines of stderr)]."""
         ended = [finish(process, self.left()) for process in processes]
         return [(code, err) for code, _, err in ended]
 
@@ -78,7 +78,7 @@ SPLIT = ["--config.mesh.data=2", "--config.mesh.fsdp=-1"]
 def test_two_processes_train_as_one_and_others_go_on(tmp_path):
     stage, one, two = "clip", tmp_path / "one", tmp_path / "two"
     with Deadline() as deadline:
-        # Without a mesh, and over 2 x 2 devices.
+        # One process without a mesh, and two processes with a mesh of 2 x 2 devices.
         alone = deadline.start(1, "train", *options(one, stage, STEPS), devices=1)
         pair = deadline.start(2, "train", *options(two, stage, STEPS, *SPLIT), devices=2)
         for code, err in deadline.finish([*alone, *pair]):
@@ -86,7 +86,7 @@ def test_two_processes_train_as_one_and_others_go_on(tmp_path):
         assert set(losses(two, stage)) == set(range(1, STEPS + 1))
         np.testing.assert_allclose([*losses(two, stage).values()], [*losses(one, stage).values()], rtol=1e-5, atol=1e-5)
 
-        # From the checkpoint of two processes one goes on, and four.
+        # One process and four processes continue from the checkpoint of the two.
         runs, going = {count: tmp_path / f"by_{count}" for count in (1, 4)}, []
         for count, folder in runs.items():
             shutil.copytree(two, folder)
@@ -99,8 +99,8 @@ def test_two_processes_train_as_one_and_others_go_on(tmp_path):
 
 
 def test_two_processes_encode_as_one(tmp_path):
-    """Latent statistics, the cache of clips, previews: what the denoiser needs, and what only one process writes."""
-    folders = [write_run(tmp_path / n, tiny.get_config(), checkpoint.STAGES[:3]) for n in ("one", "two")]
+    """Latent statistics, the cache of clips and previews. Only one process writes them."""
+    folders = [write_run(tmp_path / n, tiny.get_config(), STAGES[:3]) for n in ("one", "two")]
     more = ["--config.preview_every=2"]
     with Deadline() as deadline:
         alone = deadline.start(1, "train", *options(folders[0], "denoiser", 2, *more), devices=1)
@@ -126,7 +126,7 @@ def test_two_processes_sample_the_same_clips(tmp_path, tiny_run):
             making += deadline.start(count, "sample", *given, devices=1)
         for code, err in deadline.finish(making):
             assert code == 0, "\n".join(err)
-    # To a level or two of 256, as the clips are compressed.
+    # MP4 is lossy, so equal clips may differ by a few of 256 levels.
     data = tiny.get_config().data
     sizes = dict(fps=data.fps, size=data.size, sample_rate=data.sample_rate)
     for name in ("000.mp4", "001.mp4"):
@@ -147,7 +147,7 @@ def test_nobody_waits_for_a_process_that_is(tmp_path, how):
             time.sleep(0.5)
         os.kill(second.pid, signal.SIGSTOP if how == "stuck" else signal.SIGKILL)
         code, _, err = finish(first, SOON)
-    told = "nothing has happened for 15 s after step" if how == "stuck" else "a peer is gone"
+    told = "nothing has happened for 15 s after step" if how == "stuck" else "another process is lost"
     assert code == hosts.TRY_AGAIN
     assert any(told in line and "exit code 75" in line for line in err), "\n".join(err[-20:])
 
@@ -159,13 +159,13 @@ def test_nobody_waits_for_a_process_that_is(tmp_path, how):
     ({}, None),
     ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "slurm"),
     ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
-    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),  # in an allocation, but not started by srun
+    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),  # in an allocation, but not started with srun
     ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, "gke"),
     ({"TPU_WORKER_HOSTNAMES": "a"}, None),
     ({"MEGASCALE_NUM_SLICES": "2"}, "gke"),
 ])  # fmt: skip
-def test_surroundings(environment, told):
-    assert hosts.surroundings(environment) == told
+def test_the_scheduler_is_recognized(environment, told):
+    assert hosts.scheduler(environment) == told
 
 
 @pytest.mark.parametrize("answer, told", [("a:b:10.0.0.1,c:d:10.0.0.2", "tpu"), ("a:b:10.0.0.1", None), (None, None)])
@@ -182,7 +182,7 @@ def test_a_tpu_vm_asks_its_metadata(answer, told):
 
     with http.server.HTTPServer(("localhost", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert hosts.surroundings({"GCE_METADATA_HOST": f"localhost:{server.server_port}"}) == told
+        assert hosts.scheduler({"GCE_METADATA_HOST": f"localhost:{server.server_port}"}) == told
         server.shutdown()
 
 

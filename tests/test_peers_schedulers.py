@@ -1,4 +1,4 @@
-"""Our schedule and samplers against those of diffusers, on the same inputs."""
+"""Our schedule and samplers against the schedulers of diffusers, on the same inputs."""
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ NAMES = {"noise": "epsilon", "x0": "sample", "v": "v_prediction"}
 CONFIG = dict(schedule="linear_beta", log_snr_min=-12.0, log_snr_max=12.0, shift=1.0)
 
 
-# Any prediction will do, as long as both sides use the same.
-def denoise(z, level, cond):
+# Both sides use this function as their network.
+def denoise(z, log_snr, cond):
     return jax.tree.map(lambda z: 0.8 * jnp.tanh(z) + 0.1, z)
 
 
@@ -25,8 +25,8 @@ def prediction(z):
 
 
 def walk_ours(timesteps, target, method, **more):
-    """z_T and z_0 of our sampler on diffusers' timesteps, and the levels in between."""
-    levels = diffusion.log_snr((jnp.asarray(timesteps) + 1) / 1000, CONFIG)
+    """Returns z_T and z_0 of our sampler, with the noise levels of the timesteps of diffusers."""
+    levels = diffusion.log_snr_at((jnp.asarray(timesteps) + 1) / 1000, CONFIG)
     levels = jnp.append(levels, CONFIG["log_snr_max"])[:, None]  # [N+1, 1]
     levels = {"video": levels, "audio": levels}
     keys = jax.random.split(jax.random.key(0))
@@ -52,8 +52,8 @@ def walk_theirs(scheduler, z, **noise):
 @pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DDIMScheduler"])
 def test_linear_beta_alphas(scheduler):
     theirs = getattr(diffusers, scheduler)().alphas_cumprod.numpy()
-    level = diffusion.log_snr(jnp.arange(1, 1001) / 1000, CONFIG)
-    alpha, sigma = diffusion.alpha_sigma(level)
+    log_snr = diffusion.log_snr_at(jnp.arange(1, 1001) / 1000, CONFIG)
+    alpha, sigma = diffusion.alpha_sigma(log_snr)
     np.testing.assert_allclose(alpha**2, theirs, atol=1e-6)
     np.testing.assert_allclose(alpha, np.sqrt(theirs), atol=1e-6)
     np.testing.assert_allclose(sigma, np.sqrt(1 - theirs.astype(np.float64)), atol=2e-6)
@@ -74,11 +74,11 @@ def test_ddim_step():
     scheduler.set_timesteps(10)
     config, key = {**CONFIG, "target": "noise"}, jax.random.key(0)
     z = jax.random.normal(key, (2, 1, 8))
-    for timestep in (900, 500, 100):  # to the timestep 100 before
-        there = torch.tensor(np.array(z))
-        theirs = scheduler.step(prediction(there), timestep, there).prev_sample
+    for timestep in (900, 500, 100):  # each step ends at the timestep - 100
+        z_torch = torch.tensor(np.array(z))
+        theirs = scheduler.step(prediction(z_torch), timestep, z_torch).prev_sample
         ends = jnp.array([timestep + 1, timestep - 99]) / 1000
-        levels = {"video": diffusion.log_snr(ends, CONFIG)[:, None]}
+        levels = {"video": diffusion.log_snr_at(ends, CONFIG)[:, None]}
         ours = samplers.sample(denoise, key, {"video": z}, {}, levels, "ddim", config)
         np.testing.assert_allclose(ours["video"], theirs, atol=2e-5)
 

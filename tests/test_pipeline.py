@@ -1,113 +1,310 @@
-"""Batches are a pure function of the seed and the step."""
+"""One compiled program for each shape, noise that belongs to a prompt, and context that stays; then the public API."""
 
-import itertools
+import base64
+import re
 
 import jax
 import numpy as np
 import pytest
 
+import vdm_jax
 from tests import tiny
-from vdm_jax import sharding
-from vdm_jax.data import batches as pipeline
-from vdm_jax.data import text
+from vdm_jax import pipeline, system, tasks
+from vdm_jax.data import media
 from vdm_jax.errors import UserError
-
-DATA = tiny.get_config().data
-
-
-class Numbers:
-    """Items {'number': i}: a batch tells which items it holds."""
-
-    def __init__(self, length):
-        self.length = length
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, i):
-        assert 0 <= i < self.length
-        return {"number": np.int64(i)}
+from vdm_jax.system import sampling
 
 
-def numbers(count, start=0, seed=0, batch_size=4, length=10, rows=None, stop=None):
-    """[count, rows]: the items in `count` batches from step `start` on."""
-    batches = pipeline.batches(
-        Numbers(length), batch_size=batch_size, seed=seed, start=start, data=DATA, to_example=dict, rows=rows, stop=stop
-    )
-    return np.stack([batch["number"] for batch in itertools.islice(batches, count)])
+@pytest.fixture(scope="module")
+def pipe(tiny_run):
+    """A Pipeline; `pipe.traces()` tells how often its sampler was traced, that is, compiled."""
+    made = vdm_jax.load(tiny_run)
+    count = []
+
+    def counted(*arguments, **options):
+        count.append(1)
+        return sampling.sample(made.system, *arguments, **options)
+
+    made.sampler.program = jax.jit(counted, static_argnames=("method", "interval", "guides", "history_noise"))
+    made.traces = lambda: len(count)
+    return made
 
 
-def test_a_batch_follows_from_seed_and_step():
-    whole = numbers(12)
-    for start in (0, 1, 5, 9):
-        np.testing.assert_array_equal(numbers(3, start), whole[start : start + 3])
-    assert (numbers(12, seed=1) != whole).any()
-    np.testing.assert_array_equal(numbers(12, 5, stop=8), whole[5:8])
-    far = numbers(1, start=50_000_000)  # two billion examples on
-    assert far.shape == (1, 4)
-    np.testing.assert_array_equal(numbers(2, start=49_999_999)[1:], far)
+@pytest.fixture(scope="module")
+def clip(pipe):
+    """A clip as long as those of training: moving bars and a chirp."""
+    layout, side = pipe.system.layout, pipe.config.data.size
+    ramp = np.arange(layout.frames)[:, None, None, None] * 9 + np.arange(side)[:, None] * np.array([5, 11, 17])
+    video = np.broadcast_to(ramp, (layout.frames, side, side, 3)).astype(np.uint8)
+    time = np.arange(layout.samples) / pipe.config.data.sample_rate
+    return {"video": video, "audio": np.sin(300 * time * (1 + time)).astype(np.float32)}
 
 
-def test_the_samples_of_a_step_can_be_named():
-    whole = numbers(12)
-    for step in (0, 5, 11):
-        ids = pipeline.sample_ids(Numbers(10), batch_size=4, seed=0, step=step)
-        np.testing.assert_array_equal(ids, whole[step])
-    assert pipeline.sample_ids(Numbers(10), batch_size=4, seed=1, step=0) != list(whole[0])
+def remade(pipe, part, x):
+    """A single clip through its autoencoder and back."""
+    name = f"{part}_autoencoder"
+    reconstruct = jax.jit(lambda params, x: pipe.system.reconstruct(name, params, x))
+    return np.asarray(reconstruct(pipe.params, x[None])[0])
 
 
-def test_every_epoch_holds_every_item_once_in_another_order():
-    epochs = numbers(10).reshape(4, 10)
-    assert (np.sort(epochs, 1) == np.arange(10)).all()
-    assert (epochs[0] != epochs[1]).any() and (epochs[0] != np.arange(10)).any()
-    assert len(set(numbers(100, length=2**31 - 1).ravel())) == 400  # the world's length
+def assert_same(part, a, b):
+    """Equal but for rounding, which differs between programs for one clip and for several."""
+    np.testing.assert_allclose(a.astype(float), b.astype(float), atol=2 if part == "video" else 5e-3)
 
 
-def test_rows_of_all_processes_are_the_batch_of_one():
-    whole = numbers(5, start=3, batch_size=8)
-    parts = [numbers(5, start=3, batch_size=8, rows=rows) for rows in ([0, 1, 2, 3], [4, 6], [5, 7])]
-    np.testing.assert_array_equal(np.concatenate(parts, 1), whole[:, [0, 1, 2, 3, 4, 6, 5, 7]])
+def differ(a, b):
+    return np.mean(np.abs(a.astype(float) - b.astype(float))) > (5 if a.dtype == np.uint8 else 0.02)
 
 
-def test_batches_of_the_world():
-    config = tiny.get_config()
-    source = pipeline.source(config)
-
-    def batches(start):
-        return pipeline.batches(
-            source,
-            batch_size=3,
-            seed=0,
-            start=start,
-            data=config.data,
-            to_example=lambda item: pipeline.example(item, config.data.text_length),
-        )
-
-    first, second = itertools.islice(batches(0), 2)
-    assert {k: (x.shape, x.dtype) for k, x in first.items()} == {
-        "video": ((3, 5, 16, 16, 3), np.uint8),
-        "audio": ((3, 1250), np.float32),
-        "tokens": ((3, 96), np.int32),
-    }
-    again = next(batches(1))
-    jax.tree.map(np.testing.assert_array_equal, again, second)
-    assert (first["video"] != second["video"]).any()
-    assert all(len(caption) > 5 for caption in text.decode(first["tokens"]))
-    held_out = pipeline.source(config, "held_out")
-    assert (held_out[0]["video"] != source[0]["video"]).any()
-
-    mesh = sharding.make_mesh(config.mesh)
-    on_devices = pipeline.to_devices(first, sharding.batch_sharding(mesh), 3)
-    jax.tree.map(np.testing.assert_array_equal, on_devices, first)
-    assert on_devices["video"].sharding.spec == jax.P(("data", "fsdp"))
+# -------------------------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize(
-    "changes, words",
-    [({"source": "wrld"}, "use world, files or tfds"), ({"source": "files"}, "--config.data.path=FOLDER")],
-)
-def test_a_source_that_is_none(changes, words):
-    config = tiny.get_config()
-    config.data.update(changes)
+def test_a_second_prompt_of_the_same_shape_does_not_recompile(pipe):
+    first = pipe.sample(["a red circle moving right"])
+    traces = pipe.traces()
+    second = pipe.sample(["two shapes: a blue square going up and a green triangle heading left"], seed=3, guidance=2)
+    context = tasks.image(first[0][0, 0], pipe.system.layout)
+    third = pipe.sample(["a red circle moving right"], context=context)
+    assert pipe.traces() == traces
+    data = pipe.config.data
+    for video, audio in (first, second, third):
+        assert video.shape == (1, data.frames, data.size, data.size, 3) and video.dtype == np.uint8
+        assert audio.shape == (1, data.frames * data.sample_rate // data.fps) and audio.dtype == np.float32
+        assert np.abs(audio).max() <= 1
+    assert differ(first[0], second[0]) and differ(first[1], second[1])
+
+
+@pytest.mark.parametrize("method", ["dpmpp_2m", "ddpm"])
+def test_noise_is_a_matter_of_seed_and_number_alone(pipe, method):
+    prompt = "a red circle moving right"
+    ten, three = (pipe.sample([prompt] * n, method=method, steps=2) for n in (10, 3))  # ten: eight, then two
+    for part, a, b in zip(("video", "audio"), ten, three, strict=True):
+        for i in range(3):
+            assert_same(part, a[i], b[i])
+        assert all(differ(a[i], a[j]) for i in range(10) for j in range(i))
+    others = pipe.sample([prompt] + ["a large metal blue square"] * 9, method=method, steps=2)
+    assert_same("video", others[0][0], ten[0][0])
+    assert np.abs(others[0][1].astype(float) - ten[0][1]).max() > 5  # the text counts, too
+    again = pipe.sample([prompt] * 3, method=method, steps=2, seed=1)
+    assert differ(again[0][0], three[0][0])
+
+
+@pytest.mark.parametrize("part", ["video", "audio"])
+def test_a_modality_that_is_context_comes_back_and_the_other_is_made(pipe, clip, part):
+    task = tasks.foley if part == "video" else tasks.audio
+    context = task(clip[part], pipe.system.layout)
+    first, second = (pipe.sample(["a red circle"], context=context, seed=seed) for seed in (0, 1))
+    i, other = (0, 1) if part == "video" else (1, 0)
+    assert_same(part, first[i][0], remade(pipe, part, clip[part]))
+    assert_same(part, first[i], second[i])
+    assert differ(first[other], second[other])
+
+
+def test_an_image_is_the_first_frame(pipe, clip):
+    context = tasks.image(clip["video"][0], pipe.system.layout)
+    first, second = (pipe.sample(["a red circle"], context=context, seed=seed)[0][0] for seed in (0, 1))
+    assert_same("video", first[0], remade(pipe, "video", clip["video"])[0])
+    assert_same("video", first[0], second[0])
+    assert differ(first[1:], second[1:])
+
+
+def test_other_lengths_than_trained(pipe):
+    data, traces = pipe.config.data, pipe.traces()
+    for count, frames in enumerate((13, 3, 1), 1):
+        video, audio = pipe.sample(["a red circle"], frames=frames)
+        assert pipe.traces() == traces + count  # a new shape, a new program
+        assert video.shape[1] == frames and audio.shape[1] == frames * data.sample_rate // data.fps
+    with pytest.raises(UserError, match="6 frames do not fill latent frames of 2: use 5 or 7"):
+        pipe.sample(["a red circle"], frames=6)
+
+
+def test_each_clip_has_its_own_context(pipe, clip):
+    layout = pipe.system.layout
+    frames = np.stack([x[:3] for x in (clip["video"], clip["video"][::-1])])
+    samples = np.stack([x[: 3 * layout.samples_per_frame] for x in (clip["audio"], clip["audio"][::-1])])
+    both = pipe.sample(["a red circle"] * 2, context=tasks.continue_(frames, samples, layout))
+    for i in range(2):
+        context = tasks.continue_(frames[i : i + 1], samples[i : i + 1], layout)
+        alone = pipe.sample(["a red circle"], context=context)
+        assert_same("video", both[0][i, :3], alone[0][0, :3])
+        held = np.concatenate([frames[i], np.repeat(frames[i, -1:], layout.frames - 3, 0)])
+        assert_same("video", both[0][i, :3], remade(pipe, "video", held)[:3])
+        assert differ(both[0][i, 3:], held[3:])
+
+
+@pytest.mark.parametrize("options", [
+    dict(guidance=dict(history=3.0)),
+    dict(guidance=dict(history=3.0), history_noise=0.5),
+    dict(guidance=dict(modality=3.0)),
+    dict(context_noise=0.2),
+    dict(lag=1),
+])  # fmt: skip
+def test_options_change_what_is_made_and_keep_the_context(pipe, clip, options):
+    layout = pipe.system.layout
+    context = tasks.continue_(clip["video"][None, :1], clip["audio"][None, : layout.samples_per_frame], layout)
+    plain, other = (pipe.sample(["a red circle"], context=context, steps=2, **o) for o in ({}, options))
+    assert_same("video", plain[0][:, :1], other[0][:, :1])
+    assert np.abs(plain[0][:, 1:].astype(float) - other[0][:, 1:]).max() > 2
+
+
+def test_a_continued_clip_is_sampled_otherwise(pipe, clip):
+    layout = pipe.system.layout
+
+    def made(latents, **options):
+        frames = 1 + layout.f_t * (latents - 1)
+        sound = clip["audio"][None, : frames * layout.samples_per_frame]
+        context = tasks.continue_(clip["video"][None, :frames], sound, layout)
+        return pipe.sample(["a red circle"], context=context, steps=2, **options)[0]
+
+    plain = made(2)
+    np.testing.assert_array_equal(plain, made(2, guidance=9.0))
+    assert np.abs(plain.astype(float) - made(2, guidance=dict(text_continue=9.0))).max() > 2
+    assert np.abs(plain.astype(float) - made(2, first_step_times=(0.2, 0.3))).max() > 2
+    first = made(1)  # one frame does not show what moves
+    np.testing.assert_array_equal(first, made(1, guidance=dict(text_continue=9.0)))
+    np.testing.assert_array_equal(first, made(1, first_step_times=(0.2, 0.3)))
+    assert np.abs(first.astype(float) - made(1, guidance=9.0)).max() > 2
+
+
+def test_the_weight_of_the_text_follows_from_the_task(pipe, clip):
+    layout = pipe.system.layout
+    weights = {"text": 5.0, "text_continue": 1.0, "text_cross_modal": 2.5}
+    sound = clip["audio"][None, : 3 * layout.samples_per_frame]
+    for context, weight in (
+        (tasks.text(layout), 5.0),
+        (tasks.image(clip["video"][0], layout), 5.0),
+        (tasks.continue_(clip["video"][None, :3], sound, layout), 1.0),
+        (tasks.audio(clip["audio"], layout), 2.5),
+        (tasks.foley(clip["video"], layout), 2.5),
+    ):
+        arrays, _ = pipe.sampler.arguments(pipe.params, context=context, guidance=weights)
+        assert arrays["weights"]["text"] == weight
+
+
+def test_a_rollout_continues_from_its_own_end(pipe, clip):
+    data, layout = pipe.config.data, pipe.system.layout
+    frames, prompts = 3 * layout.frames, ["a red circle", "a blue square"]
+    video, audio = pipe.rollout(prompts, frames, context_frames=2, steps=2)
+    assert video.shape[:2] == (2, frames) and audio.shape == (2, frames * layout.samples_per_frame)
+    first = pipe.sample(prompts, steps=2)
+    np.testing.assert_array_equal(video[:, : layout.frames], first[0])
+    fade = round(pipeline.FADE * data.sample_rate)
+    np.testing.assert_array_equal(audio[:, : layout.samples - fade], first[1][:, :-fade])
+    past = 1 + layout.f_t  # two latent frames
+    context = tasks.continue_(first[0][:, -past:], first[1][:, -past * layout.samples_per_frame :], layout)
+    second = pipe.sample(prompts, window=1, context=context, steps=2)
+    new = layout.frames - past
+    np.testing.assert_array_equal(video[:, layout.frames : layout.frames + new], second[0][:, past:])
+    assert differ(video[:, :new], video[:, layout.frames : layout.frames + new])
+
+    start = clip["video"][None, :4], clip["audio"][None, : 4 * layout.samples_per_frame]  # 3 of 4 fill latent frames
+    video, audio = pipe.rollout(["a red circle"], 7, start=start, steps=2)
+    np.testing.assert_array_equal(video[:, :4], start[0])
+    assert video.shape[1] == 7 and audio.shape == (1, 7 * layout.samples_per_frame)
+    with pytest.raises(UserError, match="sample.context_frames=9 must be from 1 to"):
+        pipe.rollout(["a red circle"], 99, context_frames=9)
+
+
+def test_one_sound_gives_way_to_the_next():
+    old, new = np.zeros((2, 20), np.float32), np.ones((2, 30), np.float32)
+    out = pipeline.crossfade(old, new, overlap=12, fade=4)
+    assert out.shape == (2, 20 + 30 - 12)
+    np.testing.assert_allclose(out[0], [0] * 16 + [0.2, 0.4, 0.6, 0.8] + [1] * 18, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(guidance=float("nan")), "guidance.text=nan"),
+    (dict(guidance=dict(txt=1.0)), "did you mean 'text'"),
+    (dict(context_noise=2.0), "context_noise=2.0 must be from 0 to 1"),
+    (dict(first_step_times=(0.1, -1.0)), "first_step_times=.* must be times from 0 to 1"),
+    (dict(step=3), "did you mean 'steps'"),
+])  # fmt: skip
+def test_wrong_options_are_named(pipe, options, words):
     with pytest.raises(UserError, match=words):
-        pipeline.source(config)
+        pipe.sample(["a red circle"], **options)
+
+
+# ------------------------------------------------------------------------------------------------------ public API
+
+
+def test_a_prompt_gives_a_clip_and_a_list_gives_a_list(pipe, tmp_path):
+    made = pipe("a red circle", steps=2)
+    assert isinstance(made, vdm_jax.Clip) and made.prompt == "a red circle"
+    assert made.video.shape == (5, 16, 16, 3) and made.audio.shape == (1250,)
+    assert (made.fps, made.sample_rate, made.seconds) == (8, 2000, 0.625)
+    several = pipe(["a red circle", "a blue square"], steps=2)
+    assert [clip.prompt for clip in several] == ["a red circle", "a blue square"]
+    assert_same("video", several[0].video, made.video)
+    made.save(tmp_path / "clip.mp4")
+    assert len(media.read_video(tmp_path / "clip.mp4", fps=8, size=16, sample_rate=2000)[0]) == 5
+    longer = pipe.extend(made, "it goes on", seconds=1.125, steps=2)
+    assert len(longer.video) == 5 + 9 and len(longer.audio) == 14 * 250
+    np.testing.assert_array_equal(longer.video[:5], made.video)
+
+
+def test_a_notebook_shows_a_clip_as_a_player(pipe):
+    made = pipe("<b>a red circle</b>", steps=2)
+    page = made._repr_html_()
+    (data,) = re.findall(r"data:video/mp4;base64,([^\"]+)", page)
+    assert base64.b64decode(data)[4:8] == b"ftyp"
+    assert "&lt;b&gt;" in page and "<b>" not in page
+
+
+def test_context_is_read_at_the_size_and_rates_of_the_system(pipe, tmp_path):
+    path = tmp_path / "clip.mp4"
+    video = np.zeros((9, 32, 48, 3), np.uint8)
+    video[:, :, 8:24, 0] = 200  # the left half of what the center crop keeps
+    media.write_mp4(path, video, np.sin(np.arange(9 * 500) / 3), fps=8, sample_rate=4000)
+    context = pipe.context(5, video=path)
+    assert context.video.shape == (1, 5, 16, 16, 3) and context.video.dtype == np.uint8
+    assert context.masks["video"].all() and not context.masks["audio"].any() and context.audio is None
+    assert context.video[0, :, :, :7, 0].min() > 150 and context.video[0, :, :, 9:, 0].max() < 50
+    context = pipe.context(5, audio=path)
+    assert context.audio.shape == (1, 5 * 250) and context.audio.dtype == np.float32
+    assert np.abs(context.audio[0, 100:-100]).max() > 0.8 and context.masks["audio"].all()
+    context = pipe.context(5, image=video[0])
+    assert context.masks["video"].tolist() == [True, False, False]
+    context = pipe.context(5, between=[path, path])
+    assert context.masks["video"].tolist() == [True, False, True]
+    assert pipe.context(5).video is None
+    clip = pipe._clips(["x"], video[None, :, :16, :16], np.zeros((1, 9 * 250), np.float32))[0]
+    assert pipe.context(5, video=clip).video.shape == (1, 5, 16, 16, 3)
+    with pytest.raises(UserError, match="the clip has 8 fps and 4000 Hz, the system 8 fps and 2000 Hz"):
+        pipe.context(5, video=vdm_jax.Clip(video, np.zeros(4500, np.float32), 8, 4000))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(image="a.png", audio="a.wav"), "give only one of image, audio"),
+    (dict(audio="a.wav", seconds=9.125), "audio is for clips of up to 0.625 s"),
+    (dict(between="a.mp4"), "between wants two clips"),
+    (dict(image="none.png"), "none.png"),
+    (dict(seconds=float("nan")), "seconds=nan: give a length"),
+])  # fmt: skip
+def test_wrong_context_is_one_clear_line(pipe, arguments, words):
+    with pytest.raises(UserError, match=words):
+        pipe("a red circle", **arguments)
+
+
+@pytest.mark.parametrize("seconds, frames", [(0.625, 5), (0.6, 5), (0.01, 1), (1.2, 9), (60, 481)])
+def test_lengths_fill_latent_frames(pipe, seconds, frames):
+    assert pipe.frames_of(seconds) == frames
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e6])
+def test_lengths_that_make_no_sense(pipe, seconds):
+    with pytest.raises(UserError, match="seconds="):
+        pipe.frames_of(seconds)
+
+
+def test_a_system_is_built_once(tiny_run, monkeypatch):
+    built = []
+
+    def count(config):
+        built.append(config)
+        return system.build(config)
+
+    monkeypatch.setattr(pipeline, "build", count)
+    pipe = vdm_jax.load(tiny_run)
+    clip = pipe("a red circle", steps=2)
+    pipe.extend(clip, "it goes on", seconds=0.625, steps=2)
+    assert len(built) == 1 and built[0].to_dict() == tiny.get_config().to_dict()

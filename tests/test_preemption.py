@@ -1,4 +1,4 @@
-"""What a signal does to a run of one process, and of two; what becomes of one process whose other is gone."""
+"""What a signal does to a run of one process and of two, and how one process ends when the other is lost."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers import finish, start
 from vdm_jax.run import checkpoint
+from vdm_jax.run import folder as run_folder
 
 
 def test_a_second_signal_ends_a_run_at_once_and_one_before_there_is_a_step_too(tmp_path):
@@ -77,7 +78,7 @@ def lines(workdir):
 
 
 def wait_for_steps(workdir, processes, more):
-    """Until the run's log has `more` lines, so that it is in the middle of its steps."""
+    """Waits until the run's log has `more` lines, so that it is in the middle of its steps."""
     until = time.monotonic() + 300
     while len(lines(workdir)) < more:
         assert all(process.poll() is None for process in processes), [finish(p, 60) for p in processes]
@@ -87,7 +88,7 @@ def wait_for_steps(workdir, processes, more):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """-> (folder, ends of its processes) of a run that SIGTERM to its second process ended."""
+    """Returns (folder, ends of its processes) of a run that ended after SIGTERM to its second process."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     processes = pair(workdir)
     wait_for_steps(workdir, processes, 20)
@@ -102,31 +103,31 @@ def test_sigterm_to_one_of_two_ends_both_at_the_same_step_saved(stopped):
         line.split("stopped at step ")[1].split(",")[0] for _, _, err in ends for line in err if "stopped at" in line
     ]
     assert len(steps) == 2 and steps[0] == steps[1]
-    assert checkpoint.newest_step(workdir, STAGE) == int(steps[0]) == lines(workdir)[-1]["step"] < STEPS
+    assert run_folder.newest_step(workdir, STAGE) == int(steps[0]) == lines(workdir)[-1]["step"] < STEPS
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_where_the_coordinator_is_gone_or_stuck_the_other_ends(stopped, tmp_path, number):
-    """The other way round is in test_hosts.py."""
+    """test_hosts.py has the opposite case."""
     workdir = tmp_path / "run"
     shutil.copytree(stopped[0], workdir)
-    before, newest = len(lines(workdir)), checkpoint.newest_step(workdir, STAGE)
+    before, newest = len(lines(workdir)), run_folder.newest_step(workdir, STAGE)
     processes = pair(workdir)
     wait_for_steps(workdir, processes, before + 3)
     first, second = processes
     first.send_signal(number)
     code, _, _ = finish(second, 60)
     assert code != 0
-    first.kill()  # as whoever watches over the processes does
+    first.kill()  # as a scheduler does
     first.communicate()
-    assert checkpoint.newest_step(workdir, STAGE) >= newest
+    assert run_folder.newest_step(workdir, STAGE) >= newest
     checkpoint.quarantine_damaged(workdir / STAGE / "checkpoints")
     assert not (workdir / STAGE / "damaged").exists()
 
 
 def test_a_run_of_two_goes_on_in_one_with_the_same_losses(stopped, tmp_path):
-    """The batches do not depend on how many processes read them."""
-    newest = checkpoint.newest_step(stopped[0], STAGE)
+    """Batches do not depend on the number of processes."""
+    newest = run_folder.newest_step(stopped[0], STAGE)
     steps, two, one = newest + 10, tmp_path / "two", tmp_path / "one"
     for folder in (two, one):
         shutil.copytree(stopped[0], folder)

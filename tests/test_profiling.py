@@ -1,4 +1,7 @@
-"""Traces of the steps asked for, and only of those."""
+"""Traces hold the steps asked for and no others. Compilation times are remembered."""
+
+import json
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ def test_spans():
 
 @pytest.mark.parametrize("done, first, last", [(0, 2, 3), (2, 2, 4), (0, 1, 1), (5, 2, 3)])
 def test_a_trace_begins_before_its_first_step_and_ends_after_its_last(monkeypatch, tmp_path, done, first, last):
-    """For a run that goes on from step `done`: what has been missed is missed."""
+    """A run that continues from step `done` traces only steps after it."""
     active, traced = [False], []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: active.__setitem__(0, True))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: active.__setitem__(0, False))
@@ -43,3 +46,59 @@ def test_a_wrong_span_is_told_before_anything_is_done(command, tmp_path):
     options = ["--config=tests/tiny.py", f"--workdir={tmp_path / 'run'}", "--profile=15:10"]
     done = command(train, *options)
     assert done.code == 2 and "--profile=15:10" in done.err[0] and not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def said(caplog):
+    """Returns the messages since the last call."""
+    caplog.set_level(logging.INFO)
+
+    def read():
+        messages = list(caplog.messages)
+        caplog.clear()
+        return messages
+
+    return read
+
+
+def test_the_seconds_of_the_last_compilation_are_told_before_the_next(tmp_path, said, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    clock = iter([0, 54.6, 100, 130, 0, 1])
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: next(clock))
+    with profiling.compiling("the training step"):
+        assert said() == ["compiling the training step (first time here)"]
+    assert said() == ["compiled in 55 s"]
+    with profiling.compiling("the training step"):
+        assert said() == ["compiling the training step (took 55 s last time)"]
+    path = tmp_path / "vdm_jax" / "compile_seconds.json"
+    (seconds,) = json.loads(path.read_text()).values()
+    assert seconds == 30 and [p.name for p in path.parent.iterdir()] == [path.name]
+    said()
+    with profiling.compiling("the training step", key="1.2 M"):  # another program of that name
+        assert said() == ["compiling the training step (first time here)"]
+    assert len(json.loads(path.read_text())) == 2
+
+
+def test_a_compilation_that_fails_is_not_remembered(tmp_path):
+    path = tmp_path / "seconds.json"
+    with pytest.raises(ZeroDivisionError), profiling.compiling("it", path):
+        raise ZeroDivisionError
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", '{"a": []}', '{"a": "x"}', "\0", "[" * 100_000])
+def test_a_damaged_file_of_seconds_is_replaced(tmp_path, content, said):
+    path = tmp_path / "seconds.json"
+    path.write_text(content)
+    for told in ("first time here", "took 0 s last time"):
+        with profiling.compiling("it", path):
+            assert said() == [f"compiling it ({told})"]
+        said()
+
+
+def test_seconds_that_cannot_be_stored_are_no_error(tmp_path, said):
+    (tmp_path / "file").write_text("")
+    for _ in range(2):
+        with profiling.compiling("it", tmp_path / "file" / "seconds.json"):
+            assert said() == ["compiling it (first time here)"]
+        said()

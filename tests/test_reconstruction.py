@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.signal import convolve2d
 
-from vdm_jax.metrics.reconstruction import onset_errors, psnr, si_sdr, ssim
+from vdm_jax.metrics.reconstruction import onset_errors, psnr, recall_at_k, si_sdr, ssim
 
 
 def test_psnr_of_a_constant_offset():
@@ -24,7 +24,7 @@ def test_mixed_kinds_are_refused():
 
 
 def ssim_by_the_paper(a, b, data_range, size=11):
-    """Wang et al. 2004, eq. 13 to 16, with a 2-D window and centred moments, for one channel."""
+    """Wang et al. 2004, eq. 13 to 16, with a 2-D window and centered moments, for one channel."""
     y, x = np.mgrid[:size, :size] - (size - 1) / 2
     window = np.exp(-(x**2 + y**2) / (2 * 1.5**2))
     window /= window.sum()
@@ -110,3 +110,43 @@ def test_onsets_where_there_are_none():
     assert np.isnan(share) and len(errors) == 0
     share, errors = onset_errors([1.0], [], tolerance=0.05)
     assert share == 0 and len(errors) == 0
+
+
+def test_recall_counts_what_is_ahead():
+    candidates = np.eye(3)
+    queries = np.array(
+        [
+            [5.0, 1.0, 0.0],  # own first; length does not count
+            [0.9, 0.8, 0.0],  # own second
+            [0.9, 0.8, 0.1],  # own third
+        ]
+    )
+    assert [recall_at_k(queries, candidates, k) for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+def test_directions_differ():
+    text = np.array([[1.0, 0.0], [0.9, 0.1]])
+    video = np.array([[1.0, 0.0], [1.0, 0.05]])
+    assert recall_at_k(text, video) == 1.0
+    assert recall_at_k(video, text) == 0.5
+
+
+def test_alike_embeddings_find_nothing():
+    collapsed = np.ones((8, 4)) / 3
+    assert recall_at_k(collapsed, collapsed) == 0
+    assert recall_at_k(np.zeros((8, 4)), np.eye(8, 4)) == 0
+    assert recall_at_k(collapsed, collapsed, k=8) == 1
+
+
+def test_chance_is_k_of_n():
+    rng = np.random.default_rng(0)
+    recalls = [recall_at_k(rng.normal(size=(64, 32)), rng.normal(size=(64, 32)), k=8) for _ in range(50)]
+    # 3200 draws of a share of 1/8: standard error 0.006
+    assert np.mean(recalls) == pytest.approx(8 / 64, abs=0.02)
+
+
+def test_shapes_that_do_not_pair_are_refused():
+    with pytest.raises(ValueError, match="one shape"):
+        recall_at_k(np.zeros((3, 4)), np.zeros((2, 4)))
+    with pytest.raises(ValueError, match="one shape"):
+        recall_at_k(np.zeros((0, 4)), np.zeros((0, 4)))

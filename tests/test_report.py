@@ -92,7 +92,7 @@ def test_table_in_the_terminal(metrics):
     assert by_label[OUTCOMES["two_objects"]] == ["100", "%", "98", "%", "–"]
     assert by_label["position error px"] == ["0.250", "–", "–"]
     assert by_label["PSNR"] == ["31.3", "dB"] and by_label["SSIM"] == ["0.941"]
-    assert by_label["text finds its video first"] == ["83", "%"] and by_label["clips"] == ["64"]
+    assert by_label["text ranks its own video first"] == ["83", "%"] and by_label["clips"] == ["64"]
     assert by_label["log SNR -8.0"] == ["0.990", "0.980"]
     # columns stand under their heads
     head, row = lines[0], next(line for line in lines if line.startswith(OUTCOMES["one_object"]))

@@ -1,13 +1,13 @@
-"""The parameter table, and that a mesh of 8 devices computes what one device does.
+"""The table of parameters, and a mesh of 8 devices that computes what one device computes.
 
-The second needs its own process, whose devices are 8 virtual ones: python tests/test_sharding.py
+The second test runs this file in a process with 8 virtual devices: python tests/test_sharding.py
 """
 
 import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the process of its own
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the process with 8 devices
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,13 @@ from jax.sharding import PartitionSpec as P
 
 from tests import tiny
 from tests.helpers import finish, names, start, weights
-from vdm_jax import overview, sharding, train_state
-from vdm_jax import pipeline as generate
+from vdm_jax import overview, pipeline, sharding, train_state
 from vdm_jax.data import text
 from vdm_jax.errors import UserError
 from vdm_jax.models import ops
-from vdm_jax.system import codec as stages
+from vdm_jax.models.layers import REMAT
+from vdm_jax.system import build, sampling
+from vdm_jax.system.layout import STAGES, VIDEO_AXES
 
 ONE = dict(data=-1, fsdp=1, sequence=1, tensor=1)
 MESHES = {
@@ -31,19 +32,19 @@ MESHES = {
     "fsdp, tensor": dict(fsdp=4, tensor=2),
     "data, sequence": dict(data=4, sequence=2),
 }
-BOTH = ("fsdp, tensor", "data, sequence")  # these have every axis; the denoiser takes a minute to compile for each
-CUT = ("data, sequence",)  # this cuts clips themselves, in time or height
+BOTH = ("fsdp, tensor", "data, sequence")  # every axis; the denoiser takes a minute to compile for each mesh
+CUT = ("data, sequence",)  # the mesh that cuts clips in time or height
 
 
 @pytest.fixture(scope="module")
 def shapes():
     """{stage/path: shape} of all parameters, with attention everywhere."""
-    trees = stages.abstract_params(with_attention(tiny.get_config()))
+    trees = build(with_attention(tiny.get_config())).params
     return {path: shape for path, shape in names(trees).items()}
 
 
 def with_attention(config):
-    """One level of everything, and heads for the tensor axis."""
+    """One level with every kind of layer, and attention heads for the tensor axis."""
     config.unlock()
     config.denoiser.model.update(channels=(16,), blocks=(1,), attention=(True,), cross_modal=(True,), time_strides=())
     return config
@@ -56,7 +57,7 @@ def test_every_rule_is_for_some_parameter(shapes):
     for pattern, _ in sharding.PARAMETER_RULES[:-1]:
         matched = [path for path in shapes if re.search(pattern, path)]
         assert matched, f"{pattern} matches nothing"
-        # And no rule before it takes them all.
+        # And no earlier rule matches all of them.
         earlier = sharding.PARAMETER_RULES[: [p for p, _ in sharding.PARAMETER_RULES].index(pattern)]
         assert any(not any(re.search(p, path) for p, _ in earlier) for path in matched), pattern
         for word in re.findall(r"\(([a-z|]+)\)", pattern):
@@ -79,7 +80,7 @@ def test_kernels_are_split_and_small_ones_left_whole(shapes):
     assert spec("clip/text_encoder/tokens/embedding") == P(None, ("fsdp",))
     assert spec("denoiser/middle_in_video/conv_in/space/kernel") == P(None, None, None, None, ("fsdp",))
     assert spec("denoiser/middle_in_video/norm_in/scale") == P(None)
-    # 2 heads over 4, and 12 outputs over 8, stay whole.
+    # 2 heads are not cut into 4 parts, and 12 outputs are not cut into 8.
     four = dict(data=1, fsdp=1, sequence=1, tensor=4)
     assert spec(f"{attention}/query/kernel", four) == P(None, None, None)
     assert sharding.parameter_spec("x/kernel", (3, 12), dict(mesh, fsdp=8)) == P(None, None)
@@ -89,7 +90,7 @@ def test_kernels_are_split_and_small_ones_left_whole(shapes):
 
 def test_optimizer_and_average_are_split_like_the_parameters():
     config = tiny.get_config()
-    params = stages.abstract_params(config)["clip"]
+    params = build(config).params["clip"]
     state = jax.eval_shape(lambda p: train_state.create(p, config.clip), params)
     mesh = sharding.make_mesh(ONE)
     found = sharding.state_shardings(state, mesh)
@@ -131,9 +132,11 @@ def test_parts_of_a_batch_must_divide_too():
     ):
         with pytest.raises(UserError, match=words):
             sharding.check_batch(size, mesh, parts)
-    sharding.check_batch(48, mesh, 2, 3)
-    with pytest.raises(UserError, match=r"x 2 parts \(accumulate\) x 3 clips \(hard_negative.every\): use 48$"):
-        sharding.check_batch(32, mesh, 2, 3)
+    sharding.check_batch(48, mesh, 2, group=3)
+    with pytest.raises(UserError, match=r"x 2 parts \(accumulate\) x 3 clips \(some.key\): use 48$"):
+        sharding.check_batch(32, mesh, 2, group=3, group_key="some.key")
+    with pytest.raises(UserError, match="some.key=0 must be at least 1"):
+        sharding.check_batch(32, mesh, 2, group=0, group_key="some.key")
 
 
 @pytest.mark.parametrize("sizes, told", [
@@ -141,20 +144,20 @@ def test_parts_of_a_batch_must_divide_too():
     (dict(sequence=5), "mesh.sequence=5 does not divide time or height of the clips of denoiser .*: use 1, 2, 3"),
 ])  # fmt: skip
 def test_axes_that_split_nothing_are_told(sizes, told):
-    config = with_attention(tiny.get_config())
+    system = build(with_attention(tiny.get_config()))
     mesh = jax.sharding.AbstractMesh(tuple({**ONE, "data": 1, **sizes}.values()), sharding.MESH_AXES)
     with pytest.raises(UserError, match=told):
-        stages.check_mesh(config, mesh, ["denoiser"])
+        system.check_mesh(mesh, ["denoiser"])
     two = jax.sharding.AbstractMesh((1, 1, 2, 2), sharding.MESH_AXES)
-    stages.check_mesh(config, two, stages.STAGES)
+    system.check_mesh(two, STAGES)
 
 
 def test_sequence_takes_height_where_frames_do_not_divide():
     mesh = dict(data=2, fsdp=2, sequence=2, tensor=1)
-    assert sharding.activation_spec(stages.VIDEO, (4, 6, 8, 8, 3), mesh) == P(
+    assert sharding.activation_spec(VIDEO_AXES, (4, 6, 8, 8, 3), mesh) == P(
         ("data", "fsdp"), "sequence", None, None, None
     )
-    spec = sharding.activation_spec(stages.VIDEO, (4, 5, 8, 8, 3), mesh)
+    spec = sharding.activation_spec(VIDEO_AXES, (4, 5, 8, 8, 3), mesh)
     assert spec == P(("data", "fsdp"), None, "sequence", None, None)
 
 
@@ -200,7 +203,7 @@ def test_eight_devices_compute_what_one_does():
 
 
 def distance(tree, want):
-    """The largest distance of a leaf from what it should be, as a share of the whole tree's norm."""
+    """Returns the largest distance between two leaves, divided by the norm of the whole tree `want`."""
     scale = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(want)))
     return max(jax.tree.leaves(jax.tree.map(lambda a, b: np.linalg.norm(np.asarray(a) - b) / scale, tree, want)))
 
@@ -211,44 +214,45 @@ def on_meshes(among):
         yield title, sharding.make_mesh({**ONE, **dict(data=1), **sizes})
 
 
-def batches(config, rng):
-    """{stage: 8 examples}; the denoiser's are encoded already."""
-    size = stages.layout(config)
-    z = {m: rng.normal(size=(8, *shape)).astype(np.float32) for m, shape in stages.latent_shapes(size).items()}
-    tokens = text.encode([f"clip {i}" for i in range(8)], config.data.text_length)
+def batches(system, rng):
+    """{stage: 8 examples}; those of the denoiser are encoded already."""
+    length = system.config.data.text_length
+    z = {m: rng.normal(size=(8, *shape)).astype(np.float32) for m, shape in system.layout.latent_shapes.items()}
+    tokens = text.encode([f"clip {i}" for i in range(8)], length)
     words = {"states": rng.normal(size=(8, 96, 16)), "pooled": rng.normal(size=(8, 16))}
     words = {k: x.astype(np.float32) for k, x in words.items()} | {"mask": text.mask(tokens)}
-    near = {"hard_negative": words | {"states": words["states"][::-1]}} if config.denoiser.hard_negatives else {}
+    wrong = words | {"states": words["states"][::-1]}
+    negatives = {"hard_negative": wrong} if system.stages["denoiser"].hard_negative else {}
     video = rng.integers(0, 256, (8, 5, 16, 16, 3), np.uint8)
-    audio = rng.uniform(-1, 1, (8, size.samples)).astype(np.float32)
+    audio = rng.uniform(-1, 1, (8, system.layout.samples)).astype(np.float32)
     return {
         "video_autoencoder": {"video": video},
         "audio_autoencoder": {"audio": audio},
         "clip": {"tokens": tokens, "video": video},
-        "denoiser": {"z": z, "text": words, **near},
+        "denoiser": {"z": z, "text": words, **negatives},
     }
 
 
 def compare_losses(config, convolved=False):
-    """Loss and gradients of each stage. Half of them in two parts, and with each way of rematerialisation.
+    """Compares loss and gradients of each stage. The stages differ in `remat`, and half of them use two microbatches.
 
-    convolved: of those with 3-D convolutions alone, in the forms of accelerators, split otherwise than by examples.
+    convolved: only stages with 3-D convolutions, on the meshes in CUT.
     """
-    trees = stages.abstract_params(config)
-    for i, (name, batch) in enumerate(batches(config, np.random.default_rng(0)).items()):
+    system = build(config)
+    for i, (name, batch) in enumerate(batches(system, np.random.default_rng(0)).items()):
         if convolved and name not in ("video_autoencoder", "denoiser"):
             continue
-        config[name].remat = (*stages.REMAT, ",".join(["blocks", "pointwise"][: len(config.denoiser.model.blocks)]))[i]
+        config[name].remat = (*REMAT, ",".join(["blocks", "pointwise"][: len(config.denoiser.model.blocks)]))[i]
         config[name].accumulate = 1 + i % 2 if name != "clip" else 1
-        loss = stages.build(config)[name].loss
-        params = weights(trees[name])
-        frozen = {"clip": weights(trees["clip"])} if name == "denoiser" else {}
+        loss = build(config).stages[name].loss
+        params = weights(system.params[name])
+        encoder_params = {"clip": weights(system.params["clip"])} if name == "denoiser" else {}
         gradients = train_state.accumulated(jax.grad(loss, has_aux=True), config[name].accumulate)
 
-        def run(params, batch, frozen, gradients=gradients):
-            return gradients(params, jax.random.key(0), batch, frozen)
+        def run(params, batch, encoder_params, gradients=gradients):
+            return gradients(params, jax.random.key(0), batch, encoder_params)
 
-        want_grads, want = jax.device_get(jax.jit(run)(params, batch, frozen))
+        want_grads, want = jax.device_get(jax.jit(run)(params, batch, encoder_params))
         among = CUT if convolved else BOTH if name == "denoiser" else MESHES
         for title, mesh in on_meshes(among):
             split = sharding.state_shardings(params, mesh)
@@ -256,8 +260,8 @@ def compare_losses(config, convolved=False):
             whole = sum(s.is_fully_replicated for s in jax.tree.leaves(split))
             assert (whole == len(jax.tree.leaves(split))) == ("fsdp" not in title)
             with jax.set_mesh(mesh):
-                program = jax.jit(run, out_shardings=(split, None)).lower(*place, frozen).compile()
-                grads, metrics = program(*place, frozen)
+                program = jax.jit(run, out_shardings=(split, None)).lower(*place, encoder_params).compile()
+                grads, metrics = program(*place, encoder_params)
             assert jax.tree.map(lambda g: g.sharding, grads) == split
             assert "all-reduce" in program.as_text()
             np.testing.assert_allclose(metrics["loss"], want["loss"], rtol=1e-5)
@@ -267,40 +271,42 @@ def compare_losses(config, convolved=False):
 
 def compare_samples(config):
     """The noise that sampling begins with, and what it ends with."""
-    trees, size = stages.abstract_params(config), stages.layout(config)
-    statistics = {m: {"mean": np.zeros(s[-1], "f"), "std": np.ones(s[-1], "f")} for m, s in
-                  stages.latent_shapes(size).items()}  # fmt: skip
-    frozen = {**{name: weights(tree) for name, tree in trees.items()}, "statistics": statistics}
+    system = build(config)
+    shapes = system.layout.latent_shapes
+    params = {name: weights(tree) for name, tree in system.params.items()}
+    params["statistics"] = {m: {"mean": np.zeros(s[-1], "f"), "std": np.ones(s[-1], "f")} for m, s in shapes.items()}
     prompts = [f"clip {i}" for i in range(8)]
-    alone = generate.Generator(config, frozen)
-    one = alone(prompts)
+    sampler = sampling.Sampler(system)
+    together = sampler(params, prompts)
     # A device that has one of eight clips computes what one device does with that clip alone, to the last bit. With
     # eight at once its products are of other shapes, and round otherwise.
-    arrays, static = alone.arguments()
+    arrays, static = sampler.arguments(params)
     tokens, key = text.encode(prompts, config.data.text_length), jax.random.fold_in(jax.random.key(0), 0)
     singly = [
-        jax.device_get(alone.run(key=key, numbers=np.arange(i, i + 1), tokens=tokens[i : i + 1], **arrays, **static))
+        jax.device_get(
+            sampler.program(params, key=key, numbers=np.arange(i, i + 1), tokens=tokens[i : i + 1], **arrays, **static)
+        )
         for i in range(8)
     ]
     singly = [np.concatenate(parts) for parts in zip(*singly)]
 
     def noise():
-        return generate.draw(jax.random.key(3), jnp.arange(8), stages.latent_shapes(size), 0)
+        return sampling.draw_noise(jax.random.key(3), jnp.arange(8), shapes, 0)
 
     want = jax.device_get(jax.jit(noise)())
     for title, mesh in on_meshes(MESHES):
         with jax.set_mesh(mesh):
             drawn = jax.jit(noise, out_shardings=sharding.batch_sharding(mesh))()
-            video, audio = generate.Generator(config, frozen, mesh)(prompts)
+        video, audio = pipeline.Pipeline(system, params, mesh).sample(prompts)
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(drawn), want)
         print(f"equal: noise, {title}")
         if title in ("data", "fsdp"):
             np.testing.assert_array_equal(video, singly[0])
             np.testing.assert_array_equal(audio, singly[1])
-        # A frame may round to the next of 256 levels.
-        assert np.abs(video.astype(int) - one[0].astype(int)).max() <= 1
-        np.testing.assert_allclose(audio, one[1], atol=1e-4)
-        print(f"equal: samples, {title}, off by {np.abs(audio - one[1]).max():.1e}")
+        # A frame may round to the next of 256 values.
+        assert np.abs(video.astype(int) - together[0].astype(int)).max() <= 1
+        np.testing.assert_allclose(audio, together[1], atol=1e-4)
+        print(f"equal: samples, {title}, off by {np.abs(audio - together[1]).max():.1e}")
 
 
 if __name__ == "__main__":

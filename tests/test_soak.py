@@ -1,4 +1,4 @@
-"""Short forms of the long tests: `python -m tests.soak` and `python -m tests.fuzz` are the same code."""
+"""Short forms of the long tests `python -m tests.soak` and `python -m tests.fuzz`."""
 
 from tests import fuzz, soak
 

@@ -7,7 +7,7 @@ from configs import world_tiny
 from tests.helpers import weights
 from vdm_jax.data.world import World
 from vdm_jax.metrics import tasks as task_metrics
-from vdm_jax.system import codec as stages
+from vdm_jax.system import build
 
 CLIPS = 12
 
@@ -15,14 +15,13 @@ CLIPS = 12
 class Oracle:
     """Completes every clip as it truly was."""
 
-    def __init__(self, config, items, films):
-        self.config, self.items, self.films = config, items, films
-        expected = stages.abstract_params(config)
-        self.frozen = {"video_autoencoder": weights(expected["video_autoencoder"])}
+    def __init__(self, system, items, films):
+        self.system, self.config, self.items, self.films = system, system.config, items, films
+        self.params = {"video_autoencoder": weights(system.params["video_autoencoder"])}
 
-    def __call__(self, prompts, *, seed, given):
-        whole = given.video is not None or given.audio is not None
-        assert whole == (prompts == [item["caption"] for item in self.items])
+    def sample(self, prompts, *, seed, context):
+        has_context = context.video is not None or context.audio is not None
+        assert has_context == (prompts == [item["caption"] for item in self.items])
         return tuple(np.stack([item[part] for item in self.items]) for part in ("video", "audio"))
 
     def rollout(self, prompts, frames, *, seed):
@@ -33,18 +32,18 @@ class Oracle:
 class Still(Oracle):
     """Silence, and the first frame for ever."""
 
-    def __call__(self, prompts, **options):
-        video, audio = super().__call__(prompts, **options)
+    def sample(self, prompts, **options):
+        video, audio = super().sample(prompts, **options)
         return np.repeat(video[:, :1], video.shape[1], 1), np.zeros_like(audio)
 
 
 class Jumping(Oracle):
-    """The truth, but all that is made lies a pixel beside it."""
+    """The truth, but all generated frames lie a pixel beside it."""
 
-    def __call__(self, prompts, *, given, **options):
-        video, audio = super().__call__(prompts, given=given, **options)
-        if made := np.flatnonzero(~given.masks["video"]).tolist():
-            past = 1 + stages.layout(self.config).f_t * (made[0] - 1) if made[0] else 0
+    def sample(self, prompts, *, context, **options):
+        video, audio = super().sample(prompts, context=context, **options)
+        if made := np.flatnonzero(~context.masks["video"]).tolist():
+            past = 1 + self.system.layout.f_t * (made[0] - 1) if made[0] else 0
             video[:, past:] = np.roll(video[:, past:], 1, axis=3)
         return video, audio
 
@@ -54,7 +53,7 @@ def world():
     config = world_tiny.get_config()
     data = config.data
     films = World(9, frames=data.frames, size=data.size, fps=data.fps, sample_rate=data.sample_rate, **data.world)
-    return config, [films[i] for i in range(CLIPS)], films
+    return build(config), [films[i] for i in range(CLIPS)], films
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def test_the_truth_reaches_its_own_ceilings(oracle):
     for key in ("given", "seam", "inside"):
         assert oracle["continue"][key] == oracle["continue"][f"{key}_truth"] < 0.05
     assert oracle["continue"]["right"] == 1
-    for task in ("foley", "sound"):
+    for task in ("foley", "audio"):
         for key in ("sync_impacts", "sync_onsets"):
             assert oracle[task][key] == oracle[task][f"{key}_truth"] > 0.9
     curve = oracle["rollout"]
@@ -82,12 +81,12 @@ def test_a_model_that_does_nothing_is_seen_through(world):
     made = task_metrics.measure(Still(*world), world[1], seed=0)
     assert made["image"]["moves"] == 0
     assert made["foley"]["sync_impacts"] == 0 and made["foley"]["sync_onsets"] is None
-    assert made["sound"]["sync_onsets"] == 0
+    assert made["audio"]["sync_onsets"] == 0
 
 
 def test_a_jump_shows_at_the_seam_alone(world, oracle):
     made = task_metrics.measure(Jumping(*world), world[1], seed=0)["continue"]
     for key in ("given", "inside"):
         assert made[key] == pytest.approx(oracle["continue"][key], abs=0.02)
-    config = world[0]
+    config = world[0].config
     assert made["seam"] == pytest.approx(config.data.fps / config.data.size, rel=0.1)  # a pixel a frame

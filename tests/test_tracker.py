@@ -1,19 +1,20 @@
-"""The tracker on true renders, whose state is known, and on what must not pass for one."""
+"""The tracker on true renders, whose state is known, and on pictures that it must not take for objects."""
 
 import numpy as np
 import pytest
 from scipy import ndimage
 
-from vdm_jax.data.world import COLORS, DIRECTIONS, SHAPES, World
+from vdm_jax.data.captions import COLORS, DIRECTIONS, SHAPES, asked
+from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
-from vdm_jax.metrics.tracker import VISIBLE, impacts, measure, onsets, summarise, track
+from vdm_jax.metrics.tracker import VISIBLE, impacts, measure, onsets, summarize, track
 
 FPS, RATE = 8, 8000
 PLAIN = {"gravity": 0, "occluder": 0, "leave": 0, "pan": 0, "light": 0}
 
 
 def ask(item):
-    return [dict(zip(("color", "shape", "direction"), m)) for m in World.meaning(item)]
+    return asked(item["state"])
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_impacts_are_those_of_the_world(clips):
 
 def test_true_clips_measure_right(clips):
     """The ceilings: what a perfect generator would get."""
-    pooled = summarise([measure(i["video"], i["audio"], FPS, RATE, ask(i)) for i in clips[0][:80]])
+    pooled = summarize([measure(i["video"], i["audio"], FPS, RATE, ask(i)) for i in clips[0][:80]])
     assert pooled["one_object"] > 0.96 and pooled["two_objects"] > 0.9
     assert pooled["direction"] > 0.96 and pooled["count"] > 0.96 and pooled["permanence"] > 0.85
     assert pooled["size_drift"] < 0.02 and pooled["color_drift"] < 0.01
@@ -148,8 +149,8 @@ def test_wrong_shape_color_direction_and_count_fail(easy):
     for item in easy[:5]:
         (true,) = ask(item)
 
-        def result(asked, item=item):
-            return measure(item["video"], item["audio"], FPS, RATE, asked)
+        def result(objects, item=item):
+            return measure(item["video"], item["audio"], FPS, RATE, objects)
 
         good = result([true])
         assert good["right"] and good["count_right"] and good["objects"][0]["direction_right"]
@@ -182,7 +183,7 @@ def test_a_second_object_of_the_asked_color_is_counted(easy):
         pytest.param(lambda v: 0.5 * v + 0.5 * np.median(v, 0), id="ghost"),
         pytest.param(lambda v: ndimage.uniform_filter1d(v, 7, 0), id="smeared"),
         pytest.param(lambda v: ndimage.uniform_filter1d(v, 11, 2), id="stretched"),
-        pytest.param(lambda v: v.mean(-1, keepdims=True) + 0 * v, id="grey"),
+        pytest.param(lambda v: v.mean(-1, keepdims=True) + 0 * v, id="gray"),
     ],
 )
 def test_spoilt_objects_are_not_called_right(easy, spoil):
@@ -201,7 +202,7 @@ def test_what_an_autoencoder_does_to_a_clip_is_borne(easy):
         rows.append(measure(video, item["audio"], FPS, RATE, ask(item)))
         right += rows[-1]["right"]
     assert right >= 11
-    assert summarise(rows)["size_drift"] < 0.05 and summarise(rows)["direction"] > 0.9
+    assert summarize(rows)["size_drift"] < 0.05 and summarize(rows)["direction"] > 0.9
 
 
 def test_noise_and_nothing_hold_no_objects():
@@ -248,8 +249,8 @@ def test_sound_out_of_time_is_out_of_sync(clips):
         true.append(measure(item["video"], item["audio"], FPS, RATE, ask(item)))
         audio = np.roll(item["audio"], 3 * RATE // FPS)
         late.append(measure(item["video"], audio, FPS, RATE, ask(item)))
-    assert summarise(late)["sync_impacts"] < summarise(true)["sync_impacts"] - 0.4
-    assert summarise(late)["sync_onsets"] < summarise(true)["sync_onsets"] - 0.3
+    assert summarize(late)["sync_impacts"] < summarize(true)["sync_impacts"] - 0.4
+    assert summarize(late)["sync_onsets"] < summarize(true)["sync_onsets"] - 0.3
 
 
 def test_larger_frames_and_other_rates():
@@ -260,7 +261,7 @@ def test_larger_frames_and_other_rates():
             item = source[i]
             rows.append(measure(item["video"], item["audio"], fps, rate, ask(item)))
         assert all(row["right"] and row["count_right"] for row in rows)
-        assert summarise(rows)["sync_impacts"] > 0.9
+        assert summarize(rows)["sync_impacts"] > 0.9
 
 
 def test_one_frame_can_be_read(easy):
@@ -270,7 +271,7 @@ def test_one_frame_can_be_read(easy):
 
 
 def test_summary_of_nothing_and_of_unknown_names():
-    assert set(summarise([]).values()) == {None}
+    assert set(summarize([]).values()) == {None}
     video = np.zeros((5, 32, 32, 3), np.uint8)
     with pytest.raises(UserError, match="shape 'hexagon' unknown"):
         measure(video, np.zeros(5000), FPS, RATE, [dict(color="red", shape="hexagon", direction="up")])

@@ -17,10 +17,11 @@ from etils import epath
 from tests import tiny
 from tests.helpers import digest, final_state, finish, start
 from vdm_jax import train
-from vdm_jax.data import batches as pipeline
-from vdm_jax.data import world
-from vdm_jax.run import checkpoint, preemption
+from vdm_jax.data import batches, world
+from vdm_jax.run import folder as run_folder
+from vdm_jax.run import preemption
 from vdm_jax.system import latents
+from vdm_jax.system.layout import STAGES
 
 CONFIG = "--config=tests/tiny.py"
 STEPS = 40  # of the denoiser, so that there is time to kill it
@@ -49,11 +50,11 @@ def test_a_run_from_start_to_end_then_killed_and_resumed(tmp_path):
     # ------------------------------------------------------------------------------------------- all four stages
     code, err = run(whole, longer, config=config)
     assert code == 0, "\n".join(err)
-    begun = [next(i for i, line in enumerate(err) if f"{stage}: " in line) for stage in checkpoint.STAGES]
+    begun = [next(i for i, line in enumerate(err) if f"{stage}: " in line) for stage in STAGES]
     assert begun == sorted(begun)
-    kept = checkpoint.load_config(whole / "config.json")
+    kept = run_folder.read_config(whole)
     assert kept.denoiser.steps == STEPS and kept.clip.to_dict() == tiny.get_config().clip.to_dict()
-    for stage in checkpoint.STAGES:
+    for stage in STAGES:
         steps = kept[stage].steps
         told = lines(whole, stage)
         assert [line["step"] for line in told] == list(range(1, steps + 1))
@@ -138,11 +139,11 @@ def without(whole, stage, workdir):
     return workdir
 
 
-@pytest.mark.parametrize("stage", checkpoint.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_signal_ends_a_run_and_the_next_goes_on_from_there(command, reading, whole_run, tmp_path, stage):
     workdir, number = (
         without(whole_run, stage, tmp_path / "run"),
-        preemption.SIGNALS[checkpoint.STAGES.index(stage) % 2],
+        preemption.SIGNALS[STAGES.index(stage) % 2],
     )
     handlers = [signal.getsignal(n) for n in preemption.SIGNALS]
     read, seventh = itertools.count(), 6 if stage == "denoiser" else 25  # encoded clips are read by the batch
@@ -158,7 +159,7 @@ def test_a_signal_ends_a_run_and_the_next_goes_on_from_there(command, reading, w
     assert any(signal.Signals(number).name in line for line in done.err)
     (told,) = [line for line in done.err if "stopped at step" in line]
     step = int(told.split("stopped at step ")[1].split(",")[0])
-    assert 1 <= step <= 7 and checkpoint.newest_step(workdir, stage) == step
+    assert 1 <= step <= 7 and run_folder.newest_step(workdir, stage) == step
     assert lines(workdir, stage)[-1]["step"] == step
     assert json.loads((workdir / "heartbeat.json").read_text())["step"] == step
 
@@ -174,8 +175,8 @@ def test_a_signal_ends_a_run_and_the_next_goes_on_from_there(command, reading, w
 
 def test_bad_steps_are_skipped_counted_and_named(command, reading, tmp_path):
     stage, config, workdir = "audio_autoencoder", tiny.get_config(), tmp_path / "run"
-    ids = pipeline.sample_ids(pipeline.source(config), batch_size=4, seed=config.seed, step=4)
-    bad = pipeline.source(config)[ids[1]]["video"]
+    ids = batches.sample_ids(batches.source(config), batch_size=4, seed=config.seed, step=4)
+    bad = batches.source(config)[ids[1]]["video"]
 
     def spoil(item):
         return {**item, "audio": item["audio"] * np.nan} if np.array_equal(item["video"], bad) else item
@@ -199,7 +200,7 @@ def test_bad_steps_are_skipped_counted_and_named(command, reading, tmp_path):
     assert done.code == 2 and done.err[-1].startswith("error: ")
     assert "audio_autoencoder: 3 steps in a row were skipped, from step 5 on (loss nan" in done.err[-1]
     assert "the newest checkpoint is of step 4" in done.err[-1]
-    assert checkpoint.newest_step(workdir, stage) == 4  # the saves of step 6 and 8 were not made
+    assert run_folder.newest_step(workdir, stage) == 4  # the saves of step 6 and 8 were not made
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
@@ -262,9 +263,9 @@ def test_wrong_input_is_one_line(command, monkeypatch, tmp_path, options, words)
 @pytest.mark.parametrize(
     "option, words",
     [
-        ("--config.audio_autoencoder.model.latent_channels=8", "begun with another audio_autoencoder.model"),
-        ("--config.data.fps=4", "begun with data.fps=8"),
-        ("--config.data.text_length=64", "begun with data.text_length=96"),
+        ("--config.audio_autoencoder.model.latent_channels=8", "started with another audio_autoencoder.model"),
+        ("--config.data.fps=4", "started with data.fps=8"),
+        ("--config.data.text_length=64", "started with data.text_length=96"),
     ],
 )
 def test_a_run_goes_on_with_its_own_models_only(command, tiny_run, option, words):
@@ -275,12 +276,12 @@ def test_a_run_goes_on_with_its_own_models_only(command, tiny_run, option, words
 
 
 def test_a_folder_is_for_one_training_at_a_time(command, tiny_run):
-    with train.alone(epath.Path(tiny_run)):
+    with run_folder.exclusive_lock(epath.Path(tiny_run)):
         before = files(tiny_run)
         done = command(train, CONFIG, f"--workdir={tiny_run}", "--stage=clip")
         assert files(tiny_run) == before
-    assert done.code == 2 and len(done.err) == 1 and "another training is under way" in done.err[0]
-    with train.alone(epath.Path(tiny_run)):  # and free again
+    assert done.code == 2 and len(done.err) == 1 and "another training is running" in done.err[0]
+    with run_folder.exclusive_lock(epath.Path(tiny_run)):  # and free again
         pass
 
 

@@ -30,14 +30,14 @@ def params():
     return {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
 
 
-def loss_fn(p, key, batch, frozen):
-    """A bowl around the batch, and a draw that shows the key."""
-    value = sum(jnp.sum(jnp.square(x - batch.mean())) for x in p.values()) * frozen
+def loss_fn(p, key, batch, encoder_params):
+    """A parabola around the mean of the batch, and a random number that shows the key."""
+    value = sum(jnp.sum(jnp.square(x - batch.mean())) for x in p.values()) * encoder_params
     return value, {"loss": value, "draw": jax.random.normal(key)}
 
 
 def run(steps, state=None, **different):
-    """-> (state, metrics of every step) after `steps` more steps."""
+    """Returns (state, metrics of every step) after `steps` more steps."""
     config = settings(**different)
     step = jax.jit(train_state.make_step(loss_fn, config))
     state, kept = state or train_state.create(params(), config), []
@@ -82,8 +82,8 @@ def test_parts_of_a_batch_make_the_mean_gradient():
     config = settings(accumulate=4)
     batch = jnp.arange(8.0)
 
-    def apart(p, key, batch, frozen):
-        value = sum(jnp.sum(jnp.square(x - batch.mean())) for x in p.values()) * frozen
+    def apart(p, key, batch, encoder_params):
+        value = sum(jnp.sum(jnp.square(x - batch.mean())) for x in p.values()) * encoder_params
         return value, {"loss": value, "rare": jnp.where(batch[0] < 1, batch[0] + 2, jnp.nan)}
 
     gradients = train_state.accumulated(jax.grad(apart, has_aux=True), config.accumulate)
@@ -100,9 +100,9 @@ def test_parts_of_a_batch_make_the_mean_gradient():
 
 
 def steps_of(batches, loss_over_mean=0.0):
-    """-> [(state, metrics)] after each of the batches, on a loss of batch * sum(p^2)."""
+    """Returns [(state, metrics)] after each batch, with the loss batch * sum(p^2)."""
 
-    def loss_fn(p, key, batch, frozen):
+    def loss_fn(p, key, batch, encoder_params):
         value = batch * sum(jnp.sum(jnp.square(x)) for x in p.values())
         return value, {"loss": value}
 
@@ -121,14 +121,16 @@ def test_a_step_that_is_not_finite_moves_nothing_but_its_number(bad):
     assert [m["skipped"] for m in (first, metrics, last)] == [0, 1, 0]
     assert after["step"] == 2 and not np.isfinite(metrics["loss"])
     jax.tree.map(np.testing.assert_array_equal, {**after, "step": 1}, before)
-    good = steps_of([1.0, 1.0])[1][0]  # as if the bad one had not been, but for its number and the average's ramp
+    good = steps_of([1.0, 1.0])[1][
+        0
+    ]  # equals a run without the bad step, except for the step number and the EMA, whose decay depends on it
     for part in ("params", "opt", "loss_mean"):
         jax.tree.map(np.testing.assert_array_equal, third[part], good[part])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(third))
 
 
 def test_gradients_alone_may_be_what_is_not_finite():
-    def loss_fn(p, key, batch, frozen):
+    def loss_fn(p, key, batch, encoder_params):
         value = jnp.sum(jnp.sqrt(p["x"]))  # 0 at 0, where its slope is infinite
         return value, {"loss": value}
 

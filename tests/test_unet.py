@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from tests.helpers import init_weights, names
-from vdm_jax import conditioning
 from vdm_jax.data import text
 from vdm_jax.models.clip import TextEncoder
 from vdm_jax.models.unet import CrossModalAttention, NoiseEmbedding, SpaceTimeAttention, UNet
+from vdm_jax.system.losses import drop_text
 
 SETTINGS = dict(
     patch=1,
@@ -114,8 +114,8 @@ def test_dropped_text_is_the_null_text(denoise):
         return {"states": states, "pooled": pooled, "mask": text.mask(tokens)}
 
     words, null = encode(tokens), encode(text.encode([text.NULL_TEXT], LENGTH))
-    dropped = conditioning.drop_text(jax.random.key(0), words, null, 1.0)
-    kept = conditioning.drop_text(jax.random.key(0), words, null, 0.0)
+    dropped = drop_text(jax.random.key(0), words, null, 1.0)
+    kept = drop_text(jax.random.key(0), words, null, 0.0)
     cond = {k: np.concatenate([dropped[k], kept[k]]) for k in words}
     z, level, _ = inputs(batch=8)
     out, _ = denoise(z, level, cond)

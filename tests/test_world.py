@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vdm_jax.data import world as w
-from vdm_jax.data.world import COLORS, DIRECTIONS, PALETTE, SHAPES, World
+from vdm_jax.data.captions import COLORS
+from vdm_jax.data.world import PALETTE, World
 from vdm_jax.errors import UserError
 
 PLAIN = {"gravity": 0, "occluder": 0, "leave": 0, "pan": 0, "light": 0}
@@ -25,16 +26,16 @@ def test_layout_of_an_item():
 
 
 def test_an_item_follows_from_seed_and_index_alone():
-    one, two = World(seed=5), World(seed=5)
-    two[3], two[99]
+    first, second = World(seed=5), World(seed=5)
+    second[3], second[99]
     for i in (0, 7, 2**31 - 2):
-        assert (one[i]["video"] == two[i]["video"]).all() and one[i]["caption"] == two[i]["caption"]
-        assert (one[i]["audio"] == two[i]["audio"]).all()
-    assert (one[-1]["video"] == one[len(one) - 1]["video"]).all()
-    assert (one[0]["video"] != one[1]["video"]).any()
-    assert (one[0]["video"] != World(seed=6)[0]["video"]).any()
+        assert (first[i]["video"] == second[i]["video"]).all() and first[i]["caption"] == second[i]["caption"]
+        assert (first[i]["audio"] == second[i]["audio"]).all()
+    assert (first[-1]["video"] == first[len(first) - 1]["video"]).all()
+    assert (first[0]["video"] != first[1]["video"]).any()
+    assert (first[0]["video"] != World(seed=6)[0]["video"]).any()
     with pytest.raises(IndexError):
-        one[len(one)]
+        first[len(first)]
 
 
 def test_windows_agree_where_they_overlap():
@@ -121,13 +122,17 @@ def test_tones_tell_size_and_material():
     assert len(metal) <= w.TONE_SECONDS * 8000 and np.abs(metal[-40:]).max() < 0.03
 
 
+def test_every_color_word_has_a_paint():
+    assert tuple(PALETTE) == COLORS
+
+
 def test_pixels_show_the_state():
     source = World(seed=9, objects=(1,), gravity=0, occluder=0, leave=0, pan=0.5, light=0.5)
     for i in range(40):
         item = source[i]
         state = item["state"]
         full = np.array(PALETTE[COLORS[state["color"][0]]])
-        excess = item["video"].astype(float).max(-1) - item["video"].min(-1)  # grey gives 0
+        excess = item["video"].astype(float).max(-1) - item["video"].min(-1)  # gray gives 0
         for frame in np.flatnonzero(state["visible"][:, 0] > 0.97)[::5]:
             mask = excess[frame] > 0.4 * excess[frame].max()
             y, x = (c.mean() + 0.5 for c in np.nonzero(mask))
@@ -178,48 +183,6 @@ def test_features_do_what_they_say():
     assert np.ptp(panned["camera"], axis=0)[0] > 0.02
     lit = World(seed=1, **{**PLAIN, "light": 1})[0]["state"]["light"]
     assert 0.79 < lit.min() < lit.max() < 1.11
-
-
-def test_captions_and_directions():
-    source = World(seed=21)
-    texts, lengths = set(), []
-    for i in range(300):
-        item = source[i]
-        state, text = item["state"], item["caption"]
-        assert text.isascii() and len(text) <= 128
-        lengths.append(len(text) if len(state["radius"]) < 3 else 0)
-        for o, (color, shape, direction) in zip(w.seen(state), w.describe(state)):
-            assert f"{color} {shape}" in text and direction in text
-            move = state["position"][3, o] - state["position"][0, o]
-            assert w.direction_of(move) == direction or state["gravity"]
-        assert [m[:2] for m in World.meaning(item)] == sorted(m[:2] for m in World.meaning(item))
-        texts.add(text)
-    assert len(texts) > 250 and np.mean(np.array(lengths) > 96) < 0.02
-    assert any(" hits a " in t for t in texts) and any("bounces off the" in t for t in texts)
-
-
-def test_captions_may_leave_directions_out():
-    plain, loose = World(seed=21), World(seed=21, undirected=0.3)
-    said, told = 0, 0
-    for i in range(300):
-        state, text = loose[i]["state"], loose[i]["caption"]
-        words = text.replace(",", "").split()
-        assert all(f"{color} {shape}" in text for color, shape, _ in w.describe(state))
-        said, told = said + sum(words.count(d) for d in w.DIRECTIONS), told + len(w.seen(state))
-        if i < 20:
-            assert (loose[i]["video"] == plain[i]["video"]).all() and text.isascii() and "  " not in text
-    assert 0.72 < said / told < 0.83  # 1 - 0.3 * 3 / 4
-
-
-def test_prompts_say_what_they_ask():
-    for objects in (1, 2, 3):
-        asked = w.prompts(0, 50, objects)
-        assert asked == w.prompts(0, 50, objects) and asked != w.prompts(1, 50, objects)
-        for ask in asked:
-            assert len(ask["objects"]) == objects == len({o["color"] for o in ask["objects"]})
-            for o in ask["objects"]:
-                assert o["shape"] in SHAPES and o["direction"] in DIRECTIONS
-                assert f"{o['color']} {o['shape']}" in ask["text"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ In the second the denoiser tells captions from hard negatives, too.
 """
 
 from configs import common
-from vdm_jax.data import world
+from vdm_jax.data import captions
 
 
 def get_config(more=None):
@@ -37,12 +37,12 @@ def get_config(more=None):
     clip.model.text.update(width=16, layers=1, heads=2)
     clip.model.video.update(channels=(8, 16))
     clip.model.embedding = 16
-    clip.hard_negatives.words = (world.COLORS, world.SHAPES, world.DIRECTIONS)
+    clip.hard_negatives.words = (captions.COLORS, captions.SHAPES, captions.DIRECTIONS)
 
     denoiser = config.denoiser
     denoiser.update(tiny)
     denoiser.update(cached_clips=32, statistics_clips=32)
-    denoiser.hard_negatives.words = (world.DIRECTIONS,) if more == "hard_negatives" else ()
+    denoiser.hard_negatives.words = (captions.DIRECTIONS,) if more == "hard_negatives" else ()
     denoiser.hard_negatives.every = 1
     # Time halves once, so T = 3 is odd there.
     denoiser.model.update(

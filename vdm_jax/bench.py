@@ -1,40 +1,45 @@
-"""How fast a recipe runs on this machine: compile seconds, ms a step, FLOPs, MFU, peak memory, examples/s.
+"""Measures the speed of a recipe on this machine: time and FLOPs of a step, compile time, peak memory.
 
     python -m vdm_jax.bench --config=configs/world.py [--part=train|sample|encode|data] [--stage=denoiser]
-        [--repeats=10] [--out=bench.json]
+        [--repeats=10] [--steps=N] [--method=NAME] [--out=bench.json]
 
-train   one optimizer step of --stage on one batch that is on the device already; random weights and data
-sample  config.sample's sampler on a batch of prompts, decoding included; --steps and --method change it
-encode  clips and captions to latents and text states, as the denoiser's training needs them
-data    the input pipeline alone, on the host
+--part=train   one optimizer step of --stage, on a batch that is already on the device
+--part=sample  the sampler on 8 prompts, decoding included; --steps and --method replace settings of config.sample
+--part=encode  the encoding of clips and captions into the latents and the text that the denoiser trains on
+--part=data    the data pipeline of --stage alone, on the host
 
-`step_ms` is the median of --repeats calls, each waited for. `step_flops` are model FLOPs over all devices, counted from
-shapes, recomputation left out (flops.py). `mfu` is their rate over the devices' bfloat16 peak, null where the peak is
-not known. `peak_memory_bytes` is what the device says it held at most, or where it says nothing what the compiled
-program needs. With --part=train, `data_examples_per_s` stands beside `examples_per_s`: a pipeline that is the
-slower of the two starves the device; null where there is no data yet.
+Weights and clips are random; only --part=data loads the clips of config.data.
+
+step_ms              median time of --repeats calls in milliseconds; the program waits for the end of each call
+step_ms_range        the shortest and the longest call
+step_flops           model FLOPs of a call on all devices, counted from shapes; recomputation does not count
+mfu                  step_flops a second over the peak bfloat16 FLOP/s of the devices; null for an unknown device
+peak_memory_bytes    the most memory that the device had in use; a device that does not count it (a CPU) shows what the
+                     compiled program needs
+examples_per_s       training examples, prompts or clips a second
+data_examples_per_s  with --part=train: the same of the data pipeline alone, null without data. If it is less than
+                     examples_per_s, the device waits for data.
+denoise_ms           with --part=sample: step_ms over the number of denoising steps
 """
 
-import functools
 import json
 import logging
 import statistics
 import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
-from vdm_jax import pipeline as generate
-from vdm_jax import sample, samplers, sharding, train_state
-from vdm_jax.data import batches as pipeline
-from vdm_jax.data import text
+from vdm_jax import samplers, sharding
+from vdm_jax.data import batches, text
 from vdm_jax.errors import UserError
-from vdm_jax.models import ops
-from vdm_jax.perf import flops
-from vdm_jax.run import checkpoint, cli, storage
-from vdm_jax.system import codec as stages
+from vdm_jax.models.ops import backend
+from vdm_jax.perf import programs
+from vdm_jax.perf.flops import peak
+from vdm_jax.run import cli, storage
+from vdm_jax.system import build
+from vdm_jax.system.layout import STAGES
+from vdm_jax.system.sampling import BATCH, Sampler
 
 logger = logging.getLogger("vdm_jax")
 
@@ -43,7 +48,7 @@ MEASURED = (
     "params", "step_ms", "step_ms_range", "step_flops", "gflops_per_s", "mfu",
     "peak_memory_bytes", "compile_seconds", "examples_per_s",
 )  # fmt: skip
-DATA_SECONDS = 3.0  # how long the pipeline is watched
+DATA_SECONDS = 3.0  # how long the data pipeline is measured, at least
 
 
 def main(argv):
@@ -51,22 +56,22 @@ def main(argv):
     config = options.config
     cli.only_options(argv)
     if config is None:
-        raise UserError("--config=FILE is missing")
+        raise UserError("--config=FILE is missing: name a recipe, such as configs/world_tiny.py")
     config.sample.update({key: options[key].value for key in ("steps", "method") if options[key].value is not None})
     cli.use_cache(config)
-    stages.models(config)  # what does not fit is told first
-    out = None
-    if options.out:
-        out = storage.given(options.out)
-        sample.make_folder(out.parent)
+    system = build(config)
+    out = storage.given(options.out) if options.out else None
+    if out:
+        storage.make_folder(out.parent)
     mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        if options.part == "train":
-            result = train(config, options.stage, mesh, options.repeats)
-        elif options.part == "data":
-            result = data(config, options.stage)
-        else:
-            result = {"sample": sampling, "encode": encode}[options.part](config, options.repeats)
+    if options.part == "train":
+        result = train(system, options.stage, mesh, options.repeats)
+    elif options.part == "sample":
+        result = sample(system, mesh, options.repeats)
+    elif options.part == "encode":
+        result = encode(system, mesh, options.repeats)
+    else:
+        result = data(system, options.stage)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     result = {"part": options.part, "device": device, **dict.fromkeys(MEASURED), **result}
     for key, value in result.items():
@@ -76,176 +81,128 @@ def main(argv):
 
 
 def show(key, value):
+    """Returns a figure as text with its unit, for the table."""
     if value is None:
         return "-"
     if key.endswith("_bytes"):
         return f"{value / 2**20:,.0f} MiB"
     if isinstance(value, list):
         return " to ".join(show(key, x) for x in value)
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def train(config, name, mesh, repeats):
-    """One train step of stage `name`; the state is moved on, as in training."""
-    settings = config[name]
-    stages.check_batch(config, name, mesh)
-    stage = stages.build(config)[name]
-    program = train_state.program(stage, settings, jax.random.key(0), mesh)
-    frozen = stages.abstract_frozen(config) if name == "denoiser" else {}
-    batch = stages.abstract_batch(config, name)
-    key = jax.random.key(1)
-    _, work = count(lambda p, f, k, b: stage.loss(p, k, b, f)[0], program.abstract["params"], frozen, key, batch)
-
-    state = program.init()
-    frozen = jax.device_put(noise(frozen), sharding.state_shardings(frozen, mesh))
-    batch = jax.device_put(noise(batch), sharding.batch_sharding(mesh))
-    step, seconds = compiled(program.step.lower, state, key, batch, frozen)
-
-    def call():
-        nonlocal state
-        state, metrics = step(state, key, batch, frozen)
-        return metrics
-
-    result = measured(call, step, seconds, work, settings.batch_size, repeats)
+def train(system, name, mesh, repeats):
+    """Returns the figures of one optimizer step of stage `name`, and of the data pipeline beside it."""
+    system.check_batch(mesh, name)
+    result = measure(programs.train_step(system, name, mesh), mesh, repeats)
     try:
-        result["data_examples_per_s"] = data(config, name)["examples_per_s"]
-    except UserError as error:  # no data is needed but for this
+        pipeline = data(system, name)["examples_per_s"]
+    except UserError as error:  # the step itself needs no data
         logger.info("the data pipeline is not timed: %s", error)
-        result["data_examples_per_s"] = None
-    return {"params": parameters(program.abstract["params"]), **result}
+        pipeline = None
+    return result | {"data_examples_per_s": pipeline}
 
 
-def sampling(config, repeats):
-    """The whole sampler: prompts to frames and sound."""
-    rows = generate.BATCH
-    frozen = stages.abstract_frozen(config) | {"denoiser": stages.abstract_params(config)["denoiser"]}
-    generator = generate.Generator(config, noise(frozen))
-    arrays, static = generator.arguments()
-    arrays |= dict(key=jax.random.key(0), numbers=np.arange(rows))
-    arrays["tokens"] = text.encode([PROMPT] * rows, config.data.text_length)
-    work, _ = count(lambda _, given: generator.run.__wrapped__(**given, **static), (), arrays)
-    program, seconds = compiled(functools.partial(generator.run.lower, **static), **arrays)
-    result = measured(lambda: program(**arrays), program, seconds, work, rows, repeats)
-    result["denoise_ms"] = result["step_ms"] / config.sample.steps
-    return {"params": parameters(frozen["denoiser"]), "method": config.sample.method, **result}
+def sample(system, mesh, repeats):
+    """Returns the figures of the sampler, from prompts to frames and sound."""
+    settings = system.config.sample
+    tokens = text.encode([PROMPT] * BATCH, system.config.data.text_length)
+    result = measure(programs.sampling(system, Sampler(system), mesh, tokens), mesh, repeats)
+    return {"method": settings.method, **result, "denoise_ms": result["step_ms"] / settings.steps}
 
 
-def encode(config, repeats):
-    """Clips and captions to what the denoiser trains on."""
-    frozen = stages.abstract_frozen(config)
-    batch = {**stages.abstract_batch(config, "clip")}
-    rows = config.denoiser.batch_size
-    batch = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for k, x in batch.items()}
-
-    def run(frozen, batch):
-        z = stages.encode(config, frozen, batch["video"], batch["audio"])
-        return z, stages.encode_text(config, frozen, batch["tokens"])
-
-    work, _ = count(lambda _, f, b: run(f, b), (), frozen, batch)
-    arguments = jax.device_put((noise(frozen), noise(batch)))
-    program, seconds = compiled(jax.jit(run).lower, *arguments)
-    result = measured(lambda: program(*arguments), program, seconds, work, rows, repeats)
-    return {"params": parameters(frozen), **result}
+def encode(system, mesh, repeats):
+    """Returns the figures of encoding a batch of the denoiser."""
+    system.check_batch(mesh, "denoiser")
+    return measure(programs.encoding(system, mesh, system.config.denoiser.batch_size), mesh, repeats)
 
 
-def data(config, name):
-    """Batches of stage `name` from the pipeline for DATA_SECONDS; nothing of it is on the device."""
+def data(system, name):
+    """Returns the figures of the pipeline that loads clips for stage `name`. The batches stay on the host."""
+    config = system.config
     rows = config[name].batch_size
-    batches = pipeline.batches(
-        pipeline.source(config),
-        batch_size=rows,
-        seed=config.seed,
-        start=0,
-        data=config.data,
-        to_example=lambda item: pipeline.example(item, config.data.text_length),
-    )
-    next(batches)  # starts the threads
-    times, began = [], time.perf_counter()
+    examples = batches.Examples(batches.source(config), config.data.text_length, system.stages[name].hard_negative)
+    loaded = batches.batches(examples, batch_size=rows, seed=config.seed, start=0, data=config.data)
+    next(loaded)  # starts the threads
+    times = []
+    began = time.perf_counter()
     while len(times) < 2 * config.data.prefetch or time.perf_counter() - began < DATA_SECONDS:
         asked = time.perf_counter()
-        next(batches)
+        next(loaded)
         times.append(time.perf_counter() - asked)
-    seconds = sum(times[config.data.prefetch :]) / len(times[config.data.prefetch :])  # the first were made already
+    times = times[config.data.prefetch :]  # the threads had loaded the first batches already
+    seconds = sum(times) / len(times)
     return {"step_ms": 1e3 * seconds, "examples_per_s": rows / seconds}
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
-def count(function, trained, *arguments):
-    """flops.count of the forms that accelerators get: their products are the model's, whatever this device is given.
-
-    Not of jitted functions, which keep the form that they were first traced in.
-    """
-    with ops.backend("tpu"):
-        return flops.count(function, trained, *arguments)
-
-
-def compiled(lower, *arguments, **options):
-    """-> (the program that a jitted function's `lower` makes, compiled; the seconds that took, tracing included)."""
-    began = time.perf_counter()
-    program = lower(*arguments, **options).compile()
-    return program, time.perf_counter() - began
-
-
-def measured(call, program, compile_seconds, work, rows, repeats):
-    """What every part reports, from `repeats` calls; work: FLOPs of a call; rows: examples in it."""
-    times = []
-    for _ in range(repeats + 1):
+def measure(program, mesh, repeats):
+    """Returns the figures of a perf.programs.Program: compiles it, calls it `repeats` times, and takes the median."""
+    # The forms that layers have on accelerators do the products of the model, and no more. This device may have others.
+    with backend("tpu"):
+        work = program.count_flops()
+    with jax.set_mesh(mesh):
         began = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - began)
-    seconds = statistics.median(times[1:])  # the first warms up
-    peak = flops.peak(jax.devices()[0])
+        compiled = program.lower(*program.arguments).compile()
+        compile_seconds = time.perf_counter() - began
+        times = call_repeatedly(program, compiled, repeats + 1)[1:]  # the first call warms up
+    seconds = statistics.median(times)
+    flops_per_device = peak(jax.devices()[0])
     return {
+        "params": program.params,
         "step_ms": 1e3 * seconds,
-        "step_ms_range": [1e3 * min(times[1:]), 1e3 * max(times[1:])],
+        "step_ms_range": [1e3 * min(times), 1e3 * max(times)],
         "step_flops": work,
         "gflops_per_s": work / seconds / 1e9,
-        "mfu": work / seconds / (peak * jax.device_count()) if peak else None,
-        "peak_memory_bytes": peak_memory(program),
+        "mfu": work / seconds / (flops_per_device * jax.device_count()) if flops_per_device else None,
+        "peak_memory_bytes": peak_memory(compiled),
         "compile_seconds": compile_seconds,
-        "examples_per_s": rows / seconds,
+        "examples_per_s": program.rows / seconds,
     }
 
 
-def peak_memory(program):
-    told = jax.devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in told:
-        return told["peak_bytes_in_use"]
-    need = program and program.memory_analysis()
+def call_repeatedly(program, compiled, count):
+    """Returns the seconds that each of `count` calls of a compiled program took."""
+    arguments = program.init()
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        results = jax.block_until_ready(compiled(*arguments))
+        times.append(time.perf_counter() - began)
+        if program.stateful:
+            arguments = (results[0], *arguments[1:])
+    return times
+
+
+def peak_memory(compiled):
+    """Returns the bytes that the first device had in use at most, or the bytes that the compiled program needs.
+
+    Returns None where neither is known.
+    """
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    need = compiled.memory_analysis()
     if not need:
         return None
-    held = need.argument_size_in_bytes + need.output_size_in_bytes + need.temp_size_in_bytes
-    return held - need.alias_size_in_bytes
-
-
-def noise(tree):
-    """Arrays for ShapeDtypeStructs: small normal floats, zeros of other types."""
-    rng = np.random.default_rng(0)
-
-    def one(x):
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            return (0.1 * rng.standard_normal(x.shape, np.float32)).astype(x.dtype)
-        return np.ones(x.shape, x.dtype) if x.dtype == bool else np.zeros(x.shape, x.dtype)
-
-    return jax.tree.map(one, tree)
-
-
-def parameters(tree):
-    return sum(x.size for x in jax.tree.leaves(tree))
+    total = need.argument_size_in_bytes + need.output_size_in_bytes + need.temp_size_in_bytes
+    return total - need.alias_size_in_bytes
 
 
 def define_flags():
     cli.define_config()
-    flags.DEFINE_enum("part", "train", ("train", "sample", "encode", "data"), "What to time.")
-    flags.DEFINE_enum("stage", "denoiser", checkpoint.STAGES, "Stage, with --part=train and data.")
-    flags.DEFINE_integer("repeats", 10, "Calls to take the median of.", lower_bound=1)
-    flags.DEFINE_integer("steps", None, "Denoising steps, with --part=sample.", lower_bound=1)
-    flags.DEFINE_enum("method", None, samplers.METHODS, "Sampler, with --part=sample.")
+    flags.DEFINE_enum("part", "train", ("train", "sample", "encode", "data"), "What to measure.")
+    flags.DEFINE_enum("stage", "denoiser", STAGES, "Stage, with --part=train and --part=data.")
+    flags.DEFINE_integer("repeats", 10, "Number of calls; the figures are of the median.", lower_bound=1)
+    flags.DEFINE_integer("steps", None, "Number of denoising steps, with --part=sample.", lower_bound=1)
+    flags.DEFINE_enum("method", None, tuple(samplers.METHODS), "Sampling method, with --part=sample.")
     flags.DEFINE_string("out", None, "JSON file to write.")
 
 

@@ -1,256 +1,306 @@
-"""Diffusion maths: noise schedules, noising, prediction targets, loss weights, patterns, losses.
+"""The maths of diffusion: noise schedules, noising, prediction targets, loss weights, training patterns, the loss.
 
-Pure functions of arrays, explicit keys and a config mapping; no network, no state. The process is
-variance preserving,
+Everything here is a pure function of arrays, keys and a config. No function knows a network.
 
-    z = alpha x + sigma eps,    alpha^2 = sigmoid(log_snr),    sigma^2 = sigmoid(-log_snr),
+The process is variance preserving. Its noise level is the logarithm of the signal-to-noise ratio:
 
-and the level log_snr = log(alpha^2 / sigma^2) (natural log) is an array: one number per latent
-frame and modality.
+    z_t = alpha x + sigma eps,    alpha^2 = sigmoid(log_snr),    sigma^2 = sigmoid(-log_snr)
+    log_snr = log(alpha^2 / sigma^2), the natural logarithm
 
-    z       = {"video": [B, T, h, w, C], "audio": [B, K*T, D]}     x, eps, predictions alike
+The noise level is an array. Every latent frame of each modality has its own:
+
+    z       = {"video": [B, T, h, w, C], "audio": [B, K*T, D]}     K audio tokens per latent frame; x, eps alike
     log_snr = {"video": [B, T],          "audio": [B, T]}
 
-Every function of a latent takes such trees or single arrays. Time t is in [0, 1]: 0 is clean, 1 is
-noise. The config (a dict or ConfigDict) holds: schedule, log_snr_min, log_snr_max, shift, target,
-weighting, min_snr_gamma, sigmoid_bias, patterns (name -> share), loss_weights (modality -> weight).
+Functions of latents take one array or a dict of arrays by modality. Time t is in [0, 1]: 0 is clean, 1 is pure noise.
+
+The config is a dict or a ConfigDict with the keys schedule, log_snr_min, log_snr_max, shift, target, weighting,
+min_snr_gamma, sigmoid_bias, patterns {name: share} and loss_weights {modality: weight}; see configs/common.py.
 """
 
-import difflib
-import math
 from functools import cache
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdm_jax.errors import UserError
+from vdm_jax.errors import UserError, one_of
 
-SCHEDULES = ("cosine", "sigmoid", "linear_beta")
 TARGETS = ("noise", "x0", "v")
 WEIGHTINGS = ("uniform", "min_snr", "sigmoid")
 MODALITIES = ("video", "audio")
-NOISE_BINS = 4  # metrics: quarters of t in [0, 1]
-
-
-def one_of(what, name, known):
-    """Return `name` if it is in `known`; else raise a UserError that names the nearest one."""
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-        raise UserError(f"no {what} {name!r}: did you mean {near!r}? (known: {', '.join(known)})")
-    return name
+NOISE_BINS = 4  # the metrics eps_mse_* split t in [0, 1] into this many equal bins
 
 
 # --------------------------------------------------------------------------------------------------
-# Schedules: t in [0, 1] -> log_snr
+# Schedules: time t -> log_snr
 
 
-def log_snr(t, config):
-    """Level at time t: same shape, decreasing, from log_snr_max at t = 0 to log_snr_min at t = 1.
+def log_snr_at(t, config):
+    """Returns log_snr at time t, an array like t. It falls from log_snr_max at t = 0 to log_snr_min at t = 1.
 
-    `shift` (1 = none) multiplies alpha / sigma: below 1 there is more noise everywhere, which
-    larger or more redundant latents need (64 / resolution in arXiv:2301.11093, section 3.1).
-    'linear_beta' is DDPM's 1000 levels, timestep n = 0..999 exactly at t = (n + 1) / 1000, as long
-    as shift is 1 and the range holds them (-10.12 to 9.21); it ends there, not at log_snr_min.
+    t: times in [0, 1].
+    config: schedule, log_snr_min, log_snr_max and shift. The shift multiplies alpha / sigma at every t. A shift below
+        1 adds noise at every t, as larger or more redundant latents need (arXiv:2301.11093, section 3.1).
+    Raises UserError for an unknown schedule, an empty range or a shift that is not positive.
+
+    The schedule 'linear_beta' has the 1000 noise levels of DDPM: step n = 0..999 of DDPM is t = (n + 1) / 1000. The
+    steps are exact if shift is 1 and the range holds -10.12 to 9.21. At t = 1 this schedule is at DDPM's last level.
     """
     low, high = config["log_snr_min"], config["log_snr_max"]
     if not low < high:
         raise UserError(f"log_snr_min={low} must be below log_snr_max={high}")
     if not config["shift"] > 0:
         raise UserError(f"shift={config['shift']} must be positive")
+    schedule = SCHEDULES[one_of("schedule", config["schedule"], SCHEDULES)]
     offset = 2 * np.log(config["shift"])  # log_snr + 2 log(64 / d): arXiv:2301.11093, section 3.1
-    name = one_of("schedule", config["schedule"], SCHEDULES)
-    t = jnp.asarray(t) + 0.0  # float also when given as int
-    # cosine and sigmoid reach infinity at t = 0 and 1, so t is mapped onto the part inside the
-    # bounds, without a kink: from the time `start` of the upper one to `rest` before the end at the
-    # lower one. What is left, 1 - t, is summed from its own end: in float32 a difference of nearly
-    # equal numbers would lose the noisy levels.
-    if name == "cosine":
-        # alpha = cos(angle): arXiv:2102.09672, eq. 17 (s = 0); log_snr = -2 log tan(angle)
-        start, rest = np.arctan(np.exp((offset - high) / 2)), np.arctan(np.exp((low - offset) / 2))
-        width = np.pi / 2 - start - rest
-        sines = jnp.sin(rest + (1 - t) * width), jnp.sin(start + t * width)
-        return 2 * (jnp.log(sines[0]) - jnp.log(sines[1])) + offset
-    if name == "sigmoid":
-        # arXiv:2301.10972, Algorithm 1 (start -3, end 3, tau 1): alpha^2 is a sigmoid of t scaled
-        # to span [0, 1]; as sigmoid(a) - sigmoid(b) = sinh((a - b)/2) / (2 cosh(a/2) cosh(b/2)),
-        # log_snr = log(sinh(3 (1 - t)) / sinh(3 t)), met by t = arctanh(...) / 3 at a bound.
-        def bound(level):
-            return np.arctanh(np.sinh(3) / (np.exp(level) + np.cosh(3))) / 3
+    t = jnp.asarray(t) + 0.0  # integers become floats
+    return schedule(t, low, high, offset)
 
-        start, rest = bound(high - offset), bound(offset - low)
-        width = 1 - start - rest
-        sines = jnp.sinh(3 * (rest + (1 - t) * width)), jnp.sinh(3 * (start + t * width))
-        return jnp.log(sines[0]) - jnp.log(sines[1]) + offset
+
+# The cosine and sigmoid curves reach infinity at t = 0 and t = 1. The functions below use only the part of a curve that
+# lies within the bounds, and stretch it over [0, 1]: the part begins at time `start` of the curve and ends at time
+# 1 - `rest`. They compute the remaining time 1 - t from its own end: near t = 1, the difference of two nearly equal
+# float32 numbers would lose the noisiest levels.
+
+
+def _cosine(t, low, high, offset):
+    """alpha = cos(angle), the angle from 0 to pi / 2: arXiv:2102.09672, eq. 17 with s = 0."""
+    start = np.arctan(np.exp((offset - high) / 2))
+    rest = np.arctan(np.exp((low - offset) / 2))
+    width = np.pi / 2 - start - rest
+    cosine = jnp.sin(rest + (1 - t) * width)
+    sine = jnp.sin(start + t * width)
+    return 2 * (jnp.log(cosine) - jnp.log(sine)) + offset  # log_snr = -2 log tan(angle)
+
+
+def _sigmoid(t, low, high, offset):
+    """alpha^2 is a sigmoid of t, scaled to span [0, 1]: arXiv:2301.10972, Algorithm 1 (start -3, end 3, tau 1).
+
+    With sigmoid(a) - sigmoid(b) = sinh((a - b) / 2) / (2 cosh(a / 2) cosh(b / 2)) the curve becomes
+    log_snr = log(sinh(3 (1 - t)) / sinh(3 t)).
+    """
+
+    def time_of(log_snr):  # inverse of the curve
+        return np.arctanh(np.sinh(3) / (np.exp(log_snr) + np.cosh(3))) / 3
+
+    start = time_of(high - offset)
+    rest = time_of(offset - low)
+    width = 1 - start - rest
+    signal = jnp.sinh(3 * (rest + (1 - t) * width))
+    noise = jnp.sinh(3 * (start + t * width))
+    return jnp.log(signal) - jnp.log(noise) + offset
+
+
+def _linear_beta(t, low, high, offset):
+    """The noise levels of DDPM, with linear interpolation of log_snr between them."""
     table = _linear_beta_table()
     table = np.concatenate([[max(high - offset, table[0])], table])  # t = 0 is clean
-    grid = jnp.linspace(0, 1, len(table), dtype=t.dtype)
-    return jnp.clip(jnp.interp(t, grid, jnp.asarray(table, t.dtype)) + offset, low, high)
+    times = jnp.linspace(0, 1, len(table), dtype=t.dtype)
+    return jnp.clip(jnp.interp(t, times, jnp.asarray(table, t.dtype)) + offset, low, high)
 
 
 @cache
 def _linear_beta_table():
-    """[1000] log_snr of DDPM: beta linear from 1e-4 to 0.02, arXiv:2006.11239, section 4."""
+    """log_snr [1000] of DDPM: beta rises linearly from 1e-4 to 0.02 (arXiv:2006.11239, section 4)."""
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # arXiv:2006.11239, eq. 4
     return np.log(alpha_bar) - np.log1p(-alpha_bar)
+
+
+SCHEDULES = {"cosine": _cosine, "sigmoid": _sigmoid, "linear_beta": _linear_beta}
 
 
 # --------------------------------------------------------------------------------------------------
 # Noising and prediction targets
 
 
-def alpha_sigma(level):
-    """(alpha, sigma) of a level, exact to rounding at both extremes, where 1 - alpha^2 is not."""
-    return jnp.exp(-jax.nn.softplus(-level) / 2), jnp.exp(-jax.nn.softplus(level) / 2)
+def alpha_sigma(log_snr):
+    """Returns (alpha, sigma), arrays like log_snr. Both are accurate for every log_snr; sqrt(1 - alpha^2) is not."""
+    return jnp.exp(-jax.nn.softplus(-log_snr) / 2), jnp.exp(-jax.nn.softplus(log_snr) / 2)
 
 
-def broadcast_to_latent(level, leaf):
-    """[B, T] per-frame values -> [B, K*T, 1, ...], to broadcast onto a leaf [B, K*T, ...]."""
-    frames, length = level.shape[1], leaf.shape[1]
-    if length % frames or level.shape[0] not in (1, leaf.shape[0]):
-        raise ValueError(f"levels {level.shape} for {leaf.shape}: want [B, T] for [B, K*T, ...]")
-    level = jnp.repeat(level, length // frames, axis=1)  # [B, K*T]
-    return level.reshape(level.shape + (1,) * (leaf.ndim - 2))
+def broadcast_to_latent(per_frame, latent):
+    """Returns the per-frame values with the axes of a latent, [B, K*T, 1, ...], ready to broadcast onto it.
+
+    per_frame: values [B or 1, T], one per latent frame.
+    latent: [B, K*T, ...].
+    Raises AssertionError if the shapes do not fit.
+    """
+    chex.assert_rank(per_frame, 2)
+    chex.assert_is_broadcastable(per_frame.shape[:1], latent.shape[:1])
+    chex.assert_is_divisible(latent.shape[1], per_frame.shape[1])
+    tokens = jnp.repeat(per_frame, latent.shape[1] // per_frame.shape[1], axis=1)  # [B, K*T]
+    return tokens.reshape(tokens.shape + (1,) * (latent.ndim - 2))
 
 
-def add_noise(x, eps, level):
-    """z = alpha x + sigma eps: arXiv:2107.00630, eq. 1. x, eps: latents; level: [B, T] each."""
+def add_noise(x, eps, log_snr):
+    """Returns z_t = alpha x + sigma eps, latents like x: arXiv:2107.00630, eq. 1.
 
-    def leaf(level, x, eps):
-        alpha, sigma = alpha_sigma(broadcast_to_latent(level, x))
+    x: clean latents.
+    eps: standard normal noise, like x.
+    log_snr: [B, T] per modality.
+    """
+
+    def leaf(log_snr, x, eps):
+        alpha, sigma = alpha_sigma(broadcast_to_latent(log_snr, x))
         return alpha * x + sigma * eps
 
-    return jax.tree.map(leaf, level, x, eps)
+    return jax.tree.map(leaf, log_snr, x, eps)
 
 
-def to_target(x, eps, level, target):
-    """What a network of this `target` is to predict; v as in arXiv:2202.00512, appendix D."""
+def to_target(x, eps, log_snr, target):
+    """Returns what a network of this target should predict, latents like x.
+
+    x, eps, log_snr: the arguments of `add_noise`.
+    target: one of TARGETS; v as in arXiv:2202.00512, appendix D.
+    """
     one_of("target", target, TARGETS)
 
-    def leaf(level, x, eps):
-        alpha, sigma = alpha_sigma(broadcast_to_latent(level, x))
+    def leaf(log_snr, x, eps):
+        alpha, sigma = alpha_sigma(broadcast_to_latent(log_snr, x))
         return {"noise": eps, "x0": x, "v": alpha * eps - sigma * x}[target]
 
-    return jax.tree.map(leaf, level, x, eps)
+    return jax.tree.map(leaf, log_snr, x, eps)
 
 
-def to_x0(prediction, z, level, target):
-    """x as a prediction implies it. From noise, rounding grows as exp(-log_snr / 2)."""
+def to_x0(prediction, z, log_snr, target):
+    """Returns the clean latents that a prediction implies, latents like z.
+
+    prediction: the network's output for z, of kind `target`. From 'noise', rounding grows as exp(-log_snr / 2).
+    z: noised latents.
+    log_snr: [B, T] per modality.
+    target: one of TARGETS.
+    """
     one_of("target", target, TARGETS)
 
-    def leaf(level, prediction, z):
-        alpha, sigma = alpha_sigma(broadcast_to_latent(level, z))
+    def leaf(log_snr, prediction, z):
+        alpha, sigma = alpha_sigma(broadcast_to_latent(log_snr, z))
         return {
             "x0": prediction,
             "noise": (z - sigma * prediction) / alpha,
             "v": alpha * z - sigma * prediction,  # arXiv:2202.00512, appendix D
         }[target]
 
-    return jax.tree.map(leaf, level, prediction, z)
+    return jax.tree.map(leaf, log_snr, prediction, z)
 
 
-def to_eps(prediction, z, level, target):
-    """eps as a prediction implies it. From x0, rounding grows as exp(log_snr / 2)."""
+def to_eps(prediction, z, log_snr, target):
+    """Returns the noise that a prediction implies, latents like z.
+
+    prediction, z, log_snr, target: the arguments of `to_x0`. From 'x0', rounding grows as exp(log_snr / 2).
+    """
     one_of("target", target, TARGETS)
 
-    def leaf(level, prediction, z):
-        alpha, sigma = alpha_sigma(broadcast_to_latent(level, z))
+    def leaf(log_snr, prediction, z):
+        alpha, sigma = alpha_sigma(broadcast_to_latent(log_snr, z))
         return {
             "x0": (z - alpha * prediction) / sigma,
             "noise": prediction,
             "v": sigma * z + alpha * prediction,  # arXiv:2202.00512, appendix D
         }[target]
 
-    return jax.tree.map(leaf, level, prediction, z)
+    return jax.tree.map(leaf, log_snr, prediction, z)
 
 
 # --------------------------------------------------------------------------------------------------
 # Loss weights
 
 
-def eps_error(level, target):
-    """Factor from a squared error of `target` to that of eps: 1 (noise), snr (x0), alpha^2 (v).
+def eps_error_factor(log_snr, target):
+    """Returns the factor that turns a squared error of `target` into one of eps: 1 (noise), snr (x0) or alpha^2 (v).
 
-    At fixed z, d eps = -(alpha / sigma) dx and dv = -dx / sigma, hence
-    |d eps|^2 = snr |dx|^2 = alpha^2 |dv|^2 (arXiv:2202.00512, section 4).
+    At fixed z, d eps = -(alpha / sigma) dx and dv = -dx / sigma. Hence |d eps|^2 = snr |dx|^2 = alpha^2 |dv|^2
+    (arXiv:2202.00512, section 4).
+
+    log_snr: an array of any shape.
+    target: one of TARGETS.
     """
     one_of("target", target, TARGETS)
-    return {"noise": jnp.ones_like, "x0": jnp.exp, "v": jax.nn.sigmoid}[target](level)
+    return {"noise": jnp.ones_like, "x0": jnp.exp, "v": jax.nn.sigmoid}[target](log_snr)
 
 
-def loss_weight(level, slope, config):
-    """Weight on the squared error of config.target; the same loss of x0 whatever the target.
+def loss_weight(log_snr, slope, config):
+    """Returns the weight on the squared error of config.target, an array like log_snr.
 
-    level: log_snr; slope: -d log_snr / dt >= 0, same shape; t is taken as uniform. The weights,
-    as said of |eps error|^2 (times snr for |x0 error|^2, times alpha^2 for |v error|^2):
+    Whatever the target, the weighted error of x0 is the same. The weightings, as factors of |eps error|^2:
       'uniform'  1, the simple loss: arXiv:2006.11239, eq. 14
-      'min_snr'  min(1, gamma / snr), so min(snr, gamma) of x0: arXiv:2303.09556, section 3.4
-      'sigmoid'  sigmoid(b - log_snr) * slope: the weighted loss of arXiv:2303.00848, section 2, an
-                 integral over log_snr that no schedule changes, with the w of arXiv:2410.19324
+      'min_snr'  min(1, gamma / snr), which is min(snr, gamma) for x0: arXiv:2303.09556, section 3.4
+      'sigmoid'  sigmoid(bias - log_snr) * slope: the weighted loss of arXiv:2303.00848, section 2, with the w of
+                 arXiv:2410.19324. It is an integral over log_snr, which is the same for every schedule.
+
+    log_snr: an array of any shape, at times t drawn uniformly from [0, 1].
+    slope: -d log_snr / dt, at least 0, of the same shape.
+    config: weighting, min_snr_gamma, sigmoid_bias and target.
     """
     name = one_of("weighting", config["weighting"], WEIGHTINGS)
     if name == "uniform":
-        weight = jnp.ones_like(level)
+        weight = jnp.ones_like(log_snr)
     elif name == "min_snr":
-        weight = jnp.minimum(1, config["min_snr_gamma"] * jnp.exp(-level))
+        weight = jnp.minimum(1, config["min_snr_gamma"] * jnp.exp(-log_snr))
     else:
-        weight = jax.nn.sigmoid(config["sigmoid_bias"] - level) * slope
-    return weight * eps_error(level, config["target"])
+        weight = jax.nn.sigmoid(config["sigmoid_bias"] - log_snr) * slope
+    return weight * eps_error_factor(log_snr, config["target"])
 
 
 # --------------------------------------------------------------------------------------------------
-# Training patterns: which frames of which modality are how noisy
+# Training patterns: the time t of each latent frame, and which frames are context
+#
+# A pattern is a function (u, frames) -> (t of video, t of audio, context of video, context of audio).
+#   u       uniform random numbers, {"one", "other", "head", "tail": [B, 1], "video", "audio": [B, T]}
+#   frames  the numbers 0 .. T-1 of the latent frames, [1, T]
 
 
-def _strata(key, batch, columns):
-    """[batch, columns] uniforms; down each column they are evenly spaced, in random order.
+def stratified_uniform(key, batch, columns):
+    """Returns uniform random numbers [batch, columns]. The numbers of a column are evenly spaced and in random order.
 
-    The spacing lowers the loss's variance: arXiv:2107.00630, appendix I.1.
+    The even spacing lowers the variance of the loss: arXiv:2107.00630, appendix I.1.
     """
     offset_key, order_key = jax.random.split(key)
     even = (jnp.arange(batch)[:, None] + jax.random.uniform(offset_key, (columns,))) / batch
     return jax.random.permutation(order_key, even, axis=0, independent=True)
 
 
-def _text(u, frames):
+def _text(u, frames):  # one t for all frames of both modalities
     return u["one"], u["one"], False, False
 
 
-def _per_modality(u, frames):  # UniDiffuser, arXiv:2303.06555
+def _per_modality(u, frames):  # one t per modality: UniDiffuser, arXiv:2303.06555
     return u["one"], u["other"], False, False
 
 
-def _per_frame(u, frames):  # Diffusion Forcing, arXiv:2407.01392
+def _per_frame(u, frames):  # one t per frame and modality: Diffusion Forcing, arXiv:2407.01392
     return u["video"], u["audio"], False, False
 
 
-def _foley(u, frames):
+def _foley(u, frames):  # all of the video is context
     return u["one"], u["one"], True, False
 
 
-def _audio(u, frames):
+def _audio(u, frames):  # all of the audio is context
     return u["one"], u["one"], False, True
 
 
-def _image(u, frames):  # the first video frame only: a still to animate, without sound
+def _image(u, frames):  # the first video frame is context, unless it is the only frame
     return u["one"], u["one"], frames < min(1, frames.shape[1] - 1), False
 
 
-def _continue(u, frames):  # a prefix of 1 .. T-1 frames of both modalities
+def _continue(u, frames):  # the first 1 .. T-1 frames of both modalities are context
     last = frames.shape[1] - 1
-    given = frames < jnp.minimum(1 + jnp.floor(u["head"] * last), last)
-    return u["one"], u["one"], given, given
+    context = frames < jnp.minimum(1 + jnp.floor(u["head"] * last), last)
+    return u["one"], u["one"], context, context
 
 
-def _between(u, frames):  # a prefix and a suffix, at least one frame each and one left between
+def _between(u, frames):  # the first and last frames are context: at least one each, and at least one frame is not
     inner = max(frames.shape[1] - 2, 0)
     head = jnp.minimum(1 + jnp.floor(u["head"] * inner), inner)
     tail = jnp.minimum(1 + jnp.floor(u["tail"] * (inner + 1 - head)), inner + 1 - head)
-    given = ((frames < head) | (frames >= frames.shape[1] - tail)) & (inner > 0)
-    return u["one"], u["one"], given, given
+    context = ((frames < head) | (frames >= frames.shape[1] - tail)) & (inner > 0)
+    return u["one"], u["one"], context, context
 
 
-def _rollout(u, frames):  # t rises with the frame, at a random slope, and is clipped; t = 0: given
+def _rollout(u, frames):  # t rises from frame to frame with a random slope, clipped to [0, 1]; frames at 0 are context
     rise = u["other"]
     t = -rise + u["one"] * (1 + rise) + rise * frames / max(frames.shape[1] - 1, 1)
     return jnp.clip(t, 0, 1), jnp.clip(t, 0, 1), t <= 0, t <= 0
@@ -269,35 +319,38 @@ PATTERNS = {
 }
 
 
-def sample_levels(key, shape, patterns):
-    """Draw times for a batch: each example gets one of the patterns, in proportion to its share.
+def sample_times(key, shape, patterns):
+    """Returns times and context masks of a batch: (t, context), {"video", "audio"} of float [B, T] and bool [B, T].
 
-    shape: (B, T), static. patterns: {name of PATTERNS: share >= 0}, of any sum; counts within a
-    batch are as even as they can be. Returns (t, given): trees {"video", "audio"} of [B, T], float
-    in [0, 1] and bool. A given frame is an input: t = 0, and no loss. Raises UserError for an
-    unknown pattern or senseless shares.
+    Each example follows one pattern. Times are in [0, 1], and 0 in context frames.
+
+    shape: (B, T).
+    patterns: {name of PATTERNS: share}. Shares are at least 0 and may have any sum. The number of examples of a pattern
+        is as near to its share of the batch as whole numbers allow.
+    Raises UserError for an unknown pattern, a negative share, or no share above 0.
     """
     for name in patterns:
         one_of("pattern", name, tuple(PATTERNS))
     names = [name for name in PATTERNS if name in patterns and patterns[name] != 0]
     shares = np.array([patterns[name] for name in names], float)
     if not len(names) or not (shares > 0).all():
-        raise UserError(f"patterns={dict(patterns)}: shares must be at least 0, one of them more")
+        raise UserError(f"patterns={dict(patterns)}: every share must be at least 0, and one of them above 0")
     batch, T = shape
     widths = {"pattern": 1, "one": 1, "other": 1, "head": 1, "tail": 1, "video": T, "audio": T}
-    uniforms = jnp.split(_strata(key, batch, 5 + 2 * T), np.cumsum([*widths.values()])[:-1], axis=1)
-    u = dict(zip(widths, uniforms))  # [B, 1] or [B, T] each
-    # Per pattern: times of video and of audio, given frames of video and of audio.
+    uniforms = stratified_uniform(key, batch, sum(widths.values()))
+    u = dict(zip(widths, jnp.split(uniforms, np.cumsum([*widths.values()])[:-1], axis=1)))  # [B, 1] or [B, T] each
     drawn = [PATTERNS[name](u, jnp.arange(T)[None]) for name in names]
     edges = jnp.asarray(np.cumsum(shares)[:-1] / shares.sum())
     chosen = jnp.searchsorted(edges, u["pattern"][:, 0], side="right")  # [B]
 
-    def pick(i):
-        stack = jnp.stack([jnp.broadcast_to(one[i], shape) for one in drawn])  # [P, B, T]
+    def of_chosen(i):
+        """Value i of the pattern of each example."""
+        stack = jnp.stack([jnp.broadcast_to(values[i], shape) for values in drawn])  # [patterns, B, T]
         return stack[chosen, jnp.arange(batch)]  # [B, T]
 
-    given = {"video": pick(2), "audio": pick(3)}
-    return {name: jnp.where(given[name], 0.0, pick(i)) for i, name in enumerate(MODALITIES)}, given
+    context = {"video": of_chosen(2), "audio": of_chosen(3)}
+    t = {name: jnp.where(context[name], 0.0, of_chosen(i)) for i, name in enumerate(MODALITIES)}
+    return t, context
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,134 +358,100 @@ def sample_levels(key, shape, patterns):
 
 
 def noise_like(key, z):
-    """Standard normal noise, a tree like z; a modality's noise does not depend on the others."""
+    """Returns standard normal noise, a dict like z. The noise of one modality does not depend on the others."""
 
     def draw(name, x):
         key_of_name = jax.random.fold_in(key, MODALITIES.index(name))
+        # Drawn flat: XLA needs half a minute to compile a draw with five axes for a CPU. The numbers are the same.
         return jax.random.normal(key_of_name, (x.shape[0], x[0].size), x.dtype).reshape(x.shape)
 
-    # Drawn flat: the same numbers, and XLA takes half a minute to compile a five-axis draw for a CPU.
     return {name: draw(name, x) for name, x in z.items()}
 
 
-def loss(denoise_fn, key, z, cond, config, *others):
-    """Weighted denoising loss of a batch of clean latents: `objective`, below.
+class Noised(NamedTuple):
+    """A noised batch: what the network reads and what its error needs. Every field is a dict by modality."""
 
-    denoise_fn(z_t, log_snr, cond) -> prediction of config.target, the tree of z_t; its parameters
-    are closed over. z: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}, or the video alone. cond:
-    passed on untouched; beside others a tree of arrays [B, ...], like theirs. others: objectives such
-    as `hard_negative_objective`'s, each of rows of its own, whose losses are added. Returns (scalar
-    float32, metrics of all).
+    t: dict  # time in [0, 1], [B, T]; 0 in context frames
+    context: dict  # bool [B, T]: True in context frames
+    log_snr: dict  # noise level, [B, T]; log_snr_max in context frames
+    slope: dict  # -d log_snr / dt, [B, T]
+    z_t: dict  # noised latents, like z; context frames are exactly clean
+    target: dict  # what the network should predict, like z
 
-    The network is called once, for all of them: a program with two calls takes twice as long to compile.
+
+def loss(denoise_fn, key, z, cond, config):
+    """Returns the weighted denoising loss of clean latents: (float32 scalar, metrics).
+
+    denoise_fn: (z_t, log_snr, cond) -> a prediction of config.target, a dict like z_t.
+    key: for noise levels and noise.
+    z: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}, or the video alone.
+    cond: conditions, passed to denoise_fn unchanged.
+    config: see the top of this file.
+    Raises UserError for wrong settings.
     """
-    inputs, measures = zip(objective(key, z, cond, config), *others)
-    if not others:
-        return measures[0](denoise_fn(*inputs[0]))
-    rows = [one[0]["video"].shape[0] for one in inputs]
-    groups = math.gcd(*rows)  # dealt out by turns, so that on a mesh each device keeps its own
-    ends = np.cumsum([n // groups for n in rows])
-
-    def join(*parts):
-        parts = [x.reshape(groups, -1, *x.shape[1:]) for x in parts]
-        return jnp.concatenate(parts, 1).reshape(-1, *parts[0].shape[2:])
-
-    def part(x, start, end):
-        return x.reshape(groups, ends[-1], *x.shape[1:])[:, start:end].reshape(-1, *x.shape[1:])
-
-    prediction = denoise_fn(*jax.tree.map(join, *inputs))
-    total, metrics = 0.0, {}
-    for measure, start, end in zip(measures, (0, *ends), ends):
-        value, found = measure(jax.tree.map(lambda x, span=(start, end): part(x, *span), prediction))
-        total, metrics = total + value, metrics | found
-    return total, metrics
+    noised = corrupt(key, z, config)
+    # 3. The network
+    prediction = denoise_fn(noised.z_t, noised.log_snr, cond)
+    return weighted_error(prediction, noised, config)
 
 
-def objective(key, z, cond, config):
-    """What the denoiser is asked of a batch of clean latents, and the loss of its answer: (inputs, measure).
+def corrupt(key, z, config):
+    """Returns the Noised batch of clean latents: the first half of `loss`, before the network.
 
-    z: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}, or the video alone. inputs: (z_t, log_snr,
-    cond). measure(prediction of config.target) -> (scalar float32, metrics). Given frames are shown
-    exactly clean, at log_snr_max, and take no part in the loss: the mean over all other elements of
-    each modality, then the mean of the modalities weighed by config.loss_weights. Metrics:
-    `loss_<modality>`, and `eps_mse_<modality>_<i>`, the error of eps for t in [i/4, (i+1)/4), nan
-    where nothing fell.
+    key, z, config: the arguments of `loss`.
     """
-    level_key, noise_key = jax.random.split(key)
-    t, given = sample_levels(level_key, z["video"].shape[:2], config["patterns"])
-    t, given = {name: t[name] for name in z}, {name: given[name] for name in z}
+    time_key, noise_key = jax.random.split(key)
+    x = {name: z[name].astype(jnp.promote_types(z[name].dtype, jnp.float32)) for name in z}
 
-    def leveled(t):
-        return {name: log_snr(t[name], config) for name in z}
+    # 1. Noise levels
+    t, context = sample_times(time_key, z["video"].shape[:2], config["patterns"])
+    t = {name: t[name] for name in z}
+    context = {name: context[name] for name in z}
+    log_snr, slope = _log_snr_and_slope(t, config)
+    log_snr = {name: jnp.where(context[name], config["log_snr_max"], log_snr[name]) for name in z}
 
-    level, slope = jax.jvp(leveled, (t,), (jax.tree.map(lambda t: -jnp.ones_like(t), t),))
-    level = {name: jnp.where(given[name], config["log_snr_max"], level[name]) for name in z}
-
-    x = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), z)
+    # 2. Noising
     eps = noise_like(noise_key, x)
-    z_t = add_noise(x, eps, level)
-    z_t = {name: jnp.where(broadcast_to_latent(given[name], x[name]), x[name], z_t[name]) for name in z}
-    target = to_target(x, eps, level, config["target"])
-
-    def measure(prediction):
-        total, weights, metrics = 0.0, 0.0, {}
-        for name in z:
-            error = jnp.square(prediction[name].astype(x[name].dtype) - target[name])
-            error = error.reshape(*t[name].shape, -1).mean(-1)  # [B, T]: also over an audio frame's K
-            made = ~given[name]
-            weight = loss_weight(level[name], jnp.where(made, slope[name], 0), config)
-            mean = jnp.where(made, weight * error, 0).sum() / jnp.maximum(made.sum(), 1)
-            metrics[f"loss_{name}"] = mean
-            total += config["loss_weights"][name] * mean
-            weights += config["loss_weights"][name]
-            eps_mse = jax.lax.stop_gradient(eps_error(level[name], config["target"]) * error)
-            bins = jnp.clip(jnp.floor(t[name] * NOISE_BINS), 0, NOISE_BINS - 1)
-            for i in range(NOISE_BINS):
-                here = made & (bins == i)
-                metrics[f"eps_mse_{name}_{i}"] = jnp.where(here, eps_mse, 0).sum() / here.sum()
-        return total / weights, metrics
-
-    return (z_t, level, cond), measure
+    z_t = add_noise(x, eps, log_snr)
+    z_t = {name: jnp.where(broadcast_to_latent(context[name], x[name]), x[name], z_t[name]) for name in z}
+    target = to_target(x, eps, log_snr, config["target"])
+    return Noised(t, context, log_snr, slope, z_t, target)
 
 
-def hard_negative_objective(key, z, right, wrong, target, config):
-    """Has the denoiser tell a clip's caption from one that is nearly right, as a classifier of the two would.
+def _log_snr_and_slope(t, config):
+    """Returns (log_snr, -d log_snr / dt) at times t, dicts like t."""
+    backwards = jax.tree.map(lambda t: -jnp.ones_like(t), t)
+    return jax.jvp(lambda t: {name: log_snr_at(t[name], config) for name in t}, (t,), (backwards,))
 
-    The squared error of eps by a caption stands for -log p(clip | caption), as in arXiv:2303.16203, section 3; here
-    that of the picture, summed, at one level a clip, even over config.log_snr, with the same noise for both. With
-    logit = error by the wrong caption - error by the right one, the loss is
 
-        weight * mean of softplus(-logit)  +  anchor * mean of the right one's error.
+def weighted_error(prediction, noised, config):
+    """Returns the loss of a prediction: (float32 scalar, metrics). The second half of `loss`, after the network.
 
-    z: latents as for `objective`, of P clips; right, wrong: conditions of P rows; rows where they are the same count
-    for the anchor alone. target: what the denoiser predicts. Returns (inputs, measure) as there, of 2 P rows: each clip
-    by the right caption, then by the wrong one. Metrics: `hard_negative_loss`, the mean of softplus(-logit), and
-    `hard_negative_accuracy`, the share with logit > 0; nan where no caption has a hard negative.
+    The loss of a modality is the mean of the weighted squared error over all elements but the context frames. The
+    total is the mean of the modalities, weighted by config.loss_weights.
+    The metrics are `loss_<modality>` and `eps_mse_<modality>_<i>`, the mean squared error of eps for t in
+    [i/4, (i+1)/4), which is nan if the batch has no frame in that bin.
+
+    prediction: the network's output, a dict like noised.z_t.
+    noised: the batch, from `corrupt`.
+    config: the same as for `corrupt`.
     """
-    level_key, noise_key = jax.random.split(key)
-    rows, frames = z["video"].shape[:2]
-    low, high = config["log_snr"]
-    one = low + (high - low) * _strata(level_key, rows, 1)  # [P, 1]
-    level = {name: jnp.broadcast_to(one, (rows, frames)) for name in z}
+    chex.assert_trees_all_equal_shapes(prediction, noised.target)  # other shapes would broadcast without an error
+    # 4. Weighted error
+    total, total_weight, metrics = 0.0, 0.0, {}
+    for name, target in noised.target.items():
+        log_snr, generated = noised.log_snr[name], ~noised.context[name]  # [B, T]
+        squares = jnp.square(prediction[name].astype(target.dtype) - target)
+        error = squares.reshape(*log_snr.shape, -1).mean(-1)  # [B, T], a mean over the K tokens of a frame too
+        weight = loss_weight(log_snr, jnp.where(generated, noised.slope[name], 0), config)
+        mean = jnp.where(generated, weight * error, 0).sum() / jnp.maximum(generated.sum(), 1)
+        metrics[f"loss_{name}"] = mean
+        total += config["loss_weights"][name] * mean
+        total_weight += config["loss_weights"][name]
 
-    x = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), z)
-    eps = noise_like(noise_key, x)
-    z_t, wanted = add_noise(x, eps, level), to_target(x, eps, level, target)["video"]
-
-    def both(a, b):  # [2 P, ...]: one after the other, so that on a mesh each device keeps its own
-        return jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])
-
-    def measure(prediction):
-        prediction = prediction["video"].reshape(rows, 2, -1).astype(wanted.dtype)
-        squares = jnp.square(prediction - wanted.reshape(rows, 1, -1)).sum(2)
-        by_right, by_wrong = (eps_error(one, target) * squares).T
-        pairs = zip(jax.tree.leaves(right), jax.tree.leaves(wrong))
-        differ = [jnp.any((a != b).reshape(rows, -1), 1) for a, b in pairs]
-        differ = jnp.any(jnp.stack(differ), 0)
-        logit = by_wrong - by_right
-        told = jnp.where(differ, jax.nn.softplus(-logit), 0).sum()
-        total = config["weight"] * told / jnp.maximum(differ.sum(), 1) + config["anchor"] * by_right.mean()
-        share = (differ & (logit > 0)).sum() / differ.sum()
-        return total, {"hard_negative_loss": told / differ.sum(), "hard_negative_accuracy": share}
-
-    return (*jax.tree.map(lambda x: both(x, x), (z_t, level)), jax.tree.map(both, right, wrong)), measure
+        eps_mse = jax.lax.stop_gradient(eps_error_factor(log_snr, config["target"]) * error)
+        bins = jnp.clip(jnp.floor(noised.t[name] * NOISE_BINS), 0, NOISE_BINS - 1)
+        for i in range(NOISE_BINS):
+            in_bin = generated & (bins == i)
+            metrics[f"eps_mse_{name}_{i}"] = jnp.where(in_bin, eps_mse, 0).sum() / in_bin.sum()
+    return total / total_weight, metrics

@@ -1,24 +1,31 @@
-"""Compiles a recipe for a TPU slice, on a machine without one: does it fit, what travels, what bounds a step.
+"""Compiles a recipe for a TPU slice, on a machine without a TPU: whether it fits, and what limits its speed.
 
     python -m vdm_jax.dry_run --config=configs/t2v_pod.py --topology=v5p:4x4x4 [--out=plan.json]
-        [--part=train|sample|encode] [--stage=denoiser] [--rows=16] [--mfu=0.4] [--try] [--effort=O1]
+        [--part=train|sample|encode] [--stage=denoiser] [--rows=8] [--mfu=0.4] [--try] [--effort=O1]
 
-The real program, partitioned as in training and compiled by libtpu's compiler, which needs no TPU
-(pip install "jax[tpu]"). --topology=v5e:4x4,v5e:8x8 compares. Exit code 3: it does not fit one of them; what would
-make it fit is printed, and with --try compiled as well. With jaxlib 0.7 a program that is split over chips may take all
-memory of this machine, over 20 GB for a tiny one: use a newer one.
+The program is the same as in training, split over the chips in the same way. libtpu's compiler compiles it and needs no
+TPU: pip install "jax[tpu]". --topology=v5e:4x4,v5e:8x8 compares two slices. The exit code is 3 if the program does not
+fit on a slice; the command then prints changes of the config that should make it fit, and --try compiles them.
+Use jaxlib 0.8 or newer: jaxlib 0.7 needs more than 20 GB of this machine's memory, even for a tiny program that is
+split over chips.
 
-train   one optimizer step of --stage
-sample  config.sample's sampler on --rows prompts, decoding included
-encode  --rows clips and captions to latents and text states
+--part=train   one optimizer step of --stage
+--part=sample  the sampler on --rows prompts, decoding included
+--part=encode  the encoding of --rows clips and captions into latents and text
 
-`model_flops_per_chip` are counted from shapes (flops.py), `executed_flops_per_chip` from the compiled program (hlo.py):
-the products of both, so that their ratio tells what is computed twice. `hbm_bytes_per_chip` are arguments, results that
-are not written over arguments, temporaries and code. `roofline_seconds` is a bound, not a time: for each operation of
-the program the larger of its FLOPs at the peak and its bytes at the memory's bandwidth, all added up; or what the
-collectives receive at the links' bandwidth, where that is more. `roofline_shares` say which part each kind of operation
-has in it, `bound_by` which is the largest: compute, memory or network. `unasked_collectives` are permutes and
-all-to-alls in a program whose mesh splits neither `sequence` nor `tensor`: there should be none.
+model_flops_per_chip     matrix products and convolutions of the model, counted from shapes (perf/flops.py)
+executed_flops_per_chip  matrix products and convolutions of the compiled program (perf/hlo.py); more than
+                         model_flops_per_chip if the program computes something twice
+model_share              model_flops_per_chip over executed_flops_per_chip
+hbm_bytes_per_chip       arguments, temporaries, code, and results that do not replace an argument
+collectives              how often the chips exchange data, by kind; collective_bytes_per_chip is what a chip receives
+unasked_collectives      permutes and all-to-alls, if the mesh splits neither `sequence` nor `tensor`: should be 0
+roofline_seconds         a lower bound of the time of a step, the larger of two sums. The first sum is over all
+                         operations: FLOPs over peak FLOP/s, or bytes over memory bandwidth if that takes longer. The
+                         second sum is over all collectives: received bytes over bandwidth of the links.
+roofline_shares          shares of compute, memory and network in roofline_seconds
+bound_by                 the largest share: compute, memory or network
+days, chip_hours         the training of --stage, if it reaches --mfu of the peak FLOP/s
 """
 
 import collections
@@ -35,13 +42,14 @@ import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
-from vdm_jax import pipeline as generate
-from vdm_jax import sample, sharding, train_state
+from vdm_jax import sharding
 from vdm_jax.errors import UserError
-from vdm_jax.models import ops
-from vdm_jax.perf import flops, hlo
-from vdm_jax.run import checkpoint, cli, storage
-from vdm_jax.system import codec as stages
+from vdm_jax.models.ops import backend
+from vdm_jax.perf import flops, hlo, programs
+from vdm_jax.run import cli, storage
+from vdm_jax.system import build
+from vdm_jax.system.layout import STAGES
+from vdm_jax.system.sampling import BATCH, Sampler
 
 logger = logging.getLogger("vdm_jax")
 
@@ -49,11 +57,11 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """What a chip has beside its FLOP/s (flops.PEAK_TFLOPS), as Google's pages on each version state it."""
+    """Memory and links of a chip, from Google's page on its version. Its peak FLOP/s are in perf/flops.py."""
 
-    hbm: float  # bytes
-    bandwidth: float  # bytes/s of that memory
-    links: float  # bytes/s that all links to other chips receive together
+    hbm: float  # bytes of memory
+    bandwidth: float  # bytes/s of the memory
+    links: float  # bytes/s that a chip receives from other chips, over all its links together
 
 
 CHIPS = {  # by `device_kind`
@@ -69,6 +77,15 @@ SHOWN = (
     "collectives", "unasked_collectives", "roofline_seconds", "roofline_shares", "bound_by", "compile_seconds",
     "days", "chip_hours", "too_much_bytes", "suggestions",
 )  # fmt: skip
+ENVIRONMENT = {  # of libtpu, for a machine without a TPU
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile, because nothing runs on a TPU
+    "TPU_SKIP_MDS_QUERY": "1",  # libtpu does not ask a metadata server for the type of this machine
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
 
 
 def main(argv):
@@ -79,190 +96,171 @@ def main(argv):
         raise UserError("give both --config=FILE and --topology=NAME, e.g. --topology=v5e:4x4")
     if not 0 < options.mfu <= 1:
         raise UserError(f"--mfu={options.mfu} must be above 0 and at most 1")
-    # All arrays here are on the host: a TPU that this machine may have is left alone.
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cpu")  # this process does not use a TPU that this machine may have
     if options.effort != "default" and hasattr(jax.config, "jax_optimization_level"):
         jax.config.update("jax_optimization_level", options.effort)
     cli.use_cache(config)
-    stages.models(config)  # what does not fit is told first
+    system = build(config)
     out = storage.given(options.out) if options.out else None
     if out:
-        sample.make_folder(out.parent)
-    slices = {name: devices(name) for name in options.topology.split(",")}
-    for found in slices.values():
-        check(config, options.part, options.stage, options.rows, found)
+        storage.make_folder(out.parent)
+    slices = {name: slice_devices(name) for name in options.topology.split(",")}
+    for devices in slices.values():
+        check(system, options, devices)
 
     results = []
-    for name, found in slices.items():
-        result = plan(config, options, name, found)
+    for name, devices in slices.items():
+        result = plan(system, options, name, devices)
         if options["try"].value and not result["fits"]:
-            tried(result, config, options, name, found)
+            try_suggestions(result, config, options, name, devices)
         results.append(result)
-        if out:  # after each: a compile may take long
+        if out:  # written after each slice, because a compilation may take long
             out.write_text(json.dumps(results if len(slices) > 1 else result, indent=1) + "\n")
     show(results)
     if not all(result["fits"] for result in results):
         raise SystemExit(3)
 
 
-def devices(name):
-    """The devices of a topology such as v5e:4x4. Raises UserError."""
-    # No server is asked which TPU this is; nothing runs on one, so that several processes may compile.
-    told = dict(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-1")
-    told |= dict(TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
-    told |= dict(TPU_LOG_DIR="disabled", TPU_STDERR_LOG_LEVEL="3")
-    for key, value in told.items():
+def slice_devices(name):
+    """Returns the devices of a topology, such as v5e:4x4. Raises UserError for an unknown topology."""
+    for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     sides = [int(n) for n in re.findall(r"\d+", name.partition(":")[2])]
-    few = sides and 0 < math.prod(sides) < 4  # chips; a host has 2 x 2 unless told
-    host = {"chips_per_host_bounds": [*sides, 1][:3]} if few else {}
+    # By default a host has 2 x 2 chips. A slice of fewer chips needs a smaller host.
+    small = sides and 0 < math.prod(sides) < 4
+    host = {"chips_per_host_bounds": [*sides, 1][:3]} if small else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name.strip(), **host).devices
-    except Exception as error:  # of several kinds, by the version of JAX
-        told = str(error)
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name.strip(), **host).devices
+    except Exception as error:  # its type depends on the version of JAX
+        reason = str(error)
         if isinstance(error, AttributeError | FileNotFoundError | ModuleNotFoundError | TypeError):
             raise UserError('the TPU compiler is missing: pip install "jax[tpu]"') from None
-        raise UserError(f"--topology={name}: {told}; name one such as v5e:4x4, v5p:4x4x4 or v6e:8x8") from None
-    if found[0].device_kind not in CHIPS:
-        raise UserError(f"--topology={name}: {found[0].device_kind} is unknown; known: {', '.join(CHIPS)}")
-    return found
+        raise UserError(f"--topology={name}: {reason}; name one such as v5e:4x4, v5p:4x4x4 or v6e:8x8") from None
+    if devices[0].device_kind not in CHIPS:
+        raise UserError(f"--topology={name}: {devices[0].device_kind} is unknown; known: {', '.join(CHIPS)}")
+    return devices
 
 
-def check(config, part, stage, rows, found):
-    """Raises UserError where the config's batch or mesh does not fit the devices."""
-    mesh = sharding.make_mesh(config.mesh, found)
-    stages.check_mesh(config, mesh, [stage])
-    if part == "train":
-        stages.check_batch(config, stage, mesh)
+def check(system, options, devices):
+    """Raises UserError where the config's mesh or batch does not fit the devices."""
+    mesh = sharding.make_mesh(system.config.mesh, devices)
+    system.check_mesh(mesh, [options.stage])
+    if options.part == "train":
+        system.check_batch(mesh, options.stage)
     else:
-        sharding.check_batch(rows, mesh)
+        sharding.check_batch(options.rows, mesh)
 
 
 # ---------------------------------------------------------------------------------------------------- one topology
 
 
-def plan(config, options, topology, found):
-    """What main's JSON says of one topology."""
-    mesh, chip = sharding.make_mesh(config.mesh, found), CHIPS[found[0].device_kind]
-    part, stage = options.part, options.stage
-    with ops.backend("tpu"):
-        work, lower, arguments, params = {"train": train, "sample": sampling, "encode": encode}[part](
-            config, stage, mesh, options.rows
-        )
-        rows = config[stage].batch_size if part == "train" else options.rows
-        held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arguments))
+def plan(system, options, topology, devices):
+    """Returns the figures of one topology, as they are written to --out.
+
+    system: a System.
+    options: the flags of this command.
+    topology: its name.
+    devices: its devices.
+    """
+    mesh = sharding.make_mesh(system.config.mesh, devices)
+    with backend("tpu"):
+        program = make_program(system, options, mesh)
+        work = program.count_flops()
         result = {
             "topology": topology,
-            "part": part if part != "train" else f"train {stage}",
-            "chips": len(found),
+            "part": f"train {options.stage}" if options.part == "train" else options.part,
+            "chips": len(devices),
             "mesh": {axis: n for axis, n in mesh.shape.items() if n > 1},
-            "params": params,
-            "batch_per_chip": rows / len(found),
-            "model_flops_per_chip": work / len(found),
-            "argument_bytes": held,
-            "hbm_capacity_bytes": chip.hbm,
+            "params": program.params,
+            "batch_per_chip": program.rows / len(devices),
+            "model_flops_per_chip": work / len(devices),
+            "argument_bytes": sum(map(bytes_per_chip, jax.tree.leaves(program.arguments))),
+            "hbm_capacity_bytes": CHIPS[devices[0].device_kind].hbm,
         }
-        if part == "train":
-            days = config[stage].steps * work / len(found) / (flops.peak(found[0]) * options.mfu) / 86400
-            result |= {"mfu_assumed": options.mfu, "days": days, "chip_hours": 24 * days * len(found)}
+        if options.part == "train":
+            result |= training_time(system.config[options.stage].steps, work, devices, options.mfu)
         logger.info("%s: tracing", topology)
         began = time.perf_counter()
         with jax.set_mesh(mesh):
-            lowered = lower()
+            lowered = program.lower(*program.arguments)
             logger.info("%s: compiling (%.0f s)", topology, time.perf_counter() - began)
             try:
                 compiled = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
-                result |= refused(str(error), result)
                 compiled = None
+                result |= read_refusal(str(error), result["argument_bytes"])
         seconds = time.perf_counter() - began
     result |= {"fits": compiled is not None, "compile_seconds": seconds}
     if compiled is None:
-        result["suggestions"] = suggestions(config, stage, result) if part == "train" else []
+        result["suggestions"] = suggestions(system, options.stage, result) if options.part == "train" else []
         return result
-    asked = mesh.shape["sequence"] * mesh.shape["tensor"] > 1
-    return result | figures(compiled, result["model_flops_per_chip"], found[0], chip, asked)
+    return result | figures(compiled, result["model_flops_per_chip"], devices[0], mesh)
 
 
-def train(config, name, mesh, rows):
-    """-> (model FLOPs, lower() of the train step, its arguments, number of parameters)."""
-    stage = stages.build(config)[name]
-    program = train_state.program(stage, config[name], jax.random.key(0), mesh)
-    frozen = stages.abstract_frozen(config) if name == "denoiser" else {}
-    batch = stages.abstract_batch(config, name)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    params = program.abstract["params"]
-    _, work = flops.count(lambda p, f, k, b: stage.loss(p, k, b, f)[0], params, frozen, key, batch)
-    split = sharding.batch_sharding(mesh)
-    arguments = (program.abstract, placed(key, sharding.replicated(mesh)), placed(batch, split), on(frozen, mesh))
-    return work, lambda: program.step.lower(*arguments), arguments, parameters(params)
+def make_program(system, options, mesh):
+    """Returns the perf.programs.Program of --part."""
+    if options.part == "train":
+        return programs.train_step(system, options.stage, mesh)
+    if options.part == "sample":
+        tokens = np.zeros((options.rows, system.config.data.text_length), np.int32)
+        return programs.sampling(system, Sampler(system), mesh, tokens)
+    return programs.encoding(system, mesh, options.rows)
 
 
-def sampling(config, name, mesh, rows):
-    frozen = stages.abstract_frozen(config) | {"denoiser": stages.abstract_params(config)["denoiser"]}
-    generator = generate.Generator(config, {})
-    arrays, static = generator.arguments()
-    tokens = np.zeros((rows, config.data.text_length), np.int32)
-    arrays |= dict(key=jax.random.key(0), numbers=np.arange(rows), tokens=tokens, frozen=frozen)
-    arrays = jax.eval_shape(lambda: {k: v for k, v in arrays.items() if k != "frozen"}) | {"frozen": frozen}
-    work, _ = flops.count(lambda _, given: generator.run(**given, **static), (), arrays)
-    arguments = placed({**arrays, "frozen": {}}, sharding.replicated(mesh)) | {"frozen": on(frozen, mesh)}
-    return work, lambda: generator.run.lower(**arguments, **static), arguments, parameters(frozen["denoiser"])
+def bytes_per_chip(x):
+    """Returns the bytes of a ShapeDtypeStruct on one chip."""
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
-def encode(config, name, mesh, rows):
-    frozen = stages.abstract_frozen(config)
-    batch = stages.abstract_batch(config, "clip")
-    batch = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for k, x in batch.items()}
+def training_time(steps, work, devices, mfu):
+    """Returns how long a stage trains if its steps reach a share of the peak FLOP/s.
 
-    def run(frozen, batch):
-        z = stages.encode(config, frozen, batch["video"], batch["audio"])
-        return z, stages.encode_text(config, frozen, batch["tokens"])
-
-    work, _ = flops.count(lambda _, f, b: run(f, b), (), frozen, batch)
-    arguments = on(frozen, mesh), placed(batch, sharding.batch_sharding(mesh))
-    return work, lambda: jax.jit(run).lower(*arguments), arguments, parameters(frozen)
+    steps: number of steps.
+    work: model FLOPs of a step, over all devices.
+    mfu: the share.
+    """
+    seconds = steps * work / len(devices) / (flops.peak(devices[0]) * mfu)
+    days = seconds / 86400
+    return {"mfu_assumed": mfu, "days": days, "chip_hours": 24 * days * len(devices)}
 
 
-def placed(tree, where):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+def figures(compiled, model_flops, device, mesh):
+    """Returns the figures of a compiled program on one chip.
 
-
-def on(params, mesh):
-    """Shapes of parameters, split over a mesh as in training."""
-    return jax.tree.map(placed, params, sharding.state_shardings(params, mesh))
-
-
-def parameters(tree):
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-
-
-def figures(compiled, model_flops, device, chip, asked):
-    """What a compiled program says of one chip; asked: whether the mesh asks for permutes and all-to-alls."""
-    need, operations = compiled.memory_analysis(), hlo.operations(compiled.as_text())
-    received, number = collections.Counter(), collections.Counter()
+    compiled: jax.stages.Compiled.
+    model_flops: of one chip.
+    device: one of the topology's devices.
+    mesh: over the topology's devices.
+    """
+    chip = CHIPS[device.device_kind]
+    received = collections.Counter()  # {kind of collective: bytes}
+    number = collections.Counter()  # {kind of collective: how often it runs}
     seconds = collections.Counter(compute=0.0, memory=0.0)
-    for one in operations:
-        own = one.times * one.flops / flops.peak(device), one.times * one.bytes / chip.bandwidth
-        seconds["compute" if own[0] >= own[1] else "memory"] += max(own)
-        for kind, size in one.collectives.items():
-            received[kind] += one.times * size
-            number[kind] += one.times
-    executed = sum(one.times * one.flops for one in operations)
-    network, alone = sum(received.values()) / chip.links, sum(seconds.values())
-    bound = max(network, alone) or 1.0
+    executed = 0
+    for operation in hlo.operations(compiled.as_text()):
+        compute = operation.times * operation.flops / flops.peak(device)
+        memory = operation.times * operation.bytes / chip.bandwidth
+        seconds["compute" if compute >= memory else "memory"] += max(compute, memory)
+        executed += operation.times * operation.flops
+        for kind, size in operation.collectives.items():
+            received[kind] += operation.times * size
+            number[kind] += operation.times
+    network = sum(received.values()) / chip.links
+    bound = max(network, sum(seconds.values())) or 1.0
     shares = {name: s / bound for name, s in {**seconds, "network": network}.items()}
-    result_bytes = need.output_size_in_bytes - need.alias_size_in_bytes
+    splits_activations = mesh.shape["sequence"] * mesh.shape["tensor"] > 1
+    need = compiled.memory_analysis()
+    new_results = need.output_size_in_bytes - need.alias_size_in_bytes
     arguments, temporary = need.argument_size_in_bytes, need.temp_size_in_bytes
     return {
         "executed_flops_per_chip": executed,
         "model_share": model_flops / executed if executed else None,
         "argument_bytes": arguments,
         "temporary_bytes": temporary,
-        "hbm_bytes_per_chip": arguments + result_bytes + temporary + need.generated_code_size_in_bytes,
+        "hbm_bytes_per_chip": arguments + new_results + temporary + need.generated_code_size_in_bytes,
         "collective_bytes_per_chip": dict(received),
         "collectives": dict(number),
-        "unasked_collectives": 0 if asked else number["collective-permute"] + number["all-to-all"],
+        "unasked_collectives": 0 if splits_activations else number["collective-permute"] + number["all-to-all"],
         "roofline_seconds": bound,
         "roofline_shares": shares,
         "bound_by": max(shares, key=shares.get),
@@ -272,69 +270,89 @@ def figures(compiled, model_flops, device, chip, asked):
 # ---------------------------------------------------------------------------------------------------- does not fit
 
 
-def refused(error, result):
-    """What the compiler's refusal says. Raises RuntimeError for any but that of memory."""
+def read_refusal(error, argument_bytes):
+    """Returns the memory that a program needs and has, from the compiler's error message.
+
+    error: the message. Raises RuntimeError for a message about anything but memory.
+    argument_bytes: of the program on one chip; one form of the message counts temporaries only.
+    """
     if "RESOURCE_EXHAUSTED" not in error and "Ran out of memory" not in error:
         raise RuntimeError(error)
     units = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     amount = r"([\d.]+)([KMGT]?)"
-    every = re.search(rf"Used {amount} of {amount} hbm", error)
-    temporary = re.search(rf"temporaries \({amount}\) exceeds available HBM \({amount}\)", error)
-    if not (every or temporary):
-        logger.info("the compiler says: %s", error[:1000])
+    total = re.search(rf"Used {amount} of {amount} hbm", error)
+    temporaries = re.search(rf"temporaries \({amount}\) exceeds available HBM \({amount}\)", error)
+    if not (total or temporaries):
+        logger.info("the compiler's message: %s", error[:1000])
         return {"hbm_bytes_per_chip": None, "too_much_bytes": None}
-    said = (every or temporary).groups()
-    used, capacity = (float(said[i]) * units[said[i + 1]] for i in (0, 2))
-    used += result["argument_bytes"] if temporary and not every else 0
+    used_number, used_unit, capacity_number, capacity_unit = (total or temporaries).groups()
+    used = float(used_number) * units[used_unit]
+    capacity = float(capacity_number) * units[capacity_unit]
+    if not total:
+        used += argument_bytes
     return {"hbm_bytes_per_chip": used, "hbm_capacity_bytes": capacity, "too_much_bytes": used - capacity}
 
 
-def suggestions(config, stage, result):
-    """Changes of the config, each as {key: value}, that should make a train step fit; the likeliest first."""
-    settings, found = config[stage], []
-    mesh = {**config.mesh, **{a: n for a, n in result["mesh"].items()}}
-    ways = result["mesh"].get("data", 1) * result["mesh"].get("fsdp", 1)
-    used, room = result["hbm_bytes_per_chip"], 0.9 * result["hbm_capacity_bytes"]
-    held, rows, every = result["argument_bytes"], settings.batch_size // ways, stages.together(config, stage)
+def suggestions(system, name, result):
+    """Returns changes of the config that should make a train step fit, the best guess first.
+
+    system: a System.
+    name: of the stage.
+    result: the figures of `plan`.
+
+    A change is {'change': flags of the command line, 'keys': {config key: value}}.
+    """
+    settings, group = system.config[name], system.stages[name].group
+    mesh = {**system.config.mesh, **result["mesh"]}
+    fsdp = result["mesh"].get("fsdp", 1)
+    batch_shards = result["mesh"].get("data", 1) * fsdp
+    rows = settings.batch_size // batch_shards  # on one chip
+    used, held = result["hbm_bytes_per_chip"], result["argument_bytes"]
+    room = 0.9 * result["hbm_capacity_bytes"]
+    changes = []
     if used and held < room:
-        # Temporaries shrink with the clips at once; gradients of parts are added up in float32.
-        sums = 4 * result["params"] / result["mesh"].get("fsdp", 1)
-        for parts in (n for n in range(2, rows + 1) if rows % (n * every) == 0 and n > settings.accumulate):
-            if held + sums + (used - held) * settings.accumulate / parts <= room:
-                found.append({f"{stage}.accumulate": parts})
+        # Temporaries shrink with the number of clips at once. Gradients of the parts are added up in float32.
+        temporaries = used - held
+        gradients = 4 * result["params"] / fsdp
+        for parts in range(settings.accumulate + 1, rows + 1):
+            divides = rows % (parts * group) == 0
+            if divides and held + gradients + temporaries * settings.accumulate / parts <= room:
+                changes.append({f"{name}.accumulate": parts})
                 break
-        fewer = int(rows * (room - held) / (used - held))
-        least = settings.accumulate * every
-        if fewer := fewer // least * least:
-            found.append({f"{stage}.batch_size": fewer * ways})
+        fewer_rows = int(rows * (room - held) / temporaries)
+        fewer_rows -= fewer_rows % (settings.accumulate * group)
+        if fewer_rows:
+            changes.append({f"{name}.batch_size": fewer_rows * batch_shards})
     if settings.remat != "blocks":
-        found.append({f"{stage}.remat": "blocks"})
-    more = 2 * result["mesh"].get("fsdp", 1)
-    if result["chips"] % more == 0 and held > 0.25 * room:
-        rest = result["chips"] // more // (mesh["sequence"] * mesh["tensor"])
-        if rest >= 1:
-            found.append({"mesh.data": rest, "mesh.fsdp": more})
-    return [{"change": " ".join(f"--config.{k}={v}" for k, v in one.items()), "keys": one} for one in found]
+        changes.append({f"{name}.remat": "blocks"})
+    if result["chips"] % (2 * fsdp) == 0 and held > 0.25 * room:
+        data = result["chips"] // (2 * fsdp) // (mesh["sequence"] * mesh["tensor"])
+        if data >= 1:
+            changes.append({"mesh.data": data, "mesh.fsdp": 2 * fsdp})
+    return [{"change": " ".join(f"--config.{k}={v}" for k, v in keys.items()), "keys": keys} for keys in changes]
 
 
-def tried(result, config, options, topology, found):
-    """Compiles with one suggestion after the other, until one fits; notes in the result what came of each."""
-    for one in result["suggestions"]:
+def try_suggestions(result, config, options, topology, devices):
+    """Compiles with one suggestion after the other until one fits, and adds the outcome to each suggestion."""
+    for suggestion in result["suggestions"]:
         changed = config.copy_and_resolve_references()
-        changed.update_from_flattened_dict(one["keys"])
-        logger.info("%s: trying %s", topology, one["change"])
-        again = plan(changed, options, topology, found)
-        one |= {"fits": again["fits"], "hbm_bytes_per_chip": again["hbm_bytes_per_chip"]}
-        if again["fits"]:
+        changed.update_from_flattened_dict(suggestion["keys"])
+        logger.info("%s: trying %s", topology, suggestion["change"])
+        outcome = plan(build(changed), options, topology, devices)
+        suggestion |= {"fits": outcome["fits"], "hbm_bytes_per_chip": outcome["hbm_bytes_per_chip"]}
+        if outcome["fits"]:
             return
 
 
+# ---------------------------------------------------------------------------------------------------- the table
+
+
 def show(results):
-    """A table: a line for each figure, a column for each topology."""
+    """Prints a table with a line for each figure and a column for each topology."""
     columns = [{key: text(key, result[key]) for key in SHOWN if result.get(key) is not None} for result in results]
-    names = [f"{result['part']} on {result['topology']}" for result in results]
-    widths = [max(len(x) for x in (name, *column.values())) for name, column in zip(names, columns, strict=True)]
-    print(f"{'':<26}" + "  ".join(name.ljust(width) for name, width in zip(names, widths)))
+    titles = [f"{result['part']} on {result['topology']}" for result in results]
+    widths = [max(len(x) for x in (title, *column.values())) for title, column in zip(titles, columns, strict=True)]
+    print(f"{'':<26}" + "  ".join(title.ljust(width) for title, width in zip(titles, widths)))
     for key in SHOWN:
         if any(key in column for column in columns):
             line = "  ".join(column.get(key, "-").ljust(width) for column, width in zip(columns, widths))
@@ -342,9 +360,10 @@ def show(results):
 
 
 def text(key, value):
+    """Returns a figure as text with its unit, for the table."""
     if key == "suggestions":
-        told = {True: " (fits)", False: " (does not)", None: ""}
-        return "; or ".join(one["change"] + told[one.get("fits")] for one in value) or "a larger slice"
+        outcomes = {True: " (fits)", False: " (does not)", None: ""}
+        return "; or ".join(x["change"] + outcomes[x.get("fits")] for x in value) or "a larger slice"
     if isinstance(value, dict):
         return " ".join(f"{k} {text(key, v)}" for k, v in value.items()) or "-"
     if isinstance(value, str | bool):
@@ -362,13 +381,13 @@ def text(key, value):
 
 def define_flags():
     cli.define_config()
-    flags.DEFINE_string("topology", None, "TPU slice, such as v5e:4x4; several with commas between.")
+    flags.DEFINE_string("topology", None, "TPU slice, such as v5e:4x4; or several slices, with commas between them.")
     flags.DEFINE_enum("part", "train", ("train", "sample", "encode"), "Program to compile.")
-    flags.DEFINE_enum("stage", "denoiser", checkpoint.STAGES, "Stage, with --part=train.")
-    flags.DEFINE_integer("rows", generate.BATCH, "Prompts or clips at once, with --part=sample and encode.")
-    flags.DEFINE_float("mfu", 0.4, "Share of the chips' peak FLOP/s for days and chip-hours; assumed, not measured.")
-    flags.DEFINE_bool("try", False, "Where it does not fit, compile with the changes suggested, until one fits.")
-    flags.DEFINE_enum("effort", "O1", ("default", "O0", "O1", "O2", "O3"), "The compiler's optimisation level.")
+    flags.DEFINE_enum("stage", "denoiser", STAGES, "Stage, with --part=train.")
+    flags.DEFINE_integer("rows", BATCH, "Number of prompts or clips, with --part=sample and --part=encode.")
+    flags.DEFINE_float("mfu", 0.4, "Assumed share of the peak FLOP/s, for days and chip_hours.")
+    flags.DEFINE_bool("try", False, "Compile the suggested changes of a program that does not fit, until one fits.")
+    flags.DEFINE_enum("effort", "O1", ("default", "O0", "O1", "O2", "O3"), "Optimization level of the compiler.")
     flags.DEFINE_string("out", None, "JSON file to write.")
 
 

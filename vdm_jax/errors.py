@@ -1,5 +1,21 @@
-"""The one exception that means: the user can fix this."""
+"""The exception for faults that the user can fix, and the check of a name against the known names."""
+
+import difflib
 
 
 class UserError(ValueError):
-    """Wrong input or settings. One line that names the fault and the fix; scripts print it and exit with 2."""
+    """Wrong input or settings. The message is one line: the fault and the fix. Commands print it and exit with 2."""
+
+
+def one_of(what, name, known):
+    """Returns `name` if it is one of the known names.
+
+    what: the kind of thing, for the message.
+    name: the name to check.
+    known: the allowed names, in the order of the message.
+    Raises a UserError with the nearest known name.
+    """
+    if name not in known:
+        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+        raise UserError(f"no {what} {name!r}: did you mean {nearest!r}? (known: {', '.join(known)})")
+    return name

@@ -1,16 +1,19 @@
 """Measures a trained run on clips and prompts that its training did not show.
 
-    python -m vdm_jax.evaluate --out=report/ [--workdir=DIR] [--clips=64 --prompts=32 --steps=32 --guidance=4
-        --method=dpmpp_2m --seed=0] [--only=reconstruction] [--tasks=32] [--samplers=dpmpp_2m:16,ddim:64]
+    python -m vdm_jax.evaluate --out=report [--workdir=DIR | --weights=DIR] [--suite=prompts] [--count=192] [--steps=32]
+        [--guidance=4] [--method=dpmpp_2m] [--seed=0] [--samplers=dpmpp_2m:16,ddim:64]
 
-Without --workdir the reference weights that ship with the package are measured; counts and sampler default to those of
-the run's config. Writes metrics.json, report.html (one file that can be sent on) and the pictures and clips in it, and
-prints the table. --only=reconstruction needs no more than the two autoencoders, whatever else is trained. --tasks also
-completes that many held-out clips from a part of them (task_metrics.py says what is measured). --samplers makes the
-same prompts once more by each method and number of steps named.
+Without --workdir and --weights the reference weights of this package are measured. Writes metrics.json and
+report.html (one file that can be sent on) with its pictures and clips, and prints the table.
 
-Real renders (truth), their reconstructions (autoencoder) and samples are all read by the same tracker. It knows only
-the procedural world: of other data it says nothing, and their samples are made from held-out captions.
+--suite=reconstruction   held-out clips through the two autoencoders; needs no other stage
+--suite=prompts          that, retrieval, the loss by noise level, and samples of held-out prompts
+--suite=tasks            that of reconstruction, and held-out clips completed in each task from a part of them
+--suite=all              all of it
+--samplers               samples the same prompts once more by each method and number of steps
+
+The same tracker reads true renders ("truth"), their reconstructions ("autoencoder") and samples. It knows only the
+procedural world. For other data the table has no outcomes, and the samples are of held-out captions.
 """
 
 import functools
@@ -22,22 +25,25 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from vdm_jax import conditioning, diffusion, preview, sample, samplers
-from vdm_jax import pipeline as generate
-from vdm_jax.data import batches as pipeline
-from vdm_jax.data import media, text, world
-from vdm_jax.errors import UserError
-from vdm_jax.metrics import reconstruction, report, retrieval, tracker
-from vdm_jax.metrics import tasks as task_metrics
-from vdm_jax.run import checkpoint, cli
-from vdm_jax.system import codec as stages
+from vdm_jax import diffusion, samplers
+from vdm_jax import sample as sample_command
+from vdm_jax.data import batches, captions, media, text
+from vdm_jax.errors import UserError, one_of
+from vdm_jax.metrics import figures as drawing
+from vdm_jax.metrics import reconstruction, report, tasks, tracker
+from vdm_jax.run import cli, storage
+from vdm_jax.system import hard_negatives
+from vdm_jax.system.codec import to_float
+from vdm_jax.system.layout import STAGES
 
 logger = logging.getLogger("vdm_jax")
 
 AUTOENCODERS = {"video": "video_autoencoder", "audio": "audio_autoencoder"}
+SUITES = ("prompts", "tasks", "reconstruction", "all")
 CANDIDATES = 64  # clips, all of different meaning, among which a text has to find its own
-LEVELS = 8  # noise levels at which the loss is measured
+NOISE_LEVELS = 8  # at which the loss is measured
 ALONE = 3  # frames: an impact with no other this near counts as isolated
+PREVIEWED = 4  # held-out clips that previews of training show
 SHOWN = 8  # samples on the page
 SETTINGS = ("method", "steps", "first_step_times", "rescale")  # of the sampler
 
@@ -48,20 +54,24 @@ def main(argv):
     if not options.out:
         raise UserError("--out is missing: the folder for the report")
     began = time.perf_counter()
-    config, frozen = load(options.workdir, AUTOENCODERS.values() if options.only else checkpoint.STAGES)
-    if options.tasks and (options.only or config.data.source != "world"):
-        raise UserError("--tasks is for whole runs on the procedural world, whose clips the tracker reads")
-    samplers_asked = [read_sampler(name) for name in options.samplers]
-    sample.set_sampler(config)
-    config.evaluate.update({k: options[k].value for k in ("clips", "prompts") if options[k].value is not None})
-    held_out, out = pipeline.source(config, "held_out"), sample.make_folder(options.out)
+    with_prompts = options.suite in ("prompts", "all")
+    with_tasks = options.suite in ("tasks", "all")
+    stages = STAGES if with_prompts or with_tasks else tuple(AUTOENCODERS.values())
+    methods = [read_sampler(name) for name in options.samplers]
+    pipe = sample_command.load_pipeline(options, stages)
+    config = pipe.config
+    if with_tasks and config.data.source != "world":
+        raise UserError("--suite=tasks is for the procedural world, whose clips the tracker reads")
+    if options.count is not None:
+        config.evaluate.update(clips=options.count, prompts=options.count, tasks=options.count)
+    held_out, out = batches.source(config, "held_out"), storage.make_folder(options.out)
 
     # -------------------------------------------------------------------------------------- truth and reconstruction
     items = [held_out[i] for i in range(config.evaluate.clips)]
     logger.info("reconstructing %d held-out clips", len(items))
     truth = {part: np.stack([item[part] for item in items]) for part in AUTOENCODERS}
-    remade = reconstruct(config, frozen, truth)
-    asked = [task_metrics.objects(item) for item in items]
+    remade = reconstruct(pipe, truth)
+    asked = [tasks.objects(item) for item in items]
     metrics = {
         "truth": measure(config, truth, asked),
         "autoencoder": measure(config, remade, asked),
@@ -71,32 +81,33 @@ def main(argv):
     }
     figures = show_reconstruction(config, out, items, truth, remade)
 
-    # ------------------------------------------------------------------------------------- text, noise levels, samples
+    # ---------------------------------------------------------------------------------- text, noise levels, samples
     prompts = []
-    if not options.only:
-        metrics["clip"] = recall(config, frozen, held_out)
-        logger.info("measuring the loss at %d noise levels", LEVELS)
-        metrics["loss_per_noise_level"] = loss_by_level(config, frozen, items, truth, options.seed)
+    if with_prompts:
+        metrics["clip"] = recall(pipe, held_out)
+        logger.info("measuring the loss at %d noise levels", NOISE_LEVELS)
+        metrics["loss_per_noise_level"] = loss_per_noise_level(pipe, items, truth, options.seed)
         prompts = choose_prompts(config, held_out, options.seed)
-        logger.info("sampling %d prompts in %d steps", len(prompts), config.sample.steps)
         texts = [prompt["text"] for prompt in prompts]
-        generator = generate.Generator(config, frozen)
-        made = dict(zip(AUTOENCODERS, generator(texts, seed=options.seed)))
-        metrics["samples"] = measure(config, made, [prompt["objects"] for prompt in prompts])
+        wanted = [prompt["objects"] for prompt in prompts]
+        logger.info("sampling %d prompts in %d steps", len(prompts), config.sample.steps)
+        made = dict(zip(AUTOENCODERS, pipe.sample(texts, seed=options.seed)))
+        metrics["samples"] = measure(config, made, wanted)
         figures = show_samples(config, out, texts, made) + figures
-        if samplers_asked:
+        if methods:
             metrics["samplers"] = {}
-        for method, steps in samplers_asked:
+        for method, steps in methods:
             logger.info("sampling again: %s, %d steps", method, steps)
-            made = dict(zip(AUTOENCODERS, generator(texts, seed=options.seed, method=method, steps=steps)))
-            by_sampler = measure(config, made, [prompt["objects"] for prompt in prompts])
-            metrics["samplers"][f"{method} {steps}"] = {key: by_sampler[key] for key in report.OUTCOMES}
-        if options.tasks:
-            metrics["tasks"] = task_metrics.measure(generator, items[: options.tasks], options.seed)
+            made = dict(zip(AUTOENCODERS, pipe.sample(texts, seed=options.seed, method=method, steps=steps)))
+            measured = measure(config, made, wanted)
+            metrics["samplers"][f"{method} {steps}"] = {key: measured[key] for key in report.OUTCOMES}
+    if with_tasks:
+        clips = [held_out[i] for i in range(config.evaluate.tasks)]
+        metrics["tasks"] = tasks.measure(pipe, clips, options.seed)
 
     # --------------------------------------------------------------------------------------------------------- report
     settings = {
-        "weights": options.workdir or "reference",
+        "weights": options.workdir or options.weights or "reference",
         "data": config.data.source,
         "held-out clips": len(items),
         "prompts": len(prompts),
@@ -114,18 +125,10 @@ def main(argv):
 def read_sampler(name):
     """'dpmpp_2m:16' -> ('dpmpp_2m', 16). Raises UserError."""
     method, _, steps = name.partition(":")
-    diffusion.one_of("sampler", method, samplers.METHODS)
+    one_of("sampler", method, tuple(samplers.METHODS))
     if not steps.isdecimal() or not 0 < int(steps) <= 10_000:
         raise UserError(f"--samplers={name}: want a method and a number of steps, such as {method}:16")
     return method, int(steps)
-
-
-def load(workdir, names):
-    """-> (config, frozen) of a run, with no more than the stages `names`; workdir None: the reference weights."""
-    if workdir is None or set(names) == set(checkpoint.STAGES):
-        return checkpoint.load_trained(workdir, stages.abstract_params)
-    config, expected = checkpoint.open_run(workdir, stages.abstract_params)
-    return config, {name: checkpoint.load_params(workdir, name, expected[name]) for name in names}
 
 
 def batched(function, config, *arrays):
@@ -154,7 +157,7 @@ def measure(config, clips, asked):
         return dict.fromkeys(report.OUTCOMES)
     rates = config.data.fps, config.data.sample_rate
     clips = zip(clips["video"], clips["audio"], asked, strict=True)
-    return tracker.summarise([tracker.measure(video, audio, *rates, want) for video, audio, want in clips])
+    return tracker.summarize([tracker.measure(video, audio, *rates, want) for video, audio, want in clips])
 
 
 def choose_prompts(config, held_out, seed):
@@ -162,21 +165,21 @@ def choose_prompts(config, held_out, seed):
 
     Of the world, config.evaluate.prompts of one object, and as many of two where it has two; else held-out captions.
     """
-    count, shown = config.evaluate.prompts, [held_out[i] for i in range(preview.CLIPS)]
+    count, shown = config.evaluate.prompts, [held_out[i] for i in range(PREVIEWED)]
     if config.data.source != "world":
-        captions = [held_out[preview.CLIPS + i]["caption"] for i in range(count)]
-        fresh = [caption for caption in captions if caption not in {item["caption"] for item in shown}]
+        texts = [held_out[PREVIEWED + i]["caption"] for i in range(count)]
+        fresh = [caption for caption in texts if caption not in {item["caption"] for item in shown}]
         if not fresh:
             logger.warning("too few captions: those sampled here are also those of the previews")
-        return [{"text": caption, "objects": None} for caption in fresh or captions]
+        return [{"text": caption, "objects": None} for caption in fresh or texts]
 
     settings = config.data.world
     known = {key: settings[key] for key in ("shapes", "colors") if key in settings}
-    meanings = {world.World.meaning(item) for item in shown}
+    meanings = {captions.meaning(item["state"]) for item in shown}
     prompts = []
     for number, chance in enumerate(settings.objects[:2], 1):
         if chance > 0:
-            drawn = world.prompts(seed, 4 * count + 64, number, **known)
+            drawn = captions.prompts(seed, 4 * count + 64, number, **known)
             fresh = [p for p in drawn if tuple(sorted(tuple(o.values()) for o in p["objects"])) not in meanings]
             prompts += fresh[:count]
     if not prompts:
@@ -187,13 +190,14 @@ def choose_prompts(config, held_out, seed):
 # ------------------------------------------------------------------------------------------------- reconstruction
 
 
-def reconstruct(config, frozen, truth):
+def reconstruct(pipe, truth):
     """{'video', 'audio'} through the autoencoders and back, as uint8 and float32 like `truth`."""
 
     def through(part):
         name = AUTOENCODERS[part]
-        remake = jax.jit(lambda params, x: stages.reconstruct(config, name, params, x))
-        return batched(functools.partial(remake, jax.device_put(frozen[name])), config, truth[part])
+        remake = jax.jit(lambda params, x: pipe.system.reconstruct(name, params, x))
+        params = {name: pipe.params[name]}
+        return batched(functools.partial(remake, params), pipe.config, truth[part])
 
     return {part: through(part) for part in truth}
 
@@ -247,66 +251,67 @@ def tokens_of(config, items):
     return text.encode([item["caption"] for item in items], config.data.text_length)
 
 
-def recall(config, frozen, held_out):
+def recall(pipe, held_out):
     """Share of texts that find their clip first, among up to CANDIDATES clips that all differ in meaning."""
+    config = pipe.config
     different = {}
     for i in range(4 * CANDIDATES if config.data.source == "world" else CANDIDATES):  # a film costs more to read
         item = held_out[i]
-        meaning = world.World.meaning(item) if "state" in item else item["caption"]
+        meaning = captions.meaning(item["state"]) if "state" in item else item["caption"]
         different.setdefault(meaning, item)
         if len(different) == CANDIDATES:
             break
     items = list(different.values())
     if len(items) < 2:
         return {"recall_at_1": None, "candidates": len(items)}
-    model, params = stages.models(config)["clip"], jax.device_put(frozen["clip"])
 
     @jax.jit
     def embed(params, tokens, video):
-        return model.apply({"params": params}, tokens, text.mask(tokens), stages.to_float(video))[:2]
+        return pipe.system.apply("clip", params, tokens, text.mask(tokens), to_float(video))[:2]
 
+    embed = functools.partial(embed, {"clip": pipe.params["clip"]})
     video = np.stack([item["video"] for item in items])
-    words, pictures = batched(functools.partial(embed, params), config, tokens_of(config, items), video)
-    found = {"recall_at_1": retrieval.recall_at_k(words, pictures), "candidates": len(items)}
-    if config.clip.hard_negatives.words:
-        near = [text.hard_negative(item["caption"], config.clip.hard_negatives.words) for item in items]
-        others = batched(functools.partial(embed, params), config, text.encode(near, config.data.text_length), video)[0]
+    words, pictures = batched(embed, config, tokens_of(config, items), video)
+    found = {"recall_at_1": reconstruction.recall_at_k(words, pictures), "candidates": len(items)}
+    if groups := config.clip.hard_negatives.words:
+        wrong_texts = [hard_negatives.swap_words(item["caption"], groups) for item in items]
+        wrong_tokens = text.encode(wrong_texts, config.data.text_length)
+        others = batched(embed, config, wrong_tokens, video)[0]
         right, wrong = (np.sum(pictures * x, 1) for x in (words, others))
         found["hard_negative_accuracy"] = float(np.mean(right > wrong))
     return found
 
 
-def loss_by_level(config, frozen, items, truth, seed):
-    """Mean squared error of the noise (eps) that the denoiser sees in held-out latents, all at one level.
+def loss_per_noise_level(pipe, items, truth, seed):
+    """Mean squared error of the noise (eps) that the denoiser predicts in held-out latents, all at one noise level.
 
-    -> columns {'log_snr', 'video', 'audio'} of LEVELS numbers each, evenly spaced over the range of training. The same
-    noise is used at each level.
+    -> columns {'log_snr', 'video', 'audio'} of NOISE_LEVELS numbers each, evenly spaced over the range of training. The
+    same noise is used at each level.
     """
-    settings, frozen = config.denoiser.diffusion, jax.device_put(frozen)
-    model = stages.models(config)["denoiser"]
+    config, system, params = pipe.config, pipe.system, pipe.params
+    settings = config.denoiser.diffusion
 
     @jax.jit
-    def encode(frozen, clips, tokens):
-        latents = stages.encode(config, frozen, clips["video"], clips["audio"])
-        return latents, stages.encode_text(config, frozen, tokens)
+    def encode(params, clips, tokens):
+        return system.encode(params, clips["video"], clips["audio"]), system.encode_text(params, tokens)
 
     @jax.jit
-    def errors(frozen, level, z, eps, cond):
+    def errors(params, noise_level, z, eps, cond):
         shape = z["video"].shape[:2]  # [B, T]
-        levels = {name: jnp.full(shape, level) for name in z}
-        denoise = conditioning.denoise_fn(model, frozen["denoiser"])
-        prediction = denoise(diffusion.add_noise(z, eps, levels), levels, cond)
-        target = diffusion.to_target(z, eps, levels, settings.target)
-        factor = diffusion.eps_error(level, settings.target)
+        log_snr = {name: jnp.full(shape, noise_level) for name in z}
+        prediction = system.apply("denoiser", params, diffusion.add_noise(z, eps, log_snr), log_snr, cond)
+        target = diffusion.to_target(z, eps, log_snr, settings.target)
+        factor = diffusion.eps_error_factor(noise_level, settings.target)
         return {name: factor * jnp.square(prediction[name] - target[name]).reshape(shape[0], -1).mean(1) for name in z}
 
-    z, cond = batched(functools.partial(encode, frozen), config, truth, tokens_of(config, items))
+    z, cond = batched(functools.partial(encode, params), config, truth, tokens_of(config, items))
     rng = np.random.default_rng(seed)
     eps = {name: rng.standard_normal(x.shape, np.float32) for name, x in z.items()}
     low, high = settings.log_snr_min, settings.log_snr_max
-    columns = {"log_snr": (low + (np.arange(LEVELS) + 0.5) / LEVELS * (high - low)).tolist(), "video": [], "audio": []}
-    for level in columns["log_snr"]:
-        by_clip = batched(functools.partial(errors, frozen, jnp.float32(level)), config, z, eps, cond)
+    log_snr = (low + (np.arange(NOISE_LEVELS) + 0.5) / NOISE_LEVELS * (high - low)).tolist()
+    columns = {"log_snr": log_snr, "video": [], "audio": []}
+    for noise_level in log_snr:
+        by_clip = batched(functools.partial(errors, params, jnp.float32(noise_level)), config, z, eps, cond)
         for name, values in by_clip.items():
             columns[name].append(float(values.mean()))
     return columns
@@ -319,7 +324,7 @@ def show_samples(config, out, texts, made):
     """A contact sheet and MP4s of up to SHOWN samples, spread over the prompts -> [(caption, file)]."""
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(SHOWN, len(texts))).round().astype(int))
     figures = [("Samples", out / "samples.png")]
-    media.contact_sheet(figures[0][1], [made["video"][i] for i in chosen], [texts[i] for i in chosen])
+    drawing.contact_sheet(figures[0][1], [made["video"][i] for i in chosen], [texts[i] for i in chosen])
     for i in chosen:
         figures.append((texts[i], out / f"sample_{i:03d}.mp4"))
         media.write_mp4(figures[-1][1], made["video"][i], made["audio"][i], config.data.fps, config.data.sample_rate)
@@ -328,7 +333,7 @@ def show_samples(config, out, texts, made):
 
 def show_reconstruction(config, out, items, truth, remade):
     """Held-out clips, each followed by its reconstruction: pictures, sounds and one pair of MP4s."""
-    rate, first = config.data.sample_rate, items[: preview.CLIPS]
+    rate, first = config.data.sample_rate, items[:PREVIEWED]
     pairs = {part: [x for pair in zip(truth[part], remade[part]) for x in pair][: 2 * len(first)] for part in truth}
     labels = [label for item in first for label in (item["caption"], "reconstruction")]
     figures = [
@@ -337,21 +342,21 @@ def show_reconstruction(config, out, items, truth, remade):
         (f"Truth: {labels[0]}", out / "truth.mp4"),
         ("Its reconstruction", out / "autoencoder.mp4"),
     ]
-    media.contact_sheet(figures[0][1], pairs["video"], labels)
-    media.spectrogram(figures[1][1], np.concatenate(pairs["audio"]), rate)
+    drawing.contact_sheet(figures[0][1], pairs["video"], labels)
+    drawing.spectrogram(figures[1][1], np.concatenate(pairs["audio"]), rate)
     for (_, path), video, audio in zip(figures[2:], pairs["video"], pairs["audio"]):
         media.write_mp4(path, video, audio, config.data.fps, rate)
     return figures
 
 
 def define_flags():
-    sample.define_run_flags()
+    sample_command.define_run_flags()
     flags.DEFINE_string("out", None, "Folder for the report.")
-    flags.DEFINE_integer("clips", None, "Held-out clips; default of the run's config.", lower_bound=1)
-    flags.DEFINE_integer("prompts", None, "Prompts, of each number of objects; default as above.", lower_bound=1)
-    flags.DEFINE_integer("tasks", 0, "Also complete this many clips in each of the tasks.", lower_bound=0)
+    flags.DEFINE_enum("suite", "prompts", SUITES, "What to measure.")
+    flags.DEFINE_integer(
+        "count", None, "Held-out clips, prompts of each number of objects, and clips of each task.", lower_bound=1
+    )
     flags.DEFINE_list("samplers", [], "Also sample by each of these, such as dpmpp_2m:16,ddim:64.")
-    flags.DEFINE_enum("only", None, ["reconstruction"], "Measure the autoencoders alone.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule and the moving average of parameters."""
+"""The optimizer, the learning-rate schedule and the moving average of parameters."""
 
 import collections
 
@@ -10,20 +10,28 @@ import optax
 from vdm_jax.errors import UserError
 
 METHODS = ("adamw", "muon")
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's odd polynomial of degree 5, five times: singular values to about 1
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of Muon's polynomial a s + b s^3 + c s^5 (Jordan et al. 2024)
 
 
 def schedule(config):
-    """Linear warm-up, then cosine decay to zero (arXiv:1608.03983)."""
+    """Returns the learning rate as a function of the step: linear warm-up, then cosine decay to 0 (arXiv:1608.03983).
+
+    config: the settings of a stage. The warm-up takes half of its steps at most.
+    """
     warmup = min(config.warmup_steps, config.steps // 2)
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
 
 
 def optimizer(config):
-    """AdamW (arXiv:1711.05101) or Muon (Jordan et al. 2024) on clipped gradients; only kernels decay.
+    """Returns AdamW (arXiv:1711.05101) or Muon (Jordan et al. 2024), both with clipped gradients.
 
-    Muon takes the kernels, as matrices of inputs by outputs, and updates them with AdamW's typical root mean square
-    (arXiv:2502.16982, section 2.2), so one learning rate serves both; embeddings, norms and biases get AdamW.
+    config: the settings of a stage.
+
+    AdamW decays arrays of two or more dimensions. Muon updates and decays the kernels, as matrices of inputs by
+    outputs. Embeddings, norms and biases then get AdamW without decay. Muon's updates have AdamW's typical root mean
+    square (arXiv:2502.16982, section 2.2), so both use the same learning rate.
+
+    Raises UserError for an unknown method.
     """
     if config.optimizer not in METHODS:
         raise UserError(f"optimizer={config.optimizer!r} is unknown: use {' or '.join(METHODS)}")
@@ -33,7 +41,7 @@ def optimizer(config):
     else:
         muon = optax.chain(
             optax.trace(0.95, nesterov=True),
-            optax.stateless(lambda updates, _: orthogonalised(updates)),
+            optax.stateless(lambda updates, _: orthogonalized(updates)),
             optax.scale(0.2),
             optax.add_decayed_weights(decay),
             optax.scale_by_learning_rate(rate),
@@ -44,9 +52,9 @@ def optimizer(config):
 
 
 def clipped(grads, largest):
-    """Scaled so that their global norm is at most `largest`.
+    """Returns gradients scaled down so that their global norm is `largest` at most.
 
-    By one factor: the quotient that optax.clip_by_global_norm takes of each array is a program of its own on a CPU.
+    optax.clip_by_global_norm divides each array by the norm instead. On a CPU these divisions are not fused.
     """
     factor = jnp.minimum(1.0, largest / optax.tree.norm(grads))
     return jax.tree.map(lambda x: x * factor, grads)
@@ -66,20 +74,20 @@ def _name(path, level):
     return str(getattr(path[level], "key", path[level]))
 
 
-def orthogonalised(kernels):
-    """Each kernel's nearest orthogonal matrix by Newton-Schulz iteration, times sqrt(larger side): root mean square 1.
+def orthogonalized(kernels):
+    """Returns for each kernel about the nearest orthogonal matrix, scaled to a root mean square of 1.
 
-    Those of equal shapes go through the iteration as one batch, wide side last: a model has hundreds of kernels, of a
-    few dozen shapes, and a product of small matrices is over before the next is launched.
+    Kernels of one shape are iterated as one batch. optax.contrib.muon iterates each kernel alone: with it a training
+    step of a small denoiser, of 429 parameter arrays, took 82 s of CPU time to compile instead of 45 s.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(kernels)
     batches = collections.defaultdict(list)
     for number, (path, x) in enumerate(leaves):
-        # Attention projections are [C, heads, d] in and [heads, d, C] out; all others are [*window, C_in, C_out].
+        # Attention projections are [C, heads, d] in and [heads, d, C] out. All others are [*window, C_in, C_out].
         inputs = 1 if _name(path, -2) in ("query", "key", "value") else x.ndim - 1
         matrix = x.reshape(int(np.prod(x.shape[:inputs])), -1)
         tall = matrix.shape[0] > matrix.shape[1]
-        matrix = matrix.T if tall else matrix
+        matrix = matrix.T if tall else matrix  # [rows, columns], rows <= columns
         batches[matrix.shape].append((number, tall, matrix))
     out = [None] * len(leaves)
     for shape, members in batches.items():
@@ -90,18 +98,21 @@ def orthogonalised(kernels):
 
 
 def _newton_schulz(x):
-    """[n, rows, columns], rows <= columns -> the same, singular values within about 0.7 to 1.2 of one another."""
+    """Returns matrices [n, rows, columns], rows <= columns, with singular values between about 0.7 and 1.2."""
     a, b, c = NEWTON_SCHULZ
     x /= jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-8
 
     def iteration(_, x):
-        gram = x @ x.mT
+        gram = x @ x.mT  # [n, rows, rows]
         return a * x + (b * gram + c * gram @ gram) @ x
 
     return jax.lax.fori_loop(0, 5, iteration, x)
 
 
 def update_ema(ema, params, step, decay):
-    """ema <- d * ema + (1 - d) * params, with d = min(decay, (1 + step) / (10 + step)), so that early steps fade."""
+    """Returns d * ema + (1 - d) * params with d = min(decay, (1 + step) / (10 + step)).
+
+    Early in training d is small, so the initial parameters are soon forgotten.
+    """
     d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: d * e + (1 - d) * p, ema, params)

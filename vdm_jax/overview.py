@@ -1,9 +1,9 @@
-"""Shows what a recipe builds: every parameter with its shape, and the sizes of clips and latents.
+"""Shows what a recipe builds: the sizes of clips and latents, and each parameter with its shape.
 
-python -m vdm_jax.overview --config=configs/world_tiny.py [--stage=denoiser] [--chips=256]
+    python -m vdm_jax.overview --config=configs/world_tiny.py [--stage=denoiser] [--chips=256]
 
-With --chips, how the recipe's mesh splits each parameter over that many devices, and what the table in sharding.py
-comes to.
+--chips=N also shows how the recipe's mesh splits each parameter over N devices. A table for each stage sums up the
+parameters that match each rule of sharding.PARAMETER_RULES.
 """
 
 import math
@@ -13,43 +13,53 @@ from absl import flags
 
 from vdm_jax import sharding
 from vdm_jax.errors import UserError
-from vdm_jax.run import checkpoint, cli
-from vdm_jax.sharding import path_name
-from vdm_jax.system import codec as stages
+from vdm_jax.run import cli
+from vdm_jax.system import build
+from vdm_jax.system.layout import STAGES
 
 
 def main(argv):
+    options = flags.FLAGS
+    config = options.config
     cli.only_options(argv)
-    config = flags.FLAGS.config
     if config is None:
-        raise UserError("--config=FILE is missing")
-    chosen = checkpoint.STAGES if flags.FLAGS.stage == "all" else (flags.FLAGS.stage,)
-    size = stages.layout(config)
-    mesh = sharding.mesh_shape(config.mesh, flags.FLAGS.chips) if flags.FLAGS.chips else None
+        raise UserError("--config=FILE is missing: name a recipe, such as configs/world_tiny.py")
+    system = build(config)
+    mesh = sharding.mesh_shape(config.mesh, options.chips) if options.chips else None
+    show_sizes(system, mesh)
+    for name in STAGES if options.stage == "all" else (options.stage,):
+        show_parameters(name, system.params[name], mesh)
+
+
+def show_sizes(system, mesh):
+    """Prints the sizes of a mesh, of a clip and of its latents. mesh: {axis: size} or None."""
+    layout, side = system.layout, system.config.data.size
     if mesh:
         print(f"mesh     {', '.join(f'{axis}={n}' for axis, n in mesh.items())}")
-    print(f"clip     {size.frames} frames of {config.data.size}x{config.data.size}, {size.samples} samples of sound")
-    for name, shape in stages.latent_shapes(size).items():
-        print(f"latents  {name} {shape}, {size.latent_fps:g} latent frames a second")
-    for stage, tree in stages.abstract_params(config).items():
-        if stage not in chosen:
-            continue
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        print(f"\n{stage}: {sum(math.prod(x.shape) for _, x in leaves) / 1e6:.3f} M parameters")
-        for path, x in leaves:
-            split = ""
-            if mesh:
-                spec = sharding.parameter_spec(path_name(path), x.shape, mesh)
-                split = f"{' '.join(a or '-' for a in spec) or '-':<24} "
-            print(f"  {math.prod(x.shape):>10,}  {str(x.shape):<24} {split}{path_name(path)}")
-        for line in sharding.table(tree, mesh) if mesh else ():
-            print(f"  {line}")
+    print(f"clip     {layout.frames} frames of {side}x{side}, {layout.samples} samples of sound")
+    for name, shape in layout.latent_shapes.items():
+        print(f"latents  {name} {shape}, {layout.latent_fps:g} latent frames a second")
+
+
+def show_parameters(name, params, mesh):
+    """Prints each parameter of a stage: its size, shape, split and path. mesh: {axis: size}, or None for no split."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    print(f"\n{name}: {sum(math.prod(x.shape) for _, x in leaves) / 1e6:.3f} M parameters")
+    for path, x in leaves:
+        path = sharding.path_name(path)
+        split = ""
+        if mesh:
+            spec = sharding.parameter_spec(path, x.shape, mesh)
+            split = f"{' '.join(axis or '-' for axis in spec) or '-':<24} "
+        print(f"  {math.prod(x.shape):>10,}  {str(x.shape):<24} {split}{path}")
+    for line in sharding.table(params, mesh) if mesh else ():
+        print(f"  {line}")
 
 
 def define_flags():
     cli.define_config()
-    flags.DEFINE_enum("stage", "all", ("all", *checkpoint.STAGES), "Stage to show.")
-    flags.DEFINE_integer("chips", None, "Devices that config.mesh is to split parameters over.", lower_bound=1)
+    flags.DEFINE_enum("stage", "all", ("all", *STAGES), "Stage to show.")
+    flags.DEFINE_integer("chips", None, "Number of devices that config.mesh splits parameters over.", lower_bound=1)
 
 
 if __name__ == "__main__":

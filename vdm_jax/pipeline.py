@@ -1,192 +1,263 @@
-"""Prompts, and what is given, to frames and sound: the one way to sample a trained model."""
+"""A trained system, ready to sample: prompts, and what they start from, to clips of any length."""
 
-import math
+import base64
+import dataclasses
+import html
+import logging
+import tempfile
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vdm_jax import conditioning, samplers, sharding, tasks
-from vdm_jax.data import text
-from vdm_jax.diffusion import add_noise, broadcast_to_latent, one_of
+from vdm_jax import sharding, tasks
+from vdm_jax.data import media
 from vdm_jax.errors import UserError
-from vdm_jax.sharding import constrain
-from vdm_jax.system import codec as stages
+from vdm_jax.run import folder
+from vdm_jax.system import build
+from vdm_jax.system.layout import STAGES
+from vdm_jax.system.sampling import Sampler
 
-BATCH = 8  # prompts sampled at once
-FADE = 0.005  # s, over which the sound of one window of a roll-out gives way to the next one's
+logger = logging.getLogger("vdm_jax")
+
+FADE = 0.005  # s, over which the sound of one window of a long clip gives way to the next window's
+MAX_SECONDS = 3600  # of a clip
 
 
-class Generator:
-    """A trained model, ready to sample: one compiled program for each (shape, method, number of steps).
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip:
+    """A video with its sound. A notebook shows it as a player."""
 
-    config, frozen: as in checkpoint.Trained. Call it with prompts; see `__call__`. `run` is the program: text in,
-    frames and sound out. Weights are put on `mesh`, if one is given, or stay where they are; with that mesh set, clips
-    are split over `data` and `fsdp`, and every process gets them all.
+    video: np.ndarray  # uint8 [F, H, W, 3]
+    audio: np.ndarray  # float32 [F * sample_rate // fps] in [-1, 1]
+    fps: float  # frames a second
+    sample_rate: int  # Hz
+    prompt: str = ""
+
+    @property
+    def seconds(self):
+        return len(self.video) / self.fps
+
+    def save(self, path):
+        """Writes an MP4 file (H.264 and AAC). Raises UserError where the path cannot be written."""
+        media.write_mp4(path, self.video, self.audio, self.fps, self.sample_rate)
+
+    def _repr_html_(self):
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "clip.mp4"
+            self.save(path)
+            data = base64.b64encode(path.read_bytes()).decode()
+        return (
+            f'<figure><video controls loop width="256" src="data:video/mp4;base64,{data}"></video>'
+            f"<figcaption>{html.escape(self.prompt)}</figcaption></figure>"
+        )
+
+
+def load(path=None, *, stages=STAGES):
+    """A trained system as a Pipeline.
+
+    path: a run's folder, or a folder of exported weights; None: the reference weights of this package.
+    stages: the stages whose parameters are read. A Pipeline that samples needs all of them.
+    Raises UserError where something is missing or damaged.
+    """
+    source = folder.REFERENCE if path is None else path
+    config = folder.read_config(source)
+    system = folder.checked_build(source, config, build)
+    params, _ = folder.read_weights(source, {name: system.params[name] for name in stages})
+    return Pipeline(system, params)
+
+
+class Pipeline:
+    """A System and its parameters. Call it with prompts; each shape of clip compiles once.
+
+    system: a System.
+    params: {stage: parameters}, with 'statistics' of the latents.
+    mesh: where parameters and clips are split over; None: parameters over all devices.
     """
 
-    def __init__(self, config, frozen, mesh=None):
-        self.config = config
-        self.frozen = jax.device_put(frozen, mesh and sharding.state_shardings(frozen, mesh))
-        self.run = jax.jit(self._sample, static_argnames=("method", "interval", "guides", "fraction"))
-        self._encode = jax.jit(lambda frozen, v, a: sharding.replicate(stages.encode(self.config, frozen, v, a)))
+    def __init__(self, system, params, mesh=None):
+        self.system = system
+        self.mesh = mesh or sharding.make_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1))
+        self.params = jax.device_put(params, sharding.state_shardings(params, self.mesh))
+        self.sampler = Sampler(system)
 
-    def __call__(self, prompts, *, seed=0, window=0, frames=None, given=None, **options):
-        """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]) for P prompts, as NumPy arrays.
+    @property
+    def config(self):
+        return self.system.config
 
-        frames: video frames, 1 + f_t * n (default: as trained). Prompt i draws its noise from (seed, window, i),
-        whatever the batch. given: a tasks.Context for clips of that length; what is given comes back as the autoencoder
-        sees it, and the rest is made to fit. options: any of config.sample (steps, method, guidance, ...). Raises
-        UserError where they do not fit.
+    def __call__(self, prompt, *, seed=0, seconds=None, image=None, video=None, audio=None, between=None, **options):
+        """A Clip of a prompt, or a list of Clips of a list of prompts.
+
+        Main arguments:
+        prompt: a text, or a list of texts.
+        seed: of the noise. The same seed and prompt give the same clip.
+        seconds: length; None: as in training. A longer clip is made window by window.
+        image: the first frame; a file, or uint8 [h, w, 3].
+        video: a silent clip that gets a sound; a file, a Clip, or uint8 [F, h, w, 3] at the system's frame rate.
+        audio: a sound that gets a picture; a file, a Clip, or float32 [N] at the system's sample rate.
+        between: two clips; the new clip leads from the end of the first to the beginning of the second.
+
+        Other arguments (less frequently used): any setting of config.sample, such as steps, method, guidance (the
+        weight of the text, or a dict of weights), context_noise, lag.
+
+        Raises UserError where these do not fit.
         """
-        arrays, static = self.arguments(frames=frames, given=given, **options)
-        clean = arrays.pop("clean")
-        tokens = text.encode(prompts, self.config.data.text_length)
-        key, batch = jax.random.fold_in(jax.random.key(seed), window), min(BATCH, len(prompts))
-        made = []
-        for start in range(0, len(prompts), batch):
-            numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)  # the last batch is filled up
-            own = {name: x[numbers] if len(x) > 1 else x for name, x in clean.items()}
-            video, audio = self.run(key=key, numbers=numbers, tokens=tokens[numbers], clean=own, **arrays, **static)
-            keep = min(batch, len(prompts) - start)
-            made.append((np.asarray(video)[:keep], np.asarray(audio)[:keep]))
-        return tuple(np.concatenate(parts) for parts in zip(*made, strict=True))
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        frames = self.config.data.frames if seconds is None else self.frames_of(seconds)
+        context = self.context(frames, image=image, video=video, audio=audio, between=between)
+        if frames > self.config.data.frames:
+            made = self.rollout(prompts, frames, seed=seed, context=context, **options)
+        else:
+            made = self.sample(prompts, seed=seed, frames=frames, context=context, **options)
+        clips = self._clips(prompts, *made)
+        return clips[0] if isinstance(prompt, str) else clips
 
-    def rollout(self, prompts, frames, *, seed=0, given=None, start=None, **options):
-        """Like `__call__` for clips of any length, window after window, each given the end of the one before.
+    def extend(self, clip, prompt, *, seconds=None, seed=0, **options):
+        """A Clip that begins with `clip` and goes on for `seconds`; a list of them for a list of prompts.
 
+        clip: a Clip, or a file.
+        prompt: a text, or a list of texts.
+        seconds: length of what is added; None: the length of a clip in training.
+        seed, options: as in a call.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        video, audio = self._read(clip)
+        frames = len(video) + (self.config.data.frames if seconds is None else self.frames_of(seconds))
+        start = tuple(np.repeat(part[None], len(prompts), 0) for part in (video, audio))
+        clips = self._clips(prompts, *self.rollout(prompts, frames, seed=seed, start=start, **options))
+        return clips[0] if isinstance(prompt, str) else clips
+
+    # --------------------------------------------------------------------------------------------- arrays in and out
+
+    def sample(self, prompts, **arguments):
+        """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]) of P prompts; arguments as in Sampler.__call__."""
+        with jax.set_mesh(self.mesh):
+            return self.sampler(self.params, prompts, **arguments)
+
+    def rollout(self, prompts, frames, *, seed=0, context=None, start=None, **options):
+        """Like `sample`, for clips of any length: window after window, each with the end of the one before as context.
+
+        prompts: P texts.
+        frames: video frames of the whole.
+        context: tasks.Context of the first window; None: no context.
         start: (video uint8 [P, n, H, W, 3], audio float32 [P, n * samples_per_frame]) that the clips begin with;
-        without it the first window is made from the prompts and `given`. What a window is given of the one before is
-        config.sample.context_frames latent frames, or as many as there are.
+            None: the first window is sampled.
+        options: as in Sampler.__call__. `context_frames` is the number of latent frames that a window gets from the
+            window before, or fewer where there are fewer.
         """
-        size = stages.layout(self.config)
-        per_frame, wanted = size.samples_per_frame, options.get("context_frames", self.config.sample.context_frames)
-        if not 0 < wanted < size.latent_frames:
-            raise UserError(f"sample.context_frames={wanted} must be from 1 to {size.latent_frames - 1} latent frames")
-        video, audio = self(prompts, seed=seed, given=given, **options) if start is None else start
+        layout = self.system.layout
+        per_frame = layout.samples_per_frame
+        context_frames = options.get("context_frames", self.config.sample.context_frames)
+        if not 0 < context_frames < layout.latent_frames:
+            raise UserError(
+                f"sample.context_frames={context_frames} must be from 1 to {layout.latent_frames - 1} latent frames"
+            )
+        video, audio = self.sample(prompts, seed=seed, context=context, **options) if start is None else start
+        fade = round(FADE * self.config.data.sample_rate)
         window = 0
         while video.shape[1] < frames:
             window += 1
-            past = min(1 + size.f_t * (wanted - 1), 1 + (video.shape[1] - 1) // size.f_t * size.f_t)
-            given = tasks.history(video[:, -past:], audio[:, -past * per_frame :], size)
-            more, sound = self(prompts, seed=seed, window=window, given=given, **options)
-            video = np.concatenate([video, more[:, past:]], 1)
-            audio = joined(audio, sound, past * per_frame, round(FADE * self.config.data.sample_rate))
+            past = min(1 + layout.f_t * (context_frames - 1), 1 + (video.shape[1] - 1) // layout.f_t * layout.f_t)
+            context = tasks.continue_(video[:, -past:], audio[:, -past * per_frame :], layout)
+            next_video, next_audio = self.sample(prompts, seed=seed, window=window, context=context, **options)
+            video = np.concatenate([video, next_video[:, past:]], 1)
+            audio = crossfade(audio, next_audio, past * per_frame, fade)
         return video[:, :frames], audio[:, : frames * per_frame]
 
-    def arguments(self, *, frames=None, given=None, **options):
-        """What `__call__` is given as arguments of `run`: -> (arrays, static ones). Raises UserError."""
-        size = stages.layout(self.config, frames)
-        known = self.config.sample
-        for name in options:
-            one_of("option", name, tuple(known))
-        o = {**known, **{name: value for name, value in options.items() if value is not None}}
-        given_weights = dict(o["guidance"])
-        for name in given_weights:
-            one_of("guidance", name, tuple(known.guidance))
-        weights = {**known.guidance, **{name: value for name, value in given_weights.items() if value is not None}}
-        for name, value in weights.items():
-            if not math.isfinite(value):
-                raise UserError(f"guidance.{name}={value} must be a finite number")
-        for name in ("context_noise", "history_noise", "rescale"):
-            if not 0 <= o[name] <= 1:
-                raise UserError(f"{name}={o[name]} must be from 0 to 1")
-        if not all(0 <= t <= 1 for t in o["first_step_times"]):
-            raise UserError(f"first_step_times={o['first_step_times']} must be times from 0 to 1")
-        masks, clean = self._given(given or tasks.nothing(size), size)
-        some = any(mask.any() for mask in masks.values())
-        onward = all(mask[:2].all() for mask in masks.values())  # two frames show what moves, and how
-        if onward:
-            weights["text"] = weights["text_continue"]
-        elif any(mask.all() for mask in masks.values()):
-            weights["text"] = weights["text_cross_modal"]
-        levels = samplers.scheduling_matrix(
-            o["steps"],
-            size.latent_frames,
-            self.config.denoiser.diffusion,
-            masks,
-            lag=o["lag"],
-            spacing=o["spacing"],
-            context_noise=o["context_noise"],
-            first_step_times=o["first_step_times"] if onward else (),
-        )
-        numbers = {name: float(weights[name]) for name in ("text", "history", "modality")} | {
-            "rescale": float(o["rescale"])
-        }
-        arrays = dict(frozen=self.frozen, clean=clean, masks=masks, levels=levels, weights=numbers)
-        # Those that take more of each network call.
-        guides = (weights["text"] != 1, some and weights["history"] != 1, weights["modality"] != 1)
-        return arrays, dict(
-            method=o["method"], interval=tuple(o["interval"]), guides=guides, fraction=float(o["history_noise"])
-        )
+    def frames_of(self, seconds):
+        """Video frames nearest to `seconds` that fill whole latent frames. A warning names a rounded length.
 
-    def _given(self, given, size):
-        """-> (masks {modality: bool [T]}, clean latents [P or 1, ...] of what is given; the rest is zeros)."""
-        clean = {m: np.zeros((1, *shape), np.float32) for m, shape in stages.latent_shapes(size).items()}
-        if given.video is None and given.audio is None:
-            return given.masks, clean
-        rows, side = max(len(x) for x in given[:2] if x is not None), self.config.data.size
-        video = np.zeros((rows, size.frames, side, side, 3), np.uint8) if given.video is None else given.video
-        audio = np.zeros((rows, size.samples), np.float32) if given.audio is None else given.audio
-        if video.shape[1:] != (size.frames, side, side, 3) or audio.shape[1:] != (size.samples,):
-            raise UserError(f"given clips of shape {video.shape} and {audio.shape} do not fit {size.frames} frames")
-        z = jax.device_get(self._encode(self.frozen, video, audio))
-        return given.masks, {m: np.asarray(z[m]) if given.masks[m].any() else clean[m] for m in z}
+        Raises UserError for a length that is not above 0 or too long.
+        """
+        if not 0 < seconds <= MAX_SECONDS:
+            raise UserError(f"seconds={seconds}: give a length above 0 and up to {MAX_SECONDS}")
+        fps, f_t = self.config.data.fps, self.system.layout.f_t
+        frames = 1 + f_t * max(0, round((seconds * fps - 1) / f_t))
+        if abs(frames / fps - seconds) > 0.5 / fps:
+            logger.warning(
+                "seconds=%g rounded to %.3f s: %d frames at %g fps, 1 and then %d for each latent frame",
+                seconds, frames / fps, frames, fps, f_t,
+            )  # fmt: skip
+        return frames
 
-    def _sample(self, frozen, key, numbers, tokens, clean, masks, levels, weights, method, interval, guides, fraction):
-        noise_key, sampler_key = jax.random.split(key)
-        settings = self.config.denoiser.diffusion
-        shapes = {name: x.shape[1:] for name, x in clean.items()}
+    def context(self, frames, *, image=None, video=None, audio=None, between=None):
+        """The tasks.Context of clips of `frames` video frames; at most one of the others, as in a call.
 
-        clean = {name: jnp.broadcast_to(x, (len(numbers), *x.shape[1:])) for name, x in clean.items()}
-        known = {name: broadcast_to_latent(masks[name][None], x) for name, x in clean.items()}
-        noise, other = (draw(noise_key, numbers, shapes, which) for which in (0, 1))
-        first = {name: levels[name][:1] for name in shapes}  # [1, T]
-        exact = {name: broadcast_to_latent(first[name] >= settings.log_snr_max, clean[name]) for name in shapes}
-        noised = add_noise(
-            clean, other, {name: jnp.broadcast_to(x, (len(numbers), x.shape[1])) for name, x in first.items()}
-        )
-        shown = {name: jnp.where(exact[name], clean[name], noised[name]) for name in shapes}
-        z = {name: jnp.where(known[name], shown[name], noise[name]) for name in shapes}
-        z = {"video": constrain(z["video"], *stages.VIDEO), "audio": constrain(z["audio"], *stages.SOUND)}
+        Of a clip longer than those of training it is the context of the first window. Raises UserError.
+        """
+        given = {"image": image, "video": video, "audio": audio, "between": between}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise UserError(f"give only one of {', '.join(given)}")
+        data = self.config.data
+        layout = self.system.layout.at(min(frames, data.frames))
+        for name in given:
+            if name != "image" and frames > data.frames:
+                raise UserError(f"{name} is for clips of up to {data.frames / data.fps:g} s: lower seconds")
+        if image is not None:
+            image = media.fit(image, data.size) if isinstance(image, np.ndarray) else media.read_image(image, data.size)
+            return tasks.image(image, layout)
+        if video is not None:
+            return tasks.foley(self._read(video, frames)[0], layout)
+        if audio is not None:
+            return tasks.audio(self._read_audio(audio, frames), layout)
+        if between is not None:
+            return self._between(between, layout)
+        return tasks.text(layout)
 
-        model = stages.models(self.config)["denoiser"]
-        denoise = conditioning.denoise_fn(model, sharding.all_gather_params(frozen["denoiser"], model.dtype))
-        cond = stages.encode_text(self.config, frozen, tokens)
-        terms = []
-        if guides[0]:
-            null = stages.encode_text(self.config, frozen, text.encode([text.NULL_TEXT], tokens.shape[1]))
-            terms += samplers.text_guidance(weights["text"], null)
-        if guides[1]:
-            terms += samplers.history_guidance(weights["history"], masks, other, settings, fraction)
-        if guides[2]:
-            terms += samplers.modality_guidance(weights["modality"], other, settings)
-        denoise = samplers.guided(denoise, terms, weights["rescale"], interval)
-        # Batches begin at multiples of BATCH: the noise that ddpm adds is drawn from (seed, i), too.
-        sampler_key = jax.random.fold_in(sampler_key, numbers[0])
-        z = samplers.sample(denoise, sampler_key, z, cond, levels, method, settings)
-        z = {name: jnp.where(known[name], clean[name], z[name]) for name in z}
-        return sharding.replicate(stages.decode(self.config, frozen, z))
+    def _between(self, clips, layout):
+        if isinstance(clips, str) or len(clips) != 2:
+            raise UserError("between wants two clips: first.mp4 and second.mp4")
+        start, end = (self._read(clip) for clip in clips)
+        latents = min(self.config.sample.context_frames, (layout.latent_frames - 1) // 2)
+        need = layout.f_t * latents
+        if not latents or min(len(start[0]), len(end[0])) < need:
+            raise UserError(
+                f"between wants clips of at least {need} frames at {self.config.data.fps} fps, and seconds for both"
+            )
+        return tasks.between(start, end, layout, latents)
+
+    def _read(self, clip, frames=None):
+        """-> (video uint8 [F, H, W, 3], audio float32 [N]) at the system's size and rates.
+
+        clip: a file, a Clip, or frames uint8 [F, h, w, 3] at the system's frame rate.
+        """
+        data, per_frame = self.config.data, self.system.layout.samples_per_frame
+        if isinstance(clip, np.ndarray):
+            clip = Clip(clip, np.zeros(len(clip) * per_frame, np.float32), data.fps, data.sample_rate)
+        if not isinstance(clip, Clip):
+            shape = dict(fps=data.fps, size=data.size, sample_rate=data.sample_rate)
+            video, audio = media.read_video(clip, **shape, frames=frames)[:2]
+            return video, audio[: len(video) * per_frame]
+        if (clip.fps, clip.sample_rate) != (data.fps, data.sample_rate):
+            raise UserError(
+                f"the clip has {clip.fps:g} fps and {clip.sample_rate} Hz, the system {data.fps} fps and "
+                f"{data.sample_rate} Hz: save the clip, and give the file"
+            )
+        video = np.stack([media.fit(frame, data.size) for frame in clip.video[:frames]])
+        return video, clip.audio[: len(video) * per_frame]
+
+    def _read_audio(self, sound, frames):
+        if isinstance(sound, Clip):
+            return self._read(sound)[1]
+        if isinstance(sound, np.ndarray):
+            return sound.astype(np.float32)
+        return media.read_audio(sound, self.config.data.sample_rate, frames / self.config.data.fps)
+
+    def _clips(self, prompts, video, audio):
+        data = self.config.data
+        made = zip(video, audio, prompts, strict=True)
+        return [Clip(frames, sound, data.fps, data.sample_rate, prompt) for frames, sound, prompt in made]
 
 
-def draw(key, numbers, shapes, which):
-    """Noise for clips `numbers` [B] -> {name: [B, *shapes[name]]}; `which` tells draws of one clip apart."""
+def crossfade(audio, following, overlap, fade):
+    """Two sounds as one, without a click where they meet.
 
-    def one(number, name):
-        place = 2 * which + sorted(shapes).index(name)
-        own = jax.random.fold_in(jax.random.fold_in(key, number), place)
-        # Drawn flat: the same numbers, and XLA takes half a minute to compile a draw of this shape for a CPU.
-        return jax.random.normal(own, (math.prod(shapes[name]),)).reshape(shapes[name])
-
-    return {name: jax.vmap(lambda n, name=name: one(n, name))(numbers) for name in shapes}
-
-
-def joined(audio, more, overlap, fade):
-    """Sounds [P, N] and [P, M], of which the first `overlap` samples of `more` are the last of `audio`: one sound.
-
-    Over the last `fade` samples of the overlap the one gives way to the other, so that no seam clicks.
+    audio: [P, N].
+    following: [P, M]; its first `overlap` samples are the last of `audio`.
+    fade: samples at the end of the overlap over which the first sound gives way to the second.
     """
     fade = min(fade, overlap)
     share = np.linspace(0, 1, fade + 2, dtype=np.float32)[1:-1]
-    blend = audio[:, audio.shape[1] - fade :] * (1 - share) + more[:, overlap - fade : overlap] * share
-    return np.concatenate([audio[:, : audio.shape[1] - fade], blend, more[:, overlap:]], 1)
+    blend = audio[:, audio.shape[1] - fade :] * (1 - share) + following[:, overlap - fade : overlap] * share
+    return np.concatenate([audio[:, : audio.shape[1] - fade], blend, following[:, overlap:]], 1)

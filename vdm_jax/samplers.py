@@ -1,292 +1,310 @@
-"""Samplers over schedule matrices, and guidance as a closure. Pure functions; no network, no state.
+"""Samplers: from noise to clean latents along a scheduling matrix; guidance. No function knows a network.
 
-A task is a matrix of levels: which log_snr each latent frame of each modality has after each step.
+The scheduling matrix says which noise level each latent frame has before the first step and after each step:
 
-    levels = {"video": [N+1, T], "audio": [N+1, T]}     row 0: as z_T is; last row: as z_0 shall be
+    levels = {"video": [N+1, T], "audio": [N+1, T]}     log_snr; row 0 belongs to z_T, row N to z_0
 
-There is one loop for all tasks and methods. A frame whose level stays between two rows is left as
-it is, bit for bit, so a given frame is a column of one value; a frame that reaches log_snr_max
-takes the predicted x0 itself. Frames may move in different rows (a pyramid makes earlier ones
-first).
-See vdm_jax.diffusion for the notation; lambda = log_snr / 2 in papers on solvers.
+One loop serves all tasks and methods. Frames may change in different steps: in a pyramid, earlier frames come first. A
+frame whose level stays the same does not change in that step, not by one bit. The column of a context frame therefore
+holds one value. A frame that reaches log_snr_max becomes the predicted x0 itself.
+
+See vdm_jax.diffusion for the notation. Papers on solvers write lambda for log_snr / 2.
 """
 
-from functools import partial
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from vdm_jax.diffusion import (
-    MODALITIES,
-    add_noise,
-    alpha_sigma,
-    broadcast_to_latent,
-    log_snr,
-    noise_like,
-    one_of,
-    to_x0,
-)
-from vdm_jax.errors import UserError
-
-METHODS = ("ddpm", "ddim", "dpmpp_2m", "heun")
-SPACINGS = ("time", "log_snr", "karras")
+from vdm_jax.diffusion import MODALITIES, add_noise, alpha_sigma, broadcast_to_latent, log_snr_at, noise_like, to_x0
+from vdm_jax.errors import UserError, one_of
 
 # --------------------------------------------------------------------------------------------------
-# Schedule matrices
+# Methods: step_fn(z, x0, past, step) -> (z at the next noise level, past)
+#
+# All dicts are by modality. The arrays of Past.h and Step broadcast onto z: [B, T, 1, 1, 1] and [B, K*T, 1].
 
 
-def scheduling_matrix(
-    steps, frames, config, given=None, lag=0, spacing="time", rho=7.0, context_noise=0.0, first_step_times=()
-):
-    """Levels {"video": [N+1, T], "audio": [N+1, T]} from pure noise to clean.
+class Past(NamedTuple):
+    """What a multistep method remembers: of each frame, the last step that changed it."""
 
-    steps: denoising steps of each frame; frames: T. given: {"video": [T], "audio": [T]} bool
-    (either may be left out), frames that are clean from the start; where a modality is given in
-    part, to be gone on with, they stay lightly noised at time context_noise (arXiv:2502.06764).
-    lag: how many steps each frame is behind the one before it: 0, all together; more, a pyramid of
-    N = steps + lag * (frames to make - 1).
-    spacing: even in 'time' t, in 'log_snr', or as 'karras' in (sigma / alpha)^(1 / rho).
-    first_step_times: times in [0, 1] that the first frames to be made reach in their first step, one for each.
-    From pure noise x0 is the mean of what may follow. A short step from there lets the noise draw
-    one such future; a first_step_times puts the frame at their mean, which is nearer to what does follow where
-    what is given all but settles it: half the squared error, if what the model leaves open is what
-    it does not know. Where several futures are likely their mean is a smear, which later steps have
-    to settle.
+    x0: dict  # like z
+    h: dict  # half the difference in log_snr; 0 before a frame's first step
+
+
+class Step(NamedTuple):
+    """One step of the loop, the same for all methods."""
+
+    now: dict  # log_snr before the step
+    after: dict  # log_snr after the step
+    changes: dict  # bool: `after` differs from `now`
+    finished: dict  # bool: clean after the step
+    key: jax.Array  # for the noise of this step
+    eta: float  # the sampler's argument
+    predict_x0: Callable  # z with noise levels `after` -> x0; one more call of the network
+
+
+def ddpm(z, x0, past, step):
+    """Ancestral sampling, which is DDIM with eta = 1: arXiv:2010.02502, section 4.1."""
+    return _noisy_step(z, x0, step, eta=1.0), past
+
+
+def ddim(z, x0, past, step):
+    """DDIM with the share eta of the ancestral noise: arXiv:2010.02502, eq. 12 and 16."""
+    if step.eta:
+        return _noisy_step(z, x0, step, step.eta), past
+    return _exact_step(z, x0, step), past
+
+
+def dpmpp_2m(z, x0, past, step):
+    """DPM-Solver++(2M), second order with one network call per step: arXiv:2211.01095, Algorithm 2."""
+
+    def extrapolate(x0, h, past_x0, past_h):
+        # A frame's first step has no step before it: its order is 1.
+        half_over_r = jnp.where(past_h > 0, h / (2 * jnp.where(past_h > 0, past_h, 1)), 0)
+        return x0 + half_over_r * (x0 - past_x0)
+
+    h = jax.tree.map(lambda now, after: (after - now) / 2, step.now, step.after)
+    z_next = _exact_step(z, jax.tree.map(extrapolate, x0, h, past.x0, past.h), step)
+    keep = functools.partial(jax.tree.map, jnp.where, step.changes)
+    return z_next, Past(x0=keep(x0, past.x0), h=keep(h, past.h))
+
+
+def heun(z, x0, past, step):
+    """Heun's method, second order with two network calls per step: the trapezoid of arXiv:2206.00364, Algorithm 1.
+
+    The paper integrates over sigma / alpha, and a long first step from pure noise then has an error larger than the
+    data: 24 with 8 steps evenly spaced in time. The form here has an error of 0.04. It solves the linear part exactly
+    (arXiv:2211.01095, Proposition 4.1), with x0 linear in lambda over a step: ETD2RK of Cox and Matthews (2002).
     """
-    one_of("spacing", spacing, SPACINGS)
-    if steps < 1 or lag < 0:
-        raise UserError(f"steps={steps} must be at least 1 and lag={lag} at least 0")
-    masks = {}
-    for name in ("video", "audio"):
-        masks[name] = np.asarray((given or {}).get(name, np.zeros(frames)), bool)
-        if masks[name].shape != (frames,):
-            raise UserError(f"given[{name!r}] has shape {masks[name].shape}, want ({frames},)")
 
-    high = config["log_snr_max"]
+    def average(x0, x0_next, now, after):
+        h = (after - now) / 2
+        large = jnp.maximum(h, 0.05)
+        share = -1 / jnp.expm1(-large) - 1 / large  # weight of x0_next, from 1/2 to 1
+        share = jnp.where(h < 0.05, 0.5 + h / 12, share)  # the series for small h, where the difference is inaccurate
+        return x0 + share * (x0_next - x0)
 
-    def ladder(steps, start=1.0):  # [steps + 1], from time `start` to clean
-        part, low = np.arange(steps + 1) / steps, float(log_snr(start, config))
-        if spacing == "time":
-            rungs = np.array(log_snr(start * (1 - part), config), np.float64)
-        elif spacing == "log_snr":
-            rungs = low + part * (high - low)
-        else:  # arXiv:2206.00364, eq. 5, for sigma / alpha = exp(-log_snr / 2)
-            ends = np.exp(-low / 2 / rho), np.exp(-high / 2 / rho)
-            rungs = -2 * rho * np.log(ends[0] + part * (ends[1] - ends[0]))
-        # No end past its bound by rounding: sample() and guidance intervals compare with them.
-        rungs = np.clip(rungs, config["log_snr_min"], high)
-        rungs[-1] = high
-        return rungs
+    x0_next = step.predict_x0(_finish(_exact_step(z, x0, step), z, x0, step))
+    return _exact_step(z, jax.tree.map(average, x0, x0_next, step.now, step.after), step), past
 
-    # Video and audio of one frame start together, also where one of them is given.
-    order = np.maximum(np.cumsum(~(masks["video"] & masks["audio"])) - 1, 0)  # [T]
-    ladders = np.tile(ladder(steps), (order[-1] + 1, 1))  # [frames to make, steps + 1]
-    for own, start in zip(ladders, first_step_times if steps > 1 else ()):
-        own[1:] = ladder(steps - 1, start)
-    row = np.arange(steps + lag * order[-1] + 1)[:, None]
-    matrix = ladders[order, np.clip(row - lag * order, 0, steps)]  # [N+1, T]
-    lightly = float(log_snr(context_noise, config)) if context_noise else high
-    return {n: jnp.asarray(np.where(mask, high if mask.all() else lightly, matrix)) for n, mask in masks.items()}
+
+METHODS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun}
+
+
+def _exact_step(z, x0, step):
+    """The step without noise, exact if x0 is constant: arXiv:2010.02502, eq. 12; eps = (z - alpha x0) / sigma."""
+
+    def leaf(z, x0, now, after):
+        sigma = alpha_sigma(now)[1]
+        alpha_next, sigma_next = alpha_sigma(after)
+        return sigma_next / sigma * z - alpha_next * jnp.expm1((now - after) / 2) * x0
+
+    return jax.tree.map(leaf, z, x0, step.now, step.after)
+
+
+def _noisy_step(z, x0, step, eta):
+    """The step with noise: arXiv:2010.02502, eq. 12, with the standard deviation of eq. 16."""
+
+    def leaf(z, x0, now, after, noise):
+        alpha, sigma = alpha_sigma(now)
+        alpha_next, sigma_next = alpha_sigma(after)
+        ratio = sigma_next / sigma
+        spent = -jnp.expm1(jax.nn.softplus(-after) - jax.nn.softplus(-now))  # 1 - alpha^2 / alpha_next^2, accurate
+        deviation = eta * ratio * jnp.sqrt(spent)
+        ratio = ratio * jnp.sqrt(jnp.maximum(1 - eta**2 * spent / sigma**2, 0))
+        return ratio * z + (alpha_next - ratio * alpha) * x0 + deviation * noise
+
+    return jax.tree.map(leaf, z, x0, step.now, step.after, noise_like(step.key, z))
+
+
+def _finish(z_next, z, x0, step):
+    """Returns z_next, but x0 in frames that are clean after the step, and z in frames that do not change."""
+    where = functools.partial(jax.tree.map, jnp.where)
+    return where(step.changes, where(step.finished, x0, z_next), z)
 
 
 # --------------------------------------------------------------------------------------------------
-# Steps: z at level `now` -> z at level `after`, for one leaf, given the predicted x0
-
-
-def _ddim(z, x0, now, after, noise=None, eta=0.0):
-    # arXiv:2010.02502, eq. 12 with the standard deviation of eq. 16; eps = (z - alpha x0) / sigma.
-    (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(now), alpha_sigma(after)
-    ratio = sigma_next / sigma
-    if noise is None:
-        return ratio * z - alpha_next * jnp.expm1((now - after) / 2) * x0
-    # 1 - alpha^2 / alpha_next^2, without the cancellation
-    spent = -jnp.expm1(jax.nn.softplus(-after) - jax.nn.softplus(-now))
-    deviation = eta * ratio * jnp.sqrt(spent)
-    ratio = ratio * jnp.sqrt(jnp.maximum(1 - eta**2 * spent / sigma**2, 0))
-    return ratio * z + (alpha_next - ratio * alpha) * x0 + deviation * noise
-
-
-def _dpmpp_2m(z, x0, x0_before, now, after, h_before):
-    # arXiv:2211.01095, Algorithm 2; h_before = 0 where a frame has no step behind it: first order.
-    h = (after - now) / 2
-    half_over_r = jnp.where(h_before > 0, h / (2 * jnp.where(h_before > 0, h_before, 1)), 0)
-    return _ddim(z, x0 + half_over_r * (x0 - x0_before), now, after)
-
-
-def _heun(z, x0, x0_next, now, after):
-    # Heun's trapezoid as in arXiv:2206.00364, Algorithm 1, but on the form whose linear part is solved
-    # exactly (arXiv:2211.01095, Proposition 4.1), with x0 linear in lambda over a step: ETD2RK of
-    # Cox & Matthews (2002). In the paper's own variable, sigma / alpha, a long first step from pure
-    # noise errs by more than the data: 24 against 0.04 in 8 steps even in time.
-    h = (after - now) / 2
-    large = jnp.maximum(h, 0.05)
-    share = -1 / jnp.expm1(-large) - 1 / large  # of x0_next, from 1/2 up to 1
-    share = jnp.where(h < 0.05, 0.5 + h / 12, share)  # its series, where the quotient cancels
-    return _ddim(z, x0 + share * (x0_next - x0), now, after)
+# The loop
 
 
 def sample(denoise_fn, key, z_T, cond, levels, method, config, eta=0.0):
-    """Walk z_T through the rows of `levels` and return z_0, the same tree.
+    """Returns z_0, clean latents like z_T.
 
-    denoise_fn(z, log_snr, cond) -> prediction of config.target, parameters closed over (`guided` is
-    one too). z_T: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}: standard normal noise in frames
-    to make, clean or lightly noised latents in given ones. levels: [N+1, T] per modality, or
-    [N+1, B, T] to differ by example; they rise down the rows, and log_snr_max means clean.
-    method: 'ddpm' is ancestral; 'ddim' adds a part eta in [0, 1] of its noise; 'dpmpp_2m' is second
-    order at one network call a row, 'heun' at two. Of config only `target` and `log_snr_max` count.
-    To be wrapped in jit with the arrays as arguments: only new shapes trace it again.
+    Call it inside jax.jit, with the arrays as arguments of the jitted function: only new shapes then compile again.
+
+    denoise_fn: (z, log_snr, cond) -> prediction of config.target. The function that `guided` returns is one.
+    key: for the noise of ddpm and of ddim with eta above 0.
+    z_T: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}. Frames to generate hold standard normal noise. Context frames
+        hold latents with the noise level of row 0.
+    cond: conditions, passed to denoise_fn unchanged.
+    levels: the scheduling matrix, log_snr [N+1, T] per modality, or [N+1, B, T] if examples differ. No frame's log_snr
+        falls from one row to the next.
+    method: one of METHODS.
+    config: target and log_snr_max; see vdm_jax.diffusion.
+    eta: for ddim: the share in [0, 1] of the noise of ddpm.
+    Raises UserError for an unknown method, or eta with a method other than ddim.
     """
-    one_of("method", method, METHODS)
+    step_fn = METHODS[one_of("method", method, METHODS)]
     if eta and method != "ddim":
-        raise UserError(f"eta={eta} is for method 'ddim', not {method!r}")
-    eta = 1.0 if method == "ddpm" else eta  # arXiv:2010.02502, section 4.1
+        raise UserError(f"eta={eta} does not go with method {method!r}: use method 'ddim', or leave eta out")
     z_T = jax.tree.map(lambda z: z.astype(jnp.promote_types(z.dtype, jnp.float32)), z_T)
-    names = list(z_T)
-    batch = z_T[names[0]].shape[0]
+    levels = {name: levels[name] for name in z_T}
+    chex.assert_equal_shape(list(levels.values()))
+    batch = len(jax.tree.leaves(z_T)[0])
+    to_latent = functools.partial(jax.tree.map, broadcast_to_latent)  # [B, T] -> [B, K*T, 1, ...]
 
-    def expand(row):  # [T] or [B, T] -> [B, T]
-        return {name: jnp.broadcast_to(row[name], (batch, row[name].shape[-1])) for name in names}
+    def to_batch(row):  # [T] or [B, T] -> [B, T]
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, x.shape[-1])), row)
 
-    def predict(z, level):
-        x0 = to_x0(denoise_fn(z, level, cond), z, level, config["target"])
-        return {name: x0[name].astype(z[name].dtype) for name in names}
+    def predict_x0(log_snr, z):
+        prediction = denoise_fn(z, log_snr, cond)
+        chex.assert_trees_all_equal_shapes(prediction, z)  # other shapes would broadcast without an error
+        x0 = to_x0(prediction, z, log_snr, config["target"])
+        return jax.tree.map(lambda x0, z: x0.astype(z.dtype), x0, z)
 
-    def each(function, *trees):  # by leaf, with per-frame arrays [B, T] spread to its shape
-        def leaf(name):
-            arrays = [tree[name] for tree in trees]
-            return function(*(broadcast_to_latent(a, z_T[name]) if a.ndim == 2 else a for a in arrays))
+    def body(carry, row):
+        z, past = carry
+        key, now, after = row
+        now, after = to_batch(now), to_batch(after)
+        x0 = predict_x0(now, z)
+        predict_after = functools.partial(predict_x0, after)
+        now, after = to_latent(now, z), to_latent(after, z)
+        changes = jax.tree.map(jnp.not_equal, now, after)
+        finished = jax.tree.map(lambda log_snr: log_snr >= config["log_snr_max"], after)
+        step = Step(now, after, changes, finished, key, eta, predict_after)
+        z_next, past = step_fn(z, x0, past, step)
+        return (_finish(z_next, z, x0, step), past), None
 
-        return {name: leaf(name) for name in names}
-
-    def body(carry, step):
-        z, before = carry
-        key, now, after = step
-        now, after = expand(now), expand(after)
-        moves = {name: now[name] != after[name] for name in names}
-        made = {name: after[name] >= config["log_snr_max"] for name in names}
-
-        def settle(new, x0):  # what a frame becomes: x0 if made now, untouched if it does not move
-            return each(jnp.where, moves, each(jnp.where, made, x0, new), z)
-
-        x0 = predict(z, now)
-        if method == "dpmpp_2m":
-            new = settle(each(_dpmpp_2m, z, x0, before["x0"], now, after, before["h"]), x0)
-            h = {name: (after[name] - now[name]) / 2 for name in names}
-            h = jax.tree.map(jnp.where, moves, h, before["h"])
-            return (new, {"x0": each(jnp.where, moves, x0, before["x0"]), "h": h}), None
-        noise = (noise_like(key, z),) if eta else ()
-        euler = each(partial(_ddim, eta=eta), z, x0, now, after, *noise)
-        new = settle(euler, x0)
-        if method == "heun":
-            new = settle(each(_heun, z, x0, predict(new, after), now, after), x0)
-        return (new, before), None
-
-    before = {}
-    if method == "dpmpp_2m":
-        first = expand({name: levels[name][0] for name in names})
-        before = {"x0": z_T, "h": jax.tree.map(jnp.zeros_like, first)}
-    now, after = {n: levels[n][:-1] for n in names}, {n: levels[n][1:] for n in names}
-    keys = jax.random.split(key, len(levels[names[0]]) - 1)
-    (z, _), _ = jax.lax.scan(body, (z_T, before), (keys, now, after))
-    return z
+    start = to_latent(to_batch(jax.tree.map(lambda x: x[0], levels)), z_T)
+    past = Past(x0=z_T, h=jax.tree.map(jnp.zeros_like, start))
+    now = jax.tree.map(lambda x: x[:-1], levels)
+    after = jax.tree.map(lambda x: x[1:], levels)
+    keys = jax.random.split(key, len(jax.tree.leaves(now)[0]))
+    (z_0, _), _ = jax.lax.scan(body, (z_T, past), (keys, now, after))
+    return z_0
 
 
 # --------------------------------------------------------------------------------------------------
 # Guidance
 
 
-def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
-    """Guidance of a denoise_fn, as a denoise_fn; any prediction target.
+class Term(NamedTuple):
+    """One kind of guidance: it adds extra * (more - less) to the prediction.
 
-    terms: [(extra, more, less)]: to the prediction from all there is, extra * (more - less) is
-    added, where more and less are predictions from other inputs: functions (z, level, cond) ->
-    (z, level, cond) of the same shapes, or None for the inputs as they are. extra is a number or
-    one for each modality. rescale: share in [0, 1] by which each frame's standard deviation is put
-    back to the unguided one's. interval: (low, high) in log_snr; a frame outside it gets the
-    unguided prediction. All predictions are one network call of a larger batch.
+    `more` and `less` are predictions from other inputs. Each is given as a view: a function from (z, log_snr, cond) to
+    other inputs of the same shapes. None stands for the unguided prediction.
+    """
+
+    extra: float | dict  # the weight, or one per modality; 0 adds nothing
+    more: Callable | None
+    less: Callable | None
+
+
+def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
+    """Returns a denoise_fn with guidance. It works for every prediction target.
+
+    The predictions of all terms are one network call with a larger batch.
+
+    denoise_fn: (z, log_snr, cond) -> prediction.
+    terms: a list of Term.
+    rescale: share in [0, 1]. With 1 each frame gets the standard deviation of the unguided prediction. The formula is
+        arXiv:2305.08891, eq. 14 to 16, applied to each frame by itself, because each has its own noise level.
+    interval: (low, high) in log_snr. Frames outside it get the unguided prediction (arXiv:2404.07724).
     """
     low, high = interval
 
-    def denoise(z, level, cond):
-        views = [(z, level, cond)]
-
-        def place(view):
-            if view is None:
-                return 0
-            views.append(view(z, level, cond))
-            return len(views) - 1
-
-        places = [(place(more), place(less)) for _, more, less in terms]
-
-        def stack(*rows):
-            return jnp.concatenate([jnp.broadcast_to(row, rows[0].shape) for row in rows])
-
-        predictions = denoise_fn(*(jax.tree.map(stack, *trees) for trees in zip(*views)))
+    def guided_fn(z, log_snr, cond):
+        views = [(z, log_snr, cond)]  # inputs of the network; the first are the inputs of the unguided prediction
+        for term in terms:
+            views += [view(z, log_snr, cond) for view in (term.more, term.less) if view is not None]
+        predictions = denoise_fn(*(jax.tree.map(_concatenate, *trees) for trees in zip(*views)))
 
         def combine(name):
-            now, made = level[name], jnp.split(predictions[name], len(views))
-            inside = (low <= now) & (now <= high)  # arXiv:2404.07724, by the frame
-            plain = guided = made[0]
+            inside = (low <= log_snr[name]) & (log_snr[name] <= high)  # [B, T]
+            plain, *others = jnp.split(predictions[name], len(views))
+            others = iter(others)
+            total = plain
             active = jnp.zeros_like(inside)
-            for (extra, _, _), (more, less) in zip(terms, places):
-                extra = jnp.where(inside, extra[name] if isinstance(extra, dict) else extra, 0)
-                guided = guided + broadcast_to_latent(extra, guided) * (made[more] - made[less])
+            for term in terms:
+                more = plain if term.more is None else next(others)
+                less = plain if term.less is None else next(others)
+                extra = jnp.where(inside, term.extra[name] if isinstance(term.extra, dict) else term.extra, 0)
+                total = total + broadcast_to_latent(extra, total) * (more - less)
                 active |= extra != 0
-            # arXiv:2305.08891, eq. 14 to 16; a standard deviation per frame, as levels are.
-            deviations = [a.reshape(*now.shape, -1).std(-1) for a in (plain, guided)]  # [B, T]
-            factor = rescale * deviations[0] / jnp.maximum(deviations[1], 1e-12) + 1 - rescale
-            return broadcast_to_latent(jnp.where(active, factor, 1), guided) * guided
+            plain_deviation = plain.reshape(*inside.shape, -1).std(-1)  # [B, T]
+            deviation = total.reshape(*inside.shape, -1).std(-1)
+            factor = rescale * plain_deviation / jnp.maximum(deviation, 1e-12) + 1 - rescale
+            return broadcast_to_latent(jnp.where(active, factor, 1), total) * total
 
         return {name: combine(name) for name in z}
 
-    return denoise
+    return guided_fn
+
+
+def _concatenate(first, *others):
+    """One batch of all views; a view of batch size 1 is repeated."""
+    return jnp.concatenate([first, *(jnp.broadcast_to(x, first.shape) for x in others)])
 
 
 def text_guidance(weight, null_cond):
-    """Terms for `guided`: classifier-free guidance by the text, arXiv:2207.12598, eq. 6, whose w is weight - 1.
+    """Returns Terms for `guided`: classifier-free guidance by the text, arXiv:2207.12598, eq. 6, whose w is weight - 1.
 
-    weight: 1 adds nothing, 0 leaves the prediction without text, more overshoots. null_cond: the
-    tree of cond for no text, batch axis B or 1.
+    weight: 1 adds nothing. 0 is the prediction without text. Above 1 the text counts more than in training.
+    null_cond: the conditions of the empty text, with batch size B or 1.
     """
-    return [(weight - 1, None, lambda z, level, cond: (z, level, null_cond))]
+    return [Term(weight - 1, None, lambda z, log_snr, cond: (z, log_snr, null_cond))]
 
 
-def history_guidance(weight, given, noise, config, fraction=0.0):
-    """Terms for `guided`: guidance by the given frames, arXiv:2502.06764, section 4.
+def history_guidance(weight, masks, noise, config, history_noise=0.0):
+    """Returns Terms for `guided`: guidance by the context frames, arXiv:2502.06764, section 4.
 
-    weight: as in `text_guidance`. given: {modality: bool [T]}; noise: a tree like z that stands in
-    for what is given where it is withheld. fraction: 0 is vanilla history guidance; a time t in
-    (0, 1) guides by the given frames noised to t instead, fractional guidance: low frequencies only.
+    weight: 1 adds nothing. Above 1 the context counts more than in training.
+    masks: {modality: bool [T]}, True in context frames.
+    noise: standard normal noise like z. It takes the place of the context in the prediction without context.
+    config: see vdm_jax.diffusion.
+    history_noise: 0 guides by the context as it is, vanilla history guidance. A time t in (0, 1) guides by the context
+        noised to t, fractional history guidance: by its low frequencies only.
     """
 
-    def noised(t):
-        to = log_snr(t, config)
+    def context_at(t):
+        """A view with the context frames noised to time t."""
 
-        def view(z, level, cond):
-            mask = {name: jnp.broadcast_to(given[name], level[name].shape) for name in z}
-            known = {name: jnp.where(mask[name], to, level[name]) for name in z}
-            hidden = add_noise(z, noise, {name: jnp.full_like(level[name], to) for name in z})
-            shown = {name: jnp.where(broadcast_to_latent(mask[name], z[name]), hidden[name], z[name]) for name in z}
-            return shown, known, cond
+        def view(z, log_snr, cond):
+            level = log_snr_at(t, config)
+            mask = {name: jnp.broadcast_to(masks[name], log_snr[name].shape) for name in z}  # [B, T]
+            noised = add_noise(z, noise, {name: jnp.full_like(log_snr[name], level) for name in z})
+            z = {name: jnp.where(broadcast_to_latent(mask[name], z[name]), noised[name], z[name]) for name in z}
+            log_snr = {name: jnp.where(mask[name], level, log_snr[name]) for name in z}
+            return z, log_snr, cond
 
         return view
 
-    return [(weight - 1, noised(fraction) if fraction else None, noised(1.0))]
+    return [Term(weight - 1, context_at(history_noise) if history_noise else None, context_at(1.0))]
 
 
 def modality_guidance(weight, noise, config):
-    """Terms for `guided`: sound is guided by the picture and the picture by the sound.
+    """Returns Terms for `guided`: the video guides the audio, and the audio the video.
 
-    One modality's prediction without the other is that beside its pure noise (UniDiffuser,
-    arXiv:2303.06555, section 4.3). weight, noise: as in `history_guidance`.
+    The prediction of one modality without the other has pure noise for the other: UniDiffuser, arXiv:2303.06555,
+    section 4.3.
+
+    weight: 1 adds nothing. Above 1 each modality follows the other more than in training.
+    noise: standard normal noise like z.
+    config: see vdm_jax.diffusion.
     """
 
     def without(other):
-        def view(z, level, cond):
-            silent = jnp.full_like(level[other], log_snr(1.0, config))
-            return {**z, other: noise[other]}, {**level, other: silent}, cond
+        def view(z, log_snr, cond):
+            pure_noise = jnp.full_like(log_snr[other], log_snr_at(1.0, config))
+            return {**z, other: noise[other]}, {**log_snr, other: pure_noise}, cond
 
         return view
 
-    return [({m: weight - 1 if m != other else 0.0 for m in MODALITIES}, None, without(other)) for other in MODALITIES]
+    return [
+        Term({name: weight - 1 if name != other else 0.0 for name in MODALITIES}, None, without(other))
+        for other in MODALITIES
+    ]

@@ -1,8 +1,21 @@
-"""The one place that knows mesh axes: the mesh, the parameter table, activation constraints.
+"""How arrays are split over devices: the mesh, the table of parameters, the constraints on activations.
 
-Parameters carry no metadata. `PARAMETER_RULES` maps a regular expression over a parameter's path to mesh axes,
-counted from the last dimension, and serves parameters, optimizer moments and EMA alike, because all three repeat
-the same paths. Activations name their dimensions: `constrain(x, "batch", "time", ...)`.
+A mesh arranges the devices in a grid with four axes: data, fsdp, sequence and tensor. To split an array means to name,
+for each of its dimensions, the mesh axes that cut it. A dimension without an axis is not cut.
+
+Models do not name mesh axes. They name the *meaning* of each dimension: `constrain(x, "batch", "time", ...)`. The table
+ACTIVATION_AXES translates a meaning into mesh axes. So another way to split is another table, not another model. For
+example "batch" is cut along data and fsdp: with data=2 and fsdp=4 each device computes an eighth of the clips. XLA adds
+the communication.
+
+Parameters carry no names. PARAMETER_RULES maps a regular expression over a parameter's path, such as 'text/out/kernel',
+to the mesh axes of its last dimensions. The optimizer's moments and the EMA have the same paths, so this table splits
+them, too. The four axes differ in what they cut:
+
+    data        the batch. Each device holds all parameters.
+    fsdp        the batch and the parameters. A device gathers the parameters of a layer just before it uses them.
+    sequence    the frames of a clip, or their height, when one clip is too large for a device.
+    tensor      attention heads and MLP channels, when one layer is too large for a device.
 """
 
 import functools
@@ -18,8 +31,8 @@ from vdm_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
-# Name of an activation dimension -> mesh axes that split it. An axis splits the first dimension that it divides, so
-# `sequence` takes time where the frames divide, and height where they do not.
+# Meaning of an activation's dimension -> mesh axes that cut it. An axis cuts the first dimension that it divides, so
+# `sequence` cuts time where it divides the number of frames, and height elsewhere.
 ACTIVATION_AXES = {
     "batch": ("data", "fsdp"),
     "time": ("sequence",),
@@ -29,11 +42,11 @@ ACTIVATION_AXES = {
     "channel": None,
 }
 
-# Least part of a dimension on one device. XLA's partitioner of convolutions computes wrong values where a part is no
-# larger than the halo that it needs of its neighbours.
+# The smallest part of a dimension that one device may hold. XLA computes a split convolution wrongly when a part is not
+# larger than the border that it needs from its neighbors.
 MIN_SHARD = {"time": 2, "height": 2, "token": 2}
 
-# First match wins; axes are for the trailing dimensions, earlier ones stay whole.
+# The first rule that matches counts. Its axes are those of the last dimensions; earlier dimensions are not cut.
 PARAMETER_RULES = (
     (r"/(query|key|value)/kernel$", ("fsdp", "tensor", None)),  # [C, heads, d]
     (r"/out/kernel$", ("tensor", None, "fsdp")),  # [heads, d, C]
@@ -46,29 +59,32 @@ PARAMETER_RULES = (
 
 
 def make_mesh(sizes, devices=None):
-    """A mesh over `devices` (default: all there are).
+    """Returns a mesh.
 
-    sizes: {axis: size}; one size may be -1 and takes what is left. Raises UserError.
+    sizes: {axis: size}. One size may be -1: it becomes what fills the devices.
+    devices: default all devices.
+
+    Raises UserError when the sizes do not fill the devices.
     """
     shape = mesh_shape(sizes, jax.device_count() if devices is None else len(devices))
     types = (AxisType.Auto,) * len(MESH_AXES)
     devices = jax.devices() if devices is None else devices
-    # An axis may take part of a side of the slice: 16 devices of an 8 x 8 one.
-    placed = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
-    return Mesh(placed, MESH_AXES, axis_types=types)
+    # Allows an axis that is only a part of one side of a TPU slice, such as 16 devices in a slice of 8 x 8.
+    grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def mesh_shape(sizes, count):
-    """{axis: size} for `count` devices, from sizes of which one may be -1. Raises UserError."""
+    """Returns {axis: size} for `count` devices, from sizes of which one may be -1. Raises UserError."""
     shape = [sizes[axis] for axis in MESH_AXES]
     fixed = math.prod(size for size in shape if size != -1)
     sound = all(size > 0 or size == -1 for size in shape)
     if sound and shape.count(-1) == 1 and count % fixed == 0:
         shape[shape.index(-1)] = count // fixed
     elif not sound or shape.count(-1) > 0 or fixed != count:
-        asked = ", ".join(f"{a}={sizes[a]}" for a in MESH_AXES)
+        given = ", ".join(f"{a}={sizes[a]}" for a in MESH_AXES)
         raise UserError(
-            f"mesh {asked} does not fill {count} device(s): the sizes must multiply to {count}, "
+            f"mesh {given} does not fill {count} device(s): the sizes must multiply to {count}, "
             f"each one of {_listed(_divisors(count))}, and at most one may be -1"
         )
     return dict(zip(MESH_AXES, shape, strict=True))
@@ -83,7 +99,12 @@ def _listed(sizes):
 
 
 def constrain(x, *names):
-    """Constrains activation x [one name a dimension] to the current mesh; the identity when no mesh is set."""
+    """Splits an activation over the current mesh, and returns it. Without a mesh it returns x itself.
+
+    names: for each dimension of x its meaning, a key of ACTIVATION_AXES, or None for a dimension that is not cut.
+
+    Raises ValueError for an unknown name, or for another number of names than dimensions.
+    """
     if len(names) != x.ndim:
         raise ValueError(f"{len(names)} names {names} for an array of shape {x.shape}")
     unknown = [n for n in names if n is not None and n not in ACTIVATION_AXES]
@@ -96,27 +117,31 @@ def constrain(x, *names):
 
 
 def split(axis):
-    """Whether the current mesh splits anything along an axis."""
+    """Returns whether the current mesh has more than one device along an axis."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.shape[axis] > 1
 
 
-def shard_map_batch(f, x, *whole):
-    """f(x, *whole), in which each device sees its own rows of x [B, ...] alone and all of the others.
+def shard_map_batch(f, x, *shared):
+    """Returns f(x, *shared). Each device calls f with its own rows of x [B, ...], and with all of `shared`.
 
-    f may then merge rows with other dimensions, which a partitioner could not follow. Along other axes of the mesh
-    arrays are split as they were.
+    So f may merge the batch dimension with others, which XLA could not split by itself. The other mesh axes split
+    arrays inside f as they do outside.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = None if mesh.empty else _dividing(ACTIVATION_AXES["batch"], x.shape[0], mesh.shape)
     if axes is None:
-        return f(x, *whole)
-    specs = (P(axes), *(P() for _ in whole))
-    return jax.shard_map(f, in_specs=specs, out_specs=P(axes), axis_names=set(axes))(x, *whole)
+        return f(x, *shared)
+    specs = (P(axes), *(P() for _ in shared))
+    return jax.shard_map(f, in_specs=specs, out_specs=P(axes), axis_names=set(axes))(x, *shared)
 
 
 def activation_spec(names, shape, mesh_shape):
-    """PartitionSpec of an activation whose dimensions have these names; an axis is used once."""
+    """Returns the PartitionSpec of an activation whose dimensions have these names. An axis cuts one dimension at most.
+
+    names, shape: of the activation, one value for each dimension.
+    mesh_shape: {axis: size}.
+    """
     spec, free = [], set(MESH_AXES)
     for name, size in zip(names, shape, strict=True):
         axes = ACTIVATION_AXES[name] if name is not None else None
@@ -127,7 +152,7 @@ def activation_spec(names, shape, mesh_shape):
 
 
 def _dividing(axes, size, mesh_shape, least=1):
-    """The leading ones of `axes` whose product divides `size` into parts of `least` or more; others leave it whole."""
+    """Returns the first of `axes` that together cut `size` into equal parts of at least `least`, or None for none."""
     kept, product = [], 1
     for axis in axes or ():
         product *= mesh_shape[axis]
@@ -139,16 +164,17 @@ def _dividing(axes, size, mesh_shape, least=1):
 
 
 def all_gather_params(params, dtype):
-    """Parameters as a layer wants them: whole along `fsdp`, kernels and embeddings in `dtype`, before they are used.
+    """Returns a layer's parameters as its computation needs them. On one device it returns `params` itself.
 
-    Left to itself XLA moves activations to where the parts of a weight lie, by permutes and all-to-alls. Gradients go
-    straight back to the parts. The cast comes first: half the bytes travel. The identity on one device.
+    Kernels and embeddings are cast to `dtype`, and then gathered along `fsdp`, before they are used. The cast comes
+    first, so that bfloat16 sends half the bytes of float32. Without this XLA would send activations to the devices that
+    hold the parts of a kernel, which is more traffic. The gradients are reduced to the same parts.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return params
 
-    def one(path, x):
+    def gather(path, x):
         name = path_name(path)
         split = parameter_spec(name, x.shape, mesh.shape)
         whole = P(*(None if axes in ("fsdp", ("fsdp",)) else axes for axes in split))
@@ -156,7 +182,7 @@ def all_gather_params(params, dtype):
             x = x.astype(dtype)
         return _gather(x, split, whole)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(gather, params)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -166,7 +192,7 @@ def _gather(x, split, whole):
 
 
 def _gather_backward(split, whole, _, grad):
-    # Said of both: from the split form alone XLA makes a product by parts, with permutes between them.
+    # Both constraints are needed. From the split one alone XLA makes a product in parts, with permutes between them.
     grad = jax.lax.with_sharding_constraint(grad, whole)
     return (jax.lax.with_sharding_constraint(grad, split),)
 
@@ -175,18 +201,18 @@ _gather.defvjp(lambda x, split, whole: (_gather(x, split, whole), None), _gather
 
 
 def path_name(path):
-    """A key path of jax.tree_util as 'a/b/c'."""
+    """Returns a key path of jax.tree_util as 'a/b/c'."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def parameter_spec(name, shape, mesh_shape):
-    """PartitionSpec of the parameter at path `name`: the first matching rule, less axes that do not divide."""
+    """Returns the PartitionSpec of the parameter at path `name`, without axes that do not divide their dimension."""
     axes = _axes(name, shape)
     return P(*(_dividing((a,) if a else None, s, mesh_shape) for a, s in zip(axes, shape, strict=True)))
 
 
 def _axes(name, shape):
-    """The mesh axis, or None, that PARAMETER_RULES give each dimension of a parameter."""
+    """Returns for each dimension of a parameter the mesh axis that PARAMETER_RULES name, or None."""
     axes = _rule(name)[1]
     axes = axes[max(0, len(axes) - len(shape)) :]
     return (None,) * (len(shape) - len(axes)) + tuple(axes)
@@ -197,7 +223,7 @@ def _rule(name):
 
 
 def table(params, mesh_shape):
-    """What PARAMETER_RULES come to: a line for each rule and way of splitting, with the numbers it holds."""
+    """Returns lines that show how PARAMETER_RULES split `params`: for each rule the arrays, axes and parameters."""
     found = {}
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
@@ -210,31 +236,32 @@ def table(params, mesh_shape):
 
 
 def state_shardings(abstract_state, mesh):
-    """A NamedSharding for every leaf of a train state (parameters, optimizer, EMA), by path."""
+    """Returns a NamedSharding for every leaf of a train state: parameters, optimizer and EMA."""
 
-    def one(path, leaf):
+    def leaf_sharding(path, leaf):
         return NamedSharding(mesh, parameter_spec(path_name(path), leaf.shape, dict(mesh.shape)))
 
-    return jax.tree_util.tree_map_with_path(one, abstract_state)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, abstract_state)
 
 
 def batch_sharding(mesh):
-    """Batches are split over the data and fsdp axes along their first dimension."""
+    """Returns the sharding of a batch: its first dimension is cut along data and fsdp."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def local_rows(batch_sharding, batch_size):
-    """Which rows of a global batch the devices of this process hold, in order."""
+    """Returns the numbers of the rows of a batch that the devices of this process hold, ascending."""
     held = batch_sharding.addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for index in held for row in range(*index[0].indices(batch_size))})
 
 
 def replicated(mesh):
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def replicate(tree):
-    """Constrains arrays to be whole on every device of the current mesh, so that each process can read them."""
+    """Copies arrays to every device of the current mesh, so that each process can read them."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return tree
@@ -242,43 +269,51 @@ def replicate(tree):
 
 
 def microbatches(batch, parts):
-    """Rows [B, ...] -> [parts, B / parts, ...]: part i is rows i, i + parts, ...: each device keeps its own."""
+    """Returns a batch [B, ...] as [parts, B / parts, ...]. Part i holds the rows i, i + parts, i + 2 parts, ...
+
+    So each device has rows of every part, and no row moves to another device.
+    """
     mesh = jax.sharding.get_abstract_mesh()
 
-    def one(x):
+    def divide(x):
         x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
         if mesh.empty or mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, P(None, ("data", "fsdp")))
 
-    return jax.tree.map(one, batch)
+    return jax.tree.map(divide, batch)
 
 
-def check_batch(batch_size, mesh, parts=1, every=1):
-    """Raises UserError when a global batch, or each of `parts` of it, does not divide over the mesh's batch axes.
+def check_batch(batch_size, mesh, parts=1, group=1, group_key="group"):
+    """Raises UserError when a batch does not divide over the devices.
 
-    every: each device's share of a part must hold a multiple of so many (hard_negative.every).
+    batch_size: clips of a batch on all devices.
+    parts: microbatches of a batch. Each of them must divide over the devices.
+    group: clips that stay together on a device. A device's share of a microbatch must be a multiple of it.
+    group_key: the config key that sets `group`, for the message.
     """
-    for name, value in (("batch_size", batch_size), ("accumulate", parts), ("hard_negative.every", every)):
+    for name, value in (("batch_size", batch_size), ("accumulate", parts), (group_key, group)):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    ways = devices * parts * every
+    ways = devices * parts * group
     if batch_size % ways:
         below = batch_size // ways * ways
         sizes = f"{below} or {below + ways}" if below else f"{ways}"
-        groups = "device groups (data x fsdp)" + (f" x {parts} parts (accumulate)" if parts > 1 else "")
-        groups += f" x {every} clips (hard_negative.every)" if every > 1 else ""
-        raise UserError(f"batch_size={batch_size} does not divide over {devices} {groups}: use {sizes}")
+        over = f"{devices} device groups (data x fsdp)"
+        over += f" x {parts} parts (accumulate)" if parts > 1 else ""
+        over += f" x {group} clips ({group_key})" if group > 1 else ""
+        raise UserError(f"batch_size={batch_size} does not divide over {over}: use {sizes}")
 
 
 def check_axes(mesh, params, activations):
-    """Raises UserError where `tensor` or `sequence` splits nothing that it should.
+    """Raises UserError when `tensor` or `sequence` does not divide what it should cut.
 
-    params: tree of shapes. activations: {name: (shape, dimension names)}, each to be split by `sequence`.
+    params: tree of arrays or ShapeDtypeStructs.
+    activations: {name for the message: (shape, names of the dimensions)}; `sequence` must cut each of them.
     """
     ways = mesh.shape["tensor"]
-    sizes = {}  # of the dimensions that `tensor` is to split, by path
+    sizes = {}  # {path of a parameter: size of the dimension that `tensor` cuts}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params) if ways > 1 else ():
         axes = _axes(path_name(path), leaf.shape)
         if "tensor" in axes:
@@ -289,6 +324,6 @@ def check_axes(mesh, params, activations):
     ways = mesh.shape["sequence"]
     for name, (shape, names) in activations.items() if ways > 1 else ():
         if "sequence" not in str(activation_spec(names, shape, mesh.shape)):
-            mine = [size for n, size in zip(names, shape) if "sequence" in (ACTIVATION_AXES[n] or ())]
-            fits = _listed(sorted({d for size in mine for d in _divisors(size)}))
+            cut = [size for n, size in zip(names, shape) if "sequence" in (ACTIVATION_AXES[n] or ())]
+            fits = _listed(sorted({d for size in cut for d in _divisors(size)}))
             raise UserError(f"mesh.sequence={ways} does not divide time or height of {name} {shape}: use {fits}")

@@ -1,88 +1,193 @@
-"""Tasks as patterns: which latent frames of picture and sound are given, and clips that hold them.
+"""A task: which latent frames are context, and in which order and how fast the other frames lose their noise.
 
-A given frame is an input at a clean level; all others are made. Causal autoencoders let a clip be given in part: what
-comes after a latent frame does not change it, so unknown frames are filled with anything.
+Context frames are an input. The sampler generates all other frames. What is context is a `Context`; the order is a
+scheduling matrix, `scheduling_matrix`.
+
+The autoencoders are causal: what comes after a latent frame does not change it. A clip can therefore be context in
+part. The rest of its frames and sound may hold anything, and is called filler.
 """
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+
+from vdm_jax.diffusion import MODALITIES, log_snr_at
+from vdm_jax.errors import UserError, one_of
+
+SPACINGS = ("time", "log_snr", "karras")
+
+
+# --------------------------------------------------------------------------------------------------
+# Context: one function per task. A long clip, the task `rollout`, is a series of windows of the task `continue`.
 
 
 class Context(NamedTuple):
-    """What a task gives, for P clips or for one that all share. Unused parts of a clip are filler."""
+    """The context of P clips, or of one clip for all prompts (P = 1)."""
 
-    video: np.ndarray | None  # uint8 [P or 1, F, H, W, 3]; None: nothing of the picture is given
-    audio: np.ndarray | None  # float32 [P or 1, N]; None: nothing of the sound is given
-    masks: dict  # {'video', 'audio'}: bool [T], True where given
-
-
-def nothing(size):
-    """Text to video and sound: all is made. size: a stages.Layout, here and below."""
-    return Context(None, None, _masks(size, 0, 0))
+    video: np.ndarray | None  # uint8 [P, F, H, W, 3], filler included; None: no video frame is context
+    audio: np.ndarray | None  # float32 [P, N], filler included; None: no audio is context
+    masks: dict  # {'video', 'audio'}: bool [T], True in context frames
 
 
-def image(picture, size):
-    """A picture [H, W, 3] set in motion: the first frame is given, sound is made."""
-    return video(picture[None], size)
+def text(layout):
+    """Returns the Context of text to video and sound: no context frame.
 
-
-def video(frames, size):
-    """Frames [n, H, W, 3] get a sound; with fewer frames than a clip has, the picture goes on, too."""
-    return Context(_held(frames[None], size.frames), None, _masks(size, _latents(len(frames), size), 0))
-
-
-def sound(samples, size):
-    """A sound [n] gets a picture; silence follows one that is shorter than the clip."""
-    return Context(None, _padded(samples[None], size.samples), _masks(size, 0, size.latent_frames))
-
-
-def history(frames, samples, size):
-    """Clips go on: the first frames [P, n, H, W, 3] and their sound [P, n * samples_per_frame] are given.
-
-    n is 1 + f_t * m: what does not fill a latent frame is cut off at the beginning.
+    layout: the sizes of the clip, a system.layout.Layout, here and below.
     """
-    count = _latents(frames.shape[1], size)
-    n = 1 + size.f_t * (count - 1)
-    frames, samples = frames[:, -n:], samples[:, -n * size.samples_per_frame :]
-    return Context(_held(frames, size.frames), _padded(samples, size.samples), _masks(size, count, count))
+    return Context(None, None, _first_frames(layout, video=0, audio=0))
 
 
-def between(start, end, size, latents):
-    """A clip that leads from the end of one clip to the beginning of another.
+def image(picture, layout):
+    """Returns the Context for a picture that starts to move: the first video frame is context.
 
-    start, end: (frames [n, H, W, 3], samples [n * samples_per_frame]); the last frames of start that fill `latents`
-    latent frames become the clip's first, the first f_t * latents frames of end its last.
+    picture: uint8 [H, W, 3].
     """
-    head, tail, per_frame = 1 + size.f_t * (latents - 1), size.f_t * latents, size.samples_per_frame
+    return foley(picture[None], layout)
+
+
+def foley(frames, layout):
+    """Returns the Context for a video that gets a sound: the video is context.
+
+    frames: uint8 [n, H, W, 3]. If n is less than the clip's length, the latent frames that they fill are context.
+    """
+    count = _latent_frames(len(frames), layout)
+    return Context(_extend(frames[None], layout.frames), None, _first_frames(layout, video=count, audio=0))
+
+
+def audio(samples, layout):
+    """Returns the Context for a sound that gets a video: the audio is context.
+
+    samples: float32 [n]. Silence follows a sound that is shorter than the clip, and is context too.
+    """
+    masks = _first_frames(layout, video=0, audio=layout.latent_frames)
+    return Context(None, _pad(samples[None], layout.samples), masks)
+
+
+def continue_(frames, samples, layout):
+    """Returns the Context for clips that go on: the first frames and their sound are context.
+
+    frames: uint8 [P, n, H, W, 3]. Only the last 1 + f_t * m of them are used, which fill m + 1 latent frames.
+    samples: float32 [P, n * samples_per_frame].
+    """
+    count = _latent_frames(frames.shape[1], layout)
+    used = 1 + layout.f_t * (count - 1)
+    frames = frames[:, -used:]
+    samples = samples[:, -used * layout.samples_per_frame :]
+    masks = _first_frames(layout, video=count, audio=count)
+    return Context(_extend(frames, layout.frames), _pad(samples, layout.samples), masks)
+
+
+def between(start, end, layout, latents):
+    """Returns the Context for a clip that leads from the end of one clip to the beginning of another.
+
+    start, end: the two clips, (frames uint8 [n, H, W, 3], samples float32 [n * samples_per_frame]). The last frames of
+        `start` become the first frames of the new clip, and the first frames of `end` its last.
+    latents: latent frames of context at either end: 1 + f_t * (latents - 1) frames of `start`, f_t * latents of `end`.
+    """
+    head = 1 + layout.f_t * (latents - 1)
+    tail = layout.f_t * latents
+    gap = layout.frames - head - tail
     first, last = start[0][-head:], end[0][:tail]
-    rest = size.frames - head - tail
-    # The unknown part stands still, half of it as the beginning ends, half as the end begins.
-    frames = np.concatenate([_held(first[None], head + rest // 2)[0], np.repeat(last[:1], rest - rest // 2, 0), last])
-    sounds = start[1][-head * per_frame :], np.zeros(rest * per_frame, np.float32), end[1][: tail * per_frame]
-    at = np.arange(size.latent_frames)
-    mask = (at < latents) | (at >= size.latent_frames - latents)
-    return Context(frames[None], np.concatenate(sounds)[None], {"video": mask, "audio": mask})
+    # The filler repeats the last frame of the head in its first half and the first frame of the tail in its second.
+    frames = [_extend(first[None], head + gap // 2)[0], np.repeat(last[:1], gap - gap // 2, 0), last]
+    per_frame = layout.samples_per_frame
+    sounds = [start[1][-head * per_frame :], np.zeros(gap * per_frame, np.float32), end[1][: tail * per_frame]]
+    frame = np.arange(layout.latent_frames)
+    mask = (frame < latents) | (frame >= layout.latent_frames - latents)
+    return Context(np.concatenate(frames)[None], np.concatenate(sounds)[None], {"video": mask, "audio": mask})
 
 
-def _masks(size, video, audio):
-    at = np.arange(size.latent_frames)
-    return {"video": at < video, "audio": at < audio}
+def _first_frames(layout, video, audio):
+    """Returns masks: the first `video` latent frames of the video are context, and the first `audio` of the audio."""
+    frame = np.arange(layout.latent_frames)
+    return {"video": frame < video, "audio": frame < audio}
 
 
-def _latents(frames, size):
-    """Latent frames that `frames` video frames fill, no more than a clip has."""
-    return min(1 + (frames - 1) // size.f_t, size.latent_frames)
+def _latent_frames(frames, layout):
+    """Returns the number of latent frames that `frames` video frames fill, at most the clip's."""
+    return min(1 + (frames - 1) // layout.f_t, layout.latent_frames)
 
 
-def _held(frames, count):
-    """[P, n, ...] -> [P, count, ...]: cut, or the last frame repeated."""
+def _extend(frames, count):
+    """[P, n, ...] -> [P, count, ...]: cut, or with the last frame repeated."""
     return frames[:, np.minimum(np.arange(count), frames.shape[1] - 1)]
 
 
-def _padded(samples, count):
+def _pad(samples, count):
     """[P, n] -> [P, count]: cut, or followed by silence."""
     out = np.zeros((len(samples), count), np.float32)
     n = min(count, samples.shape[1])
     out[:, :n] = samples[:, :n]
     return out
+
+
+# --------------------------------------------------------------------------------------------------
+# The scheduling matrix: the noise level of each latent frame after each step
+
+
+def scheduling_matrix(
+    steps, frames, config, masks=None, lag=0, spacing="time", rho=7.0, context_noise=0.0, first_step_times=()
+):
+    """Returns the noise levels of sampling, {"video", "audio"}: log_snr [N+1, T], from pure noise to clean.
+
+    Row 0 is the start and row N the end. N is steps + lag * (generated frames - 1).
+
+    steps: denoising steps of each frame.
+    frames: T, latent frames.
+    config: the diffusion config; see vdm_jax.diffusion.
+    masks: {"video", "audio"}: bool [T], True in context frames, whose level is the same in all rows. A modality that is
+        left out has no context frames.
+    lag: steps by which each generated frame is behind the one before. With 0 all frames lose their noise together. More
+        is a pyramid: later frames are noisier.
+    spacing: what is evenly spaced over the steps: 'time' t, 'log_snr', or (sigma / alpha)^(1 / rho) with 'karras'.
+    rho: the exponent of 'karras'.
+    context_noise: time t in [0, 1] of the context frames of a modality that has generated frames too
+        (arXiv:2502.06764). 0 leaves them clean.
+    first_step_times: times t in [0, 1] that the first generated frame, the second, and so on reach in their first step.
+        Frames past the end of the list have steps of the usual size. From pure noise, the predicted x0 is the mean of
+        all frames that may follow, and a long first step puts the frame near this mean. If the context decides what
+        follows, the mean has half the squared error of a sample. If several futures are likely, the mean is blurred.
+    Raises UserError for an unknown spacing, too few steps, a negative lag or a mask of another length.
+    """
+    one_of("spacing", spacing, SPACINGS)
+    if steps < 1 or lag < 0:
+        raise UserError(f"steps={steps} must be at least 1 and lag={lag} at least 0")
+    masks = {name: np.asarray((masks or {}).get(name, np.zeros(frames)), bool) for name in MODALITIES}
+    for name, mask in masks.items():
+        if mask.shape != (frames,):
+            raise UserError(f"masks[{name!r}] has shape {mask.shape}: it must be ({frames},), one value per frame")
+
+    # Video and audio of one frame start together, even if one of them is context.
+    turn = np.maximum(np.cumsum(~(masks["video"] & masks["audio"])) - 1, 0)  # [T], the place of a frame in the order
+    levels = np.tile(_frame_levels(steps, 1.0, config, spacing, rho), (turn[-1] + 1, 1))  # [generated, steps + 1]
+    if steps > 1:
+        for own_levels, time in zip(levels, first_step_times):
+            own_levels[1:] = _frame_levels(steps - 1, time, config, spacing, rho)
+    row = np.arange(steps + lag * turn[-1] + 1)[:, None]  # [N+1, 1]
+    generated = levels[turn, np.clip(row - lag * turn, 0, steps)]  # [N+1, T]
+
+    clean = config["log_snr_max"]
+    context = float(log_snr_at(context_noise, config)) if context_noise else clean
+    return {
+        name: jnp.asarray(np.where(mask, clean if mask.all() else context, generated)) for name, mask in masks.items()
+    }
+
+
+def _frame_levels(steps, start, config, spacing, rho):
+    """Returns log_snr [steps + 1] of one frame, from time `start` to clean."""
+    low = float(log_snr_at(start, config))
+    high = config["log_snr_max"]
+    part = np.arange(steps + 1) / steps
+    if spacing == "time":
+        levels = np.array(log_snr_at(start * (1 - part), config), np.float64)
+    elif spacing == "log_snr":
+        levels = low + part * (high - low)
+    else:  # arXiv:2206.00364, eq. 5, with sigma / alpha = exp(-log_snr / 2) as its sigma
+        noisiest = np.exp(-low / 2 / rho)
+        cleanest = np.exp(-high / 2 / rho)
+        levels = -2 * rho * np.log(noisiest + part * (cleanest - noisiest))
+    # The sampler and guidance compare levels with their bounds. Rounding must not put a level past them.
+    levels = np.clip(levels, config["log_snr_min"], high)
+    levels[-1] = high
+    return levels

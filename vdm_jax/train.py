@@ -2,37 +2,41 @@
 
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
-A finished stage is skipped, an interrupted one goes on from its newest checkpoint. SIGTERM and SIGINT end the run after
-the step under way, saved, with exit code 0; a second such signal ends it at once.
+A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
+run after the current step, with a checkpoint and exit code 0. A second signal ends it at once.
 """
 
-import contextlib
-import errno
-import json
 import logging
-import time
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
-from vdm_jax import preview, sharding, train_state
-from vdm_jax.data import batches as pipeline
+from vdm_jax import sharding, train_state
+from vdm_jax.data import batches
 from vdm_jax.errors import UserError
-from vdm_jax.run import checkpoint, cli, hosts, preemption, profiling, storage
-from vdm_jax.run import log as run_log
-from vdm_jax.system import codec as stages
-from vdm_jax.system import latents
+from vdm_jax.metrics import figures
+from vdm_jax.run import checkpoint, cli, folder, hosts, preemption, profiling, storage
+from vdm_jax.run.log import RunLog, Watch
+from vdm_jax.system import System, build, latents
+from vdm_jax.system.layout import STAGES
 
 logger = logging.getLogger("vdm_jax")
 
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+PREVIEWED = 4  # held-out clips that previews show
+
+
+class Run(NamedTuple):
+    """What all stages of a run share."""
+
+    system: System
+    workdir: Any  # epath.Path
+    mesh: jax.sharding.Mesh
+    source: Any  # data source of training clips
+    stop: preemption.Stop  # stop(step) -> whether a signal asks the run to end
+    alive: Any  # alive(what) tells the watchdog that something was done
+    trace_span: tuple | None  # first and last step to trace
 
 
 def main(argv):
@@ -46,30 +50,29 @@ def main(argv):
     hosts.initialize(options)
     cli.use_cache(config)
 
-    # ------------------------------------------------------------------------------------------------ run folder
-    names = checkpoint.STAGES if options.stage == "all" else (options.stage,)
-    mesh, source = check(config, names)  # before anything is written
+    names = STAGES if options.stage == "all" else (options.stage,)
+    system = build(config)
+    mesh = check(system, names)
+    source = batches.source(config)  # wrong settings end the run before anything is written
     alive = hosts.watchdog(config.watchdog_seconds)
-    with exclusive_lock(workdir), jax.set_mesh(mesh), hosts.exit_on_lost_peer(), preemption.watching() as stop:
-        write_config(workdir, config)
+    with (
+        folder.exclusive_lock(workdir),
+        jax.set_mesh(mesh),
+        hosts.exit_on_lost_peer(),
+        preemption.watching() as stop,
+    ):
+        folder.write_config(workdir, config, STAGES)
         logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
+        run = Run(system, workdir, mesh, source, stop, alive, span)
         for name in names:
-            try:
-                if not train_stage(name, config, workdir, mesh, source, stop, alive, span):
+            with folder.explain_disk_faults(workdir, name):
+                if not train_stage(run, name):
                     break
-            except OSError as error:
-                if error.errno not in DISK_FAULTS:
-                    raise
-                newest = checkpoint.newest_step(workdir, name)
-                raise UserError(
-                    f"{name}: cannot write in {workdir}: {error.strerror}; "
-                    + (f"step {newest} is the newest checkpoint" if newest is not None else "there is no checkpoint")
-                ) from None
 
 
-def check(config, names):
-    """-> (mesh, data source) for training the stages `names`. Raises UserError where settings do not fit."""
-    stages.models(config)
+def check(system, names):
+    """The mesh for training the stages `names`. Raises UserError where settings do not fit."""
+    config = system.config
     mesh = sharding.make_mesh(config.mesh)
     counts = {f"{name}.steps": config[name].steps for name in names}
     counts |= {key: config[key] for key in ("checkpoint_every", "log_every")}
@@ -78,187 +81,127 @@ def check(config, names):
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
     for name in names:
-        stages.check_batch(config, name, mesh)
-    stages.check_mesh(config, mesh, names)
-    return mesh, pipeline.source(config)
+        system.check_batch(mesh, name)
+    system.check_mesh(mesh, names)
+    return mesh
 
 
-@contextlib.contextmanager
-def exclusive_lock(workdir):
-    """Keeps other trainings out of a run's folder, which it makes, as long as this process lives. Raises UserError.
-
-    In a bucket, which has no locks, it is for the launcher to start a run once.
-    """
-    if not hosts.is_primary() or fcntl is None or storage.in_bucket(workdir):
-        yield
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        held = open(workdir / "lock", "a")
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
-    with held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another training is under way in {workdir}: stop it, or use another --workdir") from None
-        except OSError as error:  # a file system without locks
-            logger.debug("%s cannot be locked: %s", workdir, error)
-        yield
-
-
-def write_config(workdir, config):
-    """Stores the config with the run, which goes on only with the sizes, and the models of begun stages, it has."""
-    path = workdir / "config.json"
-    stored = config.to_json_best_effort(indent=1, sort_keys=True) + "\n"
-    if path.exists():
-        before = checkpoint.load_config(path)
-        for part in checkpoint.STAGES:
-            if checkpoint.newest_step(workdir, part) is None:
-                continue
-            if part in before and json.loads(before[part].model.to_json()) != json.loads(config[part].model.to_json()):
-                raise UserError(f"{workdir} was begun with another {part}.model: use another --workdir, or its config")
-        for key in ("size", "fps", "sample_rate", "text_length"):
-            if key in before.data and before.data[key] != config.data[key]:
-                raise UserError(f"{workdir} was begun with data.{key}={before.data[key]}: use another --workdir")
-    hosts.broadcast_from_primary(True)  # that all have looked
-    if not hosts.is_primary():
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(stored)
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
-
-
-def train_stage(name, config, workdir, mesh, source, stop, alive, span):
-    """-> whether the stage is finished, rather than stopped by a signal."""
-    watch, settings = run_log.Watch(), config[name]
-    directory = workdir / name
+def train_stage(run, name):
+    """Trains one stage. -> whether it is finished, and not stopped by a signal."""
+    config, settings, stage = run.system.config, run.system.config[name], run.system.stages[name]
+    directory = run.workdir / name
     directory.mkdir(parents=True, exist_ok=True)
-    lead = hosts.is_primary()
+    watch = Watch()
 
-    # ---------------------------------------------------------------------------- state, abstract first, then restored
+    # ------------------------------------------------------------------------------------------- how training starts
+    # The order matters.
+    # 1. The state, as shapes only: a large model has no room for a second copy.
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    step_key = jax.device_put(step_key, sharding.replicated(mesh))
-    program = train_state.program(stages.build(config)[name], settings, init_key, mesh, config.skip.loss_over_mean)
+    step_key = jax.device_put(step_key, sharding.replicated(run.mesh))
+    program = train_state.program(stage, settings, init_key, run.mesh, config.skip.loss_over_mean)
+    # 2. Damaged checkpoints are moved aside before the newest one is looked for.
     checkpoint.quarantine_damaged(directory / "checkpoints")
     checkpoints = checkpoint.manager(directory / "checkpoints", **config.keep)
     newest = checkpoints.latest_step()  # 0 where imported weights are to be trained from the start
     done = newest or 0
-    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(program.abstract["params"]))
+    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(stage.params))
     logger.info("%s: %.2f M parameters, %d of %d steps done", name, parameters / 1e6, done, settings.steps)
-    for line in sharding.table(program.abstract["params"], mesh.shape) if mesh.size > 1 else ():
+    for line in sharding.table(stage.params, run.mesh.shape) if run.mesh.size > 1 else ():
         logger.info("  %s", line)
     if done >= settings.steps:
         checkpoints.close()
         return True
-
-    # --------------------------------------------------------------------------------- earlier stages, frozen, and data
-    frozen, items, to_example = {}, source, None
-    if name == "denoiser":
-        frozen, items = latents.prepare(config, workdir, source, mesh)
-    if items is source:
-        length = config.data.text_length
-
-        kinds = stages.hard_negative_words(config, name)
-
-        def to_example(item):
-            return pipeline.example(item, length, kinds)
-
-    batch_sharding = sharding.batch_sharding(mesh)
-    batches = pipeline.batches(
-        items,
-        batch_size=settings.batch_size,
-        rows=sharding.local_rows(batch_sharding, settings.batch_size),
-        seed=config.seed,
-        start=done,
-        data=config.data,
-        to_example=to_example,
-    )
+    # 3. Data: clips, or clips that the earlier stages have encoded.
+    encoder_params, items = {}, batches.Examples(run.source, config.data.text_length, stage.hard_negative)
+    if stage.encoder_params:
+        encoder_params, items = latents.prepare(run.system, run.workdir, items, run.mesh)
+    batch_sharding = sharding.batch_sharding(run.mesh)
+    order = dict(batch_size=settings.batch_size, seed=config.seed)
+    rows = sharding.local_rows(batch_sharding, settings.batch_size)
+    data = batches.batches(items, **order, rows=rows, start=done, data=config.data)
+    # 4. The state itself: drawn, or restored straight to its place on the mesh.
     state = program.init() if newest is None else checkpoint.restore(checkpoints, program.abstract)
+    # 5. The step is compiled before the first batch is read, on all processes before any of them runs it.
+    with watch("compiling"), profiling.compiling(f"the training step of {name}", key=parameters):
+        abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
+        step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
+    run.alive(f"compiling the step of {name}")  # the watchdog begins here: a compile takes as long as it takes
 
-    # ----------------------------------------------------------------------------------------------------------- loop
-    show = preview.make(name, config, directory / "previews", mesh) if config.preview_every else None
-    log = run_log.MetricsLog(directory, done) if lead else None
-    steps = tqdm(range(done, settings.steps), name, settings.steps, initial=done, disable=None, unit="step")
-    history, losses, row, saved, due, stopped = [], [], run_log.Row(), newest, False, False
-    take = None
-    trace = profiling.tracer(span, directory)
+    # --------------------------------------------------------------------------------------------------------- loop
+    show_preview = previewer(run, name)
+    log = RunLog(
+        name,
+        directory,
+        steps=settings.steps,
+        done=done,
+        saved=newest,
+        watch=watch,
+        sample_ids=lambda number: batches.sample_ids(items, **order, step=number - 1),
+        stop_after=config.skip.stop_after,
+        heartbeat_every=config.heartbeat_every,
+        finish=lambda: checkpoint.finish(checkpoints),
+    )
+    trace = profiling.tracer(run.trace_span, directory)
     trace(done)
-    stop.stepping, beat = True, 0.0
+    run.stop.stepping = True
+    save_due = stopped = False
     watch.start()
-    for step in steps:
+    for number in log.numbers:
         with watch("data"):
-            batch = pipeline.to_devices(next(batches), batch_sharding, settings.batch_size)
-        if take is None:
-            with watch("compiling"):
-                take = hosts.compiled(program.step, state, step_key, batch, frozen)
-            alive(f"compiling the step of {name}")  # not before: that takes as long as it takes
-        with jax.transfer_guard("disallow"):  # all of it is where it is needed
-            state, metrics = take(state, step_key, batch, frozen)
-        history.append(metrics)
-        number = step + 1
+            batch = batches.to_devices(next(data), batch_sharding, settings.batch_size)
+        with jax.transfer_guard("disallow"):  # a hidden copy between host and device would stall every step
+            state, metrics = step_fn(state, step_key, batch, encoder_params)
+        log.add(metrics)
         trace(number, metrics)
-        alive(f"step {number} of {name}")
-        stopped = stop(number)
-        last = number == settings.steps or stopped
-        due = due or number % config.checkpoint_every == 0 or last
-
-        if number % config.log_every == 0 or due:  # before each save: what a later start goes on from is logged
-            means, skipped = run_log.summarise(history, number + 1 - len(history))
-            losses.append((means["loss"], len(history) - len(skipped)))
-            means |= watch.lap(len(history))
-            means["goodput"] = watch.goodput()
-            history = []
-            if lead:
-                log.write(number, name, means)
-                if due:
-                    log.flush()
-                left = run_log.clock((settings.steps - number) * means["step_seconds"])
-                shown = dict(loss=f"{means['loss']:.4f}", data=f"{means['data_wait_share']:.0%}")
-                shown |= dict(skipped=log.skipped, saved="-" if saved is None else saved)
-                steps.set_postfix(shown)
-                if steps.disable:  # no terminal: plain lines
-                    logger.info(
-                        "%s %d/%d loss %s  %.0f ms/step, %s of it waiting for data  %d skipped  saved %s  %s left",
-                        name, number, settings.steps, shown["loss"], 1e3 * means["step_seconds"], shown["data"],
-                        shown["skipped"], shown["saved"], left,
-                    )  # fmt: skip
-            for one in skipped if lead else ():
-                ids = pipeline.sample_ids(items, batch_size=settings.batch_size, seed=config.seed, step=one.step - 1)
-                logger.warning("%s: step %d is skipped (%s), its samples are %s", name, one.step, one.why(), ids)
-            if row.add(skipped, number, config.skip.stop_after):
-                checkpoint.finish(checkpoints)
-                raise UserError(
-                    f"{name}: {len(row.steps)} steps in a row were skipped, from step {row.steps[0].step} on "
-                    f"({row.steps[0].why()}); the newest checkpoint is of step {saved}; lower {name}.learning_rate, "
-                    f"or look at these samples"
-                )
-        if due and (last or not row.steps):  # not in a row of bad steps, which the state may be to blame for
+        run.alive(f"step {number} of {name}")
+        stopped = run.stop(number)
+        last = stopped or number == settings.steps
+        save_due = save_due or last or number % config.checkpoint_every == 0
+        if save_due or number % config.log_every == 0:  # before each save, so that a resumed run has all lines
+            log.write(number, flush=save_due)
+        if save_due and (last or not log.skipping):  # after skipped steps the state itself may be bad
             with watch("saving"):
-                checkpoint.save(checkpoints, state, run_log.mean(losses))
-            saved, losses, due = number, [], False
-        if lead and (time.monotonic() - beat > config.heartbeat_every or last):
-            beat = time.monotonic()
-            run_log.write_heartbeat(
-                workdir / "heartbeat.json", stage=name, step=number, steps=settings.steps, saved=saved,
-                skipped=log.skipped, goodput=watch.goodput(),
-            )  # fmt: skip
-        if show and not stopped and (number % config.preview_every == 0 or last):
+                checkpoint.save(checkpoints, state, log.mean_loss())
+            log.mark_saved(number)
+            save_due = False
+        log.heartbeat(number, last)
+        if show_preview and not stopped and (last or number % config.preview_every == 0):
             with watch("preview"):
-                show(state["ema"], frozen, number)
+                show_preview(state["ema"], encoder_params, number)
         if stopped:
             break
     checkpoint.finish(checkpoints)
     checkpoints.close()
-    alive(None)
-    stop.stepping = False
-    if lead:
-        log.close()
+    run.alive(None)
+    run.stop.stepping = False
+    log.close()
     if stopped:
-        logger.info("%s: stopped at step %d, saved; the same command goes on from there", name, number)
-    return not stopped and stop.signal is None
+        logger.info("%s: stopped at step %d, saved; the same command continues from there", name, number)
+    return not stopped and run.stop.signal is None
+
+
+def previewer(run, name):
+    """show(params, encoder_params, step), which writes <step>.png (and .mp4) to the stage's folder `previews`, or None.
+
+    All processes call it: they compute together, and the first one writes.
+    """
+    preview = run.system.stages[name].preview
+    if not preview or not run.system.config.preview_every:
+        return None
+    data = run.system.config.data
+    directory = run.workdir / name / "previews"
+    directory.mkdir(parents=True, exist_ok=True)
+    held_out = batches.source(run.system.config, "held_out")
+    items = [held_out[i] for i in range(PREVIEWED)]
+    captions = [item["caption"] for item in items]
+    clips = {part: np.stack([item[part] for item in items]) for part in ("video", "audio")}
+
+    def show(params, encoder_params, step):
+        shown = preview(params, encoder_params, clips, captions)
+        if hosts.is_primary():
+            figures.write_preview(directory / str(step), shown, data.fps, data.sample_rate)
+
+    return show
 
 
 def define_flags():
@@ -266,7 +209,7 @@ def define_flags():
     hosts.define_flags()
     flags.DEFINE_string("profile", None, "Steps of each stage to trace for xprof, such as 10:15.")
     flags.DEFINE_string("workdir", None, "Folder of the run.")
-    flags.DEFINE_enum("stage", "all", ("all", *checkpoint.STAGES), "Stage to train.")
+    flags.DEFINE_enum("stage", "all", ("all", *STAGES), "Stage to train.")
 
 
 if __name__ == "__main__":

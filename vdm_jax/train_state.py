@@ -1,4 +1,4 @@
-"""The train state: a plain dict {'step', 'params', 'opt', 'ema', 'loss_mean'} and the one function that moves it on."""
+"""The train state, a plain dict {'step', 'params', 'opt', 'ema', 'loss_mean'}, and the function that updates it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,41 +9,49 @@ import optax
 
 from vdm_jax import optim, sharding
 
-LOSS_DECAY = 0.98  # a step, of the moving average of the loss
+LOSS_DECAY = 0.98  # decay a step of the moving average of the loss
 
 
 def create(params, config):
-    """A fresh state for `params` under a stage's optimizer settings."""
+    """Returns the state before the first step.
+
+    params: tree of parameters.
+    config: the settings of a stage, such as config.clip.
+    """
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
         "opt": optim.optimizer(config).init(params),
         "ema": jax.tree.map(jnp.copy, params),
-        "loss_mean": jnp.full((), jnp.nan, jnp.float32),  # moving average over steps, nan before the first
+        "loss_mean": jnp.full((), jnp.nan, jnp.float32),  # moving average over steps, nan before the first step
     }
 
 
 def make_step(loss_fn, config, loss_over_mean=0.0):
-    """-> step(state, key, batch, frozen) -> (state, metrics). loss_fn(params, key, batch, frozen) -> (scalar, metrics).
+    """Returns step(state, key, batch, encoder_params) -> (state, metrics).
 
-    The key of a step is folded from its number, so a resumed run draws what it would have drawn.
+    loss_fn: loss_fn(params, key, batch, encoder_params) -> (scalar, metrics).
+    config: the settings of a stage.
+    loss_over_mean: see below; 0 for any loss.
 
-    A step whose loss or gradients are not finite is skipped: only its number moves on, and metrics["skipped"] is 1.
-    With loss_over_mean > 0 so is one whose loss is more than that many times the moving average of the losses before.
+    A step folds its number into `key`. So a resumed run draws the same random numbers as an uninterrupted one.
+
+    A step is skipped when its loss or its gradients are not finite, or when its loss exceeds `loss_over_mean` times the
+    moving average of the earlier losses. A skipped step changes only state['step'], and sets metrics['skipped'] to 1.
     """
     optimizer = optim.optimizer(config)
     gradients = accumulated(jax.grad(loss_fn, has_aux=True), config.accumulate)
 
-    def step(state, key, batch, frozen):
+    def step(state, key, batch, encoder_params):
         key = jax.random.fold_in(key, state["step"])
-        grads, metrics = gradients(state["params"], key, batch, frozen)
+        grads, metrics = gradients(state["params"], key, batch, encoder_params)
         updates, opt = jax.named_scope("optimizer")(optimizer.update)(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         ema = optim.update_ema(state["ema"], params, state["step"], config.ema)
         loss, norm, mean = metrics["loss"], optax.tree.norm(grads), state["loss_mean"]
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         if loss_over_mean:
-            good &= ~(loss > loss_over_mean * mean)  # no mean yet (nan): no spike
+            good &= ~(loss > loss_over_mean * mean)  # false for the mean before the first step, which is nan
         metrics |= {
             "grad_norm": norm,
             "learning_rate": jnp.asarray(optim.schedule(config)(state["step"])),
@@ -51,7 +59,7 @@ def make_step(loss_fn, config, loss_over_mean=0.0):
         }
         mean = jnp.where(jnp.isnan(mean), loss, LOSS_DECAY * mean + (1 - LOSS_DECAY) * loss)
         moved = {"params": params, "opt": opt, "ema": ema, "loss_mean": mean}
-        # A select fuses with the update; a conditional would keep XLA from writing into the donated state.
+        # A select fuses with the update. With a conditional XLA could not write into the donated state.
         kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, {name: state[name] for name in moved})
         return {"step": state["step"] + 1, **kept}, metrics
 
@@ -59,18 +67,21 @@ def make_step(loss_fn, config, loss_over_mean=0.0):
 
 
 def accumulated(gradients, parts):
-    """gradients(params, key, batch, frozen) -> (grads, metrics), for `parts` parts of the batch one after the other.
+    """Returns a function like `gradients` that processes a batch in parts, one after the other, to save memory.
 
-    The means of both over the parts; a part draws from a key of its own. A loss that compares the clips of a batch
-    with one another (the text encoder's) sees those of a part.
+    gradients: gradients(params, key, batch, encoder_params) -> (grads, metrics).
+    parts: how many.
+
+    Its results are the means over the parts. Each part has its own key. A loss that compares the clips of a batch with
+    each other, such as the text encoder's, compares only the clips of one part.
     """
     if parts == 1:
         return gradients
 
-    def run(params, key, batch, frozen):
+    def run(params, key, batch, encoder_params):
         def add(total, numbered):
             number, part = numbered
-            grads, metrics = gradients(params, jax.random.fold_in(key, number), part, frozen)
+            grads, metrics = gradients(params, jax.random.fold_in(key, number), part, encoder_params)
             return jax.tree.map(jnp.add, total, grads), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -81,15 +92,22 @@ def accumulated(gradients, parts):
 
 
 class Program(NamedTuple):
-    """A stage's training on a mesh, nothing of it run yet."""
+    """A stage's training on a mesh. Nothing is compiled or run yet."""
 
-    init: Callable  # init() -> state, jitted, sharded
-    step: Callable  # step(state, key, batch, frozen) -> (state, metrics), jitted, sharded; the old state is donated
+    init: Callable  # init() -> state; jitted and sharded
+    step: Callable  # step(state, key, batch, encoder_params) -> (state, metrics); jitted, sharded, donates the state
     abstract: Any  # the state as ShapeDtypeStructs with shardings
 
 
 def program(stage, config, key, mesh, loss_over_mean=0.0):
-    """The Program of a stages.Stage under its settings `config`; its parameters are drawn from `key`. See make_step."""
+    """Returns the Program of a stage.
+
+    stage: its record, with init(key) -> params and the loss_fn of `make_step` as `loss`.
+    config: its settings.
+    key: for the initial parameters.
+    mesh: see sharding.make_mesh.
+    loss_over_mean: see `make_step`.
+    """
 
     def init():
         return create(stage.init(key), config)

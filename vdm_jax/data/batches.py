@@ -1,8 +1,8 @@
 """From a data source to batches on devices.
 
-The batch at step s is a pure function of (seed, s): sample number s * batch_size + j of an endless, seeded shuffle.
-A resumed run therefore sees the batches it would have seen, on any number of processes, and nothing about the data
-needs saving.
+The batch of step s is a pure function of (seed, s): its example j is number s * batch_size + j of an endless, seeded
+shuffle. A run that resumes therefore sees the batches that it would have seen without the interruption, on any number
+of processes, and no state of the data needs to be saved.
 """
 
 import grain
@@ -18,14 +18,20 @@ HELD_OUT_SEED = 1_000_003  # added to the seed of the procedural world for clips
 
 
 def source(config, split="train"):
-    """The data source of config.data; split is "train" or "held_out". Items: {'video', 'audio', 'caption', ...}."""
+    """Returns the data source of config.data; its items are {'video', 'audio', 'caption', ...}.
+
+    config: the recipe
+    split: "train" or "held_out"
+
+    Raises UserError if the source is unknown or cannot be opened.
+    """
     data = config.data
     clip = dict(frames=data.frames, size=data.size, fps=data.fps, sample_rate=data.sample_rate)
     if data.source == "world":
         return World(config.seed + (HELD_OUT_SEED if split == "held_out" else 0), **clip, **data.world)
     if data.source == "files":
         if not data.path:
-            raise UserError("data.path is empty: give the folder of videos, --config.data.path=FOLDER")
+            raise UserError("data.path is empty: name the folder of videos, --config.data.path=FOLDER")
         return Files(data.path, split=split, seed=config.seed, **clip, **data.files)
     if data.source == "tfds":
         from vdm_jax.data.tfds import Tfds  # imports tensorflow_datasets, which few runs need
@@ -34,24 +40,47 @@ def source(config, split="train"):
     raise UserError(f"data.source={data.source!r} is unknown: use world, files or tfds")
 
 
-def example(item, text_length, kinds=()):
-    """A source's item as a training example: {'video', 'audio', 'tokens' int32 [L]}.
+class Examples:
+    """The items of a data source as training examples.
 
-    With kinds of words there is also 'hard_negative' int32 [L], a caption that is nearly the item's (text.py).
+    An example is {'video', 'audio', 'tokens' int32 [L]}; with hard negatives it also has 'hard_negative' int32 [L].
+
+    source: a data source
+    text_length: L, in tokens
+    hard_negative: a function caption -> wrong caption; None for no hard negatives
     """
-    caption = item["caption"]
-    out = {"video": item["video"], "audio": item["audio"], "tokens": text.encode([caption], text_length)[0]}
-    if kinds:
-        out["hard_negative"] = text.encode([text.hard_negative(caption, kinds)], text_length)[0]
-    return out
+
+    def __init__(self, source, text_length, hard_negative=None):
+        self.source = source
+        self.text_length = text_length
+        self.hard_negative = hard_negative
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, number):
+        item = self.source[number]
+        captions = {"tokens": item["caption"]}
+        if self.hard_negative:
+            captions["hard_negative"] = self.hard_negative(item["caption"])
+        tokens = {name: text.encode([caption], self.text_length)[0] for name, caption in captions.items()}
+        return {"video": item["video"], "audio": item["audio"], **tokens}
+
+    def take(self, numbers):
+        """Returns the examples of these numbers as one batch."""
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *[self[number] for number in numbers])
 
 
 class _Batches:
-    """Random access to `rows` of the global batch of steps `start` to `stop`; take(numbers) gives items as one."""
+    """Random access to this process's rows of the batches of steps `start` to `stop`."""
 
     def __init__(self, order, take, batch_size, start, stop, rows):
-        self.order, self.take, self.batch_size, self.rows = order, take, batch_size, rows
-        self.start, self.stop = start, stop
+        self.order = order  # number in the shuffle -> number of the item
+        self.take = take  # numbers of items -> one batch
+        self.batch_size = batch_size
+        self.start = start
+        self.stop = stop
+        self.rows = rows
 
     def __len__(self):
         return self.stop - self.start
@@ -61,38 +90,47 @@ class _Batches:
         return self.take([int(self.order[first + j]) for j in self.rows])
 
 
-def batches(items, *, batch_size, seed, start, data, to_example=None, rows=None, stop=None):
-    """Iterator of numpy batches, beginning with the batch of step `start`, endless or up to step `stop`.
+def batches(items, *, batch_size, seed, start, data, rows=None, stop=None):
+    """Returns an iterator of batches as NumPy arrays, from the batch of step `start` on.
 
-    items: a random-access source; to_example maps one of its items to a dict of arrays. Or, without to_example, one
-    whose take(numbers) gives several items as one. rows: which of the batch this process is to load (default: all).
+    items: Examples, or another source whose `take(numbers)` returns a batch
+    batch_size: examples of a batch, over all processes
+    seed: of the shuffle
+    start: step of the first batch
+    data: config.data, for the number of threads and of batches that are read ahead
+    rows: numbers of the batch's examples that this process loads; None loads all
+    stop: step after the last batch; None is endless
     """
-
-    def take(numbers):
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *[to_example(items[i]) for i in numbers])
-
-    take = items.take if to_example is None else take
     stop = start + 2**31 - 1 if stop is None else stop
-    batches = _Batches(_order(items, seed), take, batch_size, start, stop, range(batch_size) if rows is None else rows)
+    rows = range(batch_size) if rows is None else rows
+    batches = _Batches(_order(items, seed), items.take, batch_size, start, stop, rows)
     read = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(read))
 
 
 def sample_ids(items, *, batch_size, seed, step):
-    """Which of the source's items the batch of step `step` (from 0) holds: what to look at when a step went wrong."""
+    """Returns the numbers of the items in the batch of a step, to look at when that step has gone wrong.
+
+    The arguments are those of `batches`; step counts from 0.
+    """
     order = _order(items, seed)
     return [int(order[step * batch_size + j]) for j in range(batch_size)]
 
 
 def _order(items, seed):
-    """The endless shuffle of the items' numbers."""
+    """Returns the endless shuffle of the items' numbers."""
     return grain.MapDataset.range(len(items)).seed(seed).shuffle().repeat()
 
 
 def to_devices(batch, sharding, batch_size):
-    """Each process's rows -> one global array a leaf, of `batch_size` rows, split as `sharding` says."""
+    """Returns a batch as global arrays on the devices, made of the rows that each process loaded.
 
-    def one(rows):
+    batch: tree of arrays [rows of this process, ...]
+    sharding: of each global array
+    batch_size: rows of a global array, over all processes
+    """
+
+    def to_global(rows):
         return jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
 
-    return jax.tree.map(one, batch)
+    return jax.tree.map(to_global, batch)

@@ -1,8 +1,8 @@
 """A folder of real videos with captions as an endless random-access source of clips.
 
-Captions come from `metadata.csv` or `metadata.jsonl` in the folder: columns `file_name`, relative
-to the folder, and `text`; others are ignored; a file in several rows has several captions. Without
-either they come from `name.txt` beside `name.mp4`, the whole text being one caption.
+Captions come from `metadata.csv` or `metadata.jsonl` in the folder. Column `file_name` is relative to the folder,
+column `text` is the caption, other columns are ignored. A file in several rows has several captions. In a folder
+without metadata, the text file `name.txt` beside `name.mp4` is one caption.
 """
 
 import csv
@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,25 +23,28 @@ logger = logging.getLogger("vdm_jax")
 
 SUFFIXES = (".mp4", ".webm", ".avi", ".mov", ".mkv", ".m4v")
 MAX_TEXT_BYTES = 1_000_000  # of a name.txt
-MAX_CACHED_SECONDS = 300  # a longer video is sought in, or its first clip would take minutes
+MAX_CACHED_SECONDS = 300  # of a longer video only windows are decoded: the whole would take minutes
 
 
 @functools.lru_cache(maxsize=8)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Returns the order of the videos in an epoch: a permutation, int [count]."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def _shown(names) -> str:
+def _first_names(names) -> str:
+    """Returns the first five names, and the number of the others, as a text."""
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _read_text(path: Path) -> str:
+    """Returns the caption in a text file."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_TEXT_BYTES + 1)
         if len(data) > MAX_TEXT_BYTES:
-            raise UserError(f"{path.name} is over {MAX_TEXT_BYTES} bytes: is it a caption?")
+            raise UserError(f"{path.name} is over {MAX_TEXT_BYTES} bytes: it cannot be a caption, move it away")
         return " ".join(data.decode("utf-8-sig").split())
     except OSError as error:
         raise UserError(f"cannot read {path.name}: {error.strerror}") from error
@@ -49,7 +53,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_metadata(path: Path) -> list[tuple[str, str]]:
-    """metadata.csv or metadata.jsonl -> (file_name, text) pairs."""
+    """Returns the (file_name, text) pairs of a metadata.csv or metadata.jsonl."""
     pairs = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -63,7 +67,7 @@ def _read_metadata(path: Path) -> list[tuple[str, str]]:
             for number, row in enumerate(rows, 1):
                 pair = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (0, 0)
                 if not all(isinstance(value, str) for value in pair) or not pair[0]:
-                    raise UserError(f"{path.name}: row {number} lacks a file_name or a text")
+                    raise UserError(f"{path.name}: row {number} lacks a file_name or a text, add it")
                 pairs.append(pair)
     except UserError:
         raise
@@ -76,6 +80,7 @@ def _read_metadata(path: Path) -> list[tuple[str, str]]:
 
 
 def _check_inside(root: Path, name) -> None:
+    """Raises UserError if a name leads out of the folder `root`, by itself or through a link."""
     path = Path(name)
     try:
         inside = (root / path).resolve().is_relative_to(root.resolve())
@@ -86,7 +91,7 @@ def _check_inside(root: Path, name) -> None:
 
 
 def _listing(root: Path) -> dict[str, list[str]]:
-    """Relative file name -> captions, in the order of the metadata or of the names."""
+    """Returns {file name relative to `root`: captions}, in the order of the metadata or else of the names."""
     metadata = [p for p in (root / "metadata.csv", root / "metadata.jsonl") if p.exists()]
     captions: dict[str, list[str]] = {}
     if len(metadata) > 1:
@@ -107,22 +112,45 @@ def _listing(root: Path) -> dict[str, list[str]]:
     return captions
 
 
+class Video(NamedTuple):
+    """A video of a folder, and the part of it that a split uses: frames [first, end) at the source's `fps`."""
+
+    name: str  # relative to the folder
+    captions: list[str]
+    first: int
+    end: int
+    total: int  # frames of the whole video
+    cached: bool  # whether the decoded video is kept in memory
+
+
 class Files:
-    """Random windows of the videos in a folder, without end.
+    """Random windows of the videos in a folder, without end. Item i follows from (seed, i).
 
-    `files[i]` is determined by (seed, i): every len(videos) indices visit each video once, in an
-    order drawn for that epoch, at a random window. It returns `video` uint8 [F, h, w, 3], `audio`
-    float32 [F * sample_rate // fps] and `caption` (one of the video's, drawn at random).
+    An item is {'video': uint8 [F, h, w, 3], 'audio': float32 [F * sample_rate // fps], 'caption': str}. With n videos,
+    items n * e to n * (e + 1) - 1 are epoch e: each video comes once, in an order that is drawn for the epoch, with a
+    random window and one of its captions.
 
-    Frames lie on the grid of `fps`. The last `held_out` share of every video, or one window of it
-    if that is more and the video lasts two, is the split "held_out"; windows of "train" end before
-    it. Where a split's part of a video is shorter than a window, its last frame is repeated and the
-    sound is silent from there on ("held_out" leaves such a video out, if that leaves any). A video
-    without sound gets silence, a broken one is left out, a missing caption is the empty text. All
-    this is warned of once, with names. Raises UserError if folder or metadata cannot be used.
+    The end of every video is the split "held_out": a share of `held_out`, or one window where that is more and the
+    video lasts at least two windows. Windows of "train" end before it. Where a split's part of a video is shorter than
+    a window, its last frame is repeated in silence; "held_out" leaves such a video out, if it then still has any. A
+    video without sound is silent. A broken video is left out. A missing caption is the empty text. One warning for
+    each of these faults names the videos.
 
-    Videos are decoded once, to their final size, and kept in memory as far as they fit into
-    `cache_bytes`; of the others just the window is decoded.
+    A video is decoded once, at its final size, and kept in memory as long as all of them fit into `cache_bytes`. Of
+    other videos only the window is decoded.
+
+    path: of the folder
+    frames: F, frames of a window
+    size: h = w, or (h, w)
+    fps: frames per second of a window; windows begin on whole frames
+    sample_rate: of the sound, in Hz
+    seed: of the order of videos and of the windows
+    split: "train" or "held_out"
+    held_out: share of every video, in 0..1, that is kept from training
+    length: number of items
+    cache_bytes: memory for decoded videos
+
+    Raises UserError if the folder or its metadata cannot be used.
     """
 
     def __init__(
@@ -132,7 +160,7 @@ class Files:
         frames: int,
         size: int | tuple[int, int],
         fps: float,
-        sample_rate: int,  # Hz
+        sample_rate: int,
         seed: int,
         split: str = "train",
         held_out: float = 0.2,
@@ -140,21 +168,25 @@ class Files:
         cache_bytes: int = 2 << 30,
     ):
         if split not in ("train", "held_out"):
-            raise UserError(f"no split {split!r}: use 'train' or 'held_out'")
+            raise UserError(f"there is no split {split!r}: use 'train' or 'held_out'")
         if not 0 <= held_out < 1:
-            raise UserError(f"held_out is a share, at least 0 and less than 1, not {held_out}")
+            raise UserError(f"held_out={held_out} must be a share of at least 0 and less than 1")
         self.root = Path(path)
         if not self.root.is_dir():
-            raise UserError(f"data path {os.fspath(path)!r} is not a folder")
-        self.frames, self.seed, self.split, self.length = frames, seed, split, length
+            raise UserError(f"data path {os.fspath(path)!r} is not a folder: name the folder of videos")
+        self.frames = frames
+        self.seed = seed
+        self.split = split
+        self.length = length
         self.settings = {"size": size, "fps": fps, "sample_rate": sample_rate}
         self.samples = int(frames * sample_rate // fps)
         self._load(_listing(self.root), held_out, cache_bytes)
         self._clear()
 
     def _load(self, listing: dict[str, list[str]], held_out: float, cache_bytes: int) -> None:
-        """Probes every file; self.videos becomes [(name, captions, first, end, total, cached)]."""
-        fps, (height, width) = self.settings["fps"], media.pair(self.settings["size"])
+        """Probes every file, fills self.videos and warns of faults."""
+        fps = self.settings["fps"]
+        height, width = media.pair(self.settings["size"])
         frame_bytes = height * width * 3 + 4 * self.samples // self.frames
         self.videos, broken, silent, short = [], [], [], []
         for name, captions in listing.items():
@@ -163,7 +195,7 @@ class Files:
             except UserError as error:
                 broken.append(str(error).removeprefix("cannot read "))
                 continue
-            total = max(1, int(info["duration"] * fps + 1e-6))  # frames on the grid
+            total = max(1, int(info["duration"] * fps + 1e-6))  # frames at `fps`
             held = int(total * held_out)
             if held and total >= 2 * self.frames:
                 held = max(held, self.frames)
@@ -173,34 +205,36 @@ class Files:
             need = total * frame_bytes
             cached = need <= cache_bytes and info["duration"] <= MAX_CACHED_SECONDS
             cache_bytes -= need * cached
-            self.videos.append((name, captions, first, end, total, cached))
+            self.videos.append(Video(name, captions, first, end, total, cached))
             silent += [] if info["has_audio"] else [name]
             short += [name] if end - first < self.frames else []
         fate = "its last frame is repeated"
         if self.split == "held_out" and len(short) < len(self.videos):
-            self.videos = [video for video in self.videos if video[0] not in short]
+            self.videos = [video for video in self.videos if video.name not in short]
             fate = "it is left out"
-        unnamed = [name for name, captions, *_ in self.videos if not any(captions)]
+        unnamed = [video.name for video in self.videos if not any(video.captions)]
         for names, text in (
             (broken, "broken, it is left out"),
             (short, f"its {self.split} part is shorter than a window, {fate}"),
-            (silent, "no sound, it gets silence"),
-            (unnamed, "no caption, it gets the empty text"),
+            (silent, "no sound, it is silent"),
+            (unnamed, "no caption, it has the empty text"),
         ):
             if names:
-                logger.warning("%d of %d videos: %s: %s", len(names), len(listing), text, _shown(names))
+                logger.warning("%d of %d videos: %s: %s", len(names), len(listing), text, _first_names(names))
         if not self.videos:
             what = f"no usable {self.split} video in {os.fspath(self.root)!r}"
             if broken:
-                raise UserError(f"{what}: {_shown(broken)}")
+                raise UserError(f"{what}: {_first_names(broken)}")
             if listing:
                 raise UserError(f"{what}: raise held_out ({held_out:g}) or add longer videos")
             raise UserError(f"{what}: it holds no {', '.join(SUFFIXES)} file")
 
     def _clear(self) -> None:
-        self._cache, self._warned, self._lock = {}, set(), threading.Lock()
+        self._cache = {}
+        self._warned = set()
+        self._lock = threading.Lock()
 
-    def __getstate__(self):  # for worker processes: neither the lock nor the decoded videos travel
+    def __getstate__(self):  # decoded videos and the lock are not sent to worker processes
         return {k: v for k, v in self.__dict__.items() if k not in ("_cache", "_warned", "_lock")}
 
     def __setstate__(self, state):
@@ -217,31 +251,33 @@ class Files:
         epoch, place = divmod(i, len(self.videos))
         order = _order(self.seed, epoch, len(self.videos))
         where, which = np.random.default_rng([self.seed, i]).random(2)
-        for turn in range(len(order)):  # another one stands in for a file that fails after all
-            name, captions, first, end, total, cached = self.videos[order[place - turn]]
-            start = first + int(where * (max(0, end - first - self.frames) + 1))
-            count = min(self.frames, end - start)
+        for turn in range(len(order)):  # a file that fails is replaced by another video
+            video = self.videos[order[place - turn]]
+            start = video.first + int(where * (max(0, video.end - video.first - self.frames) + 1))
+            count = min(self.frames, video.end - start)
             try:
-                video, audio = self._window(name, start, count, total if cached else None)
+                frames, audio = self._window(video, start, count)
             except UserError as error:
-                if name not in self._warned:
-                    self._warned.add(name)
-                    logger.warning("%s; another video stands in for it", error)
+                if video.name not in self._warned:
+                    self._warned.add(video.name)
+                    logger.warning("%s; another video is used in its place", error)
                 continue
-            video = np.concatenate([video, video[-1:].repeat(self.frames - count, axis=0)])
+            frames = np.concatenate([frames, frames[-1:].repeat(self.frames - count, axis=0)])
             audio = np.pad(audio[: self.samples], (0, max(0, self.samples - len(audio))))
-            return {"video": video, "audio": audio, "caption": captions[int(which * len(captions))]}
+            caption = video.captions[int(which * len(video.captions))]
+            return {"video": frames, "audio": audio, "caption": caption}
         raise UserError(f"none of the videos in {os.fspath(self.root)!r} can be read any more")
 
-    def _window(self, name: str, start: int, frames: int, total: int | None):
-        """Frames [start, start + frames) of the grid with their sound; total: decode all, once."""
-        if total is None:
+    def _window(self, video: Video, start: int, frames: int):
+        """Returns frames [start, start + frames) of a video with their sound; a cached video is decoded as a whole."""
+        name = video.name
+        if not video.cached:
             at = start / self.settings["fps"]
             return media.read_video(self.root / name, start=at, frames=frames, **self.settings)[:2]
-        with self._lock:  # threads that want the same video decode it once
+        with self._lock:  # threads that ask for the same video decode it once
             if name not in self._cache:
                 try:
-                    clip = media.read_video(self.root / name, frames=total, **self.settings)
+                    clip = media.read_video(self.root / name, frames=video.total, **self.settings)
                     self._cache[name] = clip[:2]
                 except UserError as error:
                     self._cache[name] = error

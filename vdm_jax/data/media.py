@@ -1,38 +1,38 @@
-"""Files in and out: MP4 with sound, images, sound files, contact sheets and spectrograms.
+"""Reads and writes MP4 files with sound, reads sound files and images.
 
-PyAV does the coding (its wheels carry FFmpeg with libx264 and AAC), Pillow the images. Arrays are
-video uint8 [F, H, W, 3] and mono audio float32 [N] in [-1, 1]. Whatever is wrong with a file that
-is read becomes one UserError line that names it.
+PyAV encodes and decodes; its wheels carry FFmpeg with libx264 and AAC. Pillow reads images. A video is uint8
+[F, H, W, 3], a sound is mono float32 [N] in [-1, 1]. A file that cannot be read raises a UserError of one line that
+names the file.
 """
 
 import contextlib
 import math
 import os
 import tempfile
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fractions import Fraction
 
 import av
 import numpy as np
 from av.video.reformatter import Interpolation
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 from vdm_jax.errors import UserError
 from vdm_jax.run import storage
 
-# What a file may turn out to be. A playlist, say, could make FFmpeg open further files or URLs.
+# The formats that FFmpeg may open. A playlist, for example, would make it open other files or URLs.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,gif,ogg,wav,mp3,flac,aac,aiff,asf"
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_FILE_BYTES = 4 << 30
-MAX_SOURCE_FRAMES = 50_000  # decoded in one call
+MAX_SOURCE_FRAMES = 50_000  # decoded by one call
 MAX_PIXELS = 64_000_000  # of one frame or image
 MAX_OUTPUT_BYTES = 1 << 30  # of one decoded clip
-# Ticks may be as coarse as 1 ms (WebM): a frame due at 1/24 s is then stamped 0.042 s.
+# WebM counts time in steps of 1 ms: a frame that is due at 1/24 s = 0.0417 s has the time stamp 0.042 s.
 TIME_TOLERANCE = Fraction(1001, 1_000_000)  # s
-AAC_RATE = 48_000  # Hz
-# swscale's quick paths darken by one level and bleed color over edges; these cost 4 ms at 720p.
+AAC_RATE = 48_000  # Hz, of the files that are written
+# The fast conversions of swscale darken a picture by one level of 255 and blur color over edges. The exact conversions
+# take 4 ms a frame of 720p.
 TO_YUV = Interpolation.AREA | Interpolation.ACCURATE_RND
 TO_RGB = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
@@ -41,8 +41,12 @@ TO_RGB = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_C
 
 
 @contextlib.contextmanager
-def _replacing(path) -> Iterator[str]:
-    """Yields a temporary name that becomes `path` if the block succeeds and is removed if not."""
+def replacing(path) -> Iterator[str]:
+    """Yields the name of a temporary file, which becomes `path` if the block succeeds and is removed if it fails.
+
+    A reader therefore sees the old file or the complete new file, never half of one. Raises UserError if the file
+    cannot be written.
+    """
     path = os.fspath(path)
     if storage.in_bucket(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +59,7 @@ def _replacing(path) -> Iterator[str]:
         return
     folder, name = os.path.split(path)
     if folder and not os.path.isdir(folder):
-        raise UserError(f"cannot write {path!r}: there is no folder {folder!r}")
+        raise UserError(f"cannot write {path!r}: there is no folder {folder!r}, make it first")
     temporary = os.path.join(folder, f".{os.getpid()}.{name}")
     try:
         yield temporary
@@ -68,13 +72,20 @@ def _replacing(path) -> Iterator[str]:
 
 
 def write_mp4(path, video, audio, fps, sample_rate, upscale: int | None = None) -> None:
-    """Writes H.264 (yuv420p) with AAC (mono, 48 kHz), or with no sound track if `audio` is None.
+    """Writes an MP4 file: H.264 (yuv420p) with AAC sound (mono, 48 kHz).
 
-    video: uint8 [F, H, W, 3] at `fps` (frames/s). audio: float [N] at `sample_rate` (Hz) from the
-    start of frame 0; it is clipped to [-1, 1], NaN becomes silence. `upscale` repeats each pixel
-    that many times both ways; by default small videos grow until the short side has at least 256
-    pixels. yuv420p needs even sizes, so an odd height or width repeats its last row or column.
-    The file takes its name only when it is complete. Raises UserError if it cannot be written.
+    yuv420p needs even sizes: an odd height or width repeats its last row or column.
+
+    path: of the file; it appears only when it is complete
+    video: uint8 [F, H, W, 3]
+    audio: float [N], from the start of frame 0, or None for a file without sound. It is clipped to [-1, 1], and NaN
+        becomes silence.
+    fps: frames per second
+    sample_rate: of `audio`, in Hz
+    upscale: repeats each pixel this many times along both sides. By default a small video is enlarged until its short
+        side has at least 256 pixels.
+
+    Raises UserError if the file cannot be written, ValueError if an array has the wrong type or shape.
     """
     video = np.asarray(video)
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
@@ -89,20 +100,21 @@ def write_mp4(path, video, audio, fps, sample_rate, upscale: int | None = None) 
             raise ValueError(f"audio must be [N], not {audio.shape}")
 
     with (
-        _replacing(path) as temporary,
+        replacing(path) as temporary,
         av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as out,
     ):
-        # Without B-frames the first frame has time 0 even for players that ignore edit lists.
+        # Without B-frames the first frame has time 0, even in players that ignore edit lists.
         picture = out.add_stream("libx264", rate=rate, options={"crf": "16", "bf": "0"})
         picture.width, picture.height = width + width % 2, height + height % 2
         picture.pix_fmt, picture.time_base = "yuv420p", 1 / rate
-        # swscale converts by BT.601 (6) in the limited range (1): say so, or players guess.
-        picture.codec_context.colorspace, picture.codec_context.color_range = 6, 1
+        # swscale converts by BT.601 in the limited range. Without these marks a player has to guess.
+        picture.codec_context.colorspace = 6  # BT.601
+        picture.codec_context.color_range = 1  # limited
         if audio is not None:
-            # 48 kHz, not the model's rate: AAC's 1024 priming samples are then 21 ms and not 128
-            # (for players that ignore the edit list), and its blocks smear onsets less.
+            # AAC begins with 1024 extra samples, which some players do not skip, and blurs onsets over its blocks. At
+            # 48 kHz the extra samples last 21 ms; at a model's 8 kHz they would last 128 ms.
             sound = out.add_stream("aac", rate=AAC_RATE, layout="mono")
-            sound.bit_rate = 192_000  # by default a tone or a click has noise 20 dB below it
+            sound.bit_rate = 192_000  # at the default rate, a tone or a click has noise only 20 dB below it
             resampler = av.AudioResampler(format="fltp", layout="mono", rate=AAC_RATE)
         sent = 0
         for index, image in enumerate(video):
@@ -114,7 +126,7 @@ def write_mp4(path, video, audio, fps, sample_rate, upscale: int | None = None) 
             out.mux(picture.encode(frame))
             if audio is None:
                 continue
-            # Sound goes in beside the frame it belongs to: an interleaved file streams well.
+            # The sound of a frame is written next to the frame: a player finds both in one place.
             last = index == len(video) - 1
             until = len(audio) if last else min(int((index + 1) * sample_rate / rate), len(audio))
             chunks = []
@@ -135,7 +147,7 @@ def write_mp4(path, video, audio, fps, sample_rate, upscale: int | None = None) 
 
 @contextlib.contextmanager
 def _reading(path, max_bytes: int = MAX_FILE_BYTES) -> Iterator[None]:
-    """Whatever fails in the block becomes a UserError that names the file."""
+    """Turns any error of the block into a UserError that names the file."""
     try:
         if not os.path.isfile(path):
             raise UserError("not a file" if os.path.exists(path) else "no such file")
@@ -143,7 +155,7 @@ def _reading(path, max_bytes: int = MAX_FILE_BYTES) -> Iterator[None]:
         if size == 0:
             raise UserError("the file is empty")
         if size > max_bytes:
-            raise UserError(f"{size} bytes is over the limit of {max_bytes}, cut it into pieces")
+            raise UserError(f"its {size} bytes are over the limit of {max_bytes}, cut it into pieces")
         yield
     except Exception as error:  # InvalidDataError, EOFError, MemoryError, UnicodeDecodeError, ...
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
@@ -152,7 +164,7 @@ def _reading(path, max_bytes: int = MAX_FILE_BYTES) -> Iterator[None]:
 
 
 def _open(path):
-    # "file:" so that a colon in a name is not taken for a protocol. Tags need not be UTF-8.
+    # With "file:", a colon in a name is not taken for a protocol. Tags that are not UTF-8 are no error.
     options = {"format_whitelist": CONTAINERS}
     return av.open("file:" + os.fspath(path), options=options, metadata_errors="replace")
 
@@ -173,17 +185,17 @@ def _video_stream(container):
 
 
 def _origin(stream) -> Fraction:
-    """The stream's first time stamp in seconds."""
+    """Returns the stream's first time stamp, in seconds."""
     return Fraction(stream.start_time or 0) * (stream.time_base or 0)
 
 
 def _step(stream) -> Fraction:
-    """Seconds that a frame lasts on average."""
+    """Returns how long a frame lasts on average, in seconds."""
     return 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
 
 
 def _duration(container, stream) -> float:
-    """Seconds from the stream's first time stamp, by the header; 0 if that does not say."""
+    """Returns the length that the header states, in seconds from the stream's first time stamp; 0 if it states none."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     if container.duration:
@@ -193,26 +205,29 @@ def _duration(container, stream) -> float:
 
 
 def _upright(frame) -> np.ndarray:
-    """Decoded frame -> uint8 [H, W, 3], with the rotation that phones only write down applied."""
+    """Returns a decoded frame as uint8 [H, W, 3], turned upright by the rotation that phones store beside it."""
     image = frame.to_ndarray(format="rgb24", interpolation=TO_RGB)
     return np.rot90(image, k=round((frame.rotation or 0) / 90))
 
 
 def pair(size) -> tuple[int, int]:
+    """Returns (height, width) of a size, which is one number for both or the two numbers."""
     height, width = (size, size) if np.ndim(size) == 0 else size
     return int(height), int(width)
 
 
 def fit(image: np.ndarray, size, pixel_aspect: float = 1.0) -> np.ndarray:
-    """Scales the short side and crops the centre: uint8 [H, W, 3] -> [h, w, 3].
+    """Returns an image scaled until it covers the size, and cropped around its center: uint8 [h, w, 3].
 
-    size: h = w, or (h, w). pixel_aspect: width over height of a source pixel.
+    image: uint8 [H, W, 3]
+    size: h = w, or (h, w)
+    pixel_aspect: width / height of a pixel of `image`
     """
     (height, width), (full_h, full_w) = pair(size), image.shape[:2]
     ratio = min(full_h / height, full_w * pixel_aspect / width)  # source pixels per target pixel
     crop_h, crop_w = min(height * ratio, full_h), min(width * ratio / pixel_aspect, full_w)
     top, left = (full_h - crop_h) / 2, (full_w - crop_w) / 2
-    # Averaging over a whole ratio is exact, and undoes the upscaling of write_mp4.
+    # Where the ratio is a whole number the average of the pixels is exact, and undoes the upscaling of write_mp4.
     exact = ratio == int(ratio) and pixel_aspect == 1
     kind = Image.Resampling.BOX if exact else Image.Resampling.LANCZOS
     image = Image.fromarray(np.ascontiguousarray(image))
@@ -222,14 +237,16 @@ def fit(image: np.ndarray, size, pixel_aspect: float = 1.0) -> np.ndarray:
 def probe(path) -> dict:
     """Opens a video and decodes its first frame.
 
-    Returns duration (s, by the header, or by reading on where that does not say), fps (frames/s on
-    average), size (height, width; upright) and has_audio. Raises UserError if no frame decodes.
+    Returns {'duration': seconds, 'fps': frames per second on average, 'size': (height, width) upright,
+    'has_audio': bool}. The duration is the header's; where the header states none, all packets are read.
+
+    Raises UserError if no frame can be decoded.
     """
     with _reading(path), _open(path) as container:
         stream = _video_stream(container)
         frame = next(container.decode(stream), None)
         if frame is None:
-            raise UserError("no frame of it decodes")
+            raise UserError("none of its frames can be decoded")
         duration = _duration(container, stream)
         if duration <= 0:
             stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
@@ -244,7 +261,7 @@ def probe(path) -> dict:
 
 
 def _timed_frames(container, stream, start: Fraction) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """(s from the stream's start, frame), beginning at or before the frame on show at `start`."""
+    """Yields (seconds from the stream's start, frame), from the frame that is shown at `start` or an earlier one."""
 
     def decode():
         time = -_step(stream)
@@ -260,12 +277,12 @@ def _timed_frames(container, stream, start: Fraction) -> Iterator[tuple[Fraction
         container.seek(int((start + _origin(stream)) / stream.time_base), stream=stream)
     frames = decode()
     first = next(frames, None)
-    if start > 0 and (first is None or first[0] > start + TIME_TOLERANCE):  # a poor index
+    if start > 0 and (first is None or first[0] > start + TIME_TOLERANCE):  # the file's index is wrong
         container.seek(stream.start_time or 0, stream=stream)
         frames = decode()
         first = next(frames, None)
     if first is None:
-        raise UserError("no frame of it decodes")
+        raise UserError("none of its frames can be decoded")
     yield first
     yield from frames
 
@@ -281,25 +298,35 @@ def read_video(
     max_bytes: int = MAX_FILE_BYTES,
     max_source_frames: int = MAX_SOURCE_FRAMES,
 ) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Reads a clip at the given frames/s, size (h = w, or (h, w)) and sample rate (Hz).
+    """Reads a clip of a video file, with its sound.
 
-    Output frame k is what the file shows `start + k / fps` seconds after its first frame (by time
-    stamps, so a variable frame rate is right), upright, scaled and cropped by `fit`. Sound is mixed
-    to mono and begins where the picture begins. With `frames`, exactly that many come back: after
-    the file's end its last frame is repeated, without sound; else all there are to the end.
+    Returns video uint8 [F, h, w, 3], audio float32 [F * sample_rate // fps] and info: the dict of `probe`, with
+    'repeated_frames', the number of repeated frames at the end.
 
-    Returns video uint8 [F, h, w, 3], audio float32 [F * sample_rate // fps] and info: what `probe`
-    returns, and repeated_frames, how many at the end are repeats. Raises UserError.
+    Frame k is the frame that the file shows `start + k / fps` seconds after its first frame. Time stamps decide, so
+    a variable frame rate is read correctly. Each frame is turned upright, scaled and cropped by `fit`. The sound is
+    mixed to mono and begins with the picture.
+
+    path: of the file
+    fps: frames per second of the result
+    size: h = w, or (h, w)
+    sample_rate: of the result, in Hz
+    start: of the clip, in seconds
+    frames: length of the clip; after the end of the file the last frame is repeated, in silence. None reads to the end.
+    max_bytes: largest file
+    max_source_frames: most frames that are decoded
+
+    Raises UserError if the file cannot be read, ends before `start` or is over a limit.
     """
     height, width = pair(size)
     rate = Fraction(fps).limit_denominator(1_001_000)
     begin = Fraction(start).limit_denominator(1_000_000_000)
     max_frames = MAX_OUTPUT_BYTES // (height * width * 3)
-    too_long = f"over {max_frames} frames of {height}x{width} at {float(rate):g} fps, ask for fewer"
+    too_long = f"it gives over {max_frames} frames of {height}x{width} at {float(rate):g} fps, ask for fewer"
     images: list[np.ndarray] = []
 
     def due(time: Fraction) -> bool:
-        """Whether the next output is wanted and due before `time`."""
+        """Returns whether another frame is wanted, and is due before `time`."""
         if len(images) == frames or begin + len(images) / rate + TIME_TOLERANCE >= time:
             return False
         if len(images) >= max_frames:
@@ -323,7 +350,7 @@ def read_video(
             shown = None
             for count, (time, frame) in enumerate(_timed_frames(container, stream, begin)):
                 if count >= max_source_frames:
-                    raise UserError(f"over {max_source_frames} frames to decode, cut it to pieces")
+                    raise UserError(f"it has over {max_source_frames} frames to decode, cut it into pieces")
                 _check_pixels(frame.width, frame.height)
                 if shown is not None and due(time):
                     image = show(shown)
@@ -334,17 +361,17 @@ def read_video(
                 shown = frame
                 end = time + (frame.duration * stream.time_base or _step(stream))
             else:
-                # Even a file whose only frame has no length to speak of shows that frame.
+                # A file of a single frame may state a length of zero; its frame is shown all the same.
                 end = max(end, 2 * TIME_TOLERANCE)
                 image = show(shown)
                 while due(end):
                     images.append(image)
         if not images:
-            raise UserError(f"nothing is left of it at {start:g} s, it ends at {float(end):g} s")
+            raise UserError(f"it ends at {float(end):g} s, before the start of the clip at {start:g} s")
         info["repeated_frames"] = 0 if frames is None else frames - len(images)
         images += images[-1:] * info["repeated_frames"]
         audio = np.zeros(int(len(images) * sample_rate / rate), np.float32)
-        # A second pass, as one seek cannot serve sound and picture both.
+        # The file is opened again: a seek for the sound would move the picture, too.
         with _open(path) as container:
             info["has_audio"] = bool(container.streams.audio)
             if info["has_audio"]:
@@ -353,11 +380,11 @@ def read_video(
 
 
 def _decode_audio(container, begin: Fraction, sample_rate: int, audio: np.ndarray) -> None:
-    """Puts the sound from `begin` (s on the file's clock) on into `audio` float32 [N]."""
+    """Fills `audio` float32 [N] with the sound from `begin` on (seconds on the file's clock)."""
     stream = container.streams.audio[0]
-    # 16 bits because swresample then scales a down-mix so that it cannot exceed full scale.
+    # With 16-bit samples, swresample scales a mix of channels so that it cannot exceed full scale.
     resampler = av.AudioResampler(format="s16", layout="mono", rate=sample_rate)
-    if begin > _origin(stream):  # a quarter of a second early: decoders need time to settle
+    if begin > _origin(stream):  # a quarter of a second early, as the first samples after a seek are inexact
         early = max(_origin(stream), begin - Fraction(1, 4))
         container.seek(int(early / stream.time_base), stream=stream)
     position = None  # of the next chunk, in samples
@@ -368,7 +395,7 @@ def _decode_audio(container, begin: Fraction, sample_rate: int, audio: np.ndarra
             data = chunk.to_ndarray()[0].astype(np.float32) / 32768
             if chunk.pts is not None:
                 at = round((chunk.pts * chunk.time_base - begin) * sample_rate)
-                # Coarse time stamps jitter: only a real gap moves the sound.
+                # Time stamps are rounded. Only a gap of more than 20 ms moves the sound.
                 if position is None or abs(at - position) > 0.02 * sample_rate:
                     position = at
             position = position or 0
@@ -385,14 +412,20 @@ def _decode_audio(container, begin: Fraction, sample_rate: int, audio: np.ndarra
 
 
 def read_audio(path, sample_rate: int, seconds: float) -> np.ndarray:
-    """The first `seconds` of a file's first sound track: float32 [round(seconds * sample_rate)].
+    """Returns the beginning of a file's first sound track: float32 [round(seconds * sample_rate)].
 
-    Mixed to mono, resampled to `sample_rate` (Hz), silent after its end. Raises UserError.
+    It is mixed to mono, and silent after the end of the track.
+
+    path: of a sound file or a video file
+    sample_rate: of the result, in Hz
+    seconds: length of the result
+
+    Raises UserError if the file cannot be read or has no sound.
     """
     with _reading(path):
         samples = round(seconds * sample_rate)
         if samples * 4 > MAX_OUTPUT_BYTES:
-            raise UserError(f"{seconds:g} s at {sample_rate} Hz do not fit in memory, ask for less")
+            raise UserError(f"{seconds:g} s at {sample_rate} Hz do not fit into memory, ask for less")
         audio = np.zeros(samples, np.float32)
         with _open(path) as container:
             if not container.streams.audio:
@@ -402,7 +435,12 @@ def read_audio(path, sample_rate: int, seconds: float) -> np.ndarray:
 
 
 def resample(audio, from_rate: int, to_rate: int) -> np.ndarray:
-    """Mono float [N] at from_rate (Hz) -> float32 [N * to_rate // from_rate]."""
+    """Returns a sound at another sample rate: float32 [N * to_rate // from_rate].
+
+    audio: float [N]
+    from_rate: of `audio`, in Hz
+    to_rate: of the result, in Hz
+    """
     audio = np.asarray(audio, np.float32)
     if from_rate == to_rate or not len(audio):
         return audio
@@ -417,72 +455,16 @@ def resample(audio, from_rate: int, to_rate: int) -> np.ndarray:
 
 
 def read_image(path, size: int | tuple[int, int]) -> np.ndarray:
-    """An image file, upright, scaled and cropped by `fit`: uint8 [h, w, 3]. Raises UserError."""
+    """Returns an image, turned upright, scaled and cropped by `fit`: uint8 [h, w, 3].
+
+    path: of the file
+    size: h = w, or (h, w)
+
+    Raises UserError if the file cannot be read.
+    """
     with _reading(path), Image.open(path, formats=IMAGE_FORMATS) as image:
-        _check_pixels(image.width, image.height)  # known before anything is decompressed
+        _check_pixels(image.width, image.height)  # before any pixel is decompressed
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
+        if image.mode.startswith("I;16"):  # Pillow would make all 16-bit gray white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return fit(np.asarray(image.convert("RGB")), size)
-
-
-# ------------------------------------------------------------------------------------------ figures
-
-
-def contact_sheet(path, videos: Sequence, captions: Sequence[str], columns: int = 8, scale: int = 4) -> None:
-    """A PNG with a row per clip: its caption, then `columns` frames equally spaced over the clip.
-
-    videos: uint8 arrays [F, H, W, 3], sizes may differ. scale: screen pixels per pixel.
-    """
-    font, gap = ImageFont.load_default(size=13), 4
-    strips = []
-    for video in videos:
-        picks = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
-        tiles = np.asarray(video)[picks].repeat(scale, axis=1).repeat(scale, axis=2)
-        strips.append(np.concatenate(np.pad(tiles, ((0, 0), (0, 0), (0, gap), (0, 0))), axis=1))
-    width = max((strip.shape[1] for strip in strips), default=1)
-    letters = max(16, int(width / font.getlength("n")))
-    blocks = ["\n".join(textwrap.wrap(caption, letters)) for caption in captions]
-    rows = [
-        (block, 16 * (block.count("\n") + 1) + gap, Image.fromarray(strip))
-        for block, strip in zip(blocks, strips, strict=True)
-    ]
-    sheet = Image.new("RGB", (width, sum(text + image.height + gap for _, text, image in rows) or 1))
-    draw, top = ImageDraw.Draw(sheet), 0
-    for block, text, image in rows:
-        draw.multiline_text((2, top), block, fill="white", font=font, spacing=3)
-        sheet.paste(image, (0, top + text))
-        top += text + image.height + gap
-    with _replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")
-
-
-def spectrogram(path, audio: np.ndarray, sample_rate: int) -> None:
-    """A PNG of power over time (s) and frequency (kHz): 80 dB, brightest at its loudest point."""
-    audio = np.asarray(audio, np.float32)
-    window = max(64, 2 ** round(math.log2(sample_rate / 30)))  # about 33 ms
-    hop = max(window // 8, math.ceil(len(audio) / 1200))  # at most 1200 columns
-    spans = np.lib.stride_tricks.sliding_window_view(np.pad(audio, window // 2), window)[::hop]
-    power = np.abs(np.fft.rfft(spans * np.hanning(window), axis=1)) ** 2  # [columns, frequencies]
-    level = 10 * np.log10(np.maximum(power / max(power.max(), 1e-12), 1e-8))  # -80..0 dB
-    stops = np.array([[0, 0, 0], [60, 15, 110], [180, 40, 100], [245, 130, 30], [255, 250, 200]])
-    shade = (level.T[::-1] / 80 + 1) * (len(stops) - 1)  # high frequencies on top
-    color = np.stack([np.interp(shade, range(len(stops)), c) for c in stops.T], axis=-1)
-    plot = Image.fromarray(color.astype(np.uint8)).resize((max(400, len(level)), 256))
-
-    left, top, bottom = 48, 12, 32
-    sheet = Image.new("RGB", (left + plot.width + 16, top + plot.height + bottom), "white")
-    sheet.paste(plot, (left, top))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-    for share in np.linspace(0, 1, 6):
-        x, y = left + plot.width * share, top + plot.height * (1 - share)
-        draw.line([(x, top + plot.height), (x, top + plot.height + 4)], fill="black")
-        draw.line([(left - 4, y), (left, y)], fill="black")
-        time, frequency = len(audio) / sample_rate * share, sample_rate / 2000 * share
-        draw.text((x, top + plot.height + 5), f"{time:.2f}", fill="black", font=font, anchor="mt")
-        draw.text((left - 6, y), f"{frequency:.1f}", fill="black", font=font, anchor="rm")
-    middle = (left + plot.width / 2, sheet.height - 1)
-    draw.text(middle, "time (s)", fill="black", font=font, anchor="mb")
-    draw.text((2, top + 16), "kHz", fill="black", font=font)
-    with _replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")

@@ -1,14 +1,12 @@
-"""Byte-level tokens: no vocabulary file, any language, and nothing is ever unknown.
+"""Byte-level tokens: they need no vocabulary file and can spell any text of any language.
 
-Token ids: 0 padding, 1 begin, 2 end, byte b -> b + 3. The null text (a dropped condition) is the
-empty string, that is begin, end, padding.
+Token 0 is padding, 1 begins a text, 2 ends it, and byte b is token b + 3. The null text, which stands for a dropped
+condition, is the empty string: begin, end, padding.
 """
 
 import functools
 import logging
 import os
-import re
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,17 +22,22 @@ NULL_TEXT = ""
 MAX_PROMPT_FILE_BYTES = 1_000_000
 
 
-@functools.lru_cache(maxsize=4096)  # one warning per text, not one per epoch
+@functools.lru_cache(maxsize=4096)  # one warning for a text, not one in each epoch
 def _warn_truncated(text: str, kept: int, total: int) -> None:
     shown = text if len(text) <= 40 else text[:37] + "..."
     logger.warning("text truncated: kept %d of its %d bytes: %r", kept, total, shown)
 
 
 def encode(texts: Sequence[str], length: int) -> np.ndarray:
-    """Texts -> tokens int32 [B, length]: begin, UTF-8 bytes, end, padding.
+    """Returns the tokens of texts, int32 [B, length]: begin, UTF-8 bytes, end, padding.
 
-    A text of more than length - 2 bytes is cut at a character boundary and keeps its end token; a
-    warning, once per text, says how much was kept.
+    A text of more than length - 2 bytes is cut after a whole character and still ends with the end token. A warning
+    says how much was kept, once for each text.
+
+    texts: B strings
+    length: tokens in a row
+
+    Raises UserError if a row has no room for the begin and end tokens.
     """
     if isinstance(texts, str):
         raise TypeError("encode takes a list of texts, not one text")
@@ -42,10 +45,10 @@ def encode(texts: Sequence[str], length: int) -> np.ndarray:
         raise UserError(f"token length {length} has no room for the begin and end tokens: use at least 2")
     tokens = np.full((len(texts), length), PAD, np.int32)
     for row, text in zip(tokens, texts, strict=True):
-        data = text.encode("utf-8", errors="replace")  # only lone surrogates need replacing
+        data = text.encode("utf-8", errors="replace")  # a lone surrogate, which UTF-8 lacks, becomes "?"
         kept = data
         if len(data) > length - 2:
-            # Cutting bytes may split a character: decoding with "ignore" drops the torn one.
+            # The cut may split a character. Decoding with "ignore" drops its first half.
             kept = data[: length - 2].decode("utf-8", errors="ignore").encode("utf-8")
             _warn_truncated(text, len(kept), len(data))
         row[0] = BEGIN
@@ -55,12 +58,12 @@ def encode(texts: Sequence[str], length: int) -> np.ndarray:
 
 
 def mask(tokens):
-    """Tokens [B, L] (NumPy or JAX) -> bool [B, L], True where there is a token and not padding."""
+    """Returns bool [B, L], False where tokens [B, L] (NumPy or JAX) are padding."""
     return tokens != PAD
 
 
 def decode(tokens) -> list[str]:
-    """Tokens int [B, L] -> B texts, each up to its end token; what is not UTF-8 becomes U+FFFD."""
+    """Returns the B texts of tokens, int [B, L], each up to its end token. Bytes that are not UTF-8 become U+FFFD."""
     texts = []
     for row in np.asarray(tokens):
         ends = np.flatnonzero(row == END)
@@ -69,31 +72,10 @@ def decode(tokens) -> list[str]:
     return texts
 
 
-def hard_negative(caption: str, kinds) -> str:
-    """The caption with two words of one kind exchanged, or where it has no two, with one replaced by another.
-
-    kinds: groups of words, such as (("red", "blue"), ("left", "right")). What is changed is drawn from the caption's
-    own bytes. A caption without any of the words comes back as it is.
-    """
-    rng = np.random.default_rng(zlib.crc32(caption.encode("utf-8", errors="replace")))
-    words = re.split(r"(\W+)", caption)
-    found = [[i for i, word in enumerate(words) if word in kind] for kind in kinds]
-    exchanges = [(i, j) for at in found for i in at for j in at if i < j and words[i] != words[j]]
-    if exchanges:
-        i, j = exchanges[rng.integers(len(exchanges))]
-        words[i], words[j] = words[j], words[i]
-    else:
-        options = [(i, word) for at, kind in zip(found, kinds) for i in at for word in kind if word != words[i]]
-        if options:
-            i, word = options[rng.integers(len(options))]
-            words[i] = word
-    return "".join(words)
-
-
 def read_prompts(path: str | os.PathLike) -> list[str]:
-    """One prompt per line of a UTF-8 text file; blank lines and lines after # are skipped.
+    """Returns the prompts of a UTF-8 text file, one from each line. It skips blank lines and lines that begin with #.
 
-    Raises UserError if the file cannot be read, is too big, is not UTF-8 text or holds no prompt.
+    Raises UserError if the file cannot be read, is too large, is not UTF-8 text or holds no prompt.
     """
     name = repr(os.fspath(path))
     try:
@@ -113,5 +95,5 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     lines = [line.strip() for line in content.splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise UserError(f"prompt file {name} holds no prompt: write one per line")
+        raise UserError(f"prompt file {name} holds no prompt: write one on each line")
     return prompts

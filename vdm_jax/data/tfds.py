@@ -1,8 +1,7 @@
-"""A built TensorFlow Datasets data set as an endless random-access source, without TensorFlow.
+"""A built data set of TensorFlow Datasets (TFDS) as an endless random-access source, without TensorFlow.
 
-The data set must be stored as array_record (`file_format="array_record"` when it is built) and its
-features must be Tensor, Scalar, Text, ClassLabel or sequences of these: the Video, Image and Audio
-features decode with TensorFlow only.
+The data set must be stored as array_record: build it with `file_format="array_record"`. Its features must be Tensor,
+Scalar, Text, ClassLabel or sequences of them. The features Video, Image and Audio need TensorFlow to be decoded.
 """
 
 import functools
@@ -17,21 +16,33 @@ from vdm_jax.errors import UserError
 
 @functools.lru_cache(maxsize=8)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Returns the order of the examples in an epoch: a permutation, int [count]."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 class Tfds:
-    """Random windows of a data set's videos, without end; item i is determined by (seed, i).
+    """Random windows of a data set's videos, without end. Item i follows from (seed, i).
 
-    name: a data set in `data_dir` (TFDS's own default if None), or the folder of a built one.
-    split: TFDS's notation, so "train[:90%]" and "train[90%:]" keep a part held out.
-    video_key: feature uint8 [T, H, W, 3] (or 1 channel) at `source_fps` frames/s, by default `fps`.
-    audio_key: feature float in [-1, 1] or int16, [N] or [N, channels], from the video's start on,
-    at `source_sample_rate` Hz, by default `sample_rate`; with "" the clips are silent.
-    caption_key: feature of text, of several texts (one is drawn), or a class label; "" for no text.
+    An item is {'video': uint8 [F, h, w, 3], 'audio': float32 [F * sample_rate // fps], 'caption': str}. Where a video
+    is shorter than a window, its last frame is repeated. In each epoch every example comes once.
 
-    An item is `video` uint8 [F, h, w, 3], `audio` float32 [F * sample_rate // fps] and `caption`.
-    After the end of a video its last frame is repeated. Raises UserError if data cannot be read.
+    name: of a data set in `data_dir`, or the folder of a built data set
+    frames: F, frames of a window
+    size: h = w, or (h, w)
+    fps: frames per second of a window
+    sample_rate: of the sound of a window, in Hz
+    seed: of the order of examples and of the windows
+    split: in the notation of TFDS; "train[:90%]" and "train[90%:]" share no example
+    data_dir: folder of the built data sets; None is TFDS's default
+    video_key: feature of uint8 [T, H, W, 3], or with 1 channel
+    audio_key: feature of float in [-1, 1] or of int16, [N] or [N, channels], which begins with the video; "" for
+        silent clips
+    caption_key: feature of a text, of several texts, of which one is drawn, or of a class label; "" for the empty text
+    source_fps: frames per second of the data set's videos; None or 0 is `fps`
+    source_sample_rate: of the data set's sound, in Hz; None or 0 is `sample_rate`
+    length: number of items
+
+    Raises UserError if the data set cannot be read.
     """
 
     def __init__(
@@ -41,7 +52,7 @@ class Tfds:
         frames: int,
         size: int | tuple[int, int],
         fps: float,
-        sample_rate: int,  # Hz
+        sample_rate: int,
         seed: int,
         split: str = "train",
         data_dir: str | None = None,
@@ -55,13 +66,20 @@ class Tfds:
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
-            raise UserError("pip install tensorflow-datasets array-record to read TFDS") from error
+            raise UserError(
+                "data sets of TFDS need two packages: pip install tensorflow-datasets array-record"
+            ) from error
         if not name:
             raise UserError(
-                "data.tfds.name is empty: --config.data.tfds.name=NAME, of a data set in data.path, or a folder"
+                "data.tfds.name is empty: name a data set in data.path, or its folder, --config.data.tfds.name=NAME"
             )
-        self.name, self.seed, self.length = os.fspath(name), seed, length
-        self.frames, self.size, self.fps, self.sample_rate = frames, size, fps, sample_rate
+        self.name = os.fspath(name)
+        self.frames = frames
+        self.size = size
+        self.fps = fps
+        self.sample_rate = sample_rate
+        self.seed = seed
+        self.length = length
         self.source_fps = source_fps or fps
         self.source_sample_rate = source_sample_rate or sample_rate
         self.keys = (video_key, audio_key, caption_key)
@@ -71,28 +89,29 @@ class Tfds:
             else:
                 builder = tfds.builder(self.name, data_dir=data_dir, try_gcs=False)
             self.source = builder.as_data_source(split=split)
-            self.features, count = builder.info.features, len(self.source)
-        except Exception as error:  # unknown name, not built, wrong format, features: all differ
+            self.features = builder.info.features
+            count = len(self.source)
+        except Exception as error:  # each fault has an error of its own: unknown, not built, another format
             raise UserError(self._fault(f"split {split!r} cannot be opened", error)) from error
         for key in (video_key, *filter(None, self.keys[1:])):
             if key not in self.features:
                 known = ", ".join(self.features)
-                raise UserError(f"data set {self.name!r} has no feature {key!r}, only {known}")
+                raise UserError(f"data set {self.name!r} has no feature {key!r}, only {known}: name one of them")
         if not count:
             raise UserError(f"data set {self.name!r}: split {split!r} is empty")
-        self._read(0)  # what does not decode is known now, not after an hour
+        self._read(0)  # an example that cannot be decoded ends the run now, not after an hour
 
     def _fault(self, what: str, error: Exception) -> str:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return f"data set {self.name!r}: {what} ({reason})"
 
     def _read(self, index: int):
-        """Video uint8 [T, H, W, C], audio or None, captions."""
+        """Returns (video uint8 [T, H, W, C], audio or None, captions) of an example."""
         video_key, audio_key, caption_key = self.keys
         try:
             example = self.source[int(index)]
         except Exception as error:
-            what = f"example {index} does not decode; features may need TensorFlow"
+            what = f"example {index} cannot be decoded; its features may need TensorFlow"
             raise UserError(self._fault(what, error)) from error
         video = np.asarray(example[video_key])
         if video.ndim != 4 or video.dtype != np.uint8 or video.shape[-1] not in (1, 3) or not video.size:
@@ -122,7 +141,7 @@ class Tfds:
         order = _order(self.seed, epoch, len(self.source))
         video, audio, captions = self._read(order[place])
 
-        total = int(len(video) * self.fps / self.source_fps + 1e-6)  # frames at our rate
+        total = int(len(video) * self.fps / self.source_fps + 1e-6)  # frames of the video at `fps`
         start = int(where * (max(0, total - self.frames) + 1)) / self.fps  # s
         times = start + np.arange(self.frames) / self.fps
         picks = (times * self.source_fps + 1e-6).astype(int).clip(max=len(video) - 1)

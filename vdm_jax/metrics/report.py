@@ -1,11 +1,12 @@
-"""What an evaluation leaves: metrics.json for machines, report.html for people, a terminal table.
+"""The results of an evaluation: metrics.json for programs, report.html for people, and a table for the terminal.
 
-`metrics` is {"truth": M, "autoencoder": M, "samples": M, "reconstruction": {...}, "clip": {...}},
-with the keys of REQUIRED in it and any other numbers beside them. Real renders (truth) and their
-autoencoder reconstructions are measured like samples, because they are the ceilings.
-"loss_per_noise_level", where given, holds columns of equal length: "log_snr" (natural logarithm)
-and losses by modality. "tasks", where given, holds {task: {figure: value}}, where lists of one length
-are a curve.
+`metrics` is {"truth": M, "autoencoder": M, "samples": M, "reconstruction": {...}, "clip": {...}}. It holds the keys of
+REQUIRED, and may hold other numbers beside them. "truth" is held-out clips, "autoencoder" is the same clips encoded and
+decoded. Both are measured in the same way as the samples, because a model can hardly score higher than they do.
+
+Three more keys may be in `metrics`: "loss_per_noise_level" holds columns of one length, "log_snr" (natural logarithm)
+and a loss for each modality. "samplers" holds {name: M}. "tasks" holds {task: {figure: value}}; values that are lists
+of one length are a curve.
 """
 
 import base64
@@ -19,14 +20,14 @@ import numpy as np
 from etils import epath
 
 SOURCES = ("truth", "autoencoder", "samples")
-OUTCOMES = {  # keys of M
+OUTCOMES = {  # the keys of M, with their labels
     "one_object": "one object: color and shape right",
-    "two_objects": "two objects: both right",
-    "direction": "direction as asked",
-    "permanence": "permanence: asked and there",
-    "size_drift": "size drift (less is better)",
-    "sync_impacts": "impacts that sound",
-    "sync_onsets": "onsets that have an impact",
+    "two_objects": "two objects: color and shape right",
+    "direction": "direction of motion right",
+    "permanence": "frames that show the object",
+    "size_drift": "change of size (less is better)",
+    "sync_impacts": "visible impacts with a sound",
+    "sync_onsets": "sounds with a visible impact",
 }
 REQUIRED = {
     **dict.fromkeys(SOURCES, tuple(OUTCOMES)),
@@ -35,15 +36,15 @@ REQUIRED = {
 }
 LABELS = {
     **OUTCOMES,
-    "color_drift": "color drift (less is better)",
+    "color_drift": "change of color (less is better)",
     "psnr": "PSNR",
     "ssim": "SSIM",
     "si_sdr": "SI-SDR",
-    "onset_within_half_frame": "onsets within half a frame",
-    "recall_at_1": "text finds its video first",
-    "hard_negative_accuracy": "video tells its text from a hard negative",
+    "onset_within_half_frame": "impacts heard within half a frame",
+    "recall_at_1": "text ranks its own video first",
+    "hard_negative_accuracy": "caption beats its hard negative",
 }
-SHARES = {
+SHARES = {  # shown as a percentage with a bar
     *OUTCOMES,
     "sync_impacts_truth",
     "sync_onsets_truth",
@@ -68,16 +69,17 @@ MEDIA = {  # suffix -> element and MIME type
 
 class _Cell(NamedTuple):
     text: str
-    share: float | None = None  # 0..1: drawn as a bar
+    share: float | None = None  # in 0..1, drawn as a bar
 
 
 class _Table(NamedTuple):
     title: str
     columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[_Cell]]]  # label, a cell a column
+    rows: Sequence[tuple[str, Sequence[_Cell]]]  # (label, a cell for each column)
 
 
 def _cell(key: str, value: object) -> _Cell:
+    """Returns a value as its key wants it shown: a share, decibels or a number; a dash for a missing value."""
     if value is None or isinstance(value, float | np.floating) and not math.isfinite(value):
         return _Cell("–")
     if key in SHARES:
@@ -88,16 +90,18 @@ def _cell(key: str, value: object) -> _Cell:
 
 
 def _tables(metrics: Mapping) -> list[_Table]:
-    def rows(*dicts):  # known keys in the order of LABELS, then the others as they come
+    """Returns all that the page and the terminal show, as tables."""
+
+    def rows(*dicts):  # known keys in the order of LABELS, then the other keys in their own order
         keys = [*LABELS, *(key for d in dicts for key in d)]
         keys = [k for k in dict.fromkeys(keys) if any(k in d for d in dicts)]
         label = {k: LABELS.get(k, k.replace("_", " ")) for k in keys}
         return [(label[k], [_cell(k, d.get(k)) for d in dicts]) for k in keys]
 
     tables = [
-        _Table("Prompt against picture and sound", SOURCES, rows(*(metrics[s] for s in SOURCES))),
-        _Table("Autoencoders on held-out clips", [""], rows(metrics["reconstruction"])),
-        _Table("Retrieval", [""], rows(metrics["clip"])),
+        _Table("Clips compared with their prompts", SOURCES, rows(*(metrics[s] for s in SOURCES))),
+        _Table("Autoencoders, on held-out clips", [""], rows(metrics["reconstruction"])),
+        _Table("Text encoder, on held-out clips", [""], rows(metrics["clip"])),
     ]
     if levels := dict(metrics.get("loss_per_noise_level", {})):
         log_snr = levels.pop("log_snr")
@@ -108,7 +112,7 @@ def _tables(metrics: Mapping) -> list[_Table]:
         ]
         tables.append(_Table("Loss by noise level", [*levels], by_level))
     if samplers := metrics.get("samplers"):
-        tables.append(_Table("The same prompts by sampler and steps", [*samplers], rows(*samplers.values())))
+        tables.append(_Table("The same prompts, by sampler and steps", [*samplers], rows(*samplers.values())))
     for task, figures in metrics.get("tasks", {}).items():
         curve = {k: v for k, v in figures.items() if isinstance(v, list)}
         if single := {k: v for k, v in figures.items() if k not in curve}:
@@ -124,7 +128,7 @@ def _tables(metrics: Mapping) -> list[_Table]:
 
 
 def format_table(metrics: Mapping) -> str:
-    """The tables as plain text for a terminal; a value that does not exist is a dash."""
+    """Returns the tables as plain text for a terminal; a missing value is a dash."""
     tables = _tables(metrics)
     width = max(len(text) for t in tables for text in [t.title, *(label for label, _ in t.rows)])
     blocks = []
@@ -165,7 +169,7 @@ def _html_table(table: _Table, kind: str = "numbers") -> str:
         return f"<td{bar}>{html.escape(cell.text)}</td>"
 
     head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in table.columns)
-    head = head.replace("autoencoder", "auto&shy;encoder")  # where a phone breaks the word
+    head = head.replace("autoencoder", "auto&shy;encoder")  # a narrow screen may break the word here
     body = "\n".join(
         f'<tr><th scope="row">{html.escape(label)}</th>{"".join(map(td, row))}</tr>' for label, row in table.rows
     )
@@ -186,7 +190,7 @@ def _figure(caption: str, path: epath.Path) -> str:
 
 
 def _plain(value: object) -> object:
-    """JSON without numpy types and without NaN and infinity, which JSON does not have (null)."""
+    """Returns a value without NumPy types, for JSON. NaN and infinity, which JSON lacks, become None."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
@@ -203,20 +207,23 @@ def write_report(
     settings: Mapping[str, object],
     media: Sequence[tuple[str, str | epath.Path]] = (),
 ) -> epath.Path:
-    """Writes directory/metrics.json and directory/report.html, and returns the path of the latter.
+    """Writes metrics.json and report.html into a folder and returns the path of the page.
 
-    settings: how the numbers were made (weights, prompts, steps, seed ...), shown below the tables.
-    media: (caption, file) of small PNG, JPEG, MP4 or WAV files. They are embedded, so that the page
-    is one file that can be sent on: videos and sounds as a grid, pictures at full width.
-    Raises ValueError where a key of REQUIRED is missing (other programs read them) or a file is of
-    another kind.
+    directory: the folder, which is made if it does not exist
+    metrics: the numbers, as the module's docstring describes them
+    settings: how the numbers were made (weights, prompts, steps, seed, ...), shown below the tables
+    media: (caption, file) of small PNG, JPEG, MP4 or WAV files. The page contains them and is therefore a single file.
+        Videos and sounds form a grid, pictures take the full width.
+
+    Raises ValueError if a key of REQUIRED is missing, because other programs read these keys, or if a file is of
+    another type.
     """
     missing = [f"{k}.{n}" for k, names in REQUIRED.items() for n in names if n not in metrics[k]]
     if missing:
-        raise ValueError(f"metrics without {', '.join(missing)}")
+        raise ValueError(f"metrics lack {', '.join(missing)}")
     media = [(caption, epath.Path(path)) for caption, path in media]
     if other := [str(path) for _, path in media if path.suffix.lower() not in MEDIA]:
-        raise ValueError(f"a page cannot show {', '.join(other)}: want one of {', '.join(MEDIA)}")
+        raise ValueError(f"a page cannot show {', '.join(other)}: use {', '.join(MEDIA)} files")
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "metrics.json").write_text(json.dumps(_plain(metrics), indent=2) + "\n")
@@ -240,8 +247,9 @@ def write_report(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>vdm_jax: evaluation</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         "<h1>Evaluation</h1>\n"
-        "<p>Truth is real renders, autoencoder their reconstructions. The same tracker reads all "
-        "three, so the first two columns are the ceilings of the third.</p>\n"
+        "<p><b>truth</b>: held-out clips. <b>autoencoder</b>: the same clips, encoded and decoded. "
+        "<b>samples</b>: clips that the model generates from prompts. The same tracker measures all three, so the "
+        "first two columns show the best that samples can reach.</p>\n"
         + "\n".join(filter(None, parts))
         + "\n</body>\n</html>\n",
         encoding="utf-8",

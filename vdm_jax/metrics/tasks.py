@@ -1,6 +1,6 @@
-"""How well a trained model does each task that is a pattern of given frames, by the tracker; the procedural world only.
+"""How well a trained model does each task, by the tracker; for the procedural world only.
 
-Every figure has its ceiling beside it where there is one: the same measure on the true clips.
+Where a figure has a ceiling, it stands beside the figure: the same measure on the true clips.
 """
 
 import logging
@@ -9,31 +9,40 @@ import jax
 import numpy as np
 
 from vdm_jax import tasks
-from vdm_jax.data import world
+from vdm_jax.data import captions
 from vdm_jax.metrics import reconstruction, tracker
-from vdm_jax.system import codec as stages
 
 logger = logging.getLogger("vdm_jax")
 
-WINDOWS = 10  # lengths of a clip that a roll-out is followed for
-STILL = 0.02  # frame widths: what moves less has not moved
+WINDOWS = 10  # length of a rollout, in clips
+STILL = 0.02  # frame widths: an object that moves less has not moved
+APART = 2  # frames: a velocity change this near an impact is the impact's
 
 
 def objects(item):
-    """What the caption of a clip of the world asks for, as the tracker wants it; None for other sources."""
-    if "state" not in item:
-        return None
-    return [dict(zip(("color", "shape", "direction"), thing)) for thing in world.World.meaning(item)]
+    """What the caption of a clip of the world asks for, as the tracker wants it; None for other data."""
+    return captions.asked(item["state"]) if "state" in item else None
 
 
-def measure(generator, items, seed):
-    """-> {'undirected', 'image', 'continue', 'foley', 'sound', 'rollout'}: figures of each task over `items`."""
-    config = generator.config
-    run = _Run(generator, items, stages.layout(config), config.data.fps, config.data.sample_rate, seed)
+def measure(pipe, items, seed):
+    """The figures of each task: {'undirected', 'image', 'continue', 'foley', 'audio', 'rollout'}.
+
+    pipe: a Pipeline.
+    items: clips of the world.
+    seed: of the noise.
+    """
+    run = _Run(pipe, items, seed)
+    measures = {
+        "undirected": undirected,
+        "image": image,
+        "continue": continue_,
+        "foley": foley,
+        "audio": audio,
+        "rollout": rollout,
+    }
     out = {}
-    for task in (undirected, image, continue_, foley, sound, rollout):
-        name = {"continue_": "continue"}.get(task.__name__, task.__name__)
-        logger.info("task: %s, %d clips", name.replace("_", " "), len(items))
+    for name, task in measures.items():
+        logger.info("task: %s, %d clips", name, len(items))
         out[name] = task(run)
     return out
 
@@ -41,33 +50,47 @@ def measure(generator, items, seed):
 class _Run:
     """The clips of an evaluation, and the model that is asked to complete them."""
 
-    def __init__(self, generator, items, size, fps, rate, seed):
-        self.generator, self.items, self.size, self.fps, self.rate, self.seed = generator, items, size, fps, rate, seed
+    def __init__(self, pipe, items, seed):
+        self.pipe, self.items, self.seed = pipe, items, seed
+        self.layout = pipe.system.layout
+        self.fps, self.sample_rate = pipe.config.data.fps, pipe.config.data.sample_rate
         self.prompts = [item["caption"] for item in items]
-        self.video, self.audio = (np.stack([item[part] for item in items]) for part in ("video", "audio"))
+        self.video = np.stack([item["video"] for item in items])
+        self.audio = np.stack([item["audio"] for item in items])
 
     def complete(self, make):
-        """make(video, audio) -> tasks.Context of one clip; all clips are completed from their own."""
-        given = [make(video, audio) for video, audio in zip(self.video, self.audio, strict=True)]
-        parts = [None if x[0] is None else np.concatenate(x) for x in zip(*((g.video, g.audio) for g in given))]
-        return self.generator(self.prompts, seed=self.seed, given=tasks.Context(*parts, given[0].masks))
+        """-> (video, audio) of all clips, each completed from its own context.
+
+        make: make(video, audio) -> tasks.Context of one clip.
+        """
+        contexts = [make(video, audio) for video, audio in zip(self.video, self.audio, strict=True)]
+        parts = zip(*((context.video, context.audio) for context in contexts))
+        video, audio = (None if part[0] is None else np.concatenate(part) for part in parts)
+        return self.pipe.sample(self.prompts, seed=self.seed, context=tasks.Context(video, audio, contexts[0].masks))
+
+    def outcomes(self, video, audio, asked=None):
+        """What the tracker finds in each clip. asked: P lists of objects; None: of the captions."""
+        asked = [objects(item) for item in self.items] if asked is None else asked
+        clips = zip(video, audio, asked, strict=True)
+        return [tracker.measure(v, a, self.fps, self.sample_rate, want) for v, a, want in clips]
 
 
 def undirected(run):
-    """The clips' objects asked for by color and shape alone: shares of prompts of which all are right."""
+    """Prompts that name color and shape alone: shares of prompts with all objects right."""
     asked = [objects(item) for item in run.items]
     texts = [" and ".join(f"a {o['color']} {o['shape']}" for o in things) for things in asked]
-    clips = zip(*run.generator(texts, seed=run.seed, given=tasks.nothing(run.size)), asked, strict=True)
-    made = tracker.summarise([tracker.measure(v, a, run.fps, run.rate, want) for v, a, want in clips])
-    return {key: made[key] for key in ("one_object", "two_objects")}
+    video, audio = run.pipe.sample(texts, seed=run.seed, context=tasks.text(run.layout))
+    found = tracker.summarize(run.outcomes(video, audio, asked))
+    return {key: found[key] for key in ("one_object", "two_objects")}
 
 
 def image(run):
-    """The first frame against its reconstruction, and whether what it shows moves."""
-    video, _ = run.complete(lambda video, audio: tasks.image(video[0], run.size))
-    remake = jax.jit(lambda p, x: stages.reconstruct(run.generator.config, "video_autoencoder", p, x))
-    params = run.generator.frozen["video_autoencoder"]
-    remade = np.concatenate([remake(params, clip[None])[:, :1] for clip in run.video])
+    """The first frame against its reconstruction, and the share of clips in which something moves."""
+    video, _ = run.complete(lambda video, audio: tasks.image(video[0], run.layout))
+    name = "video_autoencoder"
+    reconstruct = jax.jit(lambda params, x: run.pipe.system.reconstruct(name, params, x))
+    params = {name: run.pipe.params[name]}
+    remade = np.concatenate([reconstruct(params, clip[None])[:, :1] for clip in run.video])
     truth = run.video[:, :1]
     return {
         "first_frame_psnr": reconstruction.psnr(truth, video[:, :1]),
@@ -78,91 +101,86 @@ def image(run):
 
 
 def _moves(video):
-    """Whether an object that is tracked in the first third and in the last is elsewhere in between, or then."""
+    """Whether an object is ever more than STILL away from where the tracker first sees it."""
     for row in tracker.track(video).values():
-        at = row["position"][row["present"]]
-        if len(at) > 2 and np.linalg.norm(at - at[0], axis=1).max() > STILL:
+        positions = row["position"][row["present"]]
+        if len(positions) > 2 and np.linalg.norm(positions - positions[0], axis=1).max() > STILL:
             return True
     return False
 
 
 def continue_(run):
-    """Velocity changes where a given beginning ends, before it and after it, away from impacts; frame widths a second.
+    """Median velocity changes before, at and after the end of the context, in frame widths a second.
 
-    The beginning is config.sample.context_frames latent frames of the true clip, autoencoded. 'seam' is of
-    the two frames around its end, 'inside' of those whose neighbours are made, too, 'given' of those before.
+    The context is the first config.sample.context_frames latent frames of the true clip, as the autoencoder shows them.
+    'given' measures the context frames, 'seam' the two frames around its end, 'inside' the generated frames after that.
     """
-    past = 1 + run.size.f_t * (run.generator.config.sample.context_frames - 1)
-    samples = past * run.size.samples_per_frame
-    video, _ = run.complete(lambda video, audio: tasks.history(video[None, :past], audio[None, :samples], run.size))
+    past = 1 + run.layout.f_t * (run.pipe.config.sample.context_frames - 1)
+    samples = past * run.layout.samples_per_frame
+    video, _ = run.complete(lambda video, audio: tasks.continue_(video[None, :past], audio[None, :samples], run.layout))
     made, true = _velocity_changes(run, video, past), _velocity_changes(run, run.video, past)
-    shown = [tracker.measure(v, a, run.fps, run.rate, objects(i)) for v, a, i in zip(video, run.audio, run.items)]
+    found = run.outcomes(video, run.audio)
     return {
         **made,
         **{f"{key}_truth": value for key, value in true.items()},
-        "right": float(np.mean([m["right"] for m in shown])),
+        "right": float(np.mean([clip["right"] for clip in found])),
     }
 
 
 def _velocity_changes(run, clips, past):
-    """Medians of |velocity change|, frames 'given', 'seam' and 'inside'; the first `past` are given.
+    """Medians of |velocity change| in the frames 'given', 'seam' and 'inside'; the first `past` frames are context.
 
-    Away from impacts of the true clip, which what is given leads to, and inside from those seen, too: at the seam a
-    jump would pass for an impact.
+    Frames near an impact of the true clip are left out. Inside, frames near a detected impact are left out too. At the
+    seam they are not: a jump there looks like an impact.
     """
     found = {"given": [], "seam": [], "inside": []}
     for item, video in zip(run.items, clips, strict=True):
         tracks = tracker.track(video)
-        true = [e["time"] * run.fps for e in item["state"]["events"]]
-        seen = [t * run.fps for t, *_ in tracker.impacts(tracks, run.fps)]
+        true_impacts = [event["time"] * run.fps for event in item["state"]["events"]]
+        seen_impacts = [time * run.fps for time, *_ in tracker.impacts(tracks, run.fps)]
         for row in tracks.values():
             usable = row["present"] & (row["visible"] >= tracker.VISIBLE)
             position = np.where(usable[:, None], row["position"], np.nan)
             change = np.linalg.norm(position[2:] - 2 * position[1:-1] + position[:-2], axis=1) * run.fps
-            for k, value in enumerate(change, 1):  # at frame k, by the frames k - 1 to k + 1
+            for k, value in enumerate(change, 1):  # at frame k, from the frames k - 1 to k + 1
                 where = "given" if k + 1 < past else "inside" if k > past else "seam"
-                struck = true + seen if where == "inside" else true
-                if np.isfinite(value) and all(abs(k - t) > 2 for t in struck):
+                impacts = true_impacts + seen_impacts if where == "inside" else true_impacts
+                if np.isfinite(value) and all(abs(k - time) > APART for time in impacts):
                     found[where].append(value)
     return {name: float(np.median(x)) if x else None for name, x in found.items()}
 
 
 def foley(run):
-    """Silent clips get their sound: shares of visible impacts that sound, and of onsets that have an impact."""
-    _, audio = run.complete(lambda video, audio: tasks.video(video, run.size))
-    return _in_step(run, run.video, audio)
+    """Silent clips get a sound: shares of visible impacts that sound, and of onsets that have an impact."""
+    _, sound = run.complete(lambda video, audio: tasks.foley(video, run.layout))
+    return _synchrony(run, run.video, sound)
 
 
-def sound(run):
-    """Sounds get their clip: the same two shares, of the true sound and the picture made."""
-    video, _ = run.complete(lambda video, audio: tasks.sound(audio, run.size))
-    return _in_step(run, video, run.audio)
+def audio(run):
+    """Sounds get a picture: the same two shares, of the true sound and the generated picture."""
+    video, _ = run.complete(lambda video, audio: tasks.audio(audio, run.layout))
+    return _synchrony(run, video, run.audio)
 
 
-def _in_step(run, video, audio):
-    def shares(video, audio):
-        clips = zip(video, audio, run.items, strict=True)
-        return tracker.summarise([tracker.measure(v, a, run.fps, run.rate, objects(i)) for v, a, i in clips])
-
-    made, true = shares(video, audio), shares(run.video, run.audio)
+def _synchrony(run, video, audio):
+    made = tracker.summarize(run.outcomes(video, audio))
+    true = tracker.summarize(run.outcomes(run.video, run.audio))
     keys = ("sync_impacts", "sync_onsets")
     return {key: made[key] for key in keys} | {f"{key}_truth": true[key] for key in keys}
 
 
 def rollout(run):
-    """What is asked, window by window of a clip's length, up to WINDOWS of them: a curve of shares."""
-    frames = WINDOWS * run.size.frames
-    video, audio = run.generator.rollout(run.prompts, frames, seed=run.seed)
-    per_frame = run.size.samples_per_frame
+    """Outcomes of clips WINDOWS times as long as in training, one value for each length of a training clip."""
+    frames = run.layout.frames
+    video, audio = run.pipe.rollout(run.prompts, WINDOWS * frames, seed=run.seed)
+    per_frame = run.layout.samples_per_frame
     curve = {"seconds": [], "right": [], "permanence": [], "size_drift": []}
     for i in range(WINDOWS):
-        at = slice(i * run.size.frames, (i + 1) * run.size.frames)
-        sounds = audio[:, at.start * per_frame : at.stop * per_frame]
-        clips = zip(video[:, at], sounds, run.items, strict=True)
-        judged = [tracker.measure(v, a, run.fps, run.rate, objects(item)) for v, a, item in clips]
-        summary = tracker.summarise(judged)
-        curve["seconds"].append(at.stop / run.fps)
-        curve["right"].append(float(np.mean([m["right"] for m in judged])))
+        start, end = i * frames, (i + 1) * frames
+        found = run.outcomes(video[:, start:end], audio[:, start * per_frame : end * per_frame])
+        summary = tracker.summarize(found)
+        curve["seconds"].append(end / run.fps)
+        curve["right"].append(float(np.mean([clip["right"] for clip in found])))
         curve["permanence"].append(summary["permanence"])
         curve["size_drift"].append(summary["size_drift"])
     return curve

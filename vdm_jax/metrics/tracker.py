@@ -1,132 +1,113 @@
-"""Reads a world clip back from its pixels and its waveform, by classical vision alone.
+"""Reads a clip of the procedural world back from its pixels and its waveform, by classical vision alone.
 
-Color: in the plane of chroma (where every grey is the origin) an object's pixel is light *
-coverage * the palette's vector, so its angle names the color and its length is a soft mask.
-Shape, centre and radius: least squares (Gauss-Newton) of the world's own anti-aliased shapes on
-that mask; pixels that show something else (the occluder, another object, beyond the frame) have no
-say. The best of the three shapes is named only if it fits well enough, so blobs, smears and ghosts
-have none.
-Impacts: kinks of the tracks, to a fraction of a frame. Onsets: peaks of spectral flux.
+Color: in the plane of chroma, where every gray is the origin, an object's pixel is light * coverage * the vector of
+its paint. The angle therefore names the color, and the length is a soft mask.
+Shape, center and radius: the world's own anti-aliased shapes are fitted to that mask by least squares (Gauss-Newton).
+Pixels that show the occluder, another object or the outside of the frame do not count. The best of the three shapes is
+named only if it fits well enough, so a blob, a smear or a ghost has no shape.
+Impacts are kinks of the tracks, found to a fraction of a frame. Onsets are peaks of the spectral flux.
 
-Frames larger than 64 px are averaged down to about 32 first; positions and radii are shares of the
-frame, as in `World`. Times are in seconds.
+Frames of 64 pixels or more are first averaged down to 32 to 63 pixels. Positions and radii are in frame widths, as in
+`World`; times are in seconds.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
-from vdm_jax.data.world import AREA, COLORS, DIRECTIONS, PALETTE, SHAPES, coverage, direction_of
+from vdm_jax.data.captions import COLORS, DIRECTIONS, SHAPES, direction_of
+from vdm_jax.data.world import AREA, PALETTE, coverage
 from vdm_jax.errors import UserError
 
 VISIBLE = 0.75  # an object is judged where at least this share of it is in sight
-MIN_AREA = 0.010  # share of the frame that makes an object
-MIN_STRENGTH = 0.62  # of the palette's chroma: a half-transparent ghost has less
-MIN_FIT = 0.79  # soft intersection over union of mask and best shape
-MIN_BODY = 0.55  # the same, for something to be there at all rather than noise
-SHARE = 0.8  # an object is right if it is so in this share of the frames in which it can be seen
-MIN_FLUX = 0.08  # mean rise of log(1 + 100 magnitude) over 8 ms that is an onset
-FLUX_DELAY = 0.0003  # s, from the middle of the window at the flux's peak to the onset
-MIN_KINK = 0.12  # frame widths per second, the least change of velocity that is an impact
+MIN_AREA = 0.010  # share of the frame that the smallest object covers
+MIN_STRENGTH = 0.62  # of the paint's chroma: a half-transparent ghost has less
+MIN_FIT = 0.79  # soft intersection over union of mask and best shape: less has no shape
+MIN_BODY = 0.55  # the same, and less is noise and no object
+SHARE = 0.8  # an object is right if its shape is right in this share of the frames in which it can be seen
+MIN_FLUX = 0.08  # mean rise of log(1 + 100 magnitude) over 8 ms: less is no onset
+FLUX_DELAY = 0.0003  # s from the middle of the window at the flux's peak to the onset
+MIN_KINK = 0.12  # frame widths per second: a smaller change of velocity is no impact
 
 _RGB = np.array([PALETTE[c] for c in COLORS], np.float32) / 255
 _CHROMA = np.array([[1, -0.5, -0.5], [0, 3**0.5 / 2, -(3**0.5) / 2]], np.float32)
 _VECTORS = _RGB @ _CHROMA.T  # [colors, 2]
 _LENGTHS = np.linalg.norm(_VECTORS, axis=1)
-_PLANE = ndimage.generate_binary_structure(2, 1)[None]  # neighbours within a frame
+_PLANE = ndimage.generate_binary_structure(2, 1)[None]  # the four neighbors within a frame
+_WITHIN_FRAMES = np.pad(_PLANE, ((1, 1), (0, 0), (0, 0)))  # the same, for an array of frames
 
 
 def track(video):
-    """Objects of every frame, linked by color. video: uint8 [F, H, W, 3].
+    """Returns the objects of every frame, linked by their color: {color: track}, each track with F frames.
 
-    Returns {color: {'present' bool, 'shape' int (index into SHAPES, -1: none fits), 'position'
-    [., 2], 'radius', 'visible' (share of the fitted shape in sight), 'fit', 'strength', 'hue'
-    (radians), 'extra' (further objects of this color)}}, each [F]; floats are NaN where absent.
+      present   bool [F]
+      shape     int [F], index into SHAPES, or -1 where no shape fits
+      position  float [F, 2], of the center, in frame widths
+      radius    float [F], in frame widths
+      visible   float [F], share of the fitted shape that is in sight, in 0..1
+      fit       float [F], soft intersection over union of the fitted shape and the mask, in 0..1
+      strength  float [F], 1 for the paint in full light
+      hue       float [F], in radians
+      extra     int [F], number of further objects of this color
+
+    A float is NaN where the object is absent.
+
+    video: uint8 [F, H, W, 3]
     """
-    pooled = _pool(video)
-    frames, height, width, _ = pooled.shape
-    chroma = pooled @ _CHROMA.T
-    value = pooled.max(-1)
-    dots = chroma @ (_VECTORS / _LENGTHS[:, None]).T  # [F, H, W, colors]
-    nearest = dots.argmax(-1)
-    strength = dots / _LENGTHS  # 1: the palette's color in full light
-    colored = np.take_along_axis(strength, nearest[..., None], -1)[..., 0]
-    grey_bar = (colored < 0.12) & (value > 0.325) & (value < 0.55)
-
-    out, fits = {}, []
-    for c, name in enumerate(COLORS):
-        mine = (nearest == c) & (colored > 0.3)
-        if (mine.sum((1, 2)) < MIN_AREA * height * width).all():
-            continue
-        label, _ = ndimage.label(mine, np.pad(_PLANE, ((1, 1), (0, 0), (0, 0))))
-        sizes = np.bincount(label.ravel())
-        for f in range(frames):
-            parts = np.unique(label[f])[1:] if label[f].any() else []
-            parts = [k for k in parts if sizes[k] >= MIN_AREA * height * width]
-            if not parts:
-                continue
-            main = max(parts, key=lambda k: sizes[k])
-            fits.append((c, f, label[f] == main, [label[f] == k for k in parts if k != main]))
-        out[name] = {
-            "present": np.zeros(frames, bool),
-            "shape": np.full(frames, -1),
-            "position": np.full((frames, 2), np.nan),
-            "extra": np.zeros(frames, int),
-            **{k: np.full(frames, np.nan) for k in ("radius", "visible", "fit", "strength", "hue")},
-        }
-    if not fits:
+    pixels = _classify(_pool(video))
+    colors, blobs = _find_blobs(pixels)
+    if not blobs:
         return {}
-    index = np.array([(c, f) for c, f, _, _ in fits])
-    body = np.stack([m for _, _, m, _ in fits])  # [N, H, W]
-    power = strength[index[:, 1], :, :, index[:, 0]]
-    level = np.array([np.percentile(p[m], 75) for p, m in zip(power, body)])
-    power = power / level[:, None, None]
-    bright, hues = value[index[:, 1]], nearest[index[:, 1]]
-    foreign = (hues != index[:, :1, None]) & (colored[index[:, 1]] > 0.25)
+    frames, height, width = pixels.value.shape
+    body = np.stack([blob.body for blob in blobs])  # [N, H, W]
+    mask, weight, cut, strength = _masks(pixels, blobs, body)
+    shape, center, radius, fit, seen = _fit(mask, weight, body)
 
-    # Highlights lose chroma, not brightness; inside the body a pixel is covered whatever it shows.
-    mask = np.clip(power, 0, 1) * (~foreign & (power > 0.12))  # less is noise
-    peak = np.array([np.percentile(v[m], 60) for v, m in zip(bright, body)])[:, None, None]
-    near = ndimage.binary_dilation(body, np.ones((1, 3, 3))) & (bright > 0.58) & ~foreign
-    mask = np.where(near, np.maximum(mask, np.clip((bright - 0.12) / (peak - 0.12), 0, 1)), mask)
-    solid = ndimage.binary_fill_holes(mask > 0.5, np.pad(_PLANE, ((1, 1), (0, 0), (0, 0))))
-    inner = ndimage.binary_erosion(solid & (body | near), _PLANE, border_value=1)
-    mask = np.where(inner, 1, mask).astype(np.float32)
-    weight = (~foreign & ~grey_bar[index[:, 1]]) | inner
-
-    ended = np.pad(grey_bar, ((0, 0), (1, 1), (1, 1)), constant_values=True)[index[:, 1]]
-    cut = (ended[:, 1:-1, 1:-1] | ended[:, 1:-1, :-2] | ended[:, 1:-1, 2:]) | (ended[:, :-2, 1:-1] | ended[:, 2:, 1:-1])
-    cut = (cut & body).any((1, 2))  # touches the occluder or the frame's edge
-
-    shape, centre, radius, fit, seen = _fit(mask, weight.astype(np.float32), body)
-    for n, (c, f, main, others) in enumerate(fits):
-        row = out[COLORS[c]]
-        inside = (
-            (np.arange(width) + 0.5 - centre[n, 0]),
-            (np.arange(height)[:, None] + 0.5 - centre[n, 1]),
-        )
-        shown = coverage(max(shape[n], 0), *inside, radius[n]) > 0.3
-        row["extra"][f] = sum((other & shown).sum() < 0.5 * other.sum() for other in others)
-        row["present"][f] = level[n] > MIN_STRENGTH and fit[n] > MIN_BODY
-        mean = chroma[f][main].mean(0)
+    tracks = {COLORS[color]: _absent(frames) for color in colors}
+    for n, blob in enumerate(blobs):
+        row, f = tracks[COLORS[blob.color]], blob.frame
+        dx = np.arange(width) + 0.5 - center[n, 0]
+        dy = np.arange(height)[:, None] + 0.5 - center[n, 1]
+        covered = coverage(shape[n], dx, dy, radius[n]) > 0.3
+        row["extra"][f] = sum((other & covered).sum() < 0.5 * other.sum() for other in blob.others)
+        row["present"][f] = strength[n] > MIN_STRENGTH and fit[n] > MIN_BODY
+        mean = pixels.chroma[f][blob.body].mean(0)
         row["hue"][f] = math.atan2(mean[1], mean[0])
-        row["shape"][f] = shape[n] if fit[n] >= MIN_FIT and level[n] > MIN_STRENGTH else -1
-        row["position"][f] = centre[n] / (width, height)
-        row["radius"][f], row["visible"][f] = radius[n] / height, seen[n]
-        row["fit"][f], row["strength"][f] = fit[n], level[n]
-    for c, name in enumerate(COLORS):  # a sliver fits as a small whole: compare it with the others
-        of = index[:, 0] == c
+        row["shape"][f] = shape[n] if fit[n] >= MIN_FIT and strength[n] > MIN_STRENGTH else -1
+        row["position"][f] = center[n] / (width, height)
+        row["radius"][f] = radius[n] / height
+        row["visible"][f] = seen[n]
+        row["fit"][f] = fit[n]
+        row["strength"][f] = strength[n]
+
+    # A sliver of an object fits as a small whole one. Its area is therefore compared with the area in other frames.
+    for color in colors:
+        of = np.array([blob.color == color for blob in blobs])
         if of.any():
-            row, f, area = out[name], index[of, 1], body[of].sum((1, 2))
+            row = tracks[COLORS[color]]
+            f = np.array([blob.frame for blob in blobs if blob.color == color])
+            area = body[of].sum((1, 2))
             whole = np.median(area[~cut[of]]) if (~cut[of]).any() else area.max()
             smaller = np.where(cut[of], area / whole, 1)
             row["visible"][f] = np.minimum(row["visible"][f], smaller)
-    return out
+    return tracks
+
+
+def _absent(frames):
+    """Returns the track of an object that is in no frame."""
+    return {
+        "present": np.zeros(frames, bool),
+        "shape": np.full(frames, -1),
+        "position": np.full((frames, 2), np.nan),
+        "extra": np.zeros(frames, int),
+        **{k: np.full(frames, np.nan) for k in ("radius", "visible", "fit", "strength", "hue")},
+    }
 
 
 def _pool(video):
-    """float32 [F, H / k, W / k, 3] in 0..1 with k = H // 32 where H >= 64."""
+    """Returns the video averaged over k x k pixels, k = min(H, W) // 32: float32 [F, H // k, W // k, 3] in 0..1."""
     video = np.asarray(video)
     k = max(1, min(video.shape[1:3]) // 32)
     frames, height, width = video.shape[0], video.shape[1] // k, video.shape[2] // k
@@ -134,15 +115,110 @@ def _pool(video):
     return (cut.mean((2, 4)) if k > 1 else cut[:, :, 0, :, 0]).astype(np.float32) / 255
 
 
+class _Pixels(NamedTuple):
+    """What each pixel shows. All arrays begin with [F, H, W]."""
+
+    value: np.ndarray  # the largest of R, G, B, in 0..1
+    chroma: np.ndarray  # [..., 2]; every gray is at 0
+    nearest: np.ndarray  # index of the color that is nearest by its angle
+    strength: np.ndarray  # [..., colors]: along each color's vector; 1 is the paint in full light
+    colored: np.ndarray  # the strength along the nearest color
+    occluder: np.ndarray  # bool: gray of the occluder's brightness
+
+
+def _classify(pooled):
+    """Returns the _Pixels of a video, float32 [F, H, W, 3] in 0..1."""
+    chroma = pooled @ _CHROMA.T
+    value = pooled.max(-1)
+    dots = chroma @ (_VECTORS / _LENGTHS[:, None]).T  # [F, H, W, colors]
+    nearest = dots.argmax(-1)
+    strength = dots / _LENGTHS
+    colored = np.take_along_axis(strength, nearest[..., None], -1)[..., 0]
+    occluder = (colored < 0.12) & (value > 0.325) & (value < 0.55)
+    return _Pixels(value, chroma, nearest, strength, colored, occluder)
+
+
+class _Blob(NamedTuple):
+    """The largest connected region of a color in a frame."""
+
+    color: int  # index into COLORS
+    frame: int
+    body: np.ndarray  # bool [H, W]
+    others: list  # smaller regions of this color in this frame, each bool [H, W]
+
+
+def _find_blobs(pixels):
+    """Returns (colors, blobs): the indices of all colors that some frame shows, and their regions in every frame."""
+    frames, height, width = pixels.value.shape
+    least = MIN_AREA * height * width
+    colors, blobs = [], []
+    for color in range(len(COLORS)):
+        mine = (pixels.nearest == color) & (pixels.colored > 0.3)
+        if (mine.sum((1, 2)) < least).all():
+            continue
+        colors.append(color)
+        label, _ = ndimage.label(mine, _WITHIN_FRAMES)
+        sizes = np.bincount(label.ravel())
+        for frame in range(frames):
+            parts = np.unique(label[frame])[1:] if label[frame].any() else []
+            parts = [k for k in parts if sizes[k] >= least]
+            if parts:
+                main = max(parts, key=lambda k: sizes[k])
+                others = [label[frame] == k for k in parts if k != main]
+                blobs.append(_Blob(color, frame, label[frame] == main, others))
+    return colors, blobs
+
+
+def _masks(pixels, blobs, body):
+    """Returns what `_fit` needs of N blobs: (mask, weight, cut, strength).
+
+    mask: float32 [N, H, W] in 0..1, how much of each pixel the object covers
+    weight: float32 [N, H, W], 0 where the pixel shows something else
+    cut: bool [N], whether the blob touches the occluder or the edge of the frame
+    strength: [N], of the blob's strong pixels
+    """
+    color = np.array([blob.color for blob in blobs])
+    frame = np.array([blob.frame for blob in blobs])
+    power = pixels.strength[frame, :, :, color]  # [N, H, W]
+    strength = np.array([np.percentile(p[m], 75) for p, m in zip(power, body)])
+    power = power / strength[:, None, None]
+    bright = pixels.value[frame]
+    foreign = (pixels.nearest[frame] != color[:, None, None]) & (pixels.colored[frame] > 0.25)
+
+    # A highlight loses chroma, but not brightness. Inside the body a pixel is covered, whatever it shows.
+    mask = np.clip(power, 0, 1) * (~foreign & (power > 0.12))  # a smaller power is noise
+    peak = np.array([np.percentile(v[m], 60) for v, m in zip(bright, body)])[:, None, None]
+    near = ndimage.binary_dilation(body, np.ones((1, 3, 3))) & (bright > 0.58) & ~foreign
+    mask = np.where(near, np.maximum(mask, np.clip((bright - 0.12) / (peak - 0.12), 0, 1)), mask)
+    solid = ndimage.binary_fill_holes(mask > 0.5, _WITHIN_FRAMES)
+    inner = ndimage.binary_erosion(solid & (body | near), _PLANE, border_value=1)
+    mask = np.where(inner, 1, mask).astype(np.float32)
+    weight = (~foreign & ~pixels.occluder[frame]) | inner
+
+    end = np.pad(pixels.occluder, ((0, 0), (1, 1), (1, 1)), constant_values=True)[frame]  # occluder, or outside
+    beside = end[:, 1:-1, 1:-1] | end[:, 1:-1, :-2] | end[:, 1:-1, 2:] | end[:, :-2, 1:-1] | end[:, 2:, 1:-1]
+    cut = (beside & body).any((1, 2))
+    return mask, weight.astype(np.float32), cut, strength
+
+
 def _fit(mask, weight, body, steps=8):
-    """Fits each shape to each soft mask [N, H, W]; returns the best: shape, centre [N, 2] and
-    radius in pixels, soft intersection over union, share of the shape in sight; all [N]."""
+    """Fits every shape to each of N soft masks and returns the best: (shape, center, radius, fit, seen).
+
+    shape: int [N], index into SHAPES
+    center, radius: [N, 2] and [N], in pixels
+    fit: [N], soft intersection over union of the shape and the mask, in 0..1
+    seen: [N], share of the shape that is in sight, in 0..1
+
+    mask, weight: float32 [N, H, W], as `_masks` returns them
+    body: bool [N, H, W], around which a patch is cut out
+    steps: of Gauss-Newton
+    """
     count, height, width = mask.shape
     rows, columns = body.any(2), body.any(1)
     low = np.stack([columns.argmax(1), rows.argmax(1)], -1)
     high = np.stack([width - columns[:, ::-1].argmax(1), height - rows[:, ::-1].argmax(1)], -1)
     side = int(min((high - low).max(), 0.62 * height)) + 8
-    origin = (low + high) // 2 - side // 2  # [N, 2]; the patch may reach past the frame
+    origin = (low + high) // 2 - side // 2  # [N, 2]; the patch may go past the edge of the frame
     pad = side
     grid = origin[:, :, None] + np.arange(side)  # [N, 2, side]
     where = (np.arange(count)[:, None, None], grid[:, 1, :, None] + pad, grid[:, 0, None, :] + pad)
@@ -200,11 +276,14 @@ def _fit(mask, weight, body, steps=8):
 
 
 def impacts(tracks, fps):
-    """Visible changes of velocity: sorted [(time in s, color, change in frame widths per second)].
+    """Returns the visible changes of velocity: sorted [(time in s, color, change in frame widths per second)].
 
-    Second differences of a track are zero but for gravity and for impacts: one between frames f and
-    f + 1 changes the velocity by d = (d2[f] + d2[f + 1]) * fps, and how it is shared between the
-    two says when. The largest is taken out first, until what is left is no more than noise.
+    The second differences of a track are zero, except for gravity and for impacts. An impact between frames f and f + 1
+    changes the velocity by d = (d2[f] + d2[f + 1]) * fps, and the shares of d2[f] and d2[f + 1] in it tell the time.
+    The largest change is taken out first, until the rest is no more than noise.
+
+    tracks: of `track`
+    fps: frames per second
     """
     second = {}
     for name, row in tracks.items():
@@ -235,11 +314,14 @@ def impacts(tracks, fps):
 
 
 def onsets(audio, sample_rate):
-    """Times (s) of sharp rises: peaks of the spectral flux of a 16 ms STFT at a hop of 2 ms.
+    """Returns the times (s) of sharp rises in a sound: peaks of the spectral flux.
 
-    The flux is taken over 8 ms, of log magnitudes, against the largest of three neighbouring bins
-    before (as in SuperFlux, Boeck and Widmer 2013), so that ringing and beating do not count.
-    Nothing is said of the first and last 10 ms, where a sound cannot be told from its cut.
+    The flux is the mean rise of the log magnitudes of a 16 ms STFT over 8 ms, at a hop of 2 ms. Each bin is compared
+    with the largest of three neighboring bins before, so that ringing and beating do not count (SuperFlux, Boeck and
+    Widmer 2013). The first and last 10 ms have no onsets, because the cut of a sound is a sharp rise itself.
+
+    audio: float [N]
+    sample_rate: in Hz
     """
     hop = max(1, round(0.002 * sample_rate))
     size, lag = 8 * hop, 4
@@ -258,16 +340,26 @@ def onsets(audio, sample_rate):
 
 
 def measure(video, audio, fps, sample_rate, objects):
-    """One clip against what was asked of it.
+    """Compares a clip with the objects that its prompt asks for. Returns a dict:
 
-    video: uint8 [F, H, W, 3]; audio: [N] in [-1, 1]; objects: [{'color', 'shape', 'direction'}] by
-    name. Returns {'objects': [per asked object {'present_share', 'shape_right_share', 'right',
-    'direction_right', 'size_drift', 'color_drift'}], 'right': all objects right, 'count_right',
-    'sync_impacts': (impacts with an onset within one frame, impacts), 'sync_onsets': (onsets with
-    an impact within one frame, onsets)}. A drift is None where too little is seen. Frames in which
-    an object is mostly out of sight, or gone after it was partly so, are not held against its
-    shape; onsets are judged only where all tracked objects are in full sight, a frame from either
-    end (two from the last).
+      objects       [{'present_share', 'shape_right_share', 'right', 'direction_right', 'size_drift', 'color_drift'}],
+                    one dict for each object that is asked for; a drift is None where too little of the object is seen
+      right         bool, whether all of these objects are right
+      count_right   bool, whether the number of objects is right
+      sync_impacts  (visible impacts with an onset within one frame, visible impacts)
+      sync_onsets   (onsets with a visible impact within one frame, onsets)
+
+    Some frames do not count against an object's shape: frames in which most of the object is out of sight, and frames
+    in which it is absent next to a frame in which a part of it is out of sight. An onset counts only where all objects
+    are in full sight, and not in the first frame or the last two.
+
+    video: uint8 [F, H, W, 3]
+    audio: float [N] in [-1, 1]
+    fps: frames per second
+    sample_rate: in Hz
+    objects: [{'color', 'shape', 'direction'}], words of captions.py
+
+    Raises UserError if a word is unknown.
     """
     tracks, frames = track(video), len(video)
     kinks, heard = impacts(tracks, fps), onsets(audio, sample_rate)
@@ -277,22 +369,25 @@ def measure(video, audio, fps, sample_rate, objects):
     more = sum((row["extra"] > 0).mean() >= 0.25 for row in lasting)
     clear = np.all([row["visible"] >= VISIBLE for row in lasting], axis=0) & np.ones(frames, bool)
     struck = np.array([t for t, *_ in kinks])
-    near = lambda t, times: len(times) and np.abs(times - t).min() <= 1 / fps  # noqa: E731
-    asked = [t for t in heard if 1 <= t * fps < frames - 2 and clear[int(t * fps) - 1 : int(t * fps) + 3].all()]
+    counted = [t for t in heard if 1 <= t * fps < frames - 2 and clear[int(t * fps) - 1 : int(t * fps) + 3].all()]
+
+    def has_partner(time, times):
+        return len(times) > 0 and bool(np.abs(times - time).min() <= 1 / fps)
+
     return {
         "objects": judged,
         "right": all(j["right"] for j in judged),
         "count_right": len(lasting) + more == len(objects),
-        "sync_impacts": (sum(bool(near(t, heard)) for t in struck), len(struck)),
-        "sync_onsets": (sum(bool(near(t, struck)) for t in asked), len(asked)),
+        "sync_impacts": (sum(has_partner(t, heard) for t in struck), len(struck)),
+        "sync_onsets": (sum(has_partner(t, struck) for t in counted), len(counted)),
     }
 
 
 def _judge(row, ask, kinks, fps, frames):
-    """The part of `measure` that concerns one asked object; row: its color's track, if any."""
+    """Returns what `measure` says of one object. row: the track of its color, or None; ask: the object's words."""
     for key, known in (("color", COLORS), ("shape", SHAPES), ("direction", DIRECTIONS)):
         if ask[key] not in known:
-            raise UserError(f"tracker: {key} {ask[key]!r} unknown; one of {', '.join(known)}")
+            raise UserError(f"tracker: {key} {ask[key]!r} unknown; use one of {', '.join(known)}")
     out = {"present_share": 0.0, "shape_right_share": 0.0, "right": False, "direction_right": False}
     out |= {"size_drift": None, "color_drift": None}
     if row is None or not row["present"].any():
@@ -328,21 +423,26 @@ def _judge(row, ask, kinks, fps, frames):
     return out
 
 
-def summarise(measures):
-    """Pools `measure`s: {'one_object', 'two_objects' (color and shape right), 'direction',
-    'count', 'permanence', 'size_drift', 'color_drift', 'sync_impacts', 'sync_onsets'}, shares in
-    0..1, None where there was nothing to count."""
-    mean = lambda values: float(np.mean(values)) if len(values) else None  # noqa: E731
-    each = [j for m in measures for j in m["objects"]]
-    known = lambda key: [j[key] for j in each if j[key] is not None]  # noqa: E731
+def summarize(measures):
+    """Returns the means of many results of `measure`, in 0..1, or None where there is nothing to count:
+
+    {'one_object', 'two_objects': share of clips in which color and shape of all objects are right, 'direction',
+    'count', 'permanence', 'size_drift', 'color_drift', 'sync_impacts', 'sync_onsets'}
+    """
+
+    def mean(values):
+        values = [value for value in values if value is not None]
+        return float(np.mean(values)) if values else None
+
+    objects = [judged for m in measures for judged in m["objects"]]
     out = {
         "one_object": mean([m["right"] for m in measures if len(m["objects"]) == 1]),
         "two_objects": mean([m["right"] for m in measures if len(m["objects"]) == 2]),
-        "direction": mean(known("direction_right")),
+        "direction": mean([judged["direction_right"] for judged in objects]),
         "count": mean([m["count_right"] for m in measures]),
-        "permanence": mean(known("present_share")),
-        "size_drift": mean(known("size_drift")),
-        "color_drift": mean(known("color_drift")),
+        "permanence": mean([judged["present_share"] for judged in objects]),
+        "size_drift": mean([judged["size_drift"] for judged in objects]),
+        "color_drift": mean([judged["color_drift"] for judged in objects]),
     }
     for key in ("sync_impacts", "sync_onsets"):
         hits, total = np.sum([m[key] for m in measures], axis=0) if measures else (0, 0)

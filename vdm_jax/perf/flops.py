@@ -1,10 +1,12 @@
-"""Floating-point operations that a model's definition asks for, counted from shapes; and what devices can do.
+"""Counts the floating-point operations (FLOPs) of a model from shapes, and knows the peak FLOP/s of devices.
 
-A product of matrices, or a convolution, costs 2 operations for each multiply-add. Differentiating it costs as much
-again for each operand that depends on the parameters being trained: one more product gives the gradient of that
-operand. So a layer in the middle of a trained network counts three times, its first layer twice, attention between
-activations three times, a frozen encoder once. Recomputation (rematerialisation), optimizers and pointwise work are
-left out, as is what no result is made of: these are the *model* FLOPs of arXiv:2204.02311, appendix B.
+A matrix product or a convolution costs 2 FLOPs for each multiply-add. The backward pass costs the same again for each
+operand that depends on the trained parameters, because one more product gives the gradient of that operand. A layer in
+the middle of a trained network therefore counts three times, and its first layer counts twice. Attention between
+activations counts three times. A frozen encoder counts once.
+
+The count leaves out recomputation (rematerialization), optimizers, pointwise operations, and everything that no result
+depends on. It is the number of *model* FLOPs of arXiv:2204.02311, appendix B.
 """
 
 import math
@@ -13,12 +15,12 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-# Dense bfloat16 TFLOP/s of one device, as its maker states it; the first name found in `device_kind` counts.
+# Dense bfloat16 TFLOP/s of one device, from its maker's data sheet. The first name that `device_kind` contains counts.
 PEAK_TFLOPS = {
     "TPU v6": 918,
     "TPU v5 lite": 197,
     "TPU v5e": 197,
-    "TPU v5": 459,  # v5p calls itself so
+    "TPU v5": 459,  # the `device_kind` of a v5p
     "TPU v4": 275,
     "H200": 989,
     "H100": 989,
@@ -27,16 +29,23 @@ PEAK_TFLOPS = {
 
 
 def peak(device):
-    """Peak FLOP/s of a device in bfloat16, or None where it is not known."""
+    """Returns the peak bfloat16 FLOP/s of a device, or None for an unknown device."""
     kind = device.device_kind
     return next((1e12 * tflops for name, tflops in PEAK_TFLOPS.items() if name in kind), None)
 
 
 def count(function, trained, *arguments):
-    """FLOPs of function(trained, *arguments), and of its gradient by `trained`: -> (forward, forward and backward).
+    """Returns (FLOPs of function(trained, *arguments), FLOPs of that and its gradient by `trained`).
 
-    trained, arguments: trees of arrays or ShapeDtypeStructs. Loops count as often as they run; `while` loops whose
-    length no shape tells raise NotImplementedError if there are products in them.
+    A loop body counts once for each iteration. A function under `shard_map` counts with the shapes of one device, so
+    count with no mesh set.
+
+    function: anything that JAX can trace. A jitted function keeps the jaxpr of its first call, so count the function
+        inside it where `models` choose another form of a layer for each kind of device.
+    trained: a tree of arrays or ShapeDtypeStructs.
+    arguments: more trees of arrays or ShapeDtypeStructs.
+
+    Raises NotImplementedError for a `while` loop with products, because no shape gives its number of iterations.
     """
     jaxpr = jax.make_jaxpr(function)(trained, *arguments)
     parameters = len(jax.tree.leaves(trained))
@@ -47,62 +56,72 @@ def count(function, trained, *arguments):
 
 
 def _count(jaxpr, depends):
-    """-> (forward FLOPs, with gradients, which outputs depend on what is trained); depends: the same of the inputs."""
+    """Returns (forward FLOPs, forward and backward FLOPs, one bool for each output: it depends on `trained`).
+
+    depends: one bool for each input of the jaxpr: it depends on `trained`.
+    """
     known = dict(zip(jaxpr.invars, depends, strict=True))
 
-    def reads(atom):
+    def is_trained(atom):
         return not isinstance(atom, core.Literal) and known.get(atom, False)
 
     forward = both = 0
     for eqn in jaxpr.eqns:
-        inputs = [reads(atom) for atom in eqn.invars]
+        inputs = [is_trained(atom) for atom in eqn.invars]
         outputs = [any(inputs)] * len(eqn.outvars)
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            cost = _products(eqn)
-            forward, both = forward + cost, both + cost * (1 + sum(inputs))
+            cost = _product_flops(eqn)
+            forward += cost
+            both += cost * (1 + sum(inputs))
         elif bodies := _bodies(eqn):
-            costs = [_count(body, _inputs(eqn, body, inputs)) for body in bodies]
+            costs = [_count(body, _body_inputs(eqn, body, inputs)) for body in bodies]
             times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
             if eqn.primitive.name == "while" and any(cost[0] for cost in costs):
                 raise NotImplementedError("products in a loop of unknown length")
-            forward += times * max(cost[0] for cost in costs)  # of the branches of a condition, the dearest
+            # Of the branches of a condition, the most expensive branch counts.
+            forward += times * max(cost[0] for cost in costs)
             both += times * max(cost[1] for cost in costs)
-            outputs = [any(told) for told in zip(*(cost[2] for cost in costs))]
+            outputs = [any(branches) for branches in zip(*(cost[2] for cost in costs))]
         known.update(zip(eqn.outvars, outputs))
-    return forward, both, [reads(atom) for atom in jaxpr.outvars]
+    return forward, both, [is_trained(atom) for atom in jaxpr.outvars]
 
 
 def _bodies(eqn):
-    """The programs inside an equation: the body of a loop, the branches of a condition, a called function."""
+    """Returns the jaxprs inside an equation: the body of a loop, the branches of a condition, or a called function."""
     names = ("jaxpr", "call_jaxpr", "body_jaxpr")
-    found = eqn.params.get("branches") or [eqn.params[name] for name in names if name in eqn.params]
-    return [getattr(body, "jaxpr", body) for body in found]
+    bodies = eqn.params.get("branches") or [eqn.params[name] for name in names if name in eqn.params]
+    return [getattr(body, "jaxpr", body) for body in bodies]
 
 
-def _inputs(eqn, body, inputs):
-    """Which inputs of a body depend on what is trained, from which inputs of its equation do."""
+def _body_inputs(eqn, body, inputs):
+    """Returns one bool for each input of a body: it depends on `trained`.
+
+    inputs: one bool for each input of the equation.
+    """
     if eqn.primitive.name == "cond":
-        return inputs[1:]  # less the number of the branch
+        return inputs[1:]  # the first input is the number of the branch
     if eqn.primitive.name == "while":
         return inputs[eqn.params["cond_nconsts"] :]
-    if eqn.primitive.name == "scan":  # what a step carries over, the next one reads
-        carried = _same_shapes(eqn.outvars, body.outvars)  # what is stacked or sliced has an axis more outside
-        first = _same_shapes(eqn.invars, body.invars) - carried
-        told = _count(body, inputs)[2]
-        again = [a or b for a, b in zip(inputs[first : first + carried], told[:carried])]
-        return inputs[:first] + again + inputs[first + carried :]
+    if eqn.primitive.name == "scan":
+        # Inputs and outputs of a scan begin with constants and the carry. What is sliced or stacked comes after them,
+        # and has one more axis outside the body than inside.
+        carried = _count_same_shapes(eqn.outvars, body.outvars)
+        first = _count_same_shapes(eqn.invars, body.invars) - carried
+        outputs = _count(body, inputs)[2]  # the next iteration reads the carry of this iteration
+        carry = [a or b for a, b in zip(inputs[first : first + carried], outputs[:carried])]
+        return inputs[:first] + carry + inputs[first + carried :]
     return inputs
 
 
-def _same_shapes(outside, inside):
+def _count_same_shapes(outside, inside):
     return sum(a.aval.shape == b.aval.shape for a, b in zip(outside, inside))
 
 
-def _products(eqn):
+def _product_flops(eqn):
     left, right = (atom.aval.shape for atom in eqn.invars[:2])
     out = math.prod(eqn.outvars[0].aval.shape)
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2 * out * math.prod(left[i] for i in contracted)
-    outputs = eqn.params["dimension_numbers"].rhs_spec[0]
-    return 2 * out * math.prod(right) // right[outputs]  # window times input channels of one group
+    output_axis = eqn.params["dimension_numbers"].rhs_spec[0]
+    return 2 * out * math.prod(right) // right[output_axis]  # window times input channels of one group

@@ -1,6 +1,7 @@
-"""Reads the text of a compiled XLA program: the FLOPs, bytes and collectives of one device, loops counted as they run.
+"""Reads the text of a compiled XLA program: FLOPs, bytes and collectives of one device.
 
-XLA's own cost analysis counts the body of a loop once. What a custom call (a Pallas kernel) does inside is not seen.
+XLA's own cost analysis counts the body of a loop once. This module counts the body once for each iteration. It does not
+see the work inside a custom call, such as a Pallas kernel.
 """
 
 import collections
@@ -8,13 +9,15 @@ import math
 import re
 from typing import NamedTuple
 
-BYTES = {"pred": 1, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}  # of others the name tells: f32, s8, u64, f8e4m3fn
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-# These move nothing of their own: what they stand for is counted where it is made or read.
+SLICES = ("dynamic-slice", "slice", "gather")
+# These move no bytes themselves. Their arrays count in the instructions that write or read the arrays.
 SILENT = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
     "partition-id", "replica-id", "iota", "opt-barrier", "async-update",
 )  # fmt: skip
+# These call a computation for each element. Its work is not counted.
+ELEMENTWISE_CALLERS = ("reduce", "all-reduce", "reduce-scatter", "scatter", "sort", "reduce-window")
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
@@ -26,160 +29,194 @@ _CALLED = re.compile(
 
 
 class Instruction(NamedTuple):
+    """One line of the program's text."""
+
     name: str
-    shape: str  # as written, layout and all
+    shape: str  # as written, with its layout
     opcode: str
-    operands: tuple[str, ...]  # names; of a parameter its number
-    attributes: str
-    root: bool
+    operands: tuple[str, ...]  # names of instructions; of a parameter, its number
+    attributes: str  # everything after the operands
+    root: bool  # the result of its computation
 
 
 class Operation(NamedTuple):
-    """One step of the program on one device, `times` times a run."""
+    """One operation of the program on one device."""
 
     opcode: str
     name: str
-    times: int
-    flops: float  # of products and convolutions
-    bytes: float  # read from and written to the memory of the device, at least
-    collectives: dict  # {kind: bytes that the device receives}
+    times: int  # how often it runs
+    flops: float  # of matrix products and convolutions, each time
+    bytes: float  # read from and written to the main memory of the device, each time, at least
+    collectives: dict  # {kind: bytes that the device receives}, each time
 
 
 def parse(text):
-    """-> ({computation: {instruction name: Instruction}}, name of the entry)."""
-    computations, entry, current = {}, None, None
+    """Returns ({computation: {name: Instruction}}, name of the entry computation). text: from compiled.as_text()."""
+    computations = {}
+    entry = current = None
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith((" ", "HloModule")) and " = " not in line.split("(")[0]:
             name = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
             current = computations[name] = {}
             entry = name if line.startswith("ENTRY") else entry
-        elif (found := _INSTRUCTION.match(line)) and current is not None:
-            name, rest = found.groups()
+        elif (match := _INSTRUCTION.match(line)) and current is not None:
+            name, rest = match.groups()
             opcode = _OPCODE.search(" " + rest)
             if not opcode:
                 continue
             shape, rest = rest[: max(0, opcode.start() - 1)], rest[opcode.end() - 1 :]
-            inside, attributes = _closed(rest)
+            inside, attributes = _split_at_closing_bracket(rest)
             operands = (inside,) if opcode[1] == "parameter" else tuple(re.findall(r"%([\w.-]+)", inside))
             root = line.lstrip().startswith("ROOT")
             current[name] = Instruction(name, shape, opcode[1], operands, attributes, root)
     return computations, entry
 
 
-def _closed(rest):
-    """Splits what follows an opening bracket at the bracket that closes it."""
+def _split_at_closing_bracket(text):
+    """Returns (text inside a bracket, text after the bracket). text: begins after the opening bracket."""
     depth = 1
-    for i, letter in enumerate(rest):
+    for i, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
         if not depth:
-            return rest[:i], rest[i + 1 :]
-    return rest, ""
+            return text[:i], text[i + 1 :]
+    return text, ""
 
 
 def arrays(shape):
-    """[(type, dimensions, in the device's main memory)] of a shape as written."""
+    """Returns [(type, dimensions, whether the array is in main memory)] for a shape as written."""
     return [
         (kind, [int(n) for n in dims.split(",") if n], not re.search(r"S\([1-9]", layout))
         for kind, dims, layout in _ARRAY.findall(shape)
     ]
 
 
-def _bytes(kind, dims):
-    width = BYTES.get(kind) or int(re.search(r"\d+", kind)[0]) / 8 if kind != "token" else 0
-    return width * math.prod(dims)
+def _array_bytes(kind, dims):
+    if kind == "token":
+        return 0
+    bits = 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])  # f32, bf16, s8 and c64 name their bits
+    return bits / 8 * math.prod(dims)
 
 
 def size(shape, everywhere=False):
-    """Bytes of a shape in the device's main memory, or in any with everywhere=True."""
-    return sum(_bytes(kind, dims) for kind, dims, main in arrays(shape) if main or everywhere)
+    """Returns the bytes of a shape as written: in main memory, or in any memory of the device with everywhere=True."""
+    return sum(_array_bytes(kind, dims) for kind, dims, main in arrays(shape) if main or everywhere)
 
 
 def operations(text):
-    """The Operations of one run of a compiled program, from compiled.as_text()."""
+    """Returns the Operations of one run of a compiled program. text: from compiled.as_text()."""
     computations, entry = parse(text)
-    found = []
+    result = []
 
     def walk(name, times):
         body = computations[name]
-        for one in body.values():
-            called = _called(one)
-            if one.opcode == "while":
-                trips = re.search(r'known_trip_count\\?":\{\\?"n\\?":\\?"?(\d+)', one.attributes)
+        for instruction in body.values():
+            opcode = instruction.opcode
+            called = _called(instruction)
+            if opcode == "while":
+                trips = re.search(r'known_trip_count\\?":\{\\?"n\\?":\\?"?(\d+)', instruction.attributes)
                 for inner in called:
                     walk(inner, times * (int(trips[1]) if trips else 1))
-            elif one.opcode in ("call", "conditional"):
+            elif opcode in ("call", "conditional"):
                 for inner in called:
                     walk(inner, times)
-            elif one.opcode not in SILENT and not one.opcode.endswith("-done"):
-                inside = [i for c in called for i in _all(computations, c)]
-                flops = sum(_flops(i, computations[c]) for c, i in [(name, one), *inside])
-                received = collections.Counter()
-                for c, i in [(name, one), *inside]:
-                    kind = i.opcode.removesuffix("-start")
-                    if kind in COLLECTIVES:
-                        if "all-reduce-scatter" in c:  # how a TPU program writes one
-                            kind = "reduce-scatter"
-                        received[kind] += _received(kind, i, computations[c])
-                moved = 0 if received else _moved(one, body, computations)
+            elif opcode not in SILENT and not opcode.endswith("-done"):
+                parts = [(name, instruction)]
+                parts += [part for inner in called for part in _walk_computation(computations, inner)]
+                flops = sum(_flops(part, computations[computation]) for computation, part in parts)
+                received = _received(parts, computations)
+                moved = 0 if received else _moved_bytes(instruction, body, computations)
                 if flops or moved or received:
-                    found.append(Operation(one.opcode, one.name, times, flops, moved, dict(received)))
+                    result.append(Operation(opcode, instruction.name, times, flops, moved, received))
 
     walk(entry, 1)
-    return found
+    return result
 
 
 def _called(instruction):
-    return [
-        c.strip(" {}%")
-        for group in _CALLED.findall(instruction.attributes)
-        for c in group.split(",")
-        if instruction.opcode not in ("reduce", "all-reduce", "reduce-scatter", "scatter", "sort", "reduce-window")
-    ]
+    """Returns the names of the computations that an instruction calls."""
+    if instruction.opcode in ELEMENTWISE_CALLERS:
+        return []
+    groups = _CALLED.findall(instruction.attributes)
+    return [name.strip(" {}%") for group in groups for name in group.split(",")]
 
 
-def _all(computations, name):
-    """(computation, instruction) of a fusion's body, and of what that calls."""
-    for one in computations[name].values():
-        yield name, one
-        for inner in _called(one):
-            yield from _all(computations, inner)
+def _walk_computation(computations, name):
+    """Yields (computation, Instruction) for a computation, and for every computation that it calls."""
+    for instruction in computations[name].values():
+        yield name, instruction
+        for inner in _called(instruction):
+            yield from _walk_computation(computations, inner)
 
 
-def _moved(one, body, computations):
-    """Bytes an instruction reads and writes in main memory; of what a fusion only reads a slice of, the slice."""
-    written = size(one.shape)
-    if one.opcode in ("copy-start", "slice-start"):  # the shape names source, target and a flag
+def _moved_bytes(instruction, body, computations):
+    """Returns the bytes that an instruction reads and writes in main memory.
+
+    Where a fusion only reads a slice of an operand, the slice counts. A slice that is written in place counts twice.
+
+    body: the computation of the instruction.
+    """
+    written = size(instruction.shape)
+    if instruction.opcode in ("copy-start", "slice-start"):  # the shape holds the source, the target and a flag
         return written / 2
-    inner = computations[_called(one)[0]] if one.opcode == "fusion" and _called(one) else {}
-    slices = ("dynamic-slice", "slice", "gather")
-    parameters = {}
-    for name, i in inner.items():
-        if i.opcode == "parameter":
-            parameters[int(i.operands[0])] = [j for j in inner.values() if name in j.operands]
-    for i in inner.values():
-        if i.root and i.opcode == "dynamic-update-slice":  # written in place
-            update = inner.get(i.operands[1])
-            written = 2 * size(update.shape) if update and size(update.shape) < written else written
+    called = _called(instruction)
+    inner = computations[called[0]] if instruction.opcode == "fusion" and called else {}
+    users = {}  # {number of a parameter of the fusion: the instructions that read it}
+    for name, part in inner.items():
+        if part.opcode == "parameter":
+            users[int(part.operands[0])] = [other for other in inner.values() if name in other.operands]
+    for part in inner.values():
+        if _updates_in_place(part):
+            update = inner.get(part.operands[1])
+            if update and size(update.shape) < written:
+                written = 2 * size(update.shape)
     read = 0
-    for place, operand in enumerate(one.operands):
-        if operand not in body:
-            continue
-        whole = size(body[operand].shape)
-        users = parameters.get(place, [])
-        if one.opcode in slices:
-            whole = min(whole, size(one.shape))
-        if users and all(u.opcode in slices for u in users):
-            whole = min(whole, sum(size(u.shape, everywhere=True) for u in users))
-        if users and all(u.root and u.opcode == "dynamic-update-slice" for u in users):
-            whole = 0
-        read += whole
+    for number, operand in enumerate(instruction.operands):
+        if operand in body:
+            whole = size(body[operand].shape)
+            read += _read_bytes(whole, users.get(number, []), instruction)
     return read + written
 
 
-def _received(kind, one, body):
-    """Bytes that one device receives in a collective, at least; see the factors of a ring (arXiv:1802.05799)."""
-    inputs = sum(size(body[o].shape, everywhere=True) for o in one.operands if o in body)
-    group = group_size(one.attributes)
+def _updates_in_place(instruction):
+    return instruction.root and instruction.opcode == "dynamic-update-slice"
+
+
+def _read_bytes(whole, users, instruction):
+    """Returns the bytes that an instruction reads of one operand.
+
+    whole: bytes of the operand.
+    users: the instructions inside a fusion that read the operand; [] for other instructions.
+    """
+    if instruction.opcode in SLICES:
+        whole = min(whole, size(instruction.shape))
+    if users and all(user.opcode in SLICES for user in users):
+        whole = min(whole, sum(size(user.shape, everywhere=True) for user in users))
+    if users and all(_updates_in_place(user) for user in users):
+        return 0
+    return whole
+
+
+def _received(parts, computations):
+    """Returns {kind of collective: bytes that one device receives, at least}.
+
+    The factors are of algorithms that send as few bytes as possible, such as a ring (arXiv:1802.05799).
+
+    parts: [(computation, Instruction)].
+    """
+    received = collections.Counter()
+    for computation, part in parts:
+        kind = part.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            if "all-reduce-scatter" in computation:  # the name that a TPU program gives to a reduce-scatter
+                kind = "reduce-scatter"
+            received[kind] += _collective_bytes(kind, part, computations[computation])
+    return dict(received)
+
+
+def _collective_bytes(kind, instruction, body):
+    """Returns the bytes that one device receives in a collective."""
+    inputs = sum(size(body[operand].shape, everywhere=True) for operand in instruction.operands if operand in body)
+    group = group_size(instruction.attributes)
     share = (group - 1) / group
     if kind == "all-gather":
         return inputs * (group - 1)
@@ -191,47 +228,63 @@ def _received(kind, one, body):
 
 
 def group_size(attributes):
-    """How many devices take part in one group of a collective."""
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return len(found[1].split(","))
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
-        return int(found[1])
-    if found := re.search(r"replica_groups=@?mesh\w*\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
-    return 2  # as a permute has
+    """Returns the number of devices in one group of a collective. attributes: of its Instruction."""
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(match[1].split(","))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(match[1])
+    if match := re.search(r"replica_groups=@?mesh\w*\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
+    return 2  # a permute has pairs of devices and no groups
 
 
-def _flops(one, body):
-    """2 * multiply-adds of a product or convolution, those with padding left out."""
-    if one.opcode not in ("dot", "convolution") or one.operands[0] not in body or one.operands[1] not in body:
+def _flops(instruction, body):
+    """Returns 2 FLOPs for each multiply-add of a product or a convolution. Multiply-adds with padding do not count."""
+    if instruction.opcode not in ("dot", "convolution") or any(name not in body for name in instruction.operands[:2]):
         return 0
-    left, right, out = (arrays(s)[0][1] for s in (body[one.operands[0]].shape, body[one.operands[1]].shape, one.shape))
-    if one.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)[1]
+    shapes = (*(body[name].shape for name in instruction.operands[:2]), instruction.shape)
+    left, right, out = (arrays(shape)[0][1] for shape in shapes)
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
         return 2 * math.prod(out) * math.prod(left[int(i)] for i in contracted.split(",") if i)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
-    window = re.search(r"window=\{([^}]*)\}", one.attributes)
-    fields = dict(f.split("=") for f in window[1].split(" ")) if window else {}
-    spatial = [c for c in labels[1] if c.isdigit()]
+    return _convolution_flops(instruction.attributes, left, right, out)
+
+
+def _convolution_flops(attributes, left, right, out):
+    """Returns the FLOPs of a convolution. left, right, out: dimensions of the input, the kernel and the output."""
+    left_labels, right_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(field.split("=") for field in window[1].split(" ")) if window else {}
+    spatial = [label for label in left_labels if label.isdigit()]
 
     def per_dimension(name, default):
         return fields[name].split("x") if name in fields else [default] * len(spatial)
 
-    valid = 1
-    settings = [per_dimension(n, d) for n, d in (("size", "1"), ("stride", "1"), ("pad", "0_0"))]
-    settings += [per_dimension(n, "1") for n in ("lhs_dilate", "rhs_dilate")]
-    for label, k, stride, pad, spread, gap in zip(spatial, *settings):
-        n, m, low = left[labels[1].index(label)], out[labels[3].index(label)], int(pad.split("_")[0])
-        k, stride, spread, gap = int(k), int(stride), int(spread), int(gap)
-        valid *= sum(_meets(j * gap - low, m, stride, n, spread) for j in range(k))
-    groups = {n: int(v) for n, v in re.findall(r"(feature|batch)_group_count=(\d+)", one.attributes)}
-    batch = left[labels[1].index("b")] // groups.get("batch", 1)
-    features = left[labels[1].index("f")] // groups.get("feature", 1)
-    return 2 * batch * features * right[labels[2].index("o")] * valid
+    pairs = 1  # of an output position and a tap of the kernel that reads an input there
+    for label, taps, stride, pad, input_dilation, kernel_dilation in zip(
+        spatial,
+        per_dimension("size", "1"),
+        per_dimension("stride", "1"),
+        per_dimension("pad", "0_0"),
+        per_dimension("lhs_dilate", "1"),
+        per_dimension("rhs_dilate", "1"),
+    ):
+        inputs = left[left_labels.index(label)]
+        outputs = out[out_labels.index(label)]
+        low = int(pad.split("_")[0])
+        firsts = (tap * int(kernel_dilation) - low for tap in range(int(taps)))
+        pairs *= sum(_count_hits(first, int(stride), outputs, inputs, int(input_dilation)) for first in firsts)
+    groups = {name: int(n) for name, n in re.findall(r"(feature|batch)_group_count=(\d+)", attributes)}
+    batch = left[left_labels.index("b")] // groups.get("batch", 1)
+    features = left[left_labels.index("f")] // groups.get("feature", 1)
+    return 2 * batch * features * right[right_labels.index("o")] * pairs
 
 
-def _meets(first, outputs, stride, inputs, spread):
-    """How many output positions meet an input at one tap: indices first + i * stride that are 0, spread, ..."""
+def _count_hits(first, stride, outputs, inputs, input_dilation):
+    """Returns how many output positions read an input, and not padding, at one tap of the kernel.
+
+    Output i reads place first + i * stride. The inputs are at places 0, input_dilation, 2 * input_dilation, ...
+    """
     places = (first + i * stride for i in range(outputs))
-    return sum(0 <= p < (inputs - 1) * spread + 1 and p % spread == 0 for p in places)
+    return sum(0 <= p < (inputs - 1) * input_dilation + 1 and p % input_dilation == 0 for p in places)

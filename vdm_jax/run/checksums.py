@@ -1,7 +1,8 @@
-"""Checksums of the files in a folder: what a disk or a copy changed is found before it is used.
+"""Checksums of the files in a folder: a changed or missing file is found before it is used.
 
-`checksums.txt` has a line `crc32 bytes path` for each file of its folder, and first the CRC-32 of these lines. A CRC-32
-finds every change of a single bit and all but one in four billion others; it is no defence against forgery.
+Each line of `checksums.txt` is `crc32 bytes path` for one file of the folder. The first line is the CRC-32 of all later
+lines. A CRC-32 detects every change of a single bit, and misses one in 4 billion other changes. It does not protect
+against forgery.
 """
 
 import zlib
@@ -12,17 +13,21 @@ from etils import epath
 from vdm_jax.errors import UserError
 
 NAME = "checksums.txt"
-CHUNK = 1 << 22  # bytes
-# Orbax writes these when all else in a checkpoint is complete, its checksums too; no array is read by them.
+CHUNK = 1 << 22  # bytes read at once
+# Orbax writes these two files after `checksums.txt`. They hold no arrays.
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Damaged(UserError):
-    """Files are not what they were when their checksums were written."""
+    """The files of a folder differ from its checksums."""
+
+
+class Missing(Damaged):
+    """A folder has no checksums."""
 
 
 def write(folder):
-    """Writes the checksums of all files in `folder`, those in folders below included."""
+    """Writes the checksums of all files in `folder` and its subfolders, except for the files in LATER."""
     folder = epath.Path(folder)
     paths = [p for p in sorted(files(folder)) if p not in (NAME, *LATER)]
     with ThreadPoolExecutor() as threads:
@@ -31,24 +36,23 @@ def write(folder):
 
 
 def add_later(folder):
-    """Adds the checksums of the files named in LATER to those in `folder`, if any, where they are missing."""
+    """Adds the checksums of the files in LATER, where they are missing. Raises Damaged when `checksums.txt` is."""
     folder = epath.Path(folder)
-    if not (folder / NAME).exists():
-        return
     lines = _read_lines(folder)
     known = {line.split(" ", 2)[2] for line in lines.split("\n")[:-1]}
     more = [name for name in LATER if name not in known and (folder / name).exists()]
     if more:
         lines += "".join(_line(folder, name)[0] + "\n" for name in more)
         (folder / f"{NAME}.new").write_text(_sealed(lines))
-        (folder / f"{NAME}.new").replace(folder / NAME)  # a run killed here leaves the one or the other
+        (folder / f"{NAME}.new").replace(folder / NAME)  # a run killed here leaves the old file or the new one
 
 
 def check(folder):
-    """-> bytes read, or None where `folder` has no checksums. Raises Damaged, which names the first such file."""
+    """Compares the files in `folder` with their checksums, and returns how many bytes it read.
+
+    Raises Damaged, which names the first file that differs, or Missing when the folder has no `checksums.txt`.
+    """
     folder = epath.Path(folder)
-    if not (folder / NAME).exists():
-        return None
     lines = _read_lines(folder)
 
     def read(line):
@@ -60,7 +64,7 @@ def check(folder):
         except OSError as error:
             raise Damaged(f"{folder / path} cannot be read: {error.strerror or error}") from None
         if found != line:
-            raise Damaged(f"{folder / path} is damaged: its checksum is another than when it was written")
+            raise Damaged(f"{folder / path} is damaged: it differs from its checksum")
         return count
 
     with ThreadPoolExecutor() as threads:
@@ -72,7 +76,10 @@ def _sealed(lines):
 
 
 def _read_lines(folder):
-    content = (folder / NAME).read_bytes().decode("utf-8", "replace")
+    try:
+        content = (folder / NAME).read_bytes().decode("utf-8", "replace")
+    except FileNotFoundError:
+        raise Missing(f"{folder} has no {NAME}, so damage would not be noticed: restore this file") from None
     lines = content.partition("\n")[2]
     if content != _sealed(lines):
         raise Damaged(f"{folder / NAME} is damaged")
@@ -80,7 +87,7 @@ def _read_lines(folder):
 
 
 def files(folder, above=""):
-    """Paths of files relative to the topmost folder."""
+    """Yields the paths of all files in `folder` and its subfolders, relative to `folder`."""
     for path in folder.iterdir():
         if path.is_dir():
             yield from files(path, f"{above}{path.name}/")
@@ -89,9 +96,10 @@ def files(folder, above=""):
 
 
 def _line(folder, path):
-    """-> (line of a file, its bytes)."""
+    """Returns (the line of `checksums.txt` for one file, its size in bytes)."""
     crc, count = 0, 0
     with (folder / path).open("rb") as file:
         while chunk := file.read(CHUNK):
-            crc, count = zlib.crc32(chunk, crc), count + len(chunk)
+            crc = zlib.crc32(chunk, crc)
+            count += len(chunk)
     return f"{crc:08x} {count} {path}", count

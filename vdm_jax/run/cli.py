@@ -1,4 +1,4 @@
-"""What the command lines share: the --config flag, and errors of one clear line."""
+"""What all commands share: the --config flag, and wrong input that ends with one clear line."""
 
 import logging
 import sys
@@ -11,29 +11,31 @@ from ml_collections import config_flags
 
 from vdm_jax.errors import UserError
 
-# Of libraries: what users need to know, this package says. Now, as some warn when they are loaded.
+# Hides the warnings of libraries. Some of them warn while they are imported, so this is done before that.
 absl.logging.set_verbosity(absl.logging.ERROR)
 
 
 def define_config():
-    """Defines --config=FILE, with --config.some.key=value to change a value."""
-    return config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/world.py.", lock_config=True)
+    """Defines --config=FILE. With it, --config.some.key=value changes a value."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "Recipe, such as configs/world.py. --config.KEY=VALUE changes a value of it.", lock_config=True
+    )
 
 
 def only_options(argv):
-    """Raises UserError where a command line has a word that is no option."""
+    """Raises UserError when a command line has a word that is not an option."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
 
 
 def use_cache(config):
-    """Keeps compiled programs in the folder config.compilation_cache, if any, for later processes."""
+    """Keeps compiled programs in the folder config.compilation_cache, for later processes. "" keeps none."""
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
 
 
 def run(main):
-    """absl's app.run, with UserError and flag errors as one line on stderr and exit code 2."""
+    """Runs main(argv) as absl's app.run does. A UserError and a wrong flag end with one line and exit code 2."""
     _log()
     try:
         app.run(_guarded(main), flags_parser=_parse)
@@ -42,13 +44,16 @@ def run(main):
 
 
 def call(script, *options):
-    """What `python -m SCRIPT OPTIONS` does, inside this process: in a notebook the TPU belongs to it and to no other.
+    """Does in this process what `python -m SCRIPT OPTIONS` does. A notebook needs it: its process has the only TPU.
 
-    script: a module with define_flags and main. Raises UserError.
+    script: a module with `define_flags` and `main`.
+    options: strings such as "--seed=1".
+
+    Raises UserError.
     """
     _log()
     known, before = set(flags.FLAGS), sys.argv
-    sys.argv = [script.__name__, *options]  # where ml_collections looks for --config.some.key
+    sys.argv = [script.__name__, *options]  # ml_collections reads --config.some.key from here
     script.define_flags()
     try:
         script.main(_parse(sys.argv))
@@ -86,8 +91,8 @@ def fail(message):
 
 
 def _parse(argv):
-    """Parses flags; a recipe that is missing or broken and a mistyped key become a UserError."""
-    # Recipes import their neighbours as `configs.common`, wherever the command is given from.
+    """Parses flags. Raises UserError for a missing or broken recipe, and for a mistyped key."""
+    # Recipes import `configs.common`. This makes it importable from any working directory.
     for path in (a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("config=")):
         sys.path.append(str(Path(path).resolve().parent.parent))
     try:
@@ -98,16 +103,16 @@ def _parse(argv):
         raise UserError(f"the recipe is broken: {type(error).__name__}: {error}") from None
     if "config" in flags.FLAGS:
         try:
-            hasattr(flags.FLAGS.config, "lock")  # ml_collections keeps the error of a missing file for the first access
+            hasattr(flags.FLAGS.config, "lock")  # the first access raises the error of a missing file
         except OSError:
             raise UserError(f"cannot read the recipe --config={flags.FLAGS['config'].config_filename}") from None
     return rest
 
 
 def _explain(error):
-    """The text of an absl or ml_collections error without quotes and line breaks around the parts."""
+    """Returns the text of an absl or ml_collections error on one line, without quotes."""
     lines = [line.strip(" '\"\\") for line in str(error).replace("\\n", "\n").splitlines()]
-    if any(line.startswith("Traceback") for line in lines):  # of the recipe: its last line says what was wrong
+    if any(line.startswith("Traceback") for line in lines):  # the last line of a traceback names the fault
         lines = ["the recipe is broken", lines[-1]]
     if isinstance(error, KeyError) and len(lines) == 1 and " " not in lines[0]:
         lines = [f"the config has no {lines[0]!r}"]

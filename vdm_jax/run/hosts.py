@@ -1,12 +1,12 @@
-"""Several processes that run one program: how they find each other, what they share, what ends them when one is gone.
+"""Several processes that run one program: how they find each other, and how they end when one of them is lost.
 
-Each process of a job runs the same command. They find each other by what Slurm, GKE or a TPU VM tell, or by flags:
+Each process of a job runs the same command. Slurm, GKE or a TPU VM tells it where the others are. Elsewhere flags do:
 
-    python -m vdm_jax.train ... --coordinator=HOST:PORT --processes=2 --process=0    # and --process=1 on the other
+    python -m vdm_jax.train ... --coordinator=HOST:PORT --processes=2 --process=0    # and --process=1 on the other host
 
-A peer that dies, or stands still for longer than config.watchdog_seconds, ends the others: with exit code 75 those that
-notice, by JAX's own abort those whose coordinator is then gone. A scheduler starts the job again, and it goes on from
-the newest checkpoint.
+When a process dies, or makes no progress for config.watchdog_seconds, the others end, too. A process that notices the
+loss ends with exit code 75. JAX itself aborts a process whose coordinator is lost. A scheduler should then start the
+job again. It continues from the newest checkpoint.
 """
 
 import contextlib
@@ -27,24 +27,31 @@ from vdm_jax.errors import UserError
 
 logger = logging.getLogger("vdm_jax")
 
-COMPILING = 3600  # seconds in which the slowest process must have compiled
-TRY_AGAIN = 75  # exit code: EX_TEMPFAIL of sysexits.h
-METADATA = "http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints"  # of a TPU VM: who its peers are
+COMPILING = 3600  # seconds after which the slowest process must have compiled
+TRY_AGAIN = 75  # exit code, EX_TEMPFAIL of sysexits.h
+METADATA = "http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints"  # lists the hosts of a TPU slice
 
 
 def define_flags():
-    flags.DEFINE_enum("distributed", "auto", ("auto", "yes", "no"), "Join the other processes of the job.")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, with --processes and --process.")
-    flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
-    flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
+    flags.DEFINE_enum(
+        "distributed", "auto", ("auto", "yes", "no"), "Join other processes. auto: if Slurm, GKE or a TPU VM names any."
+    )
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0. Give --processes and --process with it.")
+    flags.DEFINE_integer("processes", None, "Number of processes.", lower_bound=1)
+    flags.DEFINE_integer("process", None, "Number of this process, from 0.", lower_bound=0)
 
 
 def initialize(options):
-    """Joins the job that the flags or the surroundings tell of; for the start of a script. Raises UserError."""
+    """Joins the other processes of the job, if there are any. A command calls it before it uses a device.
+
+    options: the flags that `define_flags` defines.
+
+    Raises UserError when flags are missing or wrong, or when the others cannot be reached.
+    """
     own = dict(coordinator=options.coordinator, processes=options.processes, process=options.process)
     missing = [name for name, value in own.items() if value is None]
     if len(missing) == len(own):
-        if options.distributed == "no" or options.distributed == "auto" and not surroundings(os.environ):
+        if options.distributed == "no" or options.distributed == "auto" and not scheduler(os.environ):
             return
     elif missing:
         raise UserError(f"--{missing[0]} is missing: give all of --coordinator, --processes and --process")
@@ -52,18 +59,21 @@ def initialize(options):
         raise UserError(f"--process={options.process} must be below --processes={options.processes}")
     if jax.config.jax_platforms == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.config.update("jax_cpu_enable_async_dispatch", False)  # with it, collectives of two programs deadlock
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # else the collectives of two programs may deadlock
     try:
         jax.distributed.initialize(options.coordinator, options.processes, options.process)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the other processes: {error}") from None
     logger.info("process %d of %d", jax.process_index(), jax.process_count())
     if not is_primary():
-        logger.setLevel(logging.WARNING)  # one tells what all do
+        logger.setLevel(logging.WARNING)  # process 0 reports for all
 
 
-def surroundings(environment):
-    """What tells of several processes, "slurm", "gke" or "tpu"; None where this is the only one."""
+def scheduler(environment):
+    """Returns which scheduler started several processes, "slurm", "gke" or "tpu"; None when this is the only one.
+
+    environment: the environment variables.
+    """
     if "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return "slurm"
     if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or int(environment.get("MEGASCALE_NUM_SLICES", 1)) > 1:
@@ -74,27 +84,28 @@ def surroundings(environment):
             request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
             with urllib.request.urlopen(request, timeout=2) as answer:
                 return "tpu" if "," in answer.read().decode() else None
-        except OSError:  # no Google machine, or none of a slice
+        except OSError:  # not a Google machine, or not one of a slice
             return None
     return None
 
 
 def is_primary():
-    """Whether this process writes what all of them made."""
+    """Returns whether this is process 0, which writes the files and reports for all."""
     return jax.process_index() == 0
 
 
 def broadcast_from_primary(value):
-    """What process 0 has as `value`, an integer or truth value, on all of them; they wait for each other here."""
+    """Returns the `value` of process 0, an integer or a bool, on all processes. They wait for each other here."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def compiled(step, *arguments):
-    """A jitted `step`, compiled for its arguments; with several processes, by all before one of them runs it.
+    """Returns a jitted `step`, compiled for its arguments.
 
-    A peer that waits in a step for one that still compiles would give it up: on a CPU after half a minute.
+    All processes compile before any process runs the step. Otherwise a collective would time out, after 30 s on a CPU,
+    while a slow process still compiles.
     """
     program = step.lower(*arguments).compile()
     barrier("compiled", COMPILING)
@@ -102,38 +113,43 @@ def compiled(step, *arguments):
 
 
 def barrier(what, seconds):
-    """Returns when all processes have come here, the slowest within `seconds`; in a collective a CPU waits for 30."""
+    """Waits until all processes are here. It fails after `seconds`, where a collective of CPUs fails after 30 s.
+
+    what: a name for this place in the program, the same on all processes.
+    """
     if jax.process_count() > 1:
         ocp.multihost.sync_global_processes(what, timeout=seconds)
 
 
 def abort(why):
-    """Ends this process at once, without waiting for peers that will not come."""
+    """Ends this process at once, with exit code 75. A normal end would wait for the lost process."""
     logger.error("error: %s; exit code %d asks the scheduler to start the job again", why, TRY_AGAIN)
     os._exit(TRY_AGAIN)
 
 
 @contextlib.contextmanager
 def exit_on_lost_peer():
-    """What JAX raises in a process when another one has gone, said clearly; for the part that all do together."""
+    """Ends this process by `abort` when JAX reports that another process is lost."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # the latter of gloo, between CPUs
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # between CPUs, Gloo raises ValueError
         if jax.process_count() == 1 or isinstance(error, ValueError) and "Gloo" not in str(error):
             raise
-        abort(f"a peer is gone, or failed: {str(error).splitlines()[0]}")
+        abort(f"another process is lost, or failed: {str(error).splitlines()[0]}")
 
 
 def watchdog(seconds):
-    """-> alive(what), to be called whenever something is done; alive(None) stands the watch down.
+    """Returns alive(what), which the program calls after each step. When the calls stop, the process ends by `abort`.
 
-    Where that does not come for `seconds` (0: any time), the process gives up. Only for several processes: one alone
-    has nobody to wait for.
+    seconds: the longest pause between two calls; 0 for any. A single process has no limit: it waits for no other.
+
+    what: what was done last, for the message. alive(None) ends the watch.
     """
-    last = [None, 0.0]
+    last = None, 0.0  # what was done, and when
 
     def alive(what):
-        last[:] = what, time.monotonic()
+        nonlocal last
+        last = what, time.monotonic()
 
     def watch():
         while True:

@@ -1,7 +1,11 @@
-"""What a run tells of itself while it trains: metrics.jsonl, TensorBoard events, skipped steps, a heartbeat."""
+"""What a training run reports while it runs: metrics.jsonl, TensorBoard events, a progress line, a heartbeat.
+
+`RunLog` is what the training loop calls. The other names in this file are its parts.
+"""
 
 import contextlib
 import json
+import logging
 import os
 import time
 from typing import NamedTuple
@@ -10,16 +14,133 @@ import jax
 import numpy as np
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tqdm import tqdm
 
-from vdm_jax.run import storage
+from vdm_jax.errors import UserError
+from vdm_jax.run import hosts, storage
 
-BUCKET_PAUSE = 30  # seconds
+logger = logging.getLogger("vdm_jax")
+
+BUCKET_PAUSE = 30  # seconds between two writes of metrics.jsonl in a bucket
+
+
+class RunLog:
+    """The report of one stage's training. The loop calls, in this order:
+
+        for number in log.numbers:              # the numbers of the steps to do, from 1, behind a progress bar
+            ...
+            log.add(metrics)                    # after each step; does not wait for the device
+            log.write(number)                   # at a log boundary
+            save(..., log.mean_loss()); log.mark_saved(number)
+            log.heartbeat(number)               # after each step; writes at most every `heartbeat_every` seconds
+        log.close()
+
+    stage: its name.
+    directory: its folder, for metrics.jsonl and events. heartbeat.json is in the folder above.
+    steps: how many steps the stage has.
+    done: how many of them an earlier start did.
+    saved: step of the newest checkpoint, None when there is none.
+    watch: the Watch that began with the stage.
+    sample_ids: sample_ids(number) returns the names of the samples in the batch of a step.
+    stop_after: number of skipped steps in a row that ends the run with an error.
+    heartbeat_every: seconds.
+    finish: finish() waits for the current save. It is called before that error.
+    """
+
+    def __init__(self, stage, directory, *, steps, done, saved, watch, sample_ids, stop_after, heartbeat_every, finish):
+        self.stage, self.directory = stage, directory
+        self.steps, self.saved = steps, saved
+        self.watch, self.sample_ids, self.finish = watch, sample_ids, finish
+        self.stop_after, self.heartbeat_every = stop_after, heartbeat_every
+        self.numbers = tqdm(range(done + 1, steps + 1), stage, steps, initial=done, disable=None, unit="step")
+        self.metrics = MetricsLog(directory, done) if hosts.is_primary() else None
+        self.history = []  # metrics of the steps since the last log boundary, on the device
+        self.losses = []  # (mean loss, number of steps) for each log boundary since the last save
+        self.streak = Streak()
+        self.last_beat = float("-inf")
+
+    def add(self, metrics):
+        """Takes the metrics of the next step: {name: scalar array}, with 'loss', 'grad_norm' and 'skipped'."""
+        self.history.append(metrics)
+
+    def write(self, number, flush=False):
+        """Logs the steps up to `number`. It waits for the device, once.
+
+        flush: also writes metrics.jsonl to its place now, as before a save.
+
+        Raises UserError when `stop_after` steps in a row were skipped.
+        """
+        means, skipped = summarize(self.history, number + 1 - len(self.history))
+        self.losses.append((means["loss"], len(self.history) - len(skipped)))
+        means |= self.watch.lap(len(self.history))
+        means["goodput"] = self.watch.goodput()
+        self.history = []
+        if self.metrics:
+            self.metrics.write(number, self.stage, means)
+            if flush:
+                self.metrics.flush()
+            self._show(number, means)
+            for step in skipped:
+                logger.warning(
+                    "%s: step %d is skipped (%s), its samples are %s",
+                    self.stage, step.number, step.why(), self.sample_ids(step.number),
+                )  # fmt: skip
+        if self.streak.add(skipped, number, self.stop_after):
+            self.finish()
+            first = self.streak.steps[0]
+            raise UserError(
+                f"{self.stage}: {len(self.streak.steps)} steps in a row were skipped, from step {first.number} on "
+                f"({first.why()}); the newest checkpoint is of step {self.saved}; lower {self.stage}.learning_rate, "
+                f"or look at these samples"
+            )
+
+    def _show(self, number, means):
+        """Updates the progress bar. When stderr is no terminal, it writes a line instead."""
+        loss, waiting = f"{means['loss']:.4f}", f"{means['data_wait_share']:.0%}"
+        saved = "-" if self.saved is None else self.saved
+        self.numbers.set_postfix(dict(loss=loss, data=waiting, skipped=self.metrics.skipped, saved=saved))
+        if self.numbers.disable:
+            left = clock((self.steps - number) * means["step_seconds"])
+            logger.info(
+                "%s %d/%d loss %s  %.0f ms/step, %s of it waiting for data  %d skipped  saved %s  %s left",
+                self.stage, number, self.steps, loss, 1e3 * means["step_seconds"], waiting, self.metrics.skipped,
+                saved, left,
+            )  # fmt: skip
+
+    @property
+    def skipping(self):
+        """Whether the last logged step was skipped. Then the state may be the cause, and should not be saved."""
+        return bool(self.streak.steps)
+
+    def mean_loss(self):
+        """Returns the mean loss of the logged steps since the last save; nan when there are none."""
+        return mean(self.losses)
+
+    def mark_saved(self, number):
+        """The state after step `number` is saved."""
+        self.saved, self.losses = number, []
+
+    def heartbeat(self, number, last=False):
+        """Writes heartbeat.json, at most every `heartbeat_every` seconds, and at the `last` step.
+
+        Its age shows from outside whether the run is alive.
+        """
+        if self.metrics and (last or time.monotonic() - self.last_beat > self.heartbeat_every):
+            self.last_beat = time.monotonic()
+            write_heartbeat(
+                self.directory.parent / "heartbeat.json", stage=self.stage, step=number, steps=self.steps,
+                saved=self.saved, skipped=self.metrics.skipped, goodput=self.watch.goodput(),
+            )  # fmt: skip
+
+    def close(self):
+        if self.metrics:
+            self.metrics.close()
 
 
 class Skipped(NamedTuple):
-    """A step whose update was left out."""
+    """A step whose update was not applied."""
 
-    step: int  # its number, from 1
+    number: int  # from 1
     loss: float
     grad_norm: float
 
@@ -27,11 +148,14 @@ class Skipped(NamedTuple):
         return f"loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}"
 
 
-def summarise(history, first):
-    """-> (means of the metrics of consecutive steps, [Skipped]). history: their metrics, still on devices; one sync.
+def summarize(history, first):
+    """Returns (mean of each metric, list of Skipped) for consecutive steps. It waits for the device, once.
 
-    first: number of the first of the steps. Skipped steps do not count for the means, of which "loss" is nan where all
-    were skipped; a part of the loss that a step did not measure (nan) is left out.
+    history: the metrics of the steps, {name: scalar array}.
+    first: number of the first of the steps.
+
+    Skipped steps are left out of the means; when all steps were skipped, 'loss' is nan. A nan in another metric means
+    "not measured in this step", and is left out, too.
     """
     values = jax.device_get(history)
     skipped = [
@@ -43,49 +167,57 @@ def summarise(history, first):
 
 
 def mean(losses):
-    """The mean of [(mean loss, number of steps)]; nan for no steps."""
+    """Returns the mean over all steps of [(mean loss, number of steps)]; nan for no steps."""
     count = sum(n for _, n in losses)
     return sum(loss * n for loss, n in losses if n) / count if count else float("nan")
 
 
-class Row:
-    """The steps skipped in a row up to now."""
+class Streak:
+    """The skipped steps in a row, up to the last logged step."""
 
     def __init__(self):
         self.steps = []
 
     def add(self, skipped, last, limit):
-        """Takes in the Skipped of the steps up to number `last`. -> whether `limit` of them came in a row."""
-        for one in skipped:
-            self.steps = [*self.steps, one] if self.steps and self.steps[-1].step == one.step - 1 else [one]
+        """Takes the Skipped among the steps up to number `last`. Returns whether `limit` of them came in a row."""
+        for step in skipped:
+            follows = self.steps and self.steps[-1].number == step.number - 1
+            self.steps = [*self.steps, step] if follows else [step]
             if len(self.steps) >= limit:
                 return True
-        if self.steps and self.steps[-1].step != last:
+        if self.steps and self.steps[-1].number != last:
             self.steps = []
         return False
 
 
 class Watch:
-    """Where the wall time of a stage goes. `with watch("data")`, "saves", "compiling": time that is not in steps."""
+    """Measures where the wall time of a stage goes. `with watch("data"):` marks time that is not spent in steps.
+
+    The words are "data", "compiling", "saving" and "preview".
+    """
 
     def __init__(self):
-        self.began = self.mark = time.perf_counter()
-        self.stepping, self.spent = 0.0, {}  # seconds in steps before `mark`; seconds elsewhere since then
+        self.began = time.perf_counter()
+        self.mark = self.began  # of the last lap
+        self.stepping = 0.0  # seconds in steps before `mark`
+        self.spent = {}  # seconds elsewhere since `mark`
 
     @contextlib.contextmanager
     def __call__(self, what):
-        asked = time.perf_counter()
+        began = time.perf_counter()
         yield
-        self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - asked
+        self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - began
 
     def start(self):
-        """The first step follows."""
+        """Begins a lap, just before the first step."""
         self.mark, self.spent = time.perf_counter(), {}
 
     def lap(self, steps):
-        """-> {'step_seconds', 'data_wait_share'} of the `steps` since the last lap, saves and previews left out.
+        """Ends a lap, in which `steps` steps were done, and begins the next lap. Returns the figures of the lap:
 
-        And 'saving_share': the share of all wall time since then that the steps stood still for a save.
+        'step_seconds': seconds a step, without saves and previews.
+        'data_wait_share': share of this time that the loop waited for data.
+        'saving_share': share of all wall time that the steps stood still for a save.
         """
         whole = time.perf_counter() - self.mark
         waited, compiling = (self.spent.pop(what, 0.0) for what in ("data", "compiling"))
@@ -96,17 +228,16 @@ class Watch:
         return {"step_seconds": seconds / steps, "data_wait_share": waited / seconds, "saving_share": saving}
 
     def goodput(self):
-        """The share of wall time since the beginning of the stage that went into steps."""
+        """Returns the share of wall time since the beginning of the stage that was spent in steps."""
         return self.stepping / (time.perf_counter() - self.began)
 
 
 class MetricsLog:
-    """metrics.jsonl: one object a line, only ever appended to, and TensorBoard events beside it.
+    """metrics.jsonl with one JSON object a line, and TensorBoard events in files beside it.
 
-    In a bucket both are written anew: at most every BUCKET_PAUSE seconds, and when they are flushed.
-
-    Opened for a run that goes on after `step`, whatever stands behind that step's line is cut off: lines of steps that
-    are done again, and one that a killed run left torn. `skipped` counts the steps that the lines say were skipped.
+    A run that continues after step `step` drops all later lines, and a last line that a killed run left incomplete.
+    `skipped` counts the skipped steps in all lines. In a bucket, where no file can grow, the files are written anew: at
+    each flush, and at most every BUCKET_PAUSE seconds otherwise.
     """
 
     def __init__(self, directory, step):
@@ -117,11 +248,12 @@ class MetricsLog:
         self.pause = BUCKET_PAUSE if storage.in_bucket(path) else 0
         self.flushed = time.monotonic()
         self.events = event_file_writer.EventsWriter(os.path.join(directory, "events"))
-        if step:  # TensorBoard then forgets the points of later steps
+        if step:  # makes TensorBoard drop the points of later steps
             start = SessionLog(status=SessionLog.START)
             self.events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, step, prefix, metrics):
+        """Writes a line, and an event `prefix/<key>` for each metric. A number that is not finite becomes null."""
         finite = {k: (v if np.isfinite(v) else None) for k, v in metrics.items()}
         self.file.write(json.dumps({"step": step, **finite}) + "\n")
         self.skipped += metrics["skipped"]
@@ -142,7 +274,10 @@ class MetricsLog:
 
 
 def good_lines(stored, step):
-    """The lines of a metrics.jsonl up to that of `step`, without torn and repeated ones. -> (bytes, steps skipped)."""
+    """Returns (the good lines in the bytes of a metrics.jsonl, the number of skipped steps that they report).
+
+    A line is good when it is complete, is not after `step`, and has a later step than the good line before it.
+    """
     good, last, skipped = [], 0, 0
     for line in stored.splitlines():
         try:
@@ -158,13 +293,17 @@ def good_lines(stored, step):
 
 
 def write_heartbeat(path, **values):
-    """A JSON object with the `time` (s since 1970) of writing; the file is whole at any moment."""
+    """Writes `values` as a JSON object, with the `time` in seconds since 1970 and the process id.
+
+    A reader sees the old file or the new one, never a part.
+    """
     part = path.with_name(path.name + ".tmp")
     part.write_text(json.dumps({"time": time.time(), "process": os.getpid(), **values}) + "\n")
     part.replace(path)
 
 
 def clock(seconds):
+    """Returns seconds as 'hours:mm:ss'."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

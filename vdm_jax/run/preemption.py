@@ -1,4 +1,7 @@
-"""A polite stop: SIGTERM or SIGINT ends a run after the step under way, saved; a second one ends it at once."""
+"""A clean stop: after SIGTERM or SIGINT a run finishes its current step, saves and ends.
+
+A second signal ends it at once.
+"""
 
 import contextlib
 import logging
@@ -15,38 +18,46 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """stop(step) -> whether the run is to end after `step`; the same on all processes, whichever got the signal."""
+    """stop(step) returns whether the run must end after `step`. All processes get the same answer."""
 
     def __init__(self):
-        self.signal = None  # name of the one received
-        self.stepping = False  # whether there are steps to save: else the process may end where it is
+        self.signal = None  # name of the signal that this process received
+        # Whether training has begun. Before, there is nothing to save, and a signal ends the run at once.
+        self.stepping = False
 
     def __call__(self, step):
-        if jax.distributed.is_initialized():  # JAX has SIGTERM then, and lets all processes agree on a step
+        if jax.distributed.is_initialized():  # JAX handles SIGTERM, and chooses a step for all processes
             return multihost_utils.reached_preemption_sync_point(step)
         return self.signal is not None
 
 
 @contextlib.contextmanager
 def watching():
-    """Yields a Stop. For the main thread, after jax.distributed.initialize if that is called at all."""
-    stop, distributed = Stop(), jax.distributed.is_initialized()
+    """Yields a Stop, and handles the signals until the context ends.
+
+    It must run in the main thread. With several processes it must run after jax.distributed.initialize.
+    """
+    stop = Stop()
+    distributed = jax.distributed.is_initialized()
+    handled = SIGNALS[distributed:]  # all but SIGTERM, when JAX handles that
 
     def handle(number, frame):
-        for one in SIGNALS[distributed:]:
-            signal.signal(one, signal.SIG_DFL)
+        for each in handled:
+            signal.signal(each, signal.SIG_DFL)
         stop.signal = signal.Signals(number).name
         if distributed:
-            os.kill(os.getpid(), signal.SIGTERM)  # as one whom the scheduler stops
+            os.kill(os.getpid(), signal.SIGTERM)  # passes SIGINT on to JAX
         if stop.stepping or distributed:
-            logger.info("%s: the run stops after this step, saved; the same signal again stops it at once", stop.signal)
+            logger.info(
+                "%s: the run saves and ends after this step; the same signal again ends it at once", stop.signal
+            )
         else:
-            logger.info("%s: nothing to save, the run stops", stop.signal)
+            logger.info("%s: nothing to save, the run ends", stop.signal)
             sys.exit(0)
 
-    before = {one: signal.signal(one, handle) for one in SIGNALS[distributed:]}
+    before = {each: signal.signal(each, handle) for each in handled}
     try:
         yield stop
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -1,4 +1,4 @@
-"""Paths of runs, on a disk or in a bucket (gs://...): there no file can be appended to, cut or locked."""
+"""Paths on a disk or in a bucket (gs://...). A file in a bucket can be replaced, but not appended to, cut or locked."""
 
 import os
 
@@ -13,26 +13,44 @@ def in_bucket(path):
 
 
 def given(path):
-    """The epath.Path of an option. Raises UserError where what reads such a bucket is not installed."""
+    """Returns the epath.Path of a path that the user typed.
+
+    Raises UserError for a bucket of an unknown kind, and for one that needs a package that is not installed.
+    """
     if in_bucket(path):
         try:
             fsspec.get_filesystem_class(fsspec.utils.get_protocol(os.fspath(path)))
         except (ImportError, ValueError) as error:
-            raise UserError(f'{path}: {error} (of Google Cloud Storage: pip install -e ".[gcs]")') from None
+            raise UserError(f'{path}: {error} (for Google Cloud Storage: pip install -e ".[gcs]")') from None
     return epath.Path(path)
 
 
+def make_folder(path):
+    """-> path of a folder for results, made if it is not there: before the work, so that no result is lost.
+
+    Raises UserError where it cannot be made.
+    """
+    path = given(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from None
+    return path
+
+
 def absolute(path):
-    """From the root."""
+    """Returns an absolute epath.Path. A path in a bucket is absolute already."""
     return epath.Path(path) if in_bucket(path) else epath.Path(path).absolute()
 
 
 def reader(path):
-    """A binary file, for pieces here and there: of an object in a bucket no more is fetched than what is read."""
+    """Opens a binary file to read pieces of it. From a bucket only these pieces are fetched."""
     return _Pieces(path) if in_bucket(path) else open(path, "rb")
 
 
 class _Pieces:
+    """A file in a bucket that fetches what is read."""
+
     def __init__(self, path):
         self.files, self.path = fsspec.url_to_fs(os.fspath(path))
         self.at, self.size = 0, self.files.size(self.path)
@@ -45,13 +63,17 @@ class _Pieces:
 
     def read(self, size):
         until = min(self.at + size, self.size)
-        piece = self.files.cat_file(self.path, self.at, until) if self.at < until else b""  # a bucket refuses no bytes
+        # Asked for 0 bytes, a bucket would raise.
+        piece = self.files.cat_file(self.path, self.at, until) if self.at < until else b""
         self.at += len(piece)
         return piece
 
 
 def growing(path, stored, kept):
-    """A text file to write more to, after the bytes `kept` of those `stored` in it: cut in place where that will do."""
+    """Opens a text file to append lines. First it is cut or rewritten, so that it holds the bytes `kept`.
+
+    stored: the bytes that it holds now; b"" for a new file. When they begin with `kept`, the file is cut in place.
+    """
     if in_bucket(path):
         return _Lines(path, kept.decode())
     if not stored.startswith(kept):
@@ -64,7 +86,7 @@ def growing(path, stored, kept):
 
 
 class _Lines:
-    """Each flush writes the object anew."""
+    """A text file in a bucket. Each flush writes the whole object."""
 
     def __init__(self, path, text):
         self.path, self.text, self.stored = path, text, None

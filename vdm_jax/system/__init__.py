@@ -1,0 +1,40 @@
+"""The system of four parts. `build(config)` derives everything that follows from a config, once, to be passed on."""
+
+import dataclasses
+
+from vdm_jax import sharding
+from vdm_jax.system.codec import Codec, make_models
+from vdm_jax.system.layout import layout
+from vdm_jax.system.losses import make_stages
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class System(Codec):
+    """A Codec and its stages of training."""
+
+    stages: dict  # {name: losses.Stage}
+
+    @property
+    def params(self):
+        """The parameters of every stage, {stage: tree of ShapeDtypeStruct}."""
+        return {name: stage.params for name, stage in self.stages.items()}
+
+    def check_mesh(self, mesh, names):
+        """Raises UserError where the mesh does not divide models or activations of the stages `names`."""
+        for name in names:
+            stage = self.stages[name]
+            sharding.check_axes(mesh, stage.params, {f"the clips of {name}": stage.activation})
+
+    def check_batch(self, mesh, name):
+        """Raises UserError where the batch of stage `name` does not divide over the mesh."""
+        settings = self.config[name]
+        sharding.check_batch(
+            settings.batch_size, mesh, settings.accumulate, self.stages[name].group, f"{name}.hard_negatives.every"
+        )
+
+
+def build(config):
+    """The System of a config. Raises UserError where settings do not fit together."""
+    sizes = layout(config)
+    codec = Codec(config, sizes, make_models(config, sizes))
+    return System(codec.config, codec.layout, codec.models, make_stages(codec))

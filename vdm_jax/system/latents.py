@@ -1,4 +1,4 @@
-"""What the denoiser needs of the earlier stages: their frozen weights, latent statistics, and clips encoded once."""
+"""What the denoiser needs of the earlier stages: their parameters, statistics of the latents, clips encoded once."""
 
 import functools
 import hashlib
@@ -11,50 +11,53 @@ import numpy as np
 from tqdm import tqdm
 
 from vdm_jax import sharding
-from vdm_jax.data import batches as pipeline
+from vdm_jax.data import batches
 from vdm_jax.errors import UserError
-from vdm_jax.run import checkpoint, hosts, storage
-from vdm_jax.system import codec as stages
+from vdm_jax.run import folder, hosts, storage
+from vdm_jax.system.losses import encode_batch
 
 logger = logging.getLogger("vdm_jax")
 
 ENCODE_BATCH = 32  # clips
-PART = 64 * ENCODE_BATCH  # clips of one file
-OPEN = 512  # files at a time
-ENCODING = 24 * 3600  # seconds in which the slowest process must have encoded its share
+CLIPS_PER_FILE = 64 * ENCODE_BATCH
+OPEN_FILES = 512  # at a time
+ENCODING_SECONDS = 24 * 3600  # in which the slowest process must have encoded its share
 
 
-def prepare(config, workdir, source, mesh):
-    """-> (frozen, items) for training the denoiser.
+def prepare(system, workdir, examples, mesh):
+    """-> (encoder_params, items) for training the denoiser.
 
-    frozen: {stage: EMA params of the three earlier stages, 'statistics': ...}, on the mesh. items: `source` itself, or
-    with config.denoiser.cached_clips > 0 a source of that many encoded clips, kept in the run's folder.
+    examples: data/batches.Examples of the training clips.
+
+    encoder_params: {stage: EMA parameters of the three earlier stages, 'statistics': ...}, on the mesh.
+    items: `examples` itself, or with config.denoiser.cached_clips > 0 a source of that many encoded clips, kept in the
+        run's folder.
+    Raises UserError where an earlier stage has no checkpoint.
     """
-    expected = stages.abstract_params(config)
-    directory = workdir / "denoiser"
-    params = {name: checkpoint.load_params(workdir, name, expected[name]) for name in checkpoint.STAGES[:3]}
-
-    path = directory / "statistics.json"
+    encoders = [name for name in system.stages["denoiser"].encoder_params if name != "statistics"]
+    params = {name: folder.read_params(workdir, name, system.params[name]) for name in encoders}
+    path = workdir / "denoiser" / "statistics.json"
     if not hosts.broadcast_from_primary(path.exists()):
-        statistics = measure(config, params, source)
+        statistics = measure(system, params, examples)
         if hosts.is_primary():
-            checkpoint.write_statistics(path, statistics)
-        hosts.barrier("statistics", ENCODING)
-    statistics = checkpoint.read_statistics(path)
-    frozen = {**params, "statistics": statistics}
-
-    items = source
-    if config.denoiser.cached_clips:
-        items = _cached(config, frozen, source, directory / "latents")
-    return jax.device_put(frozen, sharding.state_shardings(frozen, mesh)), items
+            folder.write_statistics(path, statistics)
+        hosts.barrier("statistics", ENCODING_SECONDS)
+    params["statistics"] = folder.read_statistics(path)
+    items = examples
+    if system.config.denoiser.cached_clips:
+        items = _cached(system, params, examples, workdir / "denoiser" / "latents")
+    return jax.device_put(params, sharding.state_shardings(params, mesh)), items
 
 
-def measure(config, params, source):
-    """Per-channel mean and standard deviation of the latents of config.denoiser.statistics_clips training clips."""
-    count = config.denoiser.statistics_clips
+def measure(system, params, examples):
+    """Mean and standard deviation of the latents of config.denoiser.statistics_clips training clips, by channel.
+
+    -> {modality: {'mean' float32 [C], 'std' float32 [C]}}.
+    """
+    count = system.config.denoiser.statistics_clips
     logger.info("measuring latent statistics on %d clips", count)
     sums = {}
-    for batch in _encoder(config, params, source)(0, count):
+    for batch in _encoder(system, params, examples)(0, count):
         for name, x in batch["z"].items():
             x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
             n, total, squares = sums.get(name, (0, 0.0, 0.0))
@@ -67,59 +70,52 @@ def measure(config, params, source):
     return out
 
 
-def _encoder(config, frozen, source):
-    """-> batches(first, count): yields the source's training examples from number `first` on, encoded.
+def _encoder(system, params, examples):
+    """-> encoded(first, count): yields training examples from number `first` on, encoded, in batches of ENCODE_BATCH.
 
-    In whole batches of ENCODE_BATCH, {'z', 'text'[, 'hard_negative']}, by all devices of this process.
+    All devices of this process encode together, whatever other processes do.
     """
-    kinds, devices = config.denoiser.hard_negatives.words, jax.local_devices()
+    config = system.config
+    devices = jax.local_devices()
     devices = devices if ENCODE_BATCH % len(devices) == 0 else devices[:1]
     mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | {"data": len(devices)}, devices)
-    frozen = jax.device_put(frozen, sharding.replicated(mesh))
+    params = jax.device_put(params, sharding.replicated(mesh))
+    encode = jax.jit(functools.partial(encode_batch, system))
 
-    @jax.jit
-    def encode(frozen, batch):
-        z = stages.encode(config, frozen, batch["video"], batch["audio"])
-        texts = {"text": batch["tokens"]} | ({"hard_negative": batch["hard_negative"]} if kinds else {})
-        return {"z": z, **{name: stages.encode_text(config, frozen, tokens) for name, tokens in texts.items()}}
-
-    def to_example(item):
-        return pipeline.example(item, config.data.text_length, kinds)
-
-    def batches(first, count):
+    def encoded(first, count):
         start, stop = first // ENCODE_BATCH, -(-(first + count) // ENCODE_BATCH)
         order = dict(batch_size=ENCODE_BATCH, seed=config.seed, start=start, stop=stop)
-        for batch in pipeline.batches(source, data=config.data, to_example=to_example, **order):
+        for batch in batches.batches(examples, data=config.data, **order):
             with jax.set_mesh(mesh):
-                encoded = encode(frozen, jax.device_put(batch, sharding.batch_sharding(mesh)))
-            yield jax.device_get(encoded)
+                made = encode(params, jax.device_put(batch, sharding.batch_sharding(mesh)))
+            yield jax.device_get(made)
 
-    return batches
+    return encoded
 
 
 class Encoded:
-    """Encoded clips as a data source: {'z': latents, 'text': condition[, 'hard_negative': condition]}.
+    """Encoded clips as a data source: {'z': latents, 'text': text[, 'hard_negative': text]}.
 
-    A clip is one record of a .npy file of PART, on a disk or in a bucket, read when it is asked for, by any thread.
+    A clip is one record of a .npy file of CLIPS_PER_FILE, on a disk or in a bucket. Any thread may read it.
     """
 
     def __init__(self, paths, wanted, count):
         self.paths, self.count, self.tree = paths, count, jax.tree.structure(wanted)
         self.record = _record(wanted)
-        self.open = functools.lru_cache(OPEN)(self._open)
+        self.open = functools.lru_cache(OPEN_FILES)(self._open)
 
     def __len__(self):
         return self.count
 
     def take(self, numbers):
-        """The items of these numbers as one: a leading axis more."""
+        """The clips of these numbers as one tree, with a leading axis more."""
         rows, size = np.empty(len(numbers), self.record), self.record.itemsize
         for i, number in enumerate(numbers):
-            file, start = self.open(threading.get_ident(), number // PART)
-            file.seek(start + number % PART * size)
+            file, start = self.open(threading.get_ident(), number // CLIPS_PER_FILE)
+            file.seek(start + number % CLIPS_PER_FILE * size)
             clip = file.read(size)
             if len(clip) < size:
-                raise self._damaged(number // PART)
+                raise self._damaged(number // CLIPS_PER_FILE)
             rows[i] = np.frombuffer(clip, self.record)[0]
         return jax.tree.unflatten(self.tree, [np.ascontiguousarray(rows[name]) for name in self.record.names])
 
@@ -141,43 +137,43 @@ def _record(wanted):
     return np.dtype([(sharding.path_name(path), leaf.dtype, leaf.shape[1:]) for path, leaf in leaves])
 
 
-def _cached(config, frozen, source, folder):
-    """The cache in `folder` if it was made by these weights and this data, else made now. Half precision.
+def _cached(system, params, examples, directory):
+    """The cache in `directory` if these parameters and this data made it, else made now. Half precision.
 
-    Each process makes some of the files. One is there when it is whole, so encoding goes on where it was ended.
+    Each process makes some of the files. A file appears when it is whole, so a run that was killed goes on encoding.
     """
-    mark, vouches, count = _fingerprint(config, frozen), folder / "fingerprint", config.denoiser.cached_clips
-    wanted = stages.abstract_batch(config, "denoiser")
-    if hosts.is_primary() and not (vouches.exists() and vouches.read_text() == mark):
-        if folder.exists():
-            folder.rmtree()
-        folder.mkdir(parents=True)
-        vouches.write_text(mark)
-    hosts.barrier("folder", ENCODING)
-    paths = [folder / f"clips_{part:05d}.npy" for part in range(-(-count // PART))]
+    mark, mark_path = _fingerprint(system.config, params), directory / "fingerprint"
+    count = system.config.denoiser.cached_clips
+    wanted = system.stages["denoiser"].batch
+    if hosts.is_primary() and not (mark_path.exists() and mark_path.read_text() == mark):
+        if directory.exists():
+            directory.rmtree()
+        directory.mkdir(parents=True)
+        mark_path.write_text(mark)
+    hosts.barrier("folder", ENCODING_SECONDS)
+    paths = [directory / f"clips_{part:05d}.npy" for part in range(-(-count // CLIPS_PER_FILE))]
     missing = [part for part, path in enumerate(paths) if not path.exists()]
-    hosts.barrier("looked", ENCODING)
+    hosts.barrier("looked", ENCODING_SECONDS)
     if missing:
         logger.info("encoding %d clips once, %d of %d files", count, len(missing), len(paths))
-        batches = _encoder(config, frozen, source)
-        own = missing[jax.process_index() :: jax.process_count()]
-        sizes = [min(PART, count - part * PART) for part in own]
-        with tqdm(
-            total=sum(sizes), desc="encode", disable=None if hosts.is_primary() else True, unit="clip"
-        ) as progress:
-            for part, clips in zip(own, sizes):
-                _write(paths[part], batches(part * PART, clips), _record(wanted), clips, progress)
-    hosts.barrier("encoded", ENCODING)
+        encoded = _encoder(system, params, examples)
+        parts = missing[jax.process_index() :: jax.process_count()]  # of this process
+        sizes = [min(CLIPS_PER_FILE, count - part * CLIPS_PER_FILE) for part in parts]
+        shown = None if hosts.is_primary() else True
+        with tqdm(total=sum(sizes), desc="encode", disable=shown, unit="clip") as progress:
+            for part, clips in zip(parts, sizes):
+                _write(paths[part], encoded(part * CLIPS_PER_FILE, clips), _record(wanted), clips, progress)
+    hosts.barrier("encoded", ENCODING_SECONDS)
     return Encoded(paths, wanted, count)
 
 
-def _write(path, batches, record, count, progress):
-    """The first `count` clips of the batches as a .npy file of records; it holds one batch at a time."""
+def _write(path, encoded, record, count, progress):
+    """Writes the first `count` clips of the batches as a .npy file of records; holds one batch at a time."""
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("wb") as file:
         descr = np.lib.format.dtype_to_descr(record)
         np.lib.format.write_array_header_1_0(file, dict(descr=descr, fortran_order=False, shape=(count,)))
-        for batch in batches:
+        for batch in encoded:
             rows = np.empty(min(count, ENCODE_BATCH), record)
             for name, leaf in zip(record.names, jax.tree.leaves(batch), strict=True):
                 rows[name] = leaf[: len(rows)]
@@ -187,12 +183,18 @@ def _write(path, batches, record, count, progress):
     unfinished.replace(path)
 
 
-def _fingerprint(config, frozen):
+def _fingerprint(config, params):
+    """What the cache depends on, as a hash: settings, data and parameters."""
     digest = hashlib.sha256()
-    c = config.denoiser
-    digest.update(
-        json.dumps([PART, config.seed, c.cached_clips, c.hard_negatives.words, config.data.to_json()]).encode()
-    )
-    for leaf in jax.tree.leaves(frozen):
+    denoiser = config.denoiser
+    settings = [
+        CLIPS_PER_FILE,
+        config.seed,
+        denoiser.cached_clips,
+        denoiser.hard_negatives.words,
+        config.data.to_json(),
+    ]
+    digest.update(json.dumps(settings).encode())
+    for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()

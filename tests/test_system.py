@@ -12,10 +12,11 @@ from tests.helpers import weights
 from vdm_jax import sharding
 from vdm_jax.data import text
 from vdm_jax.errors import UserError
+from vdm_jax.models.layers import REMAT
 from vdm_jax.perf import flops
-from vdm_jax.run.checkpoint import STAGES
 from vdm_jax.sharding import path_name
-from vdm_jax.system import codec as stages
+from vdm_jax.system import build, codec, losses
+from vdm_jax.system.layout import STAGES, Layout, layout
 
 
 @pytest.fixture
@@ -26,10 +27,14 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def frozen():
+def system():
+    return build(tiny.get_config())
+
+
+@pytest.fixture(scope="module")
+def params(system):
     """Random weights of all stages, and statistics."""
-    config = tiny.get_config()
-    made = {name: weights(tree, i) for i, (name, tree) in enumerate(stages.abstract_params(config).items())}
+    made = {name: weights(tree, i) for i, (name, tree) in enumerate(system.params.items())}
     statistics = {
         m: {"mean": np.full(4, 0.1, np.float32), "std": np.full(4, 0.8, np.float32)} for m in ("video", "audio")
     }
@@ -48,10 +53,10 @@ def clips(batch=4, seed=0):
 
 
 def test_layout(config):
-    size = stages.layout(config)
-    assert size == stages.Layout(5, 1250, 250, 2, 3, 4.0, (4, 4, 4), (4, 4))
-    assert stages.layout(config, 13).latent_frames == 7
-    assert stages.latent_shapes(size) == {"video": (3, 4, 4, 4), "audio": (12, 4)}
+    sizes = layout(config)
+    assert sizes == Layout(5, 1250, 250, 2, 3, 4.0, (4, 4, 4), (4, 4))
+    assert sizes.at(13) == sizes._replace(frames=13, samples=3250, latent_frames=7)
+    assert sizes.latent_shapes == {"video": (3, 4, 4, 4), "audio": (12, 4)}
 
 
 @pytest.mark.parametrize("choice", choices.CHOICES)
@@ -74,9 +79,9 @@ def test_an_unknown_choice_is_named():
 )
 def test_every_recipe_fits_together(recipe):
     config = recipe.get_config()
-    size = stages.layout(config)
-    assert size.frames == 1 + size.f_t * (size.latent_frames - 1)
-    assert set(stages.models(config)) == set(STAGES)
+    sizes = layout(config)
+    assert sizes.frames == 1 + sizes.f_t * (sizes.latent_frames - 1)
+    assert set(codec.make_models(config, sizes)) == set(STAGES)
     with pytest.raises((AttributeError, KeyError)):
         config.denoiser.stps = 3  # locked
 
@@ -93,7 +98,7 @@ WRONG = {  # changes -> the message holds these words, and what it names works
     "odd latents": ({"data.size": 20}, "5x5 latents"),
     "odd tokens": (
         {"audio_autoencoder.model.patch": 100, "denoiser.model.time_strides": (1,)},
-        "1 sound tokens a latent frame",
+        "1 audio tokens a latent frame",
     ),
     "clip patch": ({"clip.model.video.patch": 5}, "clip.model.video.patch"),
     "stft windows": ({"audio_autoencoder.stft_windows": (64, 2048)}, "stft_windows"),
@@ -113,17 +118,17 @@ WRONG = {  # changes -> the message holds these words, and what it names works
 def test_sizes_that_do_not_fit_are_told(config, changes, words):
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError) as error:
-        stages.models(config)
+        codec.make_models(config, layout(config))
     assert words in str(error.value) and "\n" not in str(error.value)
     if words.startswith("use"):
         (key,) = changes
         for number in re.findall(r"\d+", words):
             config.update_from_flattened_dict({key: int(number)})
-            if (key, number) == ("data.size", "4"):  # one latent pixel, which no denoiser of two levels halves
+            if (key, number) == ("data.size", "4"):  # one latent pixel, which no denoiser of two resolutions halves
                 config.denoiser.model.update(
                     channels=(16,), blocks=(1,), attention=(False,), cross_modal=(False,), time_strides=()
                 )
-            stages.models(config)
+            codec.make_models(config, layout(config))
 
 
 # ------------------------------------------------------------------------------------------- clips <-> latents
@@ -131,21 +136,20 @@ def test_sizes_that_do_not_fit_are_told(config, changes, words):
 
 def test_pixels_survive_the_way_to_float_and_back():
     values = np.arange(256, dtype=np.uint8)
-    assert float(stages.to_float(values).min()) == -1 and float(stages.to_float(values).max()) == 1
-    np.testing.assert_array_equal(stages.to_uint8(stages.to_float(values)), values)
-    np.testing.assert_array_equal(stages.to_uint8(np.array([-3.0, 3.0])), [0, 255])
+    assert float(codec.to_float(values).min()) == -1 and float(codec.to_float(values).max()) == 1
+    np.testing.assert_array_equal(codec.to_uint8(codec.to_float(values)), values)
+    np.testing.assert_array_equal(codec.to_uint8(np.array([-3.0, 3.0])), [0, 255])
 
 
-def test_padding_of_sound_is_undone(config):
-    size = stages.layout(config)
+def test_padding_of_sound_is_undone(system):
     audio = clips()["audio"]
-    padded = np.asarray(stages.pad_audio(audio, size))
+    padded = np.asarray(system.pad_audio(audio))
     assert padded.shape == (4, 3 * 500) and (padded[:, :250] == 0).all()
-    np.testing.assert_array_equal(stages.trim_audio(padded, size), audio)
-    assert np.abs(stages.trim_audio(3 * padded, size)).max() == 1
+    np.testing.assert_array_equal(system.trim_audio(padded), audio)
+    assert np.abs(system.trim_audio(3 * padded)).max() == 1
 
 
-def test_latents_of_both_keep_to_one_time_axis(config, frozen):
+def test_latents_of_both_keep_to_one_time_axis(system, params):
     base = clips(1)
     other = clips(1, seed=1)
     # Rows: the clip; then with everything after video frame 0, 2 and 4 - 1 frame of sound - replaced.
@@ -155,8 +159,8 @@ def test_latents_of_both_keep_to_one_time_axis(config, frozen):
         rows["video"].append(np.where(np.arange(5).reshape(5, 1, 1, 1) >= end, other["video"], base["video"]))
         rows["audio"].append(np.where(np.arange(1250) >= 250 * end, other["audio"], base["audio"]))
     video, audio = (np.concatenate(rows[m]) for m in ("video", "audio"))
-    z = jax.jit(lambda v, a: stages.encode(config, frozen, v, a))(video, audio)
-    assert {m: x.shape[1:] for m, x in z.items()} == stages.latent_shapes(stages.layout(config))
+    z = jax.jit(lambda v, a: system.encode(params, v, a))(video, audio)
+    assert {m: x.shape[1:] for m, x in z.items()} == system.layout.latent_shapes
     for m, per_frame in (("video", 1), ("audio", 4)):
         differs = np.abs(z[m] - z[m][:1]).reshape(4, 3, per_frame, -1).max((2, 3)) > 1e-4
         # Latent t holds the video frames up to 2 t, and the sound up to their end.
@@ -165,23 +169,20 @@ def test_latents_of_both_keep_to_one_time_axis(config, frozen):
     tokens = np.abs(z["audio"][3] - z["audio"][0]).max(-1) > 1e-4
     assert tokens.tolist() == [False] * 10 + [True] * 2
 
-    out = jax.eval_shape(lambda z: stages.decode(config, frozen, z), z)
+    out = jax.eval_shape(lambda z: system.decode(params, z), z)
     assert [(x.shape, x.dtype) for x in out] == [((4, 5, 16, 16, 3), np.uint8), ((4, 1250), np.float32)]
-    raw = jax.jit(lambda v, a: stages.encode(config, {k: frozen[k] for k in STAGES}, v, a))(video, audio)
+    raw = jax.jit(lambda v, a: system.encode({k: params[k] for k in STAGES}, v, a))(video, audio)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.8 * b + 0.1, rtol=1e-4, atol=1e-4), raw, z)
 
 
-def test_decoding_undoes_the_scaling(config, frozen):
+def test_decoding_undoes_the_scaling(system, params):
     batch = clips(2)
 
     @jax.jit
     def run(video, audio):
-        z = stages.encode(config, frozen, video, audio)
-        apart = [
-            stages.reconstruct(config, f"{m}_autoencoder", frozen[f"{m}_autoencoder"], batch[m])
-            for m in ("video", "audio")
-        ]
-        return stages.decode(config, frozen, z), apart
+        z = system.encode(params, video, audio)
+        apart = [system.reconstruct(f"{m}_autoencoder", params, batch[m]) for m in ("video", "audio")]
+        return system.decode(params, z), apart
 
     (video, audio), apart = run(batch["video"], batch["audio"])
     assert np.abs(video.astype(int) - apart[0].astype(int)).max() <= 1
@@ -192,110 +193,115 @@ def test_decoding_undoes_the_scaling(config, frozen):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_gradients_reach_every_parameter(config, frozen, name):
+def test_gradients_reach_every_parameter(config, params, name):
     config.denoiser.text_dropout = 0.25
-    loss_fn = stages.build(config)[name].loss
-    earlier = {k: v for k, v in frozen.items() if k != "denoiser"} if name == "denoiser" else {}
+    stage = build(config).stages[name]
+    encoder_params = {part: params[part] for part in stage.encoder_params}
 
     @jax.jit
-    def run(params, key, batch):
-        return jax.value_and_grad(loss_fn, has_aux=True)(params, key, batch, earlier)
+    def run(trained, key, batch):
+        return jax.value_and_grad(stage.loss, has_aux=True)(trained, key, batch, encoder_params)
 
-    (loss, metrics), grads = run(frozen[name], jax.random.key(0), clips())
+    (loss, metrics), grads = run(params[name], jax.random.key(0), clips())
     assert np.isfinite(loss) and loss.shape == () and metrics["loss"] == loss
     still = [path_name(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not np.any(g)]
     broken = [path_name(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not np.all(np.isfinite(g))]
     assert not still and not broken
 
 
-def test_the_denoiser_takes_clips_or_what_they_encode_to(config, frozen):
-    loss_fn, batch = stages.build(config)["denoiser"].loss, clips()
+def test_the_denoiser_takes_clips_or_what_they_encode_to(system, params):
+    loss_fn, batch = system.stages["denoiser"].loss, clips()
 
     @jax.jit
     def run(key):
-        z = stages.encode(config, frozen, batch["video"], batch["audio"])
-        words, near = (stages.encode_text(config, frozen, batch[name]) for name in ("tokens", "hard_negative"))
-        encoded = loss_fn(frozen["denoiser"], key, {"z": z, "text": words, "hard_negative": near}, frozen)
-        plain = loss_fn(frozen["denoiser"], key, {"z": z, "text": words}, frozen)
-        return encoded, loss_fn(frozen["denoiser"], key, batch, frozen), plain
+        encoded = losses.encode_batch(system, params, batch)
+        plain = {name: encoded[name] for name in ("z", "text")}
+        return [loss_fn(params["denoiser"], key, b, params) for b in (encoded, batch, plain)]
 
-    (encoded, told), (afresh, _), (plain, metrics) = run(jax.random.key(0))
+    (encoded, metrics), (afresh, _), (plain, plain_metrics) = run(jax.random.key(0))
     np.testing.assert_allclose(encoded, afresh, rtol=1e-5)
-    np.testing.assert_allclose(told["loss_video"], metrics["loss_video"], rtol=1e-5)
-    weight = config.denoiser.hard_negative.weight
-    assert encoded - plain > weight * told["hard_negative_loss"] > 0  # and the anchor
+    np.testing.assert_allclose(metrics["loss_video"], plain_metrics["loss_video"], rtol=1e-5)
+    weight = system.config.denoiser.hard_negatives.weight
+    assert encoded - plain > weight * metrics["hard_negative_loss"] > 0  # and the anchor
+
+
+def test_a_stage_is_one_record(config):
+    system = build(config)
+    for name, stage in system.stages.items():
+        encoder_params = stage.encoder_params
+        scalar, metrics = jax.eval_shape(stage.loss, stage.params, jax.random.key(0), stage.batch, encoder_params)
+        assert scalar.shape == () and "loss" in metrics, name
+    assert not any(system.stages[name].encoder_params for name in STAGES[:3])
+    assert set(system.stages["denoiser"].encoder_params) == {*STAGES[:3], "statistics"}
+    assert system.stages["clip"].hard_negative("a red circle and a blue circle") == "a blue circle and a red circle"
+    assert system.stages["denoiser"].hard_negative is None
 
 
 def test_stft_distance():
     t = np.arange(4096)
     sine = 0.7 * np.sin(2 * np.pi * t / 8)[None].astype(np.float32)  # a whole number of periods in each window
-    distance = jax.jit(jax.value_and_grad(stages.stft_distance), static_argnums=2)
+    distance = jax.jit(jax.value_and_grad(losses.stft_distance), static_argnums=2)
     for window in (64, 256):
-        magnitudes = np.asarray(stages._magnitudes(sine, window))
+        magnitudes = np.asarray(losses._magnitudes(sine, window))
         assert magnitudes.shape == (1, 4096 // (window // 4) - 3, window // 2 + 1)
         peak = window // 8
         np.testing.assert_allclose(magnitudes[..., peak], 0.7, rtol=0.02)
         assert (magnitudes[..., peak + 3 :] < 0.02).all()
         # At half the amplitude the spectrum is off by a half, in the log by log 2 where there is sound.
-        half = stages.stft_distance(sine / 2, sine, window)
+        half = losses.stft_distance(sine / 2, sine, window)
         assert 0.5 < half < 0.5 + np.log(2)
         for x in (sine, 0 * sine):  # silence, too, is no division by zero, nor is a sound met exactly
             value, gradient = distance(x, x, window)
             assert 0 <= value < 1e-3 and np.isfinite(gradient).all()
     noise = 1e-3 * np.random.default_rng(0).normal(size=sine.shape).astype(np.float32)
-    assert stages.stft_distance(noise, 0 * sine, 256) < 3  # -60 dB beside silence
+    assert losses.stft_distance(noise, 0 * sine, 256) < 3  # -60 dB beside silence
 
 
 @pytest.mark.parametrize(
     "name, modes",
     [
-        ("audio_autoencoder", stages.REMAT),
-        ("video_autoencoder", stages.REMAT),
-        ("denoiser", (*stages.REMAT, "pointwise,none")),
+        ("audio_autoencoder", REMAT),
+        ("video_autoencoder", REMAT),
+        ("denoiser", (*REMAT, "pointwise,none")),
     ],
 )
-def test_rematerialisation_keeps_less_and_changes_nothing(config, name, modes, request):
-    params = weights(stages.abstract_params(config)[name])
+def test_rematerialization_keeps_less_and_changes_nothing(config, name, modes, system, params):
     batch, key = clips(), jax.random.key(0)
-    frozen = request.getfixturevalue("frozen") if name == "denoiser" else {}
-    kept, losses, grads, work = {}, {}, {}, {}
+    trained = weights(system.params[name])
+    kept, values, grads, work = {}, {}, {}, {}
     with jax.set_mesh(sharding.make_mesh(config.mesh)):
         for mode in modes:
             config[name].remat = mode
-            loss = stages.build(config)[name].loss
+            stage = build(config).stages[name]
+            encoder_params = {part: params[part] for part in stage.encoder_params}
 
-            def value(p, loss=loss):
-                return loss(p, key, batch, frozen)[0]
+            def value(p, loss=stage.loss, encoder_params=encoder_params):
+                return loss(p, key, batch, encoder_params)[0]
 
-            residuals = jax.tree.leaves(jax.eval_shape(lambda p, value=value: jax.vjp(value, p)[1], params))
+            residuals = jax.tree.leaves(jax.eval_shape(lambda p, value=value: jax.vjp(value, p)[1], trained))
             kept[mode] = sum(x.size for x in residuals)
-            losses[mode], grads[mode] = jax.jit(jax.value_and_grad(value))(params)
-            work[mode] = flops.count(lambda p, value=value: value(p), params)
+            values[mode], grads[mode] = jax.jit(jax.value_and_grad(value))(trained)
+            work[mode] = flops.count(lambda p, value=value: value(p), trained)
     assert kept["blocks"] < kept["none"] and kept["pointwise"] <= kept["none"]
     assert all(kept["blocks"] < kept[mode] < kept["none"] for mode in modes if "," in mode)
-    assert len(set(work.values())) == 1  # recomputation is none of the model's FLOPs
+    assert len(set(work.values())) == 1  # recomputation is not counted as FLOPs of the model
     for mode in modes[1:]:
-        np.testing.assert_allclose(losses[mode], losses["none"], rtol=1e-6)
+        np.testing.assert_allclose(values[mode], values["none"], rtol=1e-6)
         scale = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads["none"])))
         apart = jax.tree.map(lambda a, b: np.linalg.norm(a - b), grads[mode], grads["none"])
         assert max(jax.tree.leaves(apart)) < 1e-5 * scale
 
 
-def test_an_unknown_rematerialisation_is_named(config):
-    config.clip.remat = "some"
-    with pytest.raises(UserError, match="no clip.remat 'some': did you mean 'none'"):
-        stages.check_mesh(config, sharding.make_mesh(config.mesh), ["clip"])
-
-
 @pytest.mark.parametrize(
-    "stage, value, said",
+    "stage, value, words",
     [
+        ("clip", "some", "no clip.remat 'some': did you mean 'none'"),
         ("clip", "none,blocks", "clip.remat='none,blocks' has 2 values: it takes one value$"),
-        ("denoiser", "none,blocks,none", "has 3 values: it takes one value, or one for each of 2 levels"),
+        ("denoiser", "none,blocks,none", "has 3 values: it takes one value, or one for each of 2 resolutions"),
         ("denoiser", "none,", "no denoiser.remat ''"),
     ],
 )
-def test_rematerialisation_of_a_wrong_number_of_levels(config, stage, value, said):
+def test_a_wrong_rematerialization_is_named(config, stage, value, words):
     config[stage].remat = value
-    with pytest.raises(UserError, match=said):
-        stages.check_mesh(config, sharding.make_mesh(config.mesh), [stage])
+    with pytest.raises(UserError, match=words):
+        build(config)

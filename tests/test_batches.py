@@ -1,0 +1,116 @@
+"""A batch is a pure function of the seed and the step."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from vdm_jax import sharding
+from vdm_jax.data import batches, text
+from vdm_jax.errors import UserError
+
+DATA = tiny.get_config().data
+
+
+class Numbers:
+    """Items {'number': i}: a batch tells which items it holds."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        assert 0 <= i < self.length
+        return {"number": np.int64(i)}
+
+    def take(self, numbers):
+        return {"number": np.stack([self[i]["number"] for i in numbers])}
+
+
+def numbers(count, start=0, seed=0, batch_size=4, length=10, rows=None, stop=None):
+    """[count, rows]: the items in `count` batches from step `start` on."""
+    source = Numbers(length)
+    drawn = batches.batches(source, batch_size=batch_size, seed=seed, start=start, data=DATA, rows=rows, stop=stop)
+    return np.stack([batch["number"] for batch in itertools.islice(drawn, count)])
+
+
+def test_a_batch_follows_from_seed_and_step():
+    whole = numbers(12)
+    for start in (0, 1, 5, 9):
+        np.testing.assert_array_equal(numbers(3, start), whole[start : start + 3])
+    assert (numbers(12, seed=1) != whole).any()
+    np.testing.assert_array_equal(numbers(12, 5, stop=8), whole[5:8])
+    far = numbers(1, start=50_000_000)  # two billion examples on
+    assert far.shape == (1, 4)
+    np.testing.assert_array_equal(numbers(2, start=49_999_999)[1:], far)
+
+
+def test_the_samples_of_a_step_can_be_named():
+    whole = numbers(12)
+    for step in (0, 5, 11):
+        ids = batches.sample_ids(Numbers(10), batch_size=4, seed=0, step=step)
+        np.testing.assert_array_equal(ids, whole[step])
+    assert batches.sample_ids(Numbers(10), batch_size=4, seed=1, step=0) != list(whole[0])
+
+
+def test_every_epoch_holds_every_item_once_in_another_order():
+    epochs = numbers(10).reshape(4, 10)
+    assert (np.sort(epochs, 1) == np.arange(10)).all()
+    assert (epochs[0] != epochs[1]).any() and (epochs[0] != np.arange(10)).any()
+    assert len(set(numbers(100, length=2**31 - 1).ravel())) == 400  # the world's length
+
+
+def test_rows_of_all_processes_are_the_batch_of_one():
+    whole = numbers(5, start=3, batch_size=8)
+    parts = [numbers(5, start=3, batch_size=8, rows=rows) for rows in ([0, 1, 2, 3], [4, 6], [5, 7])]
+    np.testing.assert_array_equal(np.concatenate(parts, 1), whole[:, [0, 1, 2, 3, 4, 6, 5, 7]])
+
+
+def test_batches_of_the_world():
+    config = tiny.get_config()
+    source = batches.source(config)
+
+    def from_step(start):
+        examples = batches.Examples(source, config.data.text_length)
+        return batches.batches(examples, batch_size=3, seed=0, start=start, data=config.data)
+
+    first, second = itertools.islice(from_step(0), 2)
+    assert {k: (x.shape, x.dtype) for k, x in first.items()} == {
+        "video": ((3, 5, 16, 16, 3), np.uint8),
+        "audio": ((3, 1250), np.float32),
+        "tokens": ((3, 96), np.int32),
+    }
+    again = next(from_step(1))
+    jax.tree.map(np.testing.assert_array_equal, again, second)
+    assert (first["video"] != second["video"]).any()
+    assert all(len(caption) > 5 for caption in text.decode(first["tokens"]))
+    held_out = batches.source(config, "held_out")
+    assert (held_out[0]["video"] != source[0]["video"]).any()
+
+    mesh = sharding.make_mesh(config.mesh)
+    on_devices = batches.to_devices(first, sharding.batch_sharding(mesh), 3)
+    jax.tree.map(np.testing.assert_array_equal, on_devices, first)
+    assert on_devices["video"].sharding.spec == jax.P(("data", "fsdp"))
+
+
+def test_examples_have_a_wrong_caption_where_one_is_drawn():
+    source = [{"video": np.zeros(2), "audio": np.zeros(3), "caption": caption} for caption in ("a red cat", "a dog")]
+    plain = batches.Examples(source, 16).take([1, 0])
+    assert set(plain) == {"video", "audio", "tokens"} and text.decode(plain["tokens"]) == ["a dog", "a red cat"]
+    wrong = batches.Examples(source, 16, lambda caption: caption.upper()).take([1, 0])
+    assert text.decode(wrong["hard_negative"]) == ["A DOG", "A RED CAT"]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [({"source": "wrld"}, "use world, files or tfds"), ({"source": "files"}, "--config.data.path=FOLDER")],
+)
+def test_a_source_that_does_not_exist(changes, words):
+    config = tiny.get_config()
+    config.data.update(changes)
+    with pytest.raises(UserError, match=words):
+        batches.source(config)

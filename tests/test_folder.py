@@ -1,0 +1,134 @@
+"""What the folder of a run holds comes back as it was, and what is broken or missing is named."""
+
+import errno
+
+import jax
+import numpy as np
+import pytest
+
+from configs import t2v_pod
+from tests import tiny
+from vdm_jax.errors import UserError
+from vdm_jax.run import folder as run_folder
+from vdm_jax.system.layout import layout
+
+PARAMS = {
+    "stem": {"kernel": np.arange(12, dtype=np.float32).reshape(3, 4) / 7, "bias": np.ones(4, np.float32)},
+    "scale": np.float32(0.25),
+}
+EXPECTED = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# --------------------------------------------------------------------------------------------------- safetensors
+
+
+def test_safetensors_come_back(tmp_path):
+    path = tmp_path / "w.safetensors"
+    run_folder.write_safetensors(path, PARAMS, 7, np.float32)
+    back, step = run_folder.read_safetensors(path, EXPECTED)
+    equal(back, PARAMS)
+    assert step == 7
+    run_folder.write_safetensors(path, PARAMS, 0)
+    half, _ = run_folder.read_safetensors(path, EXPECTED)
+    equal(half, jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), PARAMS))
+    assert {x.dtype for x in jax.tree.leaves(half)} == {np.dtype(np.float32)}
+
+
+def test_safetensors_of_another_model_are_told(tmp_path):
+    path = tmp_path / "w.safetensors"
+    stem = PARAMS["stem"]
+    for params, words in (
+        (
+            {**PARAMS, "stem": {**stem, "kernel": stem["kernel"].T}},
+            r"stem/kernel has shape \(4, 3\).*asks for \(3, 4\)",
+        ),
+        ({"stem": stem}, "scale is missing"),
+        ({**PARAMS, "more": stem}, "more/bias is unknown"),
+    ):
+        run_folder.write_safetensors(path, params, 0)
+        with pytest.raises(UserError, match=words):
+            run_folder.read_safetensors(path, EXPECTED)
+
+
+def test_damaged_safetensors_are_told(tmp_path):
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(UserError, match="missing"):
+        run_folder.read_safetensors(path, EXPECTED)
+    for step in ("much", -1, 2**40):
+        run_folder.write_safetensors(path, PARAMS, step)
+        with pytest.raises(UserError, match="no readable safetensors"):
+            run_folder.read_safetensors(path, EXPECTED)
+    run_folder.write_safetensors(path, PARAMS, 0)
+    whole = path.read_bytes()
+    for content in (b"", whole[:5], whole[:40], whole[:-3], whole + b"x", b"\xff" * 64, b"PK\3\4" + whole):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="no readable safetensors"):
+            run_folder.read_safetensors(path, EXPECTED)
+
+
+# ------------------------------------------------------------------------------------------ config and statistics
+
+
+@pytest.mark.parametrize("recipe", [tiny, t2v_pod])
+def test_settings_come_back_and_are_locked(tmp_path, recipe):
+    config = recipe.get_config()
+    (tmp_path / "config.json").write_text(config.to_json_best_effort())
+    back = run_folder.read_config(tmp_path)
+    assert back.to_dict() == config.to_dict()
+    assert back.is_locked and isinstance(back.denoiser.model.channels, tuple)
+    assert layout(back) == layout(config)
+    with pytest.raises((AttributeError, KeyError)):
+        back.denoiser.stps = 1
+
+
+def test_statistics_come_back(tmp_path):
+    path = tmp_path / "statistics.json"
+    statistics = {"video": {"mean": np.array([0.1, -2e-9], np.float32), "std": np.array([1 / 3, 7], np.float32)}}
+    run_folder.write_statistics(path, statistics)
+    equal(run_folder.read_statistics(path), statistics)
+    assert [p.name for p in tmp_path.iterdir()] == ["statistics.json"]
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(UserError, match="damaged"):
+        run_folder.read_statistics(path)
+    path.unlink()
+    with pytest.raises(UserError, match="unfinished"):
+        run_folder.read_statistics(path)
+
+
+def test_statistics_are_written_over(tmp_path):
+    path = tmp_path / "statistics.json"
+    for mean in (1.0, 2.0):
+        run_folder.write_statistics(path, {"video": {"mean": np.full(3, mean), "std": np.ones(3)}})
+    np.testing.assert_array_equal(run_folder.read_statistics(path)["video"]["mean"], [2.0, 2.0, 2.0])
+    assert [p.name for p in tmp_path.iterdir()] == ["statistics.json"]
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_config_that_breaks_the_build_is_named_in_one_line(tmp_path):
+    def build(config):
+        raise ZeroDivisionError("integer\nmodulo by zero")
+
+    with pytest.raises(UserError, match=r"config.json does not fit .*\(ZeroDivisionError: integer modulo by zero\)"):
+        run_folder.checked_build(tmp_path, None, build)
+
+    def refuse(config):
+        raise UserError("a clear line")
+
+    with pytest.raises(UserError, match="^a clear line$"):
+        run_folder.checked_build(tmp_path, None, refuse)
+    assert run_folder.checked_build(tmp_path, 3, lambda config: config + 1) == 4
+
+
+@pytest.mark.parametrize("number", run_folder.DISK_FAULTS)
+def test_a_full_or_broken_disk_ends_in_one_line(tmp_path, number):
+    with pytest.raises(UserError, match=r"clip: cannot write in .*: .*; there is no checkpoint"):
+        with run_folder.explain_disk_faults(tmp_path, "clip"):
+            raise OSError(number, "the fault")
+    with pytest.raises(FileNotFoundError), run_folder.explain_disk_faults(tmp_path, "clip"):
+        raise OSError(errno.ENOENT, "another fault")

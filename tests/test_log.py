@@ -1,0 +1,236 @@
+"""What a run reports while it trains. No line of it is lost or repeated."""
+
+import json
+import logging
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vdm_jax.errors import UserError
+from vdm_jax.run import log as run_log
+
+
+def line(step, **more):
+    return json.dumps({"step": step, "loss": 0.5, **more}) + "\n"
+
+
+WHOLE = "".join(map(line, (2, 4, 6)))
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "",
+        '{"step": 8, "lo',
+        line(8),
+        line(8) + line(10),
+        "\0" * 300,
+        "\n",
+        '{"step": 8}',
+        '{"loss": 1}\n',
+        line(6),
+        "[]\n",
+    ],
+)
+def test_what_follows_the_restored_step_is_cut_off_in_place(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(WHOLE + tail)
+    before = path.stat().st_ino
+    log = run_log.MetricsLog(tmp_path, 6)
+    assert path.read_text() == WHOLE and path.stat().st_ino == before  # the same file, not a new one in its place
+    log.write(8, "clip", {"loss": np.nan, "skipped": 2})
+    log.close()
+    assert path.read_text() == WHOLE + '{"step": 8, "loss": null, "skipped": 2}\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        line(2) + "\0\0\n" + line(4) + line(6),
+        line(2) + line(4)[:-9] + "\n" + line(4) + line(6),
+        line(2) + line(4) + line(4) + line(6),
+        line(2) + line(4) + line(6).rstrip(),
+        "[" * 100_000 + "\n" + WHOLE,
+        line(9) + WHOLE + line(7),
+    ],
+)
+def test_good_lines_outlive_bad_ones_between_them(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_text(content)
+    run_log.MetricsLog(tmp_path, 6).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == WHOLE
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_skipped_steps_are_counted_over_restarts(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(line(1, skipped=1) + line(2, skipped=3) + line(3, skipped=7))
+    log = run_log.MetricsLog(tmp_path, 2)
+    assert log.skipped == 4
+    log.write(3, "clip", {"loss": 1.0, "skipped": 1})
+    assert log.skipped == 5
+    log.close()
+
+
+def history(*losses, skipped=()):
+    return [
+        {
+            "loss": jnp.float32(x),
+            "part": jnp.float32(np.nan if i else 3),
+            "grad_norm": 2 * x,
+            "skipped": float(i in skipped),
+        }
+        for i, x in enumerate(losses)
+    ]
+
+
+def test_means_leave_out_skipped_steps_and_what_was_not_measured():
+    means, skipped = run_log.summarize(history(1.0, np.nan, 5.0, skipped=(1,)), 7)
+    assert means == {"loss": 3.0, "part": 3.0, "grad_norm": 6.0, "skipped": 1}
+    (one,) = skipped
+    assert one.number == 8 and np.isnan(one.loss) and one.why() == "loss nan, gradient norm nan"
+    means, skipped = run_log.summarize(history(1e9, skipped=(0,)), 1)
+    assert np.isnan(means["loss"]) and means["skipped"] == 1 and len(skipped) == 1
+    assert run_log.mean([(2.0, 3), (np.nan, 0), (4.0, 1)]) == 2.5 and np.isnan(run_log.mean([]))
+
+
+def test_a_streak_goes_on_over_log_lines_and_ends_with_a_good_step():
+    def skipped(*steps):
+        return [run_log.Skipped(step, np.nan, 1.0) for step in steps]
+
+    streak = run_log.Streak()
+    assert not streak.add(skipped(2, 4, 5), 5, 4) and [step.number for step in streak.steps] == [4, 5]
+    assert not streak.add(skipped(6), 7, 4) and not streak.steps
+    assert not streak.add(skipped(9, 10), 10, 4)
+    assert streak.add(skipped(11, 12, 13, 14), 15, 4) and [step.number for step in streak.steps] == [9, 10, 11, 12]
+
+
+def test_goodput_is_the_share_of_time_in_steps():
+    watch = run_log.Watch()
+    time.sleep(0.2)  # set-up
+    watch.start()
+    with watch("compiling"):
+        time.sleep(0.2)
+    with watch("data"):
+        time.sleep(0.1)
+    time.sleep(0.3)  # steps
+    with watch("saving"):
+        time.sleep(0.2)
+    lap = watch.lap(3)
+    assert watch.spent == {}
+    assert 0 < lap["data_wait_share"] < 1 and lap["step_seconds"] > 0.1
+    assert 0.2 / 1000 < lap["saving_share"] < 1
+    assert watch.stepping >= 0.3 and 0 < watch.goodput() < 1  # a sleep is at least as long as asked
+
+
+def test_a_heartbeat_is_whole_at_any_moment(tmp_path):
+    for step in (1, 2):
+        run_log.write_heartbeat(tmp_path / "heartbeat.json", step=step)
+        beat = json.loads((tmp_path / "heartbeat.json").read_text())
+        assert beat["step"] == step and abs(beat["time"] - time.time()) < 1000
+    assert [p.name for p in tmp_path.iterdir()] == ["heartbeat.json"]
+
+
+@pytest.mark.parametrize("seconds, shown", [(0, "0:00:00"), (61.9, "0:01:01"), (360_000, "100:00:00")])
+def test_clock(seconds, shown):
+    assert run_log.clock(seconds) == shown
+
+
+# ----------------------------------------------------------------------------------------------- what the loop calls
+
+
+def report(directory, done=0, **changed):
+    """A RunLog of 6 steps in a folder of its own, and the list of what it called."""
+    called = []
+    watch = run_log.Watch()
+    watch.start()
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = dict(
+        steps=6, done=done, saved=None, watch=watch, stop_after=3, heartbeat_every=1000.0,
+        sample_ids=lambda number: f"those of {number}", finish=lambda: called.append("finish"),
+    )  # fmt: skip
+    return run_log.RunLog("clip", directory, **{**settings, **changed}), called
+
+
+def step(loss, skipped=0.0):
+    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(1), "skipped": jnp.float32(skipped)}
+
+
+def read_lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_log_line_holds_the_means_since_the_line_before(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    log, _ = report(tmp_path / "clip")
+    for number in log.numbers:
+        log.add(step(number))
+        if number % 2 == 0:
+            log.write(number, flush=True)
+        if number == 4:
+            assert log.mean_loss() == 2.5
+            log.mark_saved(number)
+            assert np.isnan(log.mean_loss())
+    log.close()
+    lines = read_lines(tmp_path / "clip")
+    assert [(line["step"], line["loss"], line["skipped"]) for line in lines] == [(2, 1.5, 0), (4, 3.5, 0), (6, 5.5, 0)]
+    assert {"step_seconds", "data_wait_share", "saving_share", "goodput"} <= set(lines[0])
+    assert list((tmp_path / "clip").glob("events*"))
+    shown = [record.message for record in caplog.records]  # lines, because stderr is no terminal here
+    assert [line.split("  ")[0] for line in shown] == [
+        "clip 2/6 loss 1.5000", "clip 4/6 loss 3.5000", "clip 6/6 loss 5.5000",
+    ]  # fmt: skip
+    assert "saved -" in shown[1] and "saved 4" in shown[2] and shown[2].endswith("0:00:00 left")
+
+
+def test_a_run_that_continues_reports_the_steps_that_are_left(tmp_path):
+    log, _ = report(tmp_path / "clip", done=4, saved=4)
+    assert list(log.numbers) == [5, 6]
+
+
+def test_skipped_steps_are_named_and_too_many_in_a_row_end_the_run(tmp_path, caplog):
+    log, called = report(tmp_path / "clip", saved=1)
+    for skipped in (0, 1, 1):
+        log.add(step(np.nan if skipped else 1, skipped))
+    log.write(3)
+    assert log.skipping and not called
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        f"clip: step {number} is skipped (loss nan, gradient norm 1), its samples are those of {number}"
+        for number in (2, 3)
+    ]
+    log.add(step(np.nan, 1))
+    with pytest.raises(UserError, match="clip: 3 steps in a row were skipped, from step 2 on .* of step 1; lower"):
+        log.write(4)
+    assert called == ["finish"]
+    other, called = report(tmp_path / "other")
+    for skipped in (1, 1, 0):
+        other.add(step(1, skipped))
+    other.write(3)
+    assert not other.skipping and not called
+
+
+def test_the_heartbeat_is_written_at_its_pace_and_at_the_last_step(tmp_path):
+    log, _ = report(tmp_path / "clip", saved=3)
+    path = tmp_path / "heartbeat.json"
+    for number, last, read in ((1, False, 1), (2, False, 1), (3, True, 3)):
+        log.heartbeat(number, last)
+        beat = json.loads(path.read_text())
+        assert (beat["step"], beat["steps"], beat["stage"], beat["saved"]) == (read, 6, "clip", 3)
+    log, _ = report(tmp_path / "clip", heartbeat_every=0.0)
+    for number in (4, 5):
+        log.heartbeat(number)
+        assert json.loads(path.read_text())["step"] == number
+        time.sleep(0.01)
+
+
+def test_only_the_primary_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_log.hosts, "is_primary", lambda: False)
+    log, called = report(tmp_path / "clip")
+    for _ in range(3):
+        log.add(step(np.nan, 1))
+    with pytest.raises(UserError, match="in a row"):  # all processes stop
+        log.write(3)
+    log.heartbeat(3, last=True)
+    log.close()
+    assert called == ["finish"]
+    assert [path.name for path in tmp_path.iterdir()] == ["clip"] and not list((tmp_path / "clip").iterdir())

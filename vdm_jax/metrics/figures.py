@@ -1,0 +1,154 @@
+"""Pictures of clips, sounds and tasks: contact sheets, spectrograms and scheduling matrices, drawn with Pillow."""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vdm_jax.data import media
+
+
+def contact_sheet(path, videos: Sequence, captions: Sequence[str], columns: int = 8, scale: int = 4) -> None:
+    """Writes a PNG with a row for each clip: its caption above frames that are equally spaced over the clip.
+
+    path: of the PNG
+    videos: uint8 arrays [F, H, W, 3]; their sizes may differ
+    captions: a text for each video
+    columns: frames in a row; a shorter video shows all its frames
+    scale: screen pixels for each pixel, along each side
+
+    Raises UserError if the file cannot be written.
+    """
+    font, gap = ImageFont.load_default(size=13), 4
+    strips = []
+    for video in videos:
+        picks = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
+        tiles = np.asarray(video)[picks].repeat(scale, axis=1).repeat(scale, axis=2)
+        strips.append(np.concatenate(np.pad(tiles, ((0, 0), (0, 0), (0, gap), (0, 0))), axis=1))
+    width = max((strip.shape[1] for strip in strips), default=1)
+    letters = max(16, int(width / font.getlength("n")))
+    blocks = ["\n".join(textwrap.wrap(caption, letters)) for caption in captions]
+    rows = [
+        (block, 16 * (block.count("\n") + 1) + gap, Image.fromarray(strip))
+        for block, strip in zip(blocks, strips, strict=True)
+    ]
+    sheet = Image.new("RGB", (width, sum(text + image.height + gap for _, text, image in rows) or 1))
+    draw, top = ImageDraw.Draw(sheet), 0
+    for block, text, image in rows:
+        draw.multiline_text((2, top), block, fill="white", font=font, spacing=3)
+        sheet.paste(image, (0, top + text))
+        top += text + image.height + gap
+    _save(path, sheet)
+
+
+def spectrogram(path, audio: np.ndarray, sample_rate: int) -> None:
+    """Writes a PNG of the power over time (s) and frequency (kHz). The brightest color is the loudest point.
+
+    The darkest color is 80 dB below the loudest point, or less.
+
+    path: of the PNG
+    audio: float [N]
+    sample_rate: in Hz
+
+    Raises UserError if the file cannot be written.
+    """
+    audio = np.asarray(audio, np.float32)
+    window = max(64, 2 ** round(math.log2(sample_rate / 30)))  # about 33 ms
+    hop = max(window // 8, math.ceil(len(audio) / 1200))  # at most 1200 columns
+    spans = np.lib.stride_tricks.sliding_window_view(np.pad(audio, window // 2), window)[::hop]
+    power = np.abs(np.fft.rfft(spans * np.hanning(window), axis=1)) ** 2  # [columns, frequencies]
+    level = 10 * np.log10(np.maximum(power / max(power.max(), 1e-12), 1e-8))  # -80..0 dB
+    stops = np.array([[0, 0, 0], [60, 15, 110], [180, 40, 100], [245, 130, 30], [255, 250, 200]])
+    shade = (level.T[::-1] / 80 + 1) * (len(stops) - 1)  # high frequencies on top
+    color = np.stack([np.interp(shade, range(len(stops)), c) for c in stops.T], axis=-1)
+    plot = Image.fromarray(color.astype(np.uint8)).resize((max(400, len(level)), 256))
+
+    left, top, bottom = 48, 12, 32  # margins, in pixels
+    sheet = Image.new("RGB", (left + plot.width + 16, top + plot.height + bottom), "white")
+    sheet.paste(plot, (left, top))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for share in np.linspace(0, 1, 6):
+        x, y = left + plot.width * share, top + plot.height * (1 - share)
+        draw.line([(x, top + plot.height), (x, top + plot.height + 4)], fill="black")
+        draw.line([(left - 4, y), (left, y)], fill="black")
+        time, frequency = len(audio) / sample_rate * share, sample_rate / 2000 * share
+        draw.text((x, top + plot.height + 5), f"{time:.2f}", fill="black", font=font, anchor="mt")
+        draw.text((left - 6, y), f"{frequency:.1f}", fill="black", font=font, anchor="rm")
+    middle = (left + plot.width / 2, sheet.height - 1)
+    draw.text(middle, "time (s)", fill="black", font=font, anchor="mb")
+    draw.text((2, top + 16), "kHz", fill="black", font=font)
+    _save(path, sheet)
+
+
+def write_preview(path, preview, fps: float, sample_rate: int) -> None:
+    """Writes what a stage shows of itself: PATH.png, and PATH.mp4 of the first clip if it has picture and sound.
+
+    path: of both files, without their ending
+    preview: rows `video` uint8 [R, F, H, W, 3] or None, `audio` float32 [R, N] or None, and R `captions`
+    fps: frames a second
+    sample_rate: in Hz
+
+    Raises UserError if a file cannot be written.
+    """
+    if preview.video is None:
+        spectrogram(f"{path}.png", np.concatenate(preview.audio), sample_rate)
+        return
+    contact_sheet(f"{path}.png", list(preview.video), preview.captions)
+    if preview.audio is not None:
+        media.write_mp4(f"{path}.mp4", preview.video[0], preview.audio[0], fps, sample_rate)
+
+
+def scheduling_matrix(levels: Mapping[str, np.ndarray], cell: tuple[int, int] = (22, 10)) -> Image.Image:
+    """Returns a picture of a scheduling matrix: steps go down, latent frames go across, one panel for each modality.
+
+    The lowest level of the matrix (noise) is dark, the highest (clean) is light. A context frame is therefore a light
+    column, and a frame that is generated turns from dark to light. `image.save(path)` writes the picture to a file.
+
+    levels: {'video': [N+1, T], 'audio': [N+1, T]} log SNR, as samplers.scheduling_matrix returns it
+    cell: width and height of one level, in pixels
+
+    Raises ValueError where a matrix is empty or its shape differs from the others.
+    """
+    matrices = {name: np.asarray(matrix, np.float64) for name, matrix in levels.items()}
+    shapes = {matrix.shape for matrix in matrices.values()}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or 0 in shape:
+        raise ValueError(f"want matrices [N+1, T] of one shape, got { {k: m.shape for k, m in matrices.items()} }")
+    (rows, frames), (width, height) = shape, cell
+    low = min(matrix.min() for matrix in matrices.values())
+    high = max(matrix.max() for matrix in matrices.values())
+    dark, light = np.array([24, 28, 64]), np.array([250, 226, 150])
+
+    def colors(values):  # [...] -> uint8 [..., 3]; a matrix of one level is all context
+        share = (values - low) / (high - low) if high > low else np.ones_like(values)
+        return (dark + share[..., None] * (light - dark)).round().astype(np.uint8)
+
+    left, top, gap, bottom = 40, 22, 28, 62  # margins, in pixels
+    panel = (frames * width, rows * height)
+    across = max(200, left + len(matrices) * (panel[0] + gap))
+    sheet = Image.new("RGB", (across, top + panel[1] + bottom), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for i, (name, matrix) in enumerate(matrices.items()):
+        x = left + i * (panel[0] + gap)
+        pixels = colors(matrix).repeat(height, axis=0).repeat(width, axis=1)
+        pixels[height - 1 :: height] = pixels[:, width - 1 :: width] = 255  # lines between the cells
+        sheet.paste(Image.fromarray(pixels), (x, top))
+        draw.text((x + panel[0] / 2, top - 5), name, fill="black", font=font, anchor="mb")
+        for frame in range(0, frames, max(1, math.ceil(24 / width))):
+            place = (x + (frame + 0.5) * width, top + panel[1] + 4)
+            draw.text(place, str(frame), fill="black", font=font, anchor="mt")
+        draw.text((x + panel[0] / 2, top + panel[1] + 18), "latent frame", fill="black", font=font, anchor="mt")
+    for row in range(0, rows, max(1, math.ceil(rows / 12), math.ceil(12 / height))):
+        draw.text((left - 6, top + (row + 0.5) * height), str(row), fill="black", font=font, anchor="rm")
+    draw.text((2, top - 5), "step", fill="black", font=font, anchor="lb")
+    scale = colors(low + np.linspace(0, 1, 80) * (high - low))[None].repeat(8, axis=0)
+    sheet.paste(Image.fromarray(scale), (left + 36, sheet.height - 16))
+    draw.text((left, sheet.height - 12), "noise", fill="black", font=font, anchor="lm")
+    draw.text((left + 122, sheet.height - 12), "clean", fill="black", font=font, anchor="lm")
+    return sheet
+
+
+def _save(path, image: Image.Image) -> None:
+    with media.replacing(path) as temporary:
+        image.save(temporary, format="PNG")

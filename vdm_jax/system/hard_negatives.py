@@ -1,0 +1,176 @@
+"""Hard negatives: captions that are wrong by one or two words, and the loss that teaches the denoiser to reject them.
+
+The diffusion loss hardly changes when two words of a caption swap places, so the denoiser does not learn which object
+has which direction. The loss here makes the denoiser a classifier of two captions (arXiv:2303.16203): with the right
+caption its error must be lower than with the hard negative.
+"""
+
+import functools
+import math
+import re
+import zlib
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vdm_jax import diffusion
+
+FIELD = "hard_negative"  # of a batch: the tokens, or the encoded text, of one hard negative per clip
+
+
+# --------------------------------------------------------------------------------------------------
+# The draw
+
+
+def swap_words(caption, groups):
+    """Returns the hard negative of a caption: two words of one group swap places.
+
+    A caption without two different words of one group gets one of its words replaced by another of the same group. A
+    caption without any of the words is returned as it is. The draw depends on the bytes of the caption alone.
+
+    caption: a text.
+    groups: groups of words, for example (("red", "blue"), ("left", "right")).
+    """
+    rng = np.random.default_rng(zlib.crc32(caption.encode("utf-8", errors="replace")))
+    words = re.split(r"(\W+)", caption)
+    places = [[i for i, word in enumerate(words) if word in group] for group in groups]  # by group
+    swaps = [(i, j) for found in places for i in found for j in found if i < j and words[i] != words[j]]
+    if swaps:
+        i, j = swaps[rng.integers(len(swaps))]
+        words[i], words[j] = words[j], words[i]
+        return "".join(words)
+    replacements = [
+        (i, word) for found, group in zip(places, groups) for i in found for word in group if word != words[i]
+    ]
+    if replacements:
+        i, word = replacements[rng.integers(len(replacements))]
+        words[i] = word
+    return "".join(words)
+
+
+def swapper(groups):
+    """Returns a function caption -> hard negative, for data.batches.example. Without groups of words it is None."""
+    return functools.partial(swap_words, groups=groups) if groups else None
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss
+
+
+class Pairs(NamedTuple):
+    """P noised clips, each once with the right caption and once with its hard negative: 2 P rows for the network."""
+
+    z_t: dict  # noised latents, [2 P, ...] per modality; rows 2 i and 2 i + 1 are clip i
+    log_snr: dict  # [2 P, T] per modality
+    cond: dict  # conditions, [2 P, ...]; row 2 i is the right caption, row 2 i + 1 the hard negative
+    target: jax.Array  # what the network should predict of the video, [P, T, h, w, C]
+    error_factor: jax.Array  # turns a squared error of the target into one of eps, [P, 1]
+    differ: jax.Array  # bool [P]: False if the hard negative is the right caption
+
+
+def first_of_every(every, rows):
+    """Returns the first row of each group of `every` rows, a tree like rows."""
+    return jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:])[:, 0], rows)  # [B / every, ...]
+
+
+def make_pairs(key, z, right, wrong, target, config):
+    """Returns the Pairs of P clips: the first half of the loss, before the network.
+
+    Both rows of a clip have the same noise and the same noise level, which is one number for all of the clip. The noise
+    levels of the clips are evenly spaced over config.log_snr.
+
+    key: for noise levels and noise.
+    z: {"video": [P, T, h, w, C], "audio": [P, K*T, D]}, clean latents.
+    right, wrong: conditions, trees of arrays [P, ...]: the captions and their hard negatives.
+    target: what the network predicts, one of diffusion.TARGETS.
+    config: log_snr, (lowest, highest).
+    """
+    level_key, noise_key = jax.random.split(key)
+    count, frames = z["video"].shape[:2]
+    low, high = config["log_snr"]
+    level = low + (high - low) * diffusion.stratified_uniform(level_key, count, 1)  # [P, 1]
+    log_snr = {name: jnp.broadcast_to(level, (count, frames)) for name in z}
+
+    x = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), z)
+    eps = diffusion.noise_like(noise_key, x)
+    z_t = diffusion.add_noise(x, eps, log_snr)
+    leaves = zip(jax.tree.leaves(right), jax.tree.leaves(wrong))
+    differ = [jnp.any((a != b).reshape(count, -1), 1) for a, b in leaves]  # bool [P] per array of the condition
+    return Pairs(
+        z_t=jax.tree.map(_interleave, z_t, z_t),
+        log_snr=jax.tree.map(_interleave, log_snr, log_snr),
+        cond=jax.tree.map(_interleave, right, wrong),
+        target=diffusion.to_target(x, eps, log_snr, target)["video"],
+        error_factor=diffusion.eps_error_factor(level, target),
+        differ=jnp.any(jnp.stack(differ), 0),
+    )
+
+
+def _interleave(a, b):
+    """[P, ...] twice -> [2 P, ...]. The rows of a clip are neighbors, so that on a mesh one device has both."""
+    return jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])
+
+
+def classification_loss(prediction, pairs, config):
+    """Returns the loss of a prediction for Pairs: (float32 scalar, metrics). The second half, after the network.
+
+    The error of eps in the video, summed over a clip, stands for -log p(clip | caption): arXiv:2303.16203, section 3.
+    With logit = (error with the hard negative) - (error with the right caption),
+
+        loss = weight * mean of softplus(-logit) + anchor * mean of (error with the right caption).
+
+    The first mean is over the clips whose captions differ. The metrics are `hard_negative_loss`, that mean, and
+    `hard_negative_accuracy`, the share of the same clips with logit > 0. Both are nan if no captions differ.
+
+    prediction: the network's output for the 2 P rows, a dict like pairs.z_t.
+    pairs: from `make_pairs`.
+    config: weight and anchor.
+    """
+    chex.assert_equal_shape([prediction["video"], pairs.z_t["video"]])
+    differ = pairs.differ
+    target = pairs.target.reshape(len(differ), 1, -1)  # [P, 1, T*h*w*C]
+    both = prediction["video"].reshape(len(differ), 2, -1).astype(target.dtype)  # [P, 2, T*h*w*C]
+    squares = jnp.square(both - target).sum(2)  # [P, 2]
+    error_right, error_wrong = (pairs.error_factor * squares).T  # [P] each
+    logit = error_wrong - error_right
+    total = jnp.where(differ, jax.nn.softplus(-logit), 0).sum()
+    loss = config["weight"] * total / jnp.maximum(differ.sum(), 1) + config["anchor"] * error_right.mean()
+    accuracy = (differ & (logit > 0)).sum() / differ.sum()
+    return loss, {"hard_negative_loss": total / differ.sum(), "hard_negative_accuracy": accuracy}
+
+
+# --------------------------------------------------------------------------------------------------
+# One network call
+
+
+def call_together(denoise_fn, rows_a, rows_b):
+    """Returns the predictions for two batches, (prediction_a, prediction_b), by one call of the network.
+
+    A program with two calls takes twice as long to compile.
+
+    The call takes the rows of both batches in turns, for example 3 rows of a, 2 of b, 3 of a, 2 of b. On a mesh that
+    splits rows, each device then keeps its share of either batch.
+
+    denoise_fn: (z_t, log_snr, cond) -> prediction, trees of arrays with rows as first axis.
+    rows_a, rows_b: (z_t, log_snr, cond). The batches may differ in their number of rows.
+    """
+    count_a = len(jax.tree.leaves(rows_a)[0])
+    count_b = len(jax.tree.leaves(rows_b)[0])
+    turns = math.gcd(count_a, count_b)
+    in_turn_a = count_a // turns  # rows of a in one turn
+    in_turn_both = in_turn_a + count_b // turns
+
+    def join(a, b):
+        parts = [x.reshape(turns, -1, *x.shape[1:]) for x in (a, b)]  # [turns, rows in a turn, ...]
+        return jnp.concatenate(parts, 1).reshape(-1, *a.shape[1:])
+
+    def part(x, start, end):
+        return x.reshape(turns, in_turn_both, *x.shape[1:])[:, start:end].reshape(-1, *x.shape[1:])
+
+    prediction = denoise_fn(*jax.tree.map(join, rows_a, rows_b))
+    prediction_a = jax.tree.map(lambda x: part(x, 0, in_turn_a), prediction)
+    prediction_b = jax.tree.map(lambda x: part(x, in_turn_a, in_turn_both), prediction)
+    return prediction_a, prediction_b

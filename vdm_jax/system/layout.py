@@ -1,0 +1,145 @@
+"""Sizes that follow from a config, and every check that they fit together. All other code reads the sizes from here."""
+
+import math
+from typing import NamedTuple
+
+from vdm_jax.errors import UserError
+
+STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")  # in the order of training
+
+# Names of the dimensions of video and of sound, for sharding.constrain.
+VIDEO_AXES = ("batch", "time", "height", "width", "channel")
+AUDIO_AXES = ("batch", "token", "channel")
+
+# Settings of a model that have one value for each resolution, and those that may be 0.
+PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")
+MAY_BE_ZERO = ("blocks", "middle_blocks", "layers", "text_layers", "attention", "cross_modal", "factorized")
+
+
+class Layout(NamedTuple):
+    """Sizes of a clip and of its latents."""
+
+    frames: int  # F, video frames a clip
+    samples: int  # N, audio samples a clip
+    samples_per_frame: int  # audio samples a video frame
+    f_t: int  # video frames a latent frame; the first latent frame holds one video frame
+    latent_frames: int  # T
+    latent_fps: float  # latent frames a second
+    video: tuple[int, int, int]  # h, w, C of a video latent frame
+    audio: tuple[int, int]  # K audio tokens a latent frame, D channels
+
+    @property
+    def latent_shapes(self):
+        """Shapes of one clip's latents: {'video': (T, h, w, C), 'audio': (K*T, D)}."""
+        tokens, channels = self.audio
+        return {
+            "video": (self.latent_frames, *self.video),
+            "audio": (self.latent_frames * tokens, channels),
+        }
+
+    def at(self, frames):
+        """The Layout of clips of another length.
+
+        frames: video frames, 1 + f_t * n. Raises UserError for another number.
+        """
+        if frames < 1 or (frames - 1) % self.f_t:
+            low = max(0, frames - 1) // self.f_t * self.f_t + 1
+            sizes = f"{low} or {low + self.f_t} (1 + {self.f_t} * n)"
+            raise UserError(f"{frames} frames do not fill latent frames of {self.f_t}: use {sizes}")
+        return self._replace(
+            frames=frames,
+            samples=frames * self.samples_per_frame,
+            latent_frames=1 + (frames - 1) // self.f_t,
+        )
+
+
+def layout(config):
+    """The Layout of a config's clips. Raises UserError where sizes do not fit together."""
+    data, video, audio = config.data, config.video_autoencoder.model, config.audio_autoencoder.model
+    for name in ("frames", "size", "fps", "sample_rate"):
+        if data[name] < 1:
+            raise UserError(f"data.{name}={data[name]} must be at least 1")
+    for stage in STAGES:
+        _check_numbers(f"{stage}.model", config[stage].model)
+        _check_lengths(stage, config[stage].model)
+        if config[stage].batch_size < 1:
+            raise UserError(f"{stage}.batch_size={config[stage].batch_size} must be at least 1")
+    if data.sample_rate % data.fps:
+        raise UserError(f"data.sample_rate={data.sample_rate} is not a multiple of data.fps={data.fps}")
+
+    f_t = math.prod(video.time_strides)  # video frames a latent frame
+    f_s = video.patch * math.prod(video.space_strides)  # pixels a latent, in height and in width
+    hop = audio.patch * math.prod(audio.strides)  # samples an audio token
+    per_frame = data.sample_rate // data.fps
+    if data.size % f_s:
+        raise UserError(f"data.size={data.size} is not a multiple of {f_s}: use {data.size // f_s * f_s or f_s}")
+    if per_frame * f_t % hop:
+        raise UserError(
+            f"a latent frame of {per_frame * f_t} samples is no multiple of the {hop} samples of an audio token"
+        )
+    if data.size % config.clip.model.video.patch:
+        raise UserError(f"data.size={data.size} is not a multiple of clip.model.video.patch")
+    side, tokens = data.size // f_s, per_frame * f_t // hop
+    _check_halvings(config.denoiser.model, side, tokens)
+    sizes = Layout(
+        frames=1,
+        samples=per_frame,
+        samples_per_frame=per_frame,
+        f_t=f_t,
+        latent_frames=1,
+        latent_fps=data.fps / f_t,
+        video=(side, side, video.latent_channels),
+        audio=(tokens, audio.latent_channels),
+    ).at(data.frames)
+    if max(config.audio_autoencoder.stft_windows) > sizes.samples:
+        raise UserError(f"audio_autoencoder.stft_windows go past the {sizes.samples} samples of a clip")
+    return sizes
+
+
+def _check_numbers(name, value):
+    """Raises UserError unless every setting of a model is a whole number in a range that can be built."""
+    if hasattr(value, "items"):  # settings of a part
+        for key, part in value.items():
+            _check_numbers(f"{name}.{key}", part)
+        return
+    low, high = (0, 1000) if name.split(".")[-1] in MAY_BE_ZERO else (1, 1_000_000)
+    for number in value if isinstance(value, tuple | list) else (value,):
+        if not isinstance(number, int) or not low <= number <= high:
+            raise UserError(f"{name}={value!r} must be of whole numbers from {low} to {high}")
+
+
+def _check_lengths(stage, model):
+    """Raises UserError unless each setting of a model has one value for each resolution, or for each step between."""
+    for name, value in model.items():
+        if name == "audio_channels" and not value:  # as many channels as the picture
+            continue
+        if name in PER_RESOLUTION:
+            wanted = len(model.channels)
+        elif name.endswith("strides"):
+            wanted = len(model.channels) - 1
+        else:
+            continue
+        if len(value) != wanted:
+            raise UserError(f"{stage}.model.{name}={value} must have {wanted} values for channels={model.channels}")
+
+
+def _check_halvings(denoiser, side, tokens):
+    """Raises UserError unless the latents halve as often as the denoiser asks.
+
+    side: height and width of the video latents. tokens: K, audio tokens a latent frame.
+    """
+    halvings = len(denoiser.channels) - 1
+    if side % denoiser.patch:
+        raise UserError(f"denoiser.model.patch={denoiser.patch} does not divide the {side}x{side} latents")
+    side //= denoiser.patch
+    if side % 2**halvings:
+        raise UserError(
+            f"denoiser.model.channels halve the {side}x{side} latents {halvings} times, and {side} is no multiple of "
+            f"{2**halvings}: use fewer resolutions or another data.size"
+        )
+    for i in range(1, halvings + 1):
+        if tokens * math.prod(denoiser.time_strides[:i]) % 2**i:
+            raise UserError(
+                f"{tokens} audio tokens a latent frame do not halve {i} times: use fewer resolutions of the denoiser, "
+                "or another audio_autoencoder.model.patch or strides"
+            )

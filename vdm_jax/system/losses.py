@@ -1,0 +1,239 @@
+"""What each stage trains: one record a stage, one function a loss."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vdm_jax import diffusion
+from vdm_jax.data import text
+from vdm_jax.system import hard_negatives, previews
+from vdm_jax.system.codec import init_fns, remat_modes, to_float
+from vdm_jax.system.layout import AUDIO_AXES, STAGES, VIDEO_AXES
+
+
+class Stage(NamedTuple):
+    """One stage of training. The training loop, the benchmark and the dry run know no more of a stage than this."""
+
+    init: Callable  # init(key) -> params; call it under jit or eval_shape
+    loss: Callable  # loss(params, key, batch, encoder_params) -> (scalar, metrics)
+    params: Any  # what init gives, as ShapeDtypeStructs
+    batch: dict  # a training batch, as ShapeDtypeStructs
+    encoder_params: dict  # what `loss` reads of earlier stages and 'statistics', as ShapeDtypeStructs; {} for none
+    preview: (
+        Callable | None
+    )  # preview(params, encoder_params, clips, captions) -> previews.Preview; None: nothing to show
+    activation: tuple  # (shape, names of dimensions) of the largest activation that a mesh must be able to split
+    hard_negative: Callable | None = None  # caption -> wrong caption, for every example; None for no hard negatives
+    group: int = 1  # so many clips of a batch stay together on a device
+
+
+def make_stages(codec):
+    """{name: Stage} of the four stages of a Codec."""
+    config, layout = codec.config, codec.layout
+    inits = init_fns(codec.models, config, layout)
+    params = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in inits.items()}
+    for name in STAGES:
+        remat_modes(config, name)  # raises UserError for a wrong one
+
+    def stage(name, loss, axes, length, preview=None, encoder_params=None):
+        side = layout.video[0]
+        shape = (1, length, side, side, 1) if axes is VIDEO_AXES else (1, length, 1)
+        words = config[name].hard_negatives.words if "hard_negatives" in config[name] else ()
+        encoders = encoder_params or {}
+        batch = abstract_clips(config, layout, config[name].batch_size, with_hard_negatives=bool(words))
+        if encoders and config[name].cached_clips:
+            batch = jax.eval_shape(functools.partial(encode_batch, codec), encoders, batch)
+            batch = jax.tree.map(lambda x: x if x.dtype == bool else x.update(dtype=jnp.float16), batch)
+        return Stage(
+            init=inits[name],
+            loss=functools.partial(loss, codec),
+            params=params[name],
+            batch=batch,
+            encoder_params=encoders,
+            preview=preview,
+            activation=(shape, axes),
+            hard_negative=hard_negatives.swapper(words),
+            group=config[name].hard_negatives.every if words and "every" in config[name].hard_negatives else 1,
+        )
+
+    tokens = layout.latent_frames * layout.audio[0]
+    encoders = {name: params[name] for name in STAGES[:3]} | {"statistics": abstract_statistics(layout)}
+    return {
+        "video_autoencoder": stage(
+            "video_autoencoder",
+            video_autoencoder_loss,
+            VIDEO_AXES,
+            layout.frames,
+            previews.reconstruction(codec, "video"),
+        ),
+        "audio_autoencoder": stage(
+            "audio_autoencoder", audio_autoencoder_loss, AUDIO_AXES, tokens, previews.reconstruction(codec, "audio")
+        ),
+        "clip": stage("clip", clip_loss, VIDEO_AXES, layout.frames),
+        "denoiser": stage(
+            "denoiser", denoiser_loss, VIDEO_AXES, layout.latent_frames, previews.samples(codec), encoders
+        ),
+    }
+
+
+def abstract_clips(config, layout, rows, with_hard_negatives=False):
+    """`rows` training examples that are not encoded yet, as ShapeDtypeStructs; see data/batches.Examples."""
+    side = config.data.size
+    tokens = jax.ShapeDtypeStruct((rows, config.data.text_length), jnp.int32)
+    clips = {
+        "video": jax.ShapeDtypeStruct((rows, layout.frames, side, side, 3), jnp.uint8),
+        "audio": jax.ShapeDtypeStruct((rows, layout.samples), jnp.float32),
+        "tokens": tokens,
+    }
+    return clips | ({hard_negatives.FIELD: tokens} if with_hard_negatives else {})
+
+
+def abstract_statistics(layout):
+    """Mean and standard deviation of the latents, {modality: {'mean' [C], 'std' [C]}}, as ShapeDtypeStructs."""
+    channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
+    return {m: {"mean": x, "std": x} for m, x in channels.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- autoencoders
+
+
+def video_autoencoder_loss(codec, params, key, batch, encoder_params):
+    """Squared and absolute error of the pixels, plus the KL divergence of the latents. -> (scalar, metrics)."""
+    video = to_float(batch["video"])
+    out, mean, log_variance = codec.apply_fn("video_autoencoder")(params, video, key)
+    mse = jnp.mean(jnp.square(out - video))
+    kl = kl_divergence(mean, log_variance) / video[0, ..., 0].size  # a pixel
+    loss = mse + jnp.mean(jnp.abs(out - video)) + codec.config.video_autoencoder.kl_weight * kl
+    return loss, {"loss": loss, "mse": mse, "kl": kl, "psnr": -10 * jnp.log10(mse / 4)}  # pixels span a range of 2
+
+
+def audio_autoencoder_loss(codec, params, key, batch, encoder_params):
+    """Error of the waveform and of its spectra, plus the KL divergence of the latents. -> (scalar, metrics)."""
+    settings = codec.config.audio_autoencoder
+    audio = codec.pad_audio(batch["audio"])
+    out, mean, log_variance = codec.apply_fn("audio_autoencoder")(params, audio, key)
+    wave = jnp.mean(jnp.abs(out - audio)) + 10 * jnp.mean(jnp.square(out - audio))
+    stft = sum(stft_distance(out, audio, window) for window in settings.stft_windows)
+    kl = kl_divergence(mean, log_variance) / audio.shape[1]  # a sample
+    loss = wave + settings.stft_weight * stft / len(settings.stft_windows) + settings.kl_weight * kl
+    return loss, {"loss": loss, "wave": wave, "stft": stft, "kl": kl}
+
+
+def kl_divergence(mean, log_variance):
+    """KL of N(mean, exp(log_variance)) to N(0, 1), summed over a clip, batch mean (arXiv:1312.6114, appendix B)."""
+    kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
+    return kl.sum() / mean.shape[0]
+
+
+def stft_distance(a, b, window):
+    """Spectral convergence plus L1 of log magnitudes (arXiv:1910.11480, eq. 4 and 5), hops of window / 4.
+
+    a, b: sounds [B, N]; b is the true one.
+    window: samples.
+    """
+    a, b = _magnitudes(a, window), _magnitudes(b, window)
+    floor = 1e-7 * b.size  # a mean of -70 dB: a batch of silence does not divide by zero
+    convergence = jnp.sqrt(jnp.sum(jnp.square(a - b)) / (jnp.sum(jnp.square(b)) + floor) + 1e-8)
+    return convergence + jnp.mean(jnp.abs(jnp.log(a + 1e-3) - jnp.log(b + 1e-3)))
+
+
+def _magnitudes(audio, window):
+    hop = window // 4
+    blocks = audio[:, : audio.shape[1] // hop * hop].reshape(audio.shape[0], -1, hop)
+    frames = blocks.shape[1] - 3
+    windows = jnp.concatenate([blocks[:, i : i + frames] for i in range(4)], -1)  # [B, frames, window]
+    hann = jnp.hanning(window)
+    spectrum = jnp.fft.rfft(windows * hann)  # [B, frames, window/2 + 1]
+    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+    return jnp.sqrt(power + 1e-12) * (2 / hann.sum())  # a sine of full scale has magnitude 1
+
+
+# ------------------------------------------------------------------------------------------------------------ text
+
+
+def clip_loss(codec, params, key, batch, encoder_params):
+    """Contrastive loss of captions and clips (arXiv:2103.00020, fig. 3). -> (scalar, metrics).
+
+    Hard negatives are more wrong captions for every clip (arXiv:2210.01936, section 4).
+    """
+    tokens, video = batch["tokens"], to_float(batch["video"])
+    words, pictures, scale = codec.apply_fn("clip")(params, tokens, text.mask(tokens), video)
+    logits = scale * words @ pictures.T  # [B, B], a row a text
+    by_video, labels = logits.T, jnp.arange(len(logits))
+    metrics = {"recall_at_1": jnp.mean(jnp.argmax(logits, 1) == labels), "temperature": 1 / scale}
+    if hard_negatives.FIELD in batch:
+        wrong_tokens = batch[hard_negatives.FIELD]
+        wrong = codec.apply_fn("clip", "embed_text")(params, wrong_tokens, text.mask(wrong_tokens))
+        wrong = scale * pictures @ wrong.T  # [B, B], a row a video
+        same = jnp.all(wrong_tokens == tokens, 1)  # no word of the caption could be swapped
+        right = (jnp.diagonal(wrong) < jnp.diagonal(logits)) & ~same
+        metrics["hard_negative_accuracy"] = right.sum() / (~same).sum()
+        by_video = jnp.concatenate([by_video, jnp.where(same, -jnp.inf, wrong)], 1)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    loss = 0.5 * (cross_entropy(logits, labels).mean() + cross_entropy(by_video, labels).mean())
+    return loss, {"loss": loss, **metrics}
+
+
+def drop_text(key, words, null, share):
+    """The text, replaced by the null text in about `share` of the batch, so that one network learns both (guidance).
+
+    words: text of batch size B, as Codec.encode_text gives it.
+    null: text of batch size 1.
+    """
+    batch = words["pooled"].shape[0]
+    dropped = jax.random.uniform(key, (batch,)) < share
+
+    def choose(empty, full):
+        return jnp.where(dropped.reshape(-1, *(1,) * (full.ndim - 1)), empty, full)
+
+    null = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), null)
+    return jax.tree.map(choose, null, words)
+
+
+# -------------------------------------------------------------------------------------------------------- denoiser
+
+
+def encode_batch(codec, encoder_params, batch):
+    """What the denoiser trains on, of a batch of clips: {'z': latents, 'text': text[, 'hard_negative': text]}."""
+    texts = {"text": batch["tokens"]} | (
+        {hard_negatives.FIELD: batch[hard_negatives.FIELD]} if hard_negatives.FIELD in batch else {}
+    )
+    encoded = {name: codec.encode_text(encoder_params, tokens) for name, tokens in texts.items()}
+    return encoded | {"z": codec.encode(encoder_params, batch["video"], batch["audio"])}
+
+
+def denoiser_loss(codec, params, key, batch, encoder_params):
+    """The denoising loss, and the loss of hard negatives where the batch has any. -> (scalar, metrics).
+
+    batch: clips, or what `encode_batch` made of them, in half precision.
+    """
+    settings = codec.config.denoiser
+    if "z" in batch:
+        batch = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32), batch)
+    else:
+        batch = jax.lax.stop_gradient(encode_batch(codec, encoder_params, batch))
+    z, words = batch["z"], batch["text"]
+    drop_key, key = jax.random.split(key)
+    null = codec.encode_null_text(encoder_params)
+    cond = drop_text(drop_key, words, null, settings.text_dropout)
+    denoise_fn = functools.partial(codec.apply_fn("denoiser"), params)
+    if hard_negatives.FIELD not in batch:
+        loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
+        return loss, {"loss": loss, **metrics}
+
+    # Hard negatives share the network call: a program with two calls takes twice as long to compile.
+    some = hard_negatives.first_of_every(settings.hard_negatives.every, (z, words, batch[hard_negatives.FIELD]))
+    pair_key = jax.random.fold_in(key, 1)
+    pairs = hard_negatives.make_pairs(pair_key, *some, settings.diffusion.target, settings.hard_negatives)
+    noised = diffusion.corrupt(key, z, settings.diffusion)
+    prediction, pair_prediction = hard_negatives.call_together(
+        denoise_fn, (noised.z_t, noised.log_snr, cond), (pairs.z_t, pairs.log_snr, pairs.cond)
+    )
+    denoising_loss, metrics = diffusion.weighted_error(prediction, noised, settings.diffusion)
+    pair_loss, pair_metrics = hard_negatives.classification_loss(pair_prediction, pairs, settings.hard_negatives)
+    loss = denoising_loss + pair_loss
+    return loss, {"loss": loss, **metrics, **pair_metrics}

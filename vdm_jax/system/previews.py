@@ -1,0 +1,43 @@
+"""What a stage shows of itself while it trains: reconstructions of held-out clips, or samples of their captions."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vdm_jax import sharding
+from vdm_jax.system import sampling
+
+
+class Preview(NamedTuple):
+    """Rows of clips with their captions. `video` or `audio` is None where the stage makes none."""
+
+    video: Any  # uint8 [R, F, H, W, 3]
+    audio: Any  # float32 [R, N]
+    captions: list[str]  # R of them
+
+
+def reconstruction(codec, modality):
+    """preview(params, encoder_params, clips, captions) of an autoencoder: each clip, followed by its reconstruction."""
+    name = f"{modality}_autoencoder"
+    reconstruct = jax.jit(lambda params, x: sharding.replicate(codec.reconstruct(name, {name: params}, x)))
+
+    def preview(params, encoder_params, clips, captions):
+        truth = clips[modality]
+        remade = np.asarray(reconstruct(params, truth))
+        rows = np.stack([truth, remade], 1).reshape(-1, *truth.shape[1:])  # [P, 2, ...] -> [2 P, ...]
+        labels = [label for caption in captions for label in (caption, "reconstruction")]
+        return Preview(**{"video": None, "audio": None, modality: rows}, captions=labels)
+
+    return preview
+
+
+def samples(codec):
+    """preview(params, encoder_params, clips, captions) of the denoiser: a sample of each caption."""
+    sampler = sampling.Sampler(codec)
+
+    def preview(params, encoder_params, clips, captions):
+        video, audio = sampler(encoder_params | {"denoiser": params}, captions)
+        return Preview(video, audio, captions)
+
+    return preview

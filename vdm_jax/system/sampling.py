@@ -1,0 +1,216 @@
+"""Prompts, context frames and a scheduling matrix to clips: the one compiled program that samples."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vdm_jax import samplers, sharding, tasks
+from vdm_jax.data import text
+from vdm_jax.diffusion import add_noise, broadcast_to_latent
+from vdm_jax.errors import UserError, one_of
+from vdm_jax.sharding import constrain
+from vdm_jax.system.layout import AUDIO_AXES, VIDEO_AXES
+
+BATCH = 8  # prompts sampled at once
+
+
+class Sampler:
+    """Samples with the models of a Codec; compiles once for each shape, method and number of steps.
+
+    `program` is the jitted function. With a mesh set, clips are split over its axes `data` and `fsdp`, and every
+    process gets all of them.
+    """
+
+    def __init__(self, codec):
+        self.codec = codec
+        self.program = jax.jit(
+            functools.partial(sample, codec), static_argnames=("method", "interval", "guides", "history_noise")
+        )
+        self._encode = jax.jit(lambda params, v, a: sharding.replicate(codec.encode(params, v, a)))
+
+    def __call__(self, params, prompts, *, seed=0, window=0, frames=None, context=None, **options):
+        """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]) for P prompts, as NumPy arrays.
+
+        params: {stage: parameters of all stages, 'statistics': ...}.
+        prompts: P texts. Prompt i draws its noise from (seed, window, i), whatever the batch.
+        window: number of the window of a long clip.
+        frames: video frames, 1 + f_t * n; None: as in training.
+        context: tasks.Context of clips of that length, for P clips or for one that all share; None: no context.
+            Context frames come back as the autoencoder shows them.
+        options: settings of config.sample (steps, method, guidance, ...); None leaves a setting as it is.
+        Raises UserError where these do not fit.
+        """
+        arrays, static = self.arguments(params, frames=frames, context=context, **options)
+        clean = arrays.pop("clean")
+        tokens = text.encode(prompts, self.codec.config.data.text_length)
+        key = jax.random.fold_in(jax.random.key(seed), window)
+        batch = min(BATCH, len(prompts))
+        made = []
+        for start in range(0, len(prompts), batch):
+            numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)  # the last batch is filled up
+            rows = {name: x[numbers] if len(x) > 1 else x for name, x in clean.items()}
+            video, audio = self.program(
+                params, key=key, numbers=numbers, tokens=tokens[numbers], clean=rows, **arrays, **static
+            )
+            keep = min(batch, len(prompts) - start)
+            made.append((np.asarray(video)[:keep], np.asarray(audio)[:keep]))
+        return tuple(np.concatenate(parts) for parts in zip(*made, strict=True))
+
+    def arguments(self, params, *, frames=None, context=None, **options):
+        """-> (arrays, static arguments) of `program`, but for params, key, numbers and tokens. Raises UserError."""
+        codec = self.codec
+        layout = codec.layout if frames is None else codec.layout.at(frames)
+        settings = resolve(codec.config.sample, options)
+        context = context or tasks.text(layout)
+        masks = context.masks
+        clean = self._context_latents(params, context, layout)
+
+        weights = settings["guidance"]
+        continued = all(mask[:2].all() for mask in masks.values())  # two latent frames show what moves, and how
+        text_weight = weights["text"]
+        if continued:
+            text_weight = weights["text_continue"]
+        elif any(mask.all() for mask in masks.values()):
+            text_weight = weights["text_cross_modal"]
+        levels = tasks.scheduling_matrix(
+            settings["steps"],
+            layout.latent_frames,
+            codec.config.denoiser.diffusion,
+            masks,
+            lag=settings["lag"],
+            spacing=settings["spacing"],
+            context_noise=settings["context_noise"],
+            first_step_times=settings["first_step_times"] if continued else (),
+        )
+        arrays = dict(
+            clean=clean,
+            masks=masks,
+            levels=levels,
+            weights={
+                "text": float(text_weight),
+                "history": float(weights["history"]),
+                "modality": float(weights["modality"]),
+                "rescale": float(settings["rescale"]),
+            },
+        )
+        has_context = any(mask.any() for mask in masks.values())
+        # Each guidance makes every network call larger, so those that add nothing are left out.
+        guides = (text_weight != 1, has_context and weights["history"] != 1, weights["modality"] != 1)
+        return arrays, dict(
+            method=settings["method"],
+            interval=tuple(settings["interval"]),
+            guides=guides,
+            history_noise=float(settings["history_noise"]),
+        )
+
+    def _context_latents(self, params, context, layout):
+        """Clean latents of the context frames, {modality: [P or 1, ...]}; zeros in a modality without any."""
+        clean = {m: np.zeros((1, *shape), np.float32) for m, shape in layout.latent_shapes.items()}
+        if context.video is None and context.audio is None:
+            return clean
+        rows = max(len(x) for x in (context.video, context.audio) if x is not None)
+        side = self.codec.config.data.size
+        shapes = (layout.frames, side, side, 3), (layout.samples,)
+        video = np.zeros((rows, *shapes[0]), np.uint8) if context.video is None else context.video
+        audio = np.zeros((rows, *shapes[1]), np.float32) if context.audio is None else context.audio
+        if (video.shape[1:], audio.shape[1:]) != shapes:
+            raise UserError(f"context of shapes {video.shape} and {audio.shape} does not fit {layout.frames} frames")
+        z = jax.device_get(self._encode(params, video, audio))
+        return {m: np.asarray(z[m]) if context.masks[m].any() else clean[m] for m in z}
+
+
+def resolve(defaults, options):
+    """config.sample with `options` in place of its values. Raises UserError for an unknown name or a bad value.
+
+    options: {name: value}. `guidance` is a dict of weights, or a number, the weight of the text.
+    """
+    for name in options:
+        one_of("option", name, tuple(defaults))
+    settings = {**defaults, **{name: value for name, value in options.items() if value is not None}}
+    guidance = settings["guidance"]
+    guidance = dict(guidance) if hasattr(guidance, "items") else {"text": guidance}
+    for name in guidance:
+        one_of("guidance", name, tuple(defaults.guidance))
+    settings["guidance"] = {**defaults.guidance, **{name: w for name, w in guidance.items() if w is not None}}
+    for name, weight in settings["guidance"].items():
+        if not math.isfinite(weight):
+            raise UserError(f"guidance.{name}={weight} must be a finite number")
+    for name in ("context_noise", "history_noise", "rescale"):
+        if not 0 <= settings[name] <= 1:
+            raise UserError(f"{name}={settings[name]} must be from 0 to 1")
+    if not all(0 <= t <= 1 for t in settings["first_step_times"]):
+        raise UserError(f"first_step_times={settings['first_step_times']} must be times from 0 to 1")
+    return settings
+
+
+def sample(
+    codec, params, key, numbers, tokens, clean, masks, levels, weights, *, method, interval, guides, history_noise
+):
+    """-> (video uint8 [B, F, H, W, 3], audio float32 [B, N]). Pure; to be jitted.
+
+    key, numbers: the noise of row i is drawn from (key, numbers[i]); numbers int [B].
+    tokens: int32 [B, L].
+    clean: latents of the context frames, {modality: [B or 1, ...]}.
+    masks: {modality: bool [T]}, True in context frames.
+    levels: scheduling matrix {modality: [N+1, T]}, log SNR.
+    weights: of guidance, {'text', 'history', 'modality'}, and 'rescale'.
+    method, interval, history_noise: as in config.sample.
+    guides: whether the text, the context frames and the other modality guide.
+    """
+    noise_key, sampler_key = jax.random.split(key)
+    settings = codec.config.denoiser.diffusion
+    shapes = {name: x.shape[1:] for name, x in clean.items()}
+
+    # 1. What the sampler starts from: noise, and context frames, clean or lightly noised.
+    clean = {name: jnp.broadcast_to(x, (len(numbers), *x.shape[1:])) for name, x in clean.items()}
+    is_context = {name: broadcast_to_latent(masks[name][None], x) for name, x in clean.items()}
+    noise, context_noise = (draw_noise(noise_key, numbers, shapes, which) for which in (0, 1))
+    first = {name: levels[name][:1] for name in shapes}  # [1, T]
+    exact = {name: broadcast_to_latent(first[name] >= settings.log_snr_max, clean[name]) for name in shapes}
+    noised = add_noise(
+        clean, context_noise, {name: jnp.broadcast_to(x, (len(numbers), x.shape[1])) for name, x in first.items()}
+    )
+    context = {name: jnp.where(exact[name], clean[name], noised[name]) for name in shapes}
+    z = {name: jnp.where(is_context[name], context[name], noise[name]) for name in shapes}
+    z = {"video": constrain(z["video"], *VIDEO_AXES), "audio": constrain(z["audio"], *AUDIO_AXES)}
+
+    # 2. The denoiser, guided.
+    model = codec.models["denoiser"]
+    gathered = sharding.all_gather_params(params["denoiser"], model.dtype)
+
+    def denoise_fn(z, log_snr, cond):
+        return model.apply({"params": gathered}, z, log_snr, cond)
+
+    cond = codec.encode_text(params, tokens)
+    terms = []
+    if guides[0]:
+        terms += samplers.text_guidance(weights["text"], codec.encode_null_text(params))
+    if guides[1]:
+        terms += samplers.history_guidance(weights["history"], masks, context_noise, settings, history_noise)
+    if guides[2]:
+        terms += samplers.modality_guidance(weights["modality"], context_noise, settings)
+    denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
+
+    # 3. The sampler. Batches begin at multiples of BATCH, so the noise that ddpm adds depends on (key, number) too.
+    sampler_key = jax.random.fold_in(sampler_key, numbers[0])
+    z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
+    z = {name: jnp.where(is_context[name], clean[name], z[name]) for name in z}
+    return sharding.replicate(codec.decode(params, z))
+
+
+def draw_noise(key, numbers, shapes, which):
+    """Standard normal noise {name: [B, *shapes[name]]} for clips `numbers` [B].
+
+    which: 0 or 1; tells two draws of one clip apart.
+    """
+
+    def draw(number, name):
+        place = 2 * which + sorted(shapes).index(name)
+        clip_key = jax.random.fold_in(jax.random.fold_in(key, number), place)
+        # Drawn flat: the same numbers, and XLA takes half a minute to compile a draw of this shape for a CPU.
+        return jax.random.normal(clip_key, (math.prod(shapes[name]),)).reshape(shapes[name])
+
+    return {name: jax.vmap(lambda number, name=name: draw(number, name))(numbers) for name in shapes}

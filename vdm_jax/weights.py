@@ -1,0 +1,175 @@
+"""Exports, imports and verifies the weights of a run.
+
+    python -m vdm_jax.weights export --workdir=DIR --out=FOLDER        # EMA weights of all stages, half precision
+    python -m vdm_jax.weights import --weights=FOLDER --workdir=DIR    # a new run that starts from these weights
+    python -m vdm_jax.weights verify DIR                               # compares files with their checksums
+
+Import restores weights and step counts, not the optimizer state. To train a stage further, raise its steps, or give
+--restart=STAGE, which sets its step count to 0. --weights=reference names the weights that ship with the package.
+
+With --config=FILE the new run has that config. Parameters that are missing from the weights are freshly initialized,
+and their stage restarts at step 0. Zero-initialized layers do not change the output.
+"""
+
+import time
+from typing import NamedTuple
+
+import jax
+import ml_collections
+from absl import flags
+from etils import epath
+
+from vdm_jax import train_state
+from vdm_jax.errors import UserError
+from vdm_jax.run import checkpoint, checksums, cli, folder, storage
+from vdm_jax.sharding import path_name
+from vdm_jax.system import build
+from vdm_jax.system.layout import STAGES
+
+USAGE = (
+    "usage: python -m vdm_jax.weights export --workdir=DIR --out=FOLDER, "
+    "or python -m vdm_jax.weights import --weights=FOLDER --workdir=DIR [--config=FILE] [--restart=STAGE], "
+    "or python -m vdm_jax.weights verify DIR"
+)
+
+
+class Weights(NamedTuple):
+    """Trained weights, ready to sample from or to train further."""
+
+    config: ml_collections.ConfigDict
+    params: dict  # {stage: EMA parameters, 'statistics': {modality: {'mean' [C], 'std' [C]}} of the latents}
+    steps: dict  # {stage: the step that its parameters are from}
+
+
+def main(argv):
+    options = flags.FLAGS
+    if argv[1:] == ["export"] and options.workdir and options.out:
+        return export(load(options.workdir), storage.given(options.out))
+    if argv[1:2] == ["verify"] and len(argv) == 3:
+        return verify(storage.given(argv[2]), options.unverified)
+    if argv[1:] == ["import"] and options.weights and options.workdir:
+        weights = load(None if options.weights == "reference" else options.weights, options.unverified)
+        if options.config is not None:
+            weights = add_missing_params(weights, options.config)
+        weights = weights._replace(steps=weights.steps | dict.fromkeys(options.restart, 0))
+        return import_weights(weights, storage.given(options.workdir))
+    raise UserError(USAGE)
+
+
+def load(source, unverified=False):
+    """Returns the Weights of a run or of exported weights. Raises UserError when something is missing or damaged.
+
+    source: a folder; None for the reference weights.
+    unverified: accepts exported weights that have no checksums.txt.
+    """
+    source = folder.REFERENCE if source is None else source
+    config = folder.read_config(source)
+    expected = folder.checked_build(source, config, build).params
+    return Weights(config, *folder.read_weights(source, expected, unverified))
+
+
+def export(weights, out):
+    folder.write_exported(out, *weights)
+    size = sum((out / f"{stage}.safetensors").stat().length for stage in weights.steps)
+    print(f"wrote {out}: {size / 1e6:.2f} MB of weights")
+
+
+def verify(directory, unverified=False):
+    """Checks every checkpoint and all exported weights in `directory`, and prints a line for each.
+
+    unverified: accepts those without checksums.
+
+    Raises UserError when one is damaged, or when there is nothing to check.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a folder: give a run, a checkpoint or exported weights")
+    paths = map(epath.Path, checksums.files(directory))
+    paths = [p for p in paths if {"damaged", checkpoint.SUPERSEDED}.isdisjoint(p.parts)]
+    marks = (checksums.NAME, "_CHECKPOINT_METADATA")
+    faults = []
+    read = 0  # bytes
+    began = time.perf_counter()
+    folders = sorted({directory / p.parent for p in paths if p.name in marks or p.suffix == ".safetensors"})
+    for checked in folders:
+        try:
+            read += checksums.check(checked)
+            print(f"{checked}: good")
+        except checksums.Missing as error:
+            faults += [] if unverified else [f"{error}, or accept this with --unverified"]
+            print(f"{checked}: no checksums")
+        except checksums.Damaged as error:
+            faults.append(error)
+            print(f"{checked}: DAMAGED")
+    seconds = time.perf_counter() - began
+    print(f"read {read / 1e9:.3f} GB at {read / 1e9 / seconds:.2f} GB/s")
+    if faults:
+        raise UserError(f"{faults[0]}" + (f", and {len(faults) - 1} more are damaged" if len(faults) > 1 else ""))
+    if not folders:
+        raise UserError(f"{directory} holds neither checkpoints nor exported weights")
+
+
+def add_missing_params(weights, config):
+    """Returns the Weights for a config whose models may have more parameters. The added ones are freshly initialized.
+
+    Raises UserError when a model of the config lacks a parameter, or has it in another shape.
+    """
+    key = jax.random.key(config.seed)
+    params = dict(weights.params)
+    steps = dict(weights.steps)
+    for name, stage in build(config).stages.items():
+        fresh = jax.jit(stage.init)(key)
+        params[name], added, dropped = _overlay(weights.params[name], fresh)
+        if dropped:
+            raise UserError(f"the weights have {name}/{dropped[0]}, which the config's model lacks")
+        _check_shapes(params[name], fresh, f"the weights of {name}")
+        if added:
+            steps[name] = 0
+            print(
+                f"{name}: {len(added)} parameters are freshly initialized, the first is {added[0]}; "
+                "the stage restarts at step 0"
+            )
+    return Weights(config, params, steps)
+
+
+def _overlay(stored, fresh):
+    """Returns (`fresh` with the leaves that `stored` has, names only in `fresh`, names only in `stored`)."""
+    have = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stored)}
+    want = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(fresh)}
+    tree = jax.tree_util.tree_map_with_path(lambda path, leaf: have.get(path_name(path), leaf), fresh)
+    return tree, sorted(want - set(have)), sorted(set(have) - want)
+
+
+def _check_shapes(tree, expected, where):
+    def check(path, want, got):
+        if tuple(want.shape) != tuple(got.shape):
+            raise UserError(f"{where}: {path_name(path)} has shape {got.shape}, the config asks for {want.shape}")
+
+    jax.tree_util.tree_map_with_path(check, expected, tree)
+
+
+def import_weights(weights, workdir):
+    """Makes the run `workdir`, whose stages have these weights and step counts, and fresh optimizers."""
+    if (workdir / "config.json").exists():
+        raise UserError(f"{workdir} holds a run already: give a new --workdir")
+    for stage, step in weights.steps.items():
+        state = train_state.create(weights.params[stage], weights.config[stage])
+        with checkpoint.manager(workdir / stage / "checkpoints") as checkpoints:
+            checkpoint.save(checkpoints, state | {"step": state["step"] + step})
+            checkpoint.finish(checkpoints)
+    folder.write_statistics(workdir / folder.STATISTICS, weights.params["statistics"])
+    folder.write_config(workdir, weights.config, STAGES)
+    print(f"made {workdir}: " + ", ".join(f"{stage} at step {step}" for stage, step in weights.steps.items()))
+
+
+def define_flags():
+    cli.define_config()
+    flags.DEFINE_string("workdir", None, "Folder of the run: export reads it, import makes it.")
+    flags.DEFINE_string("out", None, "Folder that export writes the weights to.")
+    flags.DEFINE_string("weights", None, "Folder of exported weights that import reads, or 'reference'.")
+    flags.DEFINE_multi_enum("restart", [], STAGES, "Stage that import sets to step 0, to train it from its weights.")
+    flags.DEFINE_bool("unverified", False, "Accept weights without checksums.txt; verify accepts checkpoints, too.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
