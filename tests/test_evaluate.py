@@ -47,7 +47,7 @@ def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     levels = metrics["loss_per_noise_level"]
     assert levels["log_snr"] == [-10.5, -7.5, -4.5, -1.5, 1.5, 4.5, 7.5, 10.5]
     assert all(len(levels[m]) == 8 and min(levels[m]) > 0 for m in ("video", "audio"))
-    assert "text finds its video first" in done.out and "100 %" in done.out
+    assert "text ranks its own video first" in done.out and "100 %" in done.out
     page = (out / "report.html").read_text()
     assert page.count("data:video/mp4") == 5 and page.count("data:image/png") == 3
     video, audio, _ = media.read_video(out / "sample_002.mp4", fps=8, size=16, sample_rate=2000)

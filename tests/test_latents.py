@@ -12,7 +12,7 @@ from tests.helpers import weights
 from vdm_jax import sharding
 from vdm_jax.data import batches
 from vdm_jax.errors import UserError
-from vdm_jax.models import layers
+from vdm_jax.models import ops
 from vdm_jax.system import build, latents, losses
 
 
@@ -85,7 +85,7 @@ def test_accelerators_forms_measure_the_same(config):
     system = build(config)
     params = {name: weights(tree) for name, tree in system.params.items()}
     want = latents.measure(system, params, examples(system))
-    with layers.backend("gpu"):
+    with ops.backend("gpu"):
         got = latents.measure(system, params, examples(system))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import init_weights
-from vdm_jax.models import layers
+from vdm_jax.models import layers, ops
+from vdm_jax.models.ops import accelerator, cpu
 
 CONVOLUTIONS = {  # input, window, features, strides, time padding
     "space, few channels": ((2, 3, 6, 5, 3), (1, 3, 3), 4, None, "same"),
@@ -56,7 +57,7 @@ def test_convolutions_have_the_values_and_gradients_of_xla(case, platform):
             reference
         )
 
-    with layers.backend(platform):
+    with ops.backend(platform):
         got, want = jax.jit(both)(x, kernel)
     if strides is None:
         assert got[0].shape == (*shape[:-1], features)
@@ -213,7 +214,7 @@ def test_group_norm_takes_an_offset_before_and_a_film_and_an_activation_after(pl
         return nn.silu(h * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
 
     arguments = (params, x, offset, scale, shift)
-    with layers.backend(platform):
+    with ops.backend(platform):
         got, want = (jax.jit(lambda *a, f=f: (f(*a), jax.vjp(f, *a)[1](weights)))(*arguments) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
 
@@ -245,10 +246,10 @@ def test_forms_of_accelerators_have_the_values_and_gradients_of_those_of_a_cpu()
         return str(jax.make_jaxpr(lambda x: block.apply({"params": params}, x, embedding))(x))
 
     here = run()
-    with layers.backend("tpu"):
-        assert "name=conv" not in traced()
+    with ops.backend("tpu"):
+        assert "name=conv_unit_strides" not in traced()
         there = run()
-    assert "name=conv" in traced()
+    assert "name=conv_unit_strides" in traced()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), here, there)
 
 
@@ -310,9 +311,9 @@ def test_attention_on_a_cpu_has_the_values_and_gradients_of_the_direct_form(quer
         loss = lambda *x: jnp.sum(function(*x, mask) * weights)  # noqa: E731
         return function(query, key, value, mask), jax.grad(loss, (0, 1, 2))(query, key, value)
 
-    assert (query.shape[1] * key.shape[1] >= layers.ATTENTION_AT_ONCE) == (queries > 7)
+    assert (query.shape[1] * key.shape[1] >= cpu.ATTENTION_AT_ONCE) == (queries > 7)
     got = both(functools.partial(layers.attention, bounded=bounded))
-    want = both(layers._attention_direct)
+    want = both(accelerator.attention)
     scale = 1 if bounded else 100
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale), got, want)
 

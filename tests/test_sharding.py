@@ -20,7 +20,7 @@ from tests.helpers import finish, names, start, weights
 from vdm_jax import overview, pipeline, sharding, train_state
 from vdm_jax.data import text
 from vdm_jax.errors import UserError
-from vdm_jax.models import layers
+from vdm_jax.models import ops
 from vdm_jax.models.layers import REMAT
 from vdm_jax.system import build, sampling
 from vdm_jax.system.layout import STAGES, VIDEO_AXES
@@ -312,7 +312,7 @@ def compare_samples(config):
 if __name__ == "__main__":
     assert jax.device_count() == 8
     compare_losses(with_attention(tiny.get_config("hard_negatives")))
-    with layers.backend("tpu"):  # the autoencoder with factorized convolutions, the denoiser with full ones
+    with ops.backend("tpu"):  # the autoencoder with factorized convolutions, the denoiser with full ones
         recipe = tiny.get_config()
         recipe.unlock()
         recipe.denoiser.model.factorized = False

@@ -33,7 +33,7 @@ from absl import flags
 from vdm_jax import samplers, sharding
 from vdm_jax.data import batches, text
 from vdm_jax.errors import UserError
-from vdm_jax.models.layers import backend
+from vdm_jax.models.ops import backend
 from vdm_jax.perf import programs
 from vdm_jax.perf.flops import peak
 from vdm_jax.run import cli, storage

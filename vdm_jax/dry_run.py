@@ -44,7 +44,7 @@ from jax.experimental import topologies
 
 from vdm_jax import sharding
 from vdm_jax.errors import UserError
-from vdm_jax.models.layers import backend
+from vdm_jax.models.ops import backend
 from vdm_jax.perf import flops, hlo, programs
 from vdm_jax.run import cli, storage
 from vdm_jax.system import build

@@ -28,7 +28,6 @@ from absl import flags
 from vdm_jax import diffusion, samplers
 from vdm_jax import sample as sample_command
 from vdm_jax.data import batches, captions, media, text
-from vdm_jax.data import world as procedural
 from vdm_jax.errors import UserError, one_of
 from vdm_jax.metrics import figures as drawing
 from vdm_jax.metrics import reconstruction, report, tasks, tracker
@@ -176,7 +175,7 @@ def choose_prompts(config, held_out, seed):
 
     settings = config.data.world
     known = {key: settings[key] for key in ("shapes", "colors") if key in settings}
-    meanings = {procedural.World.meaning(item) for item in shown}
+    meanings = {captions.meaning(item["state"]) for item in shown}
     prompts = []
     for number, chance in enumerate(settings.objects[:2], 1):
         if chance > 0:
@@ -258,7 +257,7 @@ def recall(pipe, held_out):
     different = {}
     for i in range(4 * CANDIDATES if config.data.source == "world" else CANDIDATES):  # a film costs more to read
         item = held_out[i]
-        meaning = procedural.World.meaning(item) if "state" in item else item["caption"]
+        meaning = captions.meaning(item["state"]) if "state" in item else item["caption"]
         different.setdefault(meaning, item)
         if len(different) == CANDIDATES:
             break

@@ -101,7 +101,7 @@ class Ours:
         import optax
 
         from tests.helpers import weights
-        from vdm_jax.models import layers
+        from vdm_jax.models import ops
         from vdm_jax.models.published.unet3d_condition import UNet3DCondition, abstract_params
         from vdm_jax.perf import flops
 
@@ -120,7 +120,7 @@ class Ours:
             return ((forward((params,), video, *rest) - video) ** 2).mean()
 
         def count(what, job):
-            with layers.backend("gpu"):  # what the model asks for, not what a form of it for CPUs does
+            with ops.backend("gpu"):  # what the model asks for, not what a form of it for CPUs does
                 return flops.count(loss, abstract, *job)[what == "step"]
 
         def step(state, *job):

@@ -21,9 +21,7 @@ APART = 2  # frames: a velocity change this near an impact is the impact's
 
 def objects(item):
     """What the caption of a clip of the world asks for, as the tracker wants it; None for other data."""
-    if "state" not in item:
-        return None
-    return captions.asked(item["state"])
+    return captions.asked(item["state"]) if "state" in item else None
 
 
 def measure(pipe, items, seed):

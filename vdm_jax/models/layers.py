@@ -1,14 +1,11 @@
-"""The layers all models share: convolutions, normalisation, embeddings, attention.
+"""The layers that all models share: convolutions, normalization, embeddings, attention, residual blocks.
 
-Arrays are channels last. A video is [B, T, H, W, C]; a sound is [B, N, C]. Forms are chosen here and only here:
-those of accelerator.py, of XLA's own operations, or those of cpu.py, of the same values.
+Arrays are channels last. A video is [B, T, H, W, C]; a sound is [B, N, C].
 
-`dtype` of a layer is what products are computed in. Accelerators keep the arrays between products in it, too; a CPU
-keeps them in float32.
+`dtype` of a layer is the type in which its products are computed. On accelerators the arrays between layers have that
+type too; on a CPU they are float32. `ops/` holds the implementations for both, and `ops.current()` picks one.
 """
 
-import contextlib
-import contextvars
 import functools
 import math
 from collections.abc import Callable
@@ -16,48 +13,33 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from vdm_jax.models.ops import accelerator, cpu
-from vdm_jax.sharding import constrain, split
-
-_platform = contextvars.ContextVar("platform", default=None)
-
-
-@contextlib.contextmanager
-def backend(platform):
-    """Inside, layers take the forms of `platform`, whatever this process runs on: to compile for it, or to count."""
-    token = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
-
-
-def on_cpu():
-    return (_platform.get() or jax.default_backend()) == "cpu"
+from vdm_jax.models import ops
+from vdm_jax.models.ops.placement import constrain_clips
 
 
 def activation_dtype(dtype):
-    """The type of arrays between the layers of a model whose products are in `dtype`."""
-    return jnp.float32 if on_cpu() else dtype
+    """The type of the arrays between layers, in a model whose products are computed in `dtype`."""
+    return ops.current().activation_dtype(dtype)
 
 
-# --------------------------------------------------------------------------------------------------- rematerialisation
+# ---------------------------------------------------------------------------------------------------------------- remat
 
 
-# The names under which rematerialisation knows what `constrain_activation`, and what products and attention give.
+# Names of arrays that the backward pass may keep: outputs of blocks, and outputs of products and attention.
 ACTIVATION, PRODUCT = "activation", "product"
 REMAT = ("none", "pointwise", "blocks")
 
 
 def apply_remat(call, mode):
-    """A function or class of modules whose backward pass keeps less of the forward one. mode: "none" or
+    """Returns `call` with a backward pass that keeps less of the forward pass, and computes the rest again.
 
-    "pointwise"  keeps what convolutions, linear layers and attention give: norms, activation functions and the weights
-                 of attention are computed again
-    "blocks"     keeps the output of each block only: about a third more FLOPs
+    call: a function of arrays (in a loss: the whole model), or a class of modules (in the U-Net: one resolution)
+    mode: "none"       keeps everything that the gradient needs
+          "pointwise"  keeps outputs of convolutions, linear layers, attention and blocks. It computes norms, activation
+                       functions and attention weights again.
+          "blocks"     keeps the outputs of blocks only, for about 1.3 times the FLOPs
     """
     if mode == "none":
         return call
@@ -66,38 +48,41 @@ def apply_remat(call, mode):
     return transform(call, policy=jax.checkpoint_policies.save_only_these_names(*names))
 
 
+def constrain_activation(x):
+    """x [B, T, H, W, C] or [B, N, C], the output of a block, split over the mesh and named for `apply_remat`."""
+    return checkpoint_name(constrain_clips(x), ACTIVATION)
+
+
 # ------------------------------------------------------------------------------------------------------------- products
 
 
 def dense(x, kernel, bias, dtype):
     """x [..., K] @ kernel [K, N] + bias [N]; bias may be None."""
-    if on_cpu():
-        return checkpoint_name(cpu.dense(x, kernel, bias, dtype), PRODUCT)
-    out = x.astype(dtype) @ kernel.astype(dtype)
-    return checkpoint_name(out if bias is None else out + bias.astype(dtype), PRODUCT)
+    return checkpoint_name(ops.current().dense(x, kernel, bias, dtype), PRODUCT)
 
 
 class Dense(nn.Module):
-    """A linear layer from the last `axes` dimensions of x to `features`, a size or several."""
+    """A linear layer from the last `axes` dimensions of x to `features`."""
 
-    features: int | tuple[int, ...]
-    axes: int = 1
+    features: int | tuple[int, ...]  # size of the output, or one size for each of several dimensions
+    axes: int = 1  # number of trailing dimensions of x that are inputs
     use_bias: bool = True
-    zero: bool = False  # zero-initialised: the layer starts as nothing
-    dtype: jnp.dtype = jnp.float32
+    zero: bool = False  # whether the kernel is zero at first, so that the layer adds nothing
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x):
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
-        given, wanted = x.shape[-self.axes :], math.prod(features)
+        inputs = x.shape[-self.axes :]
+        outputs = math.prod(features)
 
         def init(key, shape):
             draw = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
-            return draw(key, (math.prod(given), wanted)).reshape(shape)
+            return draw(key, (math.prod(inputs), outputs)).reshape(shape)
 
-        kernel = self.param("kernel", init, (*given, *features)).reshape(-1, wanted)
+        kernel = self.param("kernel", init, (*inputs, *features)).reshape(-1, outputs)
         bias = self.param("bias", nn.initializers.zeros, features).reshape(-1) if self.use_bias else None
-        x = x.reshape(*x.shape[: -self.axes], -1)
+        x = x.reshape(*x.shape[: -self.axes], -1)  # [..., K]
         return dense(x, kernel, bias, self.dtype).reshape(*x.shape[:-1], *features)
 
 
@@ -105,53 +90,32 @@ class Dense(nn.Module):
 
 
 def conv(x, kernel, bias, strides=None, time_padding="same", dtype=jnp.float32):
-    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out], any number of space dimensions; adds the bias.
+    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out] and adds the bias [C_out].
 
-    "Same" padding in space; the first dimension is time and may be "causal" (all padding before the first frame).
+    The number of space dimensions is free, and time is the first of them.
+
+    strides: one for each space dimension; None is 1 everywhere
+    time_padding: "same", as in all other dimensions, or "causal", with all padding before the first frame
+    dtype: the type in which products are computed
     """
     window = kernel.shape[:-2]
-    strides = strides or (1,) * len(window)
+    strides = tuple(strides or (1,) * len(window))
     padding = [((k - 1) // 2, k // 2) for k in window]
     if time_padding == "causal":
         padding[0] = (window[0] - 1, 0)
-    if on_cpu() and max(window) == 1 and max(strides) == 1:
-        return dense(x, kernel.reshape(kernel.shape[-2:]), bias, dtype)
-    if on_cpu() and max(strides) == 1:
-        return checkpoint_name(cpu.conv(x, kernel, bias, tuple(padding), dtype), PRODUCT)
-    x, kernel, bias = x.astype(dtype), kernel.astype(dtype), bias.astype(dtype)
-    if on_cpu():
-        x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
-        return (_conv_products(x, kernel, strides) + bias).astype(jnp.float32)
-    # Split along time only as `constrain` says, and so its gradient: a split that XLA makes up may be too fine for it.
-    place = _constrained if split("sequence") else lambda x: x
-    return checkpoint_name(place(accelerator.conv(place(x), kernel, bias, tuple(strides), tuple(padding))), PRODUCT)
-
-
-def _conv_products(x, kernel, strides):
-    """VALID convolution of any strides as one product of matrices: all taps lie side by side in the channels."""
-    *window, c_in, c_out = kernel.shape
-    size = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:-1], window, strides)]
-
-    def met_by(tap):
-        return x[(slice(None), *(slice(i, i + (n - 1) * s + 1, s) for i, n, s in zip(tap, size, strides)))]
-
-    columns = jnp.concatenate([met_by(tap) for tap in np.ndindex(*window)], -1)
-    return dense(columns, kernel.reshape(-1, c_out), None, x.dtype)
+    return checkpoint_name(ops.current().conv(x, kernel, bias, strides, tuple(padding), dtype), PRODUCT)
 
 
 class Conv(nn.Module):
-    """A convolution over [B, *space, C]; `window` has one size per space dimension, time first.
+    """A convolution over [B, *space, C], after nearest-neighbor upsampling where `upsample` is given."""
 
-    With factors in `upsample`, one per space dimension, x is first upsampled by them (nearest neighbours).
-    """
-
-    features: int
-    window: tuple[int, ...]
-    strides: tuple[int, ...] | None = None
-    time_padding: str = "same"
-    upsample: tuple[int, ...] | None = None
-    zero: bool = False  # zero-initialised: the layer starts as nothing
-    dtype: jnp.dtype = jnp.float32
+    features: int  # output channels
+    window: tuple[int, ...]  # one size for each space dimension, time first
+    strides: tuple[int, ...] | None = None  # one for each space dimension
+    time_padding: str = "same"  # or "causal"
+    upsample: tuple[int, ...] | None = None  # one factor for each space dimension
+    zero: bool = False  # whether the kernel is zero at first, so that the layer adds nothing
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x):
@@ -160,34 +124,33 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x = upsample(x, self.upsample) if self.upsample else x
         x = conv(x, kernel, bias, self.strides, self.time_padding, self.dtype)
-        return constrain_activation(x) if self.strides else x  # fewer places: they may be split over fewer devices
+        # Strides make dimensions smaller, so that the mesh may split them over fewer devices.
+        return constrain_activation(x) if self.strides else x
 
 
 class FactorizedConv(nn.Module):
-    """A 3-D convolution, full (3x3x3) or factorized (1x3x3 then 3x1x1); for sound, one 1-D convolution of width 3."""
+    """A 3-D convolution of a video, full (3x3x3) or factorized (1x3x3, then 3x1x1); of a sound, one of width 3."""
 
-    features: int
+    features: int  # output channels
     factorized: bool = True
-    time_padding: str = "same"
-    zero: bool = False
-    dtype: jnp.dtype = jnp.float32
+    time_padding: str = "same"  # or "causal"
+    zero: bool = False  # whether the last kernel is zero at first, so that the layer adds nothing
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x):
-        make = functools.partial(Conv, self.features, time_padding=self.time_padding, dtype=self.dtype)
+        conv = functools.partial(Conv, self.features, time_padding=self.time_padding, dtype=self.dtype)
         if x.ndim == 3:
-            return make(window=(3,), zero=self.zero, name="time")(x)
+            return conv(window=(3,), zero=self.zero, name="time")(x)
         if not self.factorized:
-            return make(window=(3, 3, 3), zero=self.zero, name="full")(x)
-        x = make(window=(1, 3, 3), name="space")(x)
-        return make(window=(3, 1, 1), zero=self.zero, name="time")(x)
+            return conv(window=(3, 3, 3), zero=self.zero, name="full")(x)
+        x = conv(window=(1, 3, 3), name="space")(x)
+        return conv(window=(3, 1, 1), zero=self.zero, name="time")(x)
 
 
 def upsample(x, factors):
-    """Nearest-neighbour upsampling of x [B, *space, C] by a factor for each space dimension."""
-    if on_cpu():
-        return cpu.repeated(x, tuple(factors))
-    return functools.reduce(lambda x, i: jnp.repeat(x, factors[i], i + 1), range(len(factors)), x)
+    """Nearest-neighbor upsampling of x [B, *space, C] by one factor for each space dimension."""
+    return ops.current().upsample(x, tuple(factors))
 
 
 def space_to_depth(x, patch):
@@ -205,30 +168,30 @@ def depth_to_space(x, patch, time=1):
     return x.reshape(b, t * time, h * patch, w * patch, c)
 
 
-# --------------------------------------------------------------------------------------------------- normalisation
+# -------------------------------------------------------------------------------------------------------- normalization
 
 
-def _same(x):
+def _identity(x):
     return x
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (arXiv:1803.08494) within each frame, then `activation`.
+    """Group normalization (arXiv:1803.08494) of each frame on its own, then `activation`.
 
-    Statistics are over space and the group's channels. Those of one frame never mix with another's, so that a causal
-    model stays causal, and frames at different noise levels do not disturb each other. For sound [B, N, C], `frames`
-    cuts the time axis into that many frames; 0 takes every sample on its own. A video with `frames` = 1 shares its
-    statistics over all frames.
+    A frame's statistics are over its space and the channels of a group. Frames are never mixed, so that a causal model
+    stays causal, and frames at different noise levels do not disturb each other.
 
-    offset [B, frames, C] is added to x before, film = (scale, shift), each [B, frames, C], acts after the
-    normalisation: y -> y * (1 + scale) + shift (FiLM, arXiv:1709.07871). `frames` may be 1 in each.
+    x: [B, T, H, W, C] or [B, N, C]
+    offset: [B, frames or 1, C], is added to x before the normalization (used by published/unet3d_condition.py only)
+    film: (scale, shift), each [B, frames or 1, C]: y -> y * (1 + scale) + shift after the normalization
+        (FiLM, arXiv:1709.07871)
     """
 
-    groups: int = 8
-    frames: int = 0
-    eps: float = 1e-5
-    activation: Callable = _same
-    dtype: jnp.dtype = jnp.float32
+    groups: int = 8  # upper limit: the number of groups is its greatest common divisor with the channels
+    frames: int = 0  # equal parts of the time axis, each with statistics of its own; 0 is one part for each time step
+    eps: float = 1e-5  # is added to the variance
+    activation: Callable = _identity  # a pointwise function
+    dtype: jnp.dtype = jnp.float32  # of the result, on accelerators
 
     @nn.compact
     def __call__(self, x, offset=None, film=None):
@@ -242,8 +205,8 @@ class GroupNorm(nn.Module):
         pixels = math.prod(x.shape[2:-1])
 
         def coefficients(total, squares, parameters):
-            """All of the above as y = x * a + b, from each channel's sums: a, b [B, frames, C]."""
-            total, squares = (checkpoint_name(sums, PRODUCT) for sums in (total, squares))  # small: kept
+            """The whole layer as y = x * a + b: a and b [B, frames, C], from the sums of x and x^2 of each channel."""
+            total, squares = (checkpoint_name(sums, PRODUCT) for sums in (total, squares))  # small, so they are kept
             scale, bias, offset, film = parameters
             if offset is not None:
                 squares = squares + offset * (2 * total + pixels * offset)
@@ -262,17 +225,14 @@ class GroupNorm(nn.Module):
             return a, b if offset is None else b + offset * a
 
         parameters = jax.tree.map(lambda p: p.astype(jnp.float32), (scale, bias, offset, film))
-        if on_cpu():
-            x = x.astype(jnp.float32).reshape(shape[0], frames, pixels, channels)
-            return cpu.norm_act(coefficients, self.activation, x, parameters).reshape(shape)
-        return accelerator.norm_act(coefficients, self.activation, self.dtype, x, parameters).reshape(shape)
+        return ops.current().norm_act(coefficients, self.activation, self.dtype, x, parameters).reshape(shape)
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation (arXiv:1607.06450) of the last dimension."""
+    """Layer normalization (arXiv:1607.06450) of the last dimension."""
 
-    eps: float = 1e-6
-    dtype: jnp.dtype = jnp.float32
+    eps: float = 1e-6  # is added to the variance
+    dtype: jnp.dtype = jnp.float32  # of the result, on accelerators
 
     @nn.compact
     def __call__(self, x):
@@ -281,33 +241,28 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         mean = x.mean(-1, keepdims=True)
         variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
-        return _affine((x - mean) * jax.lax.rsqrt(variance + self.eps), scale, bias).astype(
-            activation_dtype(self.dtype)
-        )
+        y = (x - mean) * jax.lax.rsqrt(variance + self.eps)
+        return ops.current().affine(y, scale, bias).astype(activation_dtype(self.dtype))
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation (arXiv:1910.07467) of the last dimension; keeps attention logits bounded."""
+    """Root mean square normalization (arXiv:1910.07467) of the last dimension; it bounds attention scores."""
 
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)
-        return _affine(x * jax.lax.rsqrt(mean_square + 1e-6), scale, None).astype(x.dtype)
-
-
-def _affine(x, scale, bias):
-    """x [..., C] * scale [C] + bias [C]; bias may be None."""
-    if on_cpu():
-        return cpu.affine(x, scale, bias)
-    return x * scale if bias is None else x * scale + bias
+        return ops.current().affine(x * jax.lax.rsqrt(mean_square + 1e-6), scale, None).astype(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ embeddings
 
 
 def fourier_features(x, features, max_period):
-    """Sinusoidal features of x [...] -> [..., features] (arXiv:1706.03762, section 3.5), periods 2 pi .. max_period."""
+    """Sinusoidal features of x [...] -> [..., features], with periods from 2 pi to 2 pi * max_period.
+
+    Source: arXiv:1706.03762, section 3.5.
+    """
     half = features // 2
     frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half) / half)
     angles = x[..., None].astype(jnp.float32) * frequencies
@@ -315,7 +270,10 @@ def fourier_features(x, features, max_period):
 
 
 def rotary(x, positions, max_period=100.0):
-    """Rotary position embedding (RoPE, arXiv:2104.09864, eq. 34) of x [B, N, heads, d] at positions [N], any unit."""
+    """Rotary position embedding (RoPE, arXiv:2104.09864, eq. 34) of x [B, N, heads, d].
+
+    positions: [N], in any unit; the periods go from 1 to max_period of that unit
+    """
     half = x.shape[-1] // 2
     frequencies = 2 * math.pi * jnp.exp(-math.log(max_period) * jnp.arange(half) / half)
     angles = positions[:, None, None].astype(jnp.float32) * frequencies
@@ -327,73 +285,50 @@ def rotary(x, positions, max_period=100.0):
 # ------------------------------------------------------------------------------------------------------- attention
 
 
-ATTENTION_AT_ONCE = 2**16  # scores of one head above which a CPU takes one example after the other
-
-
 def attention(query, key, value, mask=None, bounded=False):
-    """Softmax attention. query [B, N, heads, d], key and value [B, M, heads, d], mask [B, M] True = may be read.
+    """Softmax attention of query [B, N, heads, d] to key and value [B, M, heads, d].
 
-    bounded: queries and keys are normalised, so that scores are small.
+    mask: bool [B, M], True = may be read
+    bounded: whether queries and keys are normalized, so that no score is large
     """
-    if not on_cpu():
-        return _attention_direct(query, key, value, mask)
-    if query.shape[1] * key.shape[1] < ATTENTION_AT_ONCE:
-        return cpu.attention(query, key, value, mask, bounded)
-    # On a CPU the scores of all examples at once go through memory several times; those of one stay in its cache.
-    mask = jnp.ones(key.shape[:2], bool) if mask is None else mask
-    return jax.lax.map(lambda one: _attention_blocked(*one), (query, key, value, mask))
-
-
-def _attention_direct(query, key, value, mask):
-    scores = jnp.einsum("...nhd,...mhd->...hnm", query, key) / math.sqrt(query.shape[-1])
-    scores = scores.astype(jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask[..., None, None, :], scores, -1e9)
-    weights = jax.nn.softmax(scores, -1).astype(value.dtype)
-    return jnp.einsum("...hnm,...mhd->...nhd", weights, value)
-
-
-def _attention_blocked(query, key, value, mask):
-    """One example's attention, no more than 1,024 queries at a time; the backward pass computes the scores again."""
-    tokens, *heads = query.shape
-    parts = next(p for p in range(-(-tokens // 1024), tokens + 1) if tokens % p == 0)
-    block = jax.checkpoint(lambda part: _attention_direct(part, key, value, mask))
-    return jax.lax.map(block, query.reshape(parts, tokens // parts, *heads)).reshape(query.shape)
+    return checkpoint_name(ops.current().attention(query, key, value, mask, bounded), PRODUCT)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of tokens x [B, N, C] to a context [B, M, D] (or to themselves), residual not included.
+    """Multi-head attention with normalized queries and keys; the residual connection is left to the caller.
 
-    With positions (in seconds) given on both sides, queries and keys are rotated by them. `plain` attention, as in
-    arXiv:1706.03762, normalises neither queries nor keys, and its queries, keys and values have no bias.
+    x: [B, N, C]
+    context: [B, M, D], what x attends to; None is x itself
+    mask: bool [B, M], True = may be read
+    positions, context_positions: [N] and [M], in seconds, rotate queries and keys; None rotates nothing
     """
 
     heads: int
-    head_dim: int
-    zero: bool = True
-    plain: bool = False
-    dtype: jnp.dtype = jnp.float32
+    head_dim: int  # channels of a head
+    zero: bool = True  # whether the output is zero at first
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x, context=None, mask=None, positions=None, context_positions=None):
         context = x if context is None else context
         context_positions = positions if context_positions is None else context_positions
-        shape = (self.heads, self.head_dim)
-        make = functools.partial(Dense, shape, use_bias=not self.plain, dtype=self.dtype)
-        query, key, value = make(name="query")(x), make(name="key")(context), make(name="value")(context)
-        if not self.plain:
-            query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
+        dense = functools.partial(Dense, (self.heads, self.head_dim), dtype=self.dtype)
+        query, key, value = dense(name="query")(x), dense(name="key")(context), dense(name="value")(context)
+        query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
         if positions is not None:
             query, key = rotary(query, positions), rotary(key, context_positions)
-        out = checkpoint_name(attention(query, key, value, mask, bounded=not self.plain), PRODUCT)
+        out = attention(query, key, value, mask, bounded=True)
         out = Dense(x.shape[-1], axes=2, zero=self.zero, dtype=self.dtype, name="out")(out)
         return constrain_activation(out)
 
 
 def transformer_layer(x, mask, heads, index, positions=None, zero=False, dtype=jnp.float32):
-    """Layer number `index` of a pre-norm transformer over tokens x [B, L, C]; for use inside a compact module.
+    """One layer of a pre-norm transformer over tokens x [B, L, C]; for use inside a compact module.
 
-    mask: bool [B, L], True = may be read. positions: [L], for rotary ones. zero: the layer starts as nothing.
+    mask: bool [B, L], True = may be read
+    index: number of the layer; it is part of the parameters' names
+    positions: [L], for rotary embeddings
+    zero: whether the layer adds nothing at first
     """
     channels = x.shape[-1]
     attention = Attention(heads, channels // heads, dtype=dtype, name=f"attention_{index}")
@@ -408,41 +343,30 @@ def transformer_layer(x, mask, heads, index, positions=None, zero=False, dtype=j
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, conv, GroupNorm (scaled and shifted by the embedding), SiLU, conv, plus an identity or 1x1 skip.
+    """GroupNorm, SiLU, conv, GroupNorm with FiLM, SiLU, conv, plus the input (through a linear layer if sizes differ).
 
-    x is [B, T, H, W, C] or [B, K*T, C]; embedding, if any, is [B, T, E]: one vector for every frame (FiLM,
-    arXiv:1709.07871), repeated for the K sound tokens of the frame.
+    x: [B, T, H, W, C] or [B, K*T, C]
+    embedding: [B, T, E] or None. Each frame's vector gives the scale and shift (FiLM, arXiv:1709.07871) of that frame,
+        or of the frame's K sound tokens.
     """
 
-    features: int
-    factorized: bool = True
-    time_padding: str = "same"
-    groups: int = 8
-    dtype: jnp.dtype = jnp.float32
+    features: int  # output channels
+    factorized: bool = True  # see FactorizedConv
+    time_padding: str = "same"  # or "causal"
+    groups: int = 8  # see GroupNorm
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x, embedding=None):
         frames = embedding.shape[1] if embedding is not None else 0
         norm = functools.partial(GroupNorm, self.groups, frames, activation=nn.silu, dtype=self.dtype)
-        layer = functools.partial(FactorizedConv, self.features, self.factorized, self.time_padding, dtype=self.dtype)
-        h = layer(name="conv_in")(norm(name="norm_in")(x))
+        conv = functools.partial(FactorizedConv, self.features, self.factorized, self.time_padding, dtype=self.dtype)
+        h = conv(name="conv_in")(norm(name="norm_in")(x))
         film = None
         if embedding is not None:
             film = Dense(2 * self.features, zero=True, dtype=self.dtype, name="film")(embedding)
-            film = jnp.split(film, 2, -1)  # [B, T, C] each
-        h = layer(zero=True, name="conv_out")(norm(name="norm_out")(h, film=film))
+            film = jnp.split(film, 2, -1)  # scale and shift, [B, T, C] each
+        h = conv(zero=True, name="conv_out")(norm(name="norm_out")(h, film=film))
         if x.shape[-1] != self.features:
             x = Dense(self.features, dtype=self.dtype, name="skip")(x)
-        x = x + h
-        return constrain_activation(x)
-
-
-def constrain_activation(x):
-    """x [B, T, H, W, C] or [B, N, C] at the end of a block, split over the mesh as activations are."""
-    return checkpoint_name(_constrained(x), ACTIVATION)
-
-
-def _constrained(x):
-    if x.ndim == 5:
-        return constrain(x, "batch", "time", "height", "width", "channel")
-    return constrain(x, "batch", "token", "channel")
+        return constrain_activation(x + h)

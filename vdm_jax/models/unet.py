@@ -1,7 +1,7 @@
-"""The denoiser: a 3-D U-Net over video latents with a 1-D stream over sound latents beside it.
+"""The denoiser: a 3-D U-Net for video latents, and a 1-D U-Net beside it for sound latents.
 
-Both streams share one time axis. Each latent frame of each modality has its own noise level; at the low-resolution
-levels the streams read each other. Nothing here knows the noise schedule or what the output stands for.
+Both streams share one time axis. Each latent frame of each modality has its own noise level. At the lower resolutions
+the streams attend to each other. This file knows neither the noise schedule nor what the output predicts.
 """
 
 import functools
@@ -28,132 +28,141 @@ from vdm_jax.models.layers import (
 
 
 class NoiseEmbedding(nn.Module):
-    """Noise level [B, T], frame time and pooled text [B, D] -> embedding [B, T, E] of one modality."""
+    """The embedding [B, T, E] of one modality, one vector a frame, that goes into every residual block.
 
-    features: int
-    latent_fps: float
-    dtype: jnp.dtype = jnp.float32
+    log_snr: [B, T], the noise level of each latent frame
+    pooled: [B, D], the text in one vector
+    """
+
+    features: int  # E
+    latent_fps: float  # latent frames a second
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, log_snr, pooled):
         dense = functools.partial(Dense, self.features, dtype=self.dtype)
-        # Levels span about [-12, 12]; a step of 0.01 should be seen, so they are stretched before the sinusoids.
-        level = fourier_features(log_snr * 10.0, self.features, max_period=1000.0)
+        # log_snr lies in about [-12, 12]. The factor 10 lets the sinusoids resolve steps of 0.01.
+        noise_level = fourier_features(log_snr * 10.0, self.features, max_period=1000.0)
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
-        place = fourier_features(seconds * 10.0, self.features, max_period=1000.0)
-        x = dense(name="level_in")(level)
-        x = dense(name="level_out")(nn.silu(x)) + dense(name="place")(place)[None]
+        time = fourier_features(seconds * 10.0, self.features, max_period=1000.0)
+        x = dense(name="level_in")(noise_level)
+        x = dense(name="level_out")(nn.silu(x)) + dense(name="place")(time)[None]
         x = x + dense(name="text")(pooled)[:, None]
         return nn.silu(x)
 
 
 class SpaceTimeAttention(nn.Module):
-    """Self-attention over all tokens of one stream, then cross-attention to the text; both residual.
+    """Self-attention over all tokens of one stream, then cross-attention to the text; both are residual.
 
-    x is [B, T, h, w, C] or [B, K*T, C]; seconds [tokens] places each on the time axis; text states [B, L, D].
+    x: [B, T, h, w, C] or [B, K*T, C]
+    seconds: [tokens], the time of each token
+    cond: {'states': [B, L, D], 'mask': bool [B, L]}, the text
     """
 
-    head_dim: int
-    dtype: jnp.dtype = jnp.float32
+    head_dim: int  # channels of a head
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x, seconds, cond):
         channels = x.shape[-1]
-        tokens = x.reshape(x.shape[0], -1, channels)
-        if x.ndim == 5:  # where a token lies in its frame; time is told by the rotary positions
+        tokens = x.reshape(x.shape[0], -1, channels)  # [B, T*h*w or K*T, C]
+        pos_embed = 0.0
+        if x.ndim == 5:  # the position within a frame; the rotary embeddings hold the time
             shape = (1, *x.shape[2:4], channels)
-            place = self.param("place", nn.initializers.normal(0.02), shape)
-            place = jnp.broadcast_to(place, (x.shape[1], *shape[1:])).reshape(1, -1, channels)
-        else:
-            place = 0.0
+            pos_embed = self.param("place", nn.initializers.normal(0.02), shape)
+            pos_embed = jnp.broadcast_to(pos_embed, (x.shape[1], *shape[1:])).reshape(1, -1, channels)  # [1, T*h*w, C]
         attention = functools.partial(Attention, max(1, channels // self.head_dim), self.head_dim, dtype=self.dtype)
         norm = functools.partial(LayerNorm, dtype=self.dtype)
-        tokens = tokens + attention(name="self")(norm(name="norm_self")(tokens) + place, positions=seconds)
+        tokens = tokens + attention(name="self")(norm(name="norm_self")(tokens) + pos_embed, positions=seconds)
         words = cond["states"].astype(activation_dtype(self.dtype))
         tokens = tokens + attention(name="cross")(norm(name="norm_cross")(tokens), words, cond["mask"])
         return constrain_activation(tokens.reshape(x.shape))
 
 
 class CrossModalAttention(nn.Module):
-    """Video and sound tokens attend to each other, both reading the other's state from before the exchange.
+    """Video tokens attend to sound tokens, and sound tokens to video tokens; both read the state before this layer.
 
-    Rotary positions are in seconds on both sides; outputs are zero-initialised, so streams start out independent.
+    The rotary positions of both are in seconds. The outputs are zero at first, so the streams start independent.
+
+    video: [B, T, h, w, C]
+    audio: [B, K*T, D]
+    video_seconds, audio_seconds: [T*h*w] and [K*T], the time of each token
     """
 
-    head_dim: int
-    dtype: jnp.dtype = jnp.float32
+    head_dim: int  # channels of a head
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, video, audio, video_seconds, audio_seconds):
-        v = video.reshape(video.shape[0], -1, video.shape[-1])
+        tokens = video.reshape(video.shape[0], -1, video.shape[-1])  # [B, T*h*w, C]
         norm = functools.partial(LayerNorm, dtype=self.dtype)
-        v_in, a_in = norm(name="norm_video")(v), norm(name="norm_audio")(audio)
-        heads = lambda x: max(1, x.shape[-1] // self.head_dim)  # noqa: E731
+        v, a = norm(name="norm_video")(tokens), norm(name="norm_audio")(audio)
         attention = functools.partial(Attention, head_dim=self.head_dim, dtype=self.dtype)
-        to_video = attention(heads(v), name="to_video")(
-            v_in, a_in, positions=video_seconds, context_positions=audio_seconds
-        )
-        to_audio = attention(heads(audio), name="to_audio")(
-            a_in, v_in, positions=audio_seconds, context_positions=video_seconds
-        )
-        return (v + to_video).reshape(video.shape), audio + to_audio
+
+        def heads(x):
+            return max(1, x.shape[-1] // self.head_dim)
+
+        to_video = attention(heads(v), name="to_video")(v, a, positions=video_seconds, context_positions=audio_seconds)
+        to_audio = attention(heads(a), name="to_audio")(a, v, positions=audio_seconds, context_positions=video_seconds)
+        return (tokens + to_video).reshape(video.shape), audio + to_audio
 
 
 class TextRefiner(nn.Module):
     """Transformer layers on the text states [B, L, D], trained with the denoiser.
 
-    A contrastive text encoder names what is there, and hardly tells which color goes with which shape
-    (arXiv:2210.01936): what it leaves out can be learnt here. Which words belong together shows in how far apart they
-    are, hence the rotary positions. The layers start as nothing.
+    A contrastive text encoder represents which words a text has, but hardly which color belongs to which shape
+    (arXiv:2210.01936). These layers can learn the rest. Words that belong together stand close together, therefore the
+    layers have rotary positions. They change nothing at first.
     """
 
     layers: int
-    head_dim: int
-    dtype: jnp.dtype = jnp.float32
+    head_dim: int  # channels of a head
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, states, mask):
         x = states.astype(activation_dtype(self.dtype))
         heads = max(1, x.shape[-1] // self.head_dim)
-        positions = jnp.arange(x.shape[1]) / 20  # bytes to rotary periods of 20 bytes, some three words, to 2,000
+        positions = jnp.arange(x.shape[1]) / 20  # rotary periods from 20 bytes, about three words, to 2,000 bytes
         for i in range(self.layers):
             x = transformer_layer(x, mask, heads, i, positions, zero=True, dtype=self.dtype)
         return x
 
 
 class UNet(nn.Module):
-    """Audio-video 3-D U-Net (video: arXiv:2204.03458; levels per frame: arXiv:2407.01392).
+    """Audio-video 3-D U-Net (video: arXiv:2204.03458; one noise level per frame: arXiv:2407.01392).
 
-    z = {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}, log_snr = {'video': [B, T], 'audio': [B, T]},
-    cond = {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]} -> a tree like z, float32.
+    Returns a prediction like z, float32.
 
-    The picture is cut into squares of patch x patch latents first. Level i has channels[i], for sound
-    audio_channels[i] (or the same where that is empty), and blocks[i] residual blocks on the way down and again on the
-    way up; space halves between levels, time by time_strides[i] (1 or 2), sound always by 2. attention[i] puts a
-    SpaceTimeAttention, cross_modal[i] a CrossModalAttention after its blocks; the bottleneck has both. text_layers
-    transformer layers refine the text. remat[i], where given, says what the backward pass of the level's blocks and
-    mixers computes again (see layers.apply_remat); the bottleneck is of the last level.
+    z: {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}
+    log_snr: {'video': [B, T], 'audio': [B, T]}, noise levels
+    cond: {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]}, the text
+
+    Tuples have one value for each resolution i, the highest first. From one resolution to the next, space and sound
+    tokens halve. The lowest resolution has a bottleneck, with both kinds of attention.
     """
 
-    patch: int
-    channels: tuple[int, ...]
-    audio_channels: tuple[int, ...]
-    blocks: tuple[int, ...]
-    attention: tuple[bool, ...]
-    cross_modal: tuple[bool, ...]
-    time_strides: tuple[int, ...]
-    factorized: bool
-    head_dim: int
-    embedding: int
-    text_layers: int
-    groups: int
-    latent_fps: float
-    remat: tuple[str, ...] = ()
-    dtype: jnp.dtype = jnp.float32
+    patch: int  # patch x patch latents become the channels of one place
+    channels: tuple[int, ...]  # of the video stream
+    audio_channels: tuple[int, ...]  # of the sound stream; () is `channels`
+    blocks: tuple[int, ...]  # residual blocks on the way down, and as many on the way up
+    attention: tuple[bool, ...]  # whether a SpaceTimeAttention follows the blocks
+    cross_modal: tuple[bool, ...]  # whether a CrossModalAttention follows the blocks
+    time_strides: tuple[int, ...]  # 1 or 2: how time shrinks from resolution i to i + 1; one value fewer
+    factorized: bool  # convolutions 1x3x3 then 3x1x1, or else 3x3x3
+    head_dim: int  # channels of an attention head
+    embedding: int  # size of the embedding of noise level, time and text
+    text_layers: int  # layers of the TextRefiner
+    groups: int  # of GroupNorm
+    latent_fps: float  # latent frames a second
+    remat: tuple[
+        str, ...
+    ] = ()  # a mode of layers.apply_remat for blocks and attention; the bottleneck has the last one
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, z, log_snr, cond):
-        asked = z["video"].shape[1], z["audio"].shape[1]
+        output_length = {m: z[m].shape[1] for m in z}  # T, and K*T
         z, log_snr = _pad_frames(z, log_snr, math.prod(self.time_strides))
         frames = z["video"].shape[1]
         channels = {"video": self.channels, "audio": self.audio_channels or self.channels}
@@ -165,29 +174,29 @@ class UNet(nn.Module):
         conv = functools.partial(Conv, dtype=self.dtype)
 
         def seconds(x):
-            """Centre of every token of x on the time axis, in seconds; latent frame t is centred on t / latent_fps."""
+            """The time of the centre of every token of x, in seconds. Latent frame t is centred on t / latent_fps."""
             steps = x["video"].shape[1]
             t = ((jnp.arange(steps) + 0.5) * (frames / steps) - 0.5) / self.latent_fps
             n = x["audio"].shape[1]
             a = ((jnp.arange(n) + 0.5) * (frames / n) - 0.5) / self.latent_fps
             return {"video": jnp.repeat(t, x["video"].shape[2] * x["video"].shape[3]), "audio": a}
 
-        def at(level, module):
-            return apply_remat(module, self.remat[level]) if self.remat else module
+        def at(resolution, module):
+            return apply_remat(module, self.remat[resolution]) if self.remat else module
 
-        def residual(x, level, name):
-            pooled = {m: _to_length(e, x["video"].shape[1]) for m, e in embedding.items()}
-            made = at(level, ResidualBlock)
-            return {m: made(channels[m][level], **block, name=f"{name}_{m}")(x[m], pooled[m]) for m in x}
+        def residual(x, resolution, name):
+            merged = {m: _merge_frames(e, x["video"].shape[1]) for m, e in embedding.items()}
+            module = at(resolution, ResidualBlock)
+            return {m: module(channels[m][resolution], **block, name=f"{name}_{m}")(x[m], merged[m]) for m in x}
 
-        def mix(x, level, name, attend, cross_modal):
-            where = seconds(x)
-            if attend:
-                made = functools.partial(at(level, SpaceTimeAttention), self.head_dim, self.dtype)
-                x = {m: made(name=f"{name}_attention_{m}")(x[m], where[m], cond) for m in x}
+        def attend(x, resolution, name, attention, cross_modal):
+            time = seconds(x)
+            if attention:
+                module = functools.partial(at(resolution, SpaceTimeAttention), self.head_dim, self.dtype)
+                x = {m: module(name=f"{name}_attention_{m}")(x[m], time[m], cond) for m in x}
             if cross_modal:
-                swap = at(level, CrossModalAttention)(self.head_dim, self.dtype, name=f"{name}_exchange")
-                video, audio = swap(x["video"], x["audio"], where["video"], where["audio"])
+                module = at(resolution, CrossModalAttention)(self.head_dim, self.dtype, name=f"{name}_exchange")
+                video, audio = module(x["video"], x["audio"], time["video"], time["audio"])
                 x = {"video": constrain_activation(video), "audio": constrain_activation(audio)}
             return x
 
@@ -197,12 +206,12 @@ class UNet(nn.Module):
             "audio": conv(channels["audio"][0], (3,), name="stem_audio")(z["audio"]),
         }
         skips = []
-        levels = range(len(self.channels))
-        for i in levels:
+        resolutions = range(len(self.channels))
+        for i in resolutions:
             for j in range(self.blocks[i]):
                 x = residual(x, i, f"down_{i}_{j}")
                 if j == self.blocks[i] - 1:
-                    x = mix(x, i, f"down_{i}", self.attention[i], self.cross_modal[i])
+                    x = attend(x, i, f"down_{i}", self.attention[i], self.cross_modal[i])
                 skips.append(x)
             if i < len(self.channels) - 1:
                 strides = {"video": (self.time_strides[i], 2, 2), "audio": (2,)}
@@ -210,21 +219,22 @@ class UNet(nn.Module):
 
         # Bottleneck
         x = residual(x, -1, "middle_in")
-        x = mix(x, -1, "middle", attend=True, cross_modal=True)
+        x = attend(x, -1, "middle", attention=True, cross_modal=True)
         x = residual(x, -1, "middle_out")
 
         # Up
-        for i in reversed(levels):
+        for i in reversed(resolutions):
             for j in range(self.blocks[i]):
                 skip = skips.pop()
                 x = {m: jnp.concatenate([x[m], skip[m]], -1) for m in x}
                 x = residual(x, i, f"up_{i}_{j}")
-            x = mix(x, i, f"up_{i}", self.attention[i], self.cross_modal[i])
+            x = attend(x, i, f"up_{i}", self.attention[i], self.cross_modal[i])
             if i:
-                grow = {"video": ((1, 3, 3), (self.time_strides[i - 1], 2, 2)), "audio": ((3,), (2,))}
+                window = {"video": (1, 3, 3), "audio": (3,)}
+                factors = {"video": (self.time_strides[i - 1], 2, 2), "audio": (2,)}
                 x = {
-                    m: conv(channels[m][i - 1], window, upsample=factors, name=f"grow_{i}_{m}")(x[m])
-                    for m, (window, factors) in grow.items()
+                    m: conv(channels[m][i - 1], window[m], upsample=factors[m], name=f"grow_{i}_{m}")(x[m])
+                    for m in ("video", "audio")
                 }
 
         # Head
@@ -235,13 +245,13 @@ class UNet(nn.Module):
         video = depth_to_space(video, self.patch)
         audio = conv(z["audio"].shape[-1], (3,), zero=True, name="head_audio")(audio)
         return {
-            "video": video[:, : asked[0]].astype(jnp.float32),
-            "audio": audio[:, : asked[1]].astype(jnp.float32),
+            "video": video[:, : output_length["video"]].astype(jnp.float32),
+            "audio": audio[:, : output_length["audio"]].astype(jnp.float32),
         }
 
 
 def _pad_frames(z, log_snr, multiple):
-    """Repeats the last latent frame, with its noise level, until the number of frames is a multiple."""
+    """Repeats the last latent frame, with its noise level, until the number of frames is a multiple of `multiple`."""
     frames = z["video"].shape[1]
     extra = -frames % multiple
     if not extra:
@@ -252,10 +262,10 @@ def _pad_frames(z, log_snr, multiple):
         "video": jnp.concatenate([z["video"]] + [z["video"][:, -1:]] * extra, 1),
         "audio": jnp.concatenate([z["audio"]] + [last] * extra, 1),
     }
-    return z, {m: jnp.concatenate([level] + [level[:, -1:]] * extra, 1) for m, level in log_snr.items()}
+    return z, {m: jnp.concatenate([x] + [x[:, -1:]] * extra, 1) for m, x in log_snr.items()}
 
 
-def _to_length(embedding, frames):
-    """Per-frame embedding [B, T, E] at a level with fewer frames: the mean of the frames merged."""
+def _merge_frames(embedding, frames):
+    """The embedding [B, T, E] at a resolution of `frames` <= T frames: the mean of each group of merged frames."""
     b, t, e = embedding.shape
     return embedding if t == frames else embedding.reshape(b, frames, t // frames, e).mean(2)

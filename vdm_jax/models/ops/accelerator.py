@@ -1,98 +1,160 @@
-"""Forms of layers for TPUs and GPUs: XLA's own operations, arranged so that little goes through memory.
+"""Operations for TPUs and GPUs: XLA's own, arranged so that few bytes go through memory.
 
-Arrays are as in layers.py, which chooses between these and cpu.py; values and gradients are the same.
+`ops/__init__.py` says what each function takes and returns. `cpu.py` computes the same values and gradients for CPUs.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
+from vdm_jax.models.ops.placement import constrain_clips
 from vdm_jax.sharding import shard_map_batch, split
 
 
-def conv(x, kernel, bias, strides, padding):
-    """XLA's own convolution; a factorized one of a video in as many dimensions as its window has.
+def activation_dtype(dtype):
+    """Arrays between layers have the type in which products are computed."""
+    return dtype
 
-    With fewer than eight clips a device XLA's form of a 3-D one for TPUs cuts frames into pieces with halos: up to half
-    as many FLOPs again. Frames stay outermost in all forms, so that nothing is moved from one to the other.
+
+def dense(x, kernel, bias, dtype):
+    """x [..., K] @ kernel [K, N] + bias [N]; bias may be None."""
+    out = x.astype(dtype) @ kernel.astype(dtype)
+    return out if bias is None else out + bias.astype(dtype)
+
+
+def upsample(x, factors):
+    """Nearest-neighbor upsampling of x [B, *space, C] by one factor for each space dimension."""
+    for axis, factor in enumerate(factors, 1):
+        x = jnp.repeat(x, factor, axis)
+    return x
+
+
+def affine(x, scale, bias):
+    """x [..., C] * scale [C] + bias [C]; bias may be None."""
+    return x * scale if bias is None else x * scale + bias
+
+
+def attention(query, key, value, mask, bounded=False):
+    """Softmax attention (arXiv:1706.03762, eq. 1) that holds all scores [..., heads, N, M] in memory.
+
+    query: [..., N, heads, d]
+    key, value: [..., M, heads, d]
+    mask: bool [..., M], True = may be read, or None
+    bounded: not used here; see cpu.attention
+    """
+    scores = jnp.einsum("...nhd,...mhd->...hnm", query, key) / math.sqrt(query.shape[-1])
+    scores = scores.astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[..., None, None, :], scores, -1e9)
+    weights = jax.nn.softmax(scores, -1).astype(value.dtype)
+    return jnp.einsum("...hnm,...mhd->...nhd", weights, value)
+
+
+# --------------------------------------------------------------------------------------------------------- convolutions
+
+
+def conv(x, kernel, bias, strides, padding, dtype):
+    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out] and adds the bias; the result is in `dtype`."""
+    x, kernel, bias = x.astype(dtype), kernel.astype(dtype), bias.astype(dtype)
+    if split("sequence"):
+        # XLA may choose a split along time that is finer than sharding.MIN_SHARD allows, and then computes wrong
+        # values. Constraints on input and output prevent this, also for the gradients.
+        return constrain_clips(_xla_conv(constrain_clips(x), kernel, strides, padding) + bias)
+    if kernel.ndim == 5:
+        return _conv_video(x, kernel, bias, strides, padding)
+    return _xla_conv(x, kernel, strides, padding) + bias
+
+
+def _conv_video(x, kernel, bias, strides, padding):
+    """The convolution of a video in as few dimensions as its window has.
+
+    With fewer than eight clips on a device, XLA for TPUs cuts the frames of a 3-D convolution into pieces with halos,
+    which costs up to 1.5 times the FLOPs. The forms below avoid this. All of them keep the frames outermost in memory,
+    so that no array is rearranged between one form and the next.
     """
 
-    def space(x, kernel, bias):  # frames of all clips are the batch
+    def space(x, kernel, bias):  # a 2-D convolution, whose batch is all frames of all clips
         b, t = x.shape[:2]
-        x = x.swapaxes(0, 1).reshape(t * b, *x.shape[2:])
-        out = _convolved(x, kernel[0], strides[1:], padding[1:]) + bias
+        x = x.swapaxes(0, 1).reshape(t * b, *x.shape[2:])  # [T*B, H, W, C]
+        out = _xla_conv(x, kernel[0], strides[1:], padding[1:]) + bias
         return out.reshape(t, b, *out.shape[1:]).swapaxes(0, 1)
 
-    def time(x, kernel, bias):  # pixels of all clips are
+    def time(x, kernel, bias):  # a 1-D convolution, whose batch is all pixels of all clips
         b, t, h, w, c = x.shape
-        x = x.swapaxes(0, 1).reshape(t, b * h * w, c)
-        out = _convolved(x, kernel[:, 0, 0], strides[:1], padding[:1], "WNC") + bias
+        x = x.swapaxes(0, 1).reshape(t, b * h * w, c)  # [T, B*H*W, C]
+        out = _xla_conv(x, kernel[:, 0, 0], strides[:1], padding[:1], "WNC") + bias
         return out.reshape(-1, b, h, w, out.shape[-1]).swapaxes(0, 1)
 
-    def full(x, kernel, bias):
+    def full(x, kernel, bias):  # a sum of 2-D convolutions, one for each frame of the window
         b, t = x.shape[:2]
         if b >= 8 or strides[0] > 1:
-            return _convolved(x, kernel, strides, padding) + bias
-        x = jnp.pad(x.swapaxes(0, 1), (padding[0], *[(0, 0)] * 4))
-        met = (x[i : i + t].reshape(t * b, *x.shape[2:]) for i in range(kernel.shape[0]))
-        out = sum(_convolved(frames, k, strides[1:], padding[1:]) for frames, k in zip(met, kernel)) + bias
+            return _xla_conv(x, kernel, strides, padding) + bias
+        x = jnp.pad(x.swapaxes(0, 1), (padding[0], *[(0, 0)] * 4))  # [T + padding, B, H, W, C]
+        shifted = (x[i : i + t].reshape(t * b, *x.shape[2:]) for i in range(kernel.shape[0]))
+        out = sum(_xla_conv(frames, tap, strides[1:], padding[1:]) for frames, tap in zip(shifted, kernel)) + bias
         return out.reshape(t, b, *out.shape[1:]).swapaxes(0, 1)
 
-    if kernel.ndim == 5 and not split("sequence"):
-        if kernel.shape[0] == strides[0] == 1:
-            return shard_map_batch(space, x, kernel, bias)
-        if kernel.shape[1:3] == strides[1:] == (1, 1):
-            return shard_map_batch(time, x, kernel, bias)
-        return shard_map_batch(full, x, kernel, bias)
-    return _convolved(x, kernel, strides, padding) + bias
+    if kernel.shape[0] == strides[0] == 1:
+        return shard_map_batch(space, x, kernel, bias)
+    if kernel.shape[1:3] == strides[1:] == (1, 1):
+        return shard_map_batch(time, x, kernel, bias)
+    return shard_map_batch(full, x, kernel, bias)
 
 
-def _convolved(x, kernel, strides, padding, layout=None):
+def _xla_conv(x, kernel, strides, padding, layout=None):
     space = "DHW"[-len(strides) :]
     layout = layout or f"N{space}C"
-    dims = (layout, f"{space}IO", layout)
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dims)
+    dimensions = (layout, f"{space}IO", layout)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dimensions)
+
+
+# -------------------------------------------------------------------------------------------------------- normalization
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def norm_act(coefficients, activation, dtype, x, parameters):
-    """cpu.norm_act for accelerators: x [B, frames, *space, C] -> the same in `dtype`, computed in float32.
+    """activation(x * a + b), where a, b [B, frames, C] = coefficients(sum of x, sum of x^2, parameters).
 
-    The backward pass reads x and the gradient twice, in the types they have. Left to itself XLA for TPUs keeps what it
-    computed of them for the sums, in float32: twice the bytes, and these layers are bound by bytes.
+    x is [B, frames, *space, C], and the sums run over space. All is computed in float32; the result is in `dtype`.
+
+    Memory traffic limits the speed of these layers. With XLA's own gradient, XLA for TPUs stores x and the gradient in
+    float32 between the two passes of the backward computation. Here each pass reads both in the types that they already
+    have; in bfloat16 that is half the bytes.
     """
-    x = jax.lax.optimization_barrier(x)  # or what convolves before it would write float32
+    x = jax.lax.optimization_barrier(x)  # without it the convolution that makes x would write float32
     return _norm_act_forward(coefficients, activation, dtype, x, parameters)[0]
 
 
-def _over_space(x):
-    return tuple(range(2, x.ndim - 1))  # height and width stay apart: to merge them XLA for TPUs would copy
+def _space_axes(x):
+    return tuple(range(2, x.ndim - 1))  # height and width stay apart: XLA for TPUs would copy x to merge them
 
 
 def _norm_act_forward(coefficients, activation, dtype, x, parameters):
-    over, y = _over_space(x), x.astype(jnp.float32)
-    (a, b), pull = jax.vjp(coefficients, y.sum(over), jnp.square(y).sum(over), parameters)
-    out = activation(y * jnp.expand_dims(a, over) + jnp.expand_dims(b, over)).astype(dtype)
+    space, y = _space_axes(x), x.astype(jnp.float32)
+    (a, b), pull = jax.vjp(coefficients, y.sum(space), jnp.square(y).sum(space), parameters)
+    out = activation(y * jnp.expand_dims(a, space) + jnp.expand_dims(b, space)).astype(dtype)
     return out, (x, a, b, pull)
 
 
 def _norm_act_backward(coefficients, activation, dtype, saved, grad):
     x, a, b, pull = saved
-    over = _over_space(x)
+    space = _space_axes(x)
 
     def before_activation(x, grad):
+        """-> (x, the gradient of x * a + b), float32."""
         x, grad = x.astype(jnp.float32), grad.astype(jnp.float32)
-        y = x * jnp.expand_dims(a, over) + jnp.expand_dims(b, over)
+        y = x * jnp.expand_dims(a, space) + jnp.expand_dims(b, space)
         return x, jax.vjp(activation, y)[1](grad)[0]
 
     x, grad = jax.lax.optimization_barrier((x, grad))
     y, g = before_activation(x, grad)
-    first, second, parameters = pull(((g * y).sum(over), g.sum(over)))
-    x, grad, first, second = jax.lax.optimization_barrier((x, grad, first, second))
-    y, g = before_activation(x, grad)
-    g = g * jnp.expand_dims(a, over) + jnp.expand_dims(first, over) + 2 * y * jnp.expand_dims(second, over)
-    return g.astype(x.dtype), parameters
+    sum_grad, squares_grad, parameters_grad = pull(((g * y).sum(space), g.sum(space)))
+    x, grad, sum_grad, squares_grad = jax.lax.optimization_barrier((x, grad, sum_grad, squares_grad))
+    y, g = before_activation(x, grad)  # again: the barrier keeps XLA from storing the first results in float32
+    g = g * jnp.expand_dims(a, space) + jnp.expand_dims(sum_grad, space) + 2 * y * jnp.expand_dims(squares_grad, space)
+    return g.astype(x.dtype), parameters_grad
 
 
 norm_act.defvjp(_norm_act_forward, _norm_act_backward)

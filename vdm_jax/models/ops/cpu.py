@@ -1,25 +1,34 @@
-"""Products, convolutions and normalisation for XLA's CPU backend: the values of the plain forms, several times faster.
+"""Operations for CPUs: the values and gradients of XLA's own operations, in forms that XLA's CPU backend runs faster.
 
-What is slow there, and what is done about it:
-- Sums over all rows of an array (gradients of biases and of normalisation) are loops over columns, which XLA joins with
-  whatever made the array and then no longer vectorises. A product with a row of ones is the same sum, at full speed.
-- A convolution's weight gradient. Here it is a product of matrices for each row of taps.
-- Convolutions in float32 altogether, beside products of matrices: where it pays they are a few smaller products, after
-  sums and differences (winograd.py).
-- bfloat16. Processors with matrix units (AMX) multiply bfloat16 several times faster than float32, and add up in
-  float32; everything else is slower in bfloat16. So operands of products are rounded to bfloat16, and arrays between
-  products stay float32. Copies of bfloat16 are slow, too, so pairs travel as one 32-bit word.
+`ops/__init__.py` says what each function takes and returns. `accelerator.py` computes the same for TPUs and GPUs.
+
+FIGURES
+
+What XLA's own operations do slowly on a CPU, and what these functions do instead:
+- Sums over all rows of an array, as in the gradient of a bias. XLA joins the sum with the operations that made the
+  array, and then does not vectorize it. Here the sum is a product with a row of ones.
+- The weight gradient of a convolution. Here it is a product of matrices for each row of taps.
+- float32 convolutions. Where it pays, `winograd.py` replaces them by a few smaller products of matrices.
+- bfloat16. Processors with matrix units (AMX) multiply bfloat16 several times faster than float32 and sum in float32,
+  but all other bfloat16 operations are slower. Here only the operands of products are bfloat16, and the arrays between
+  products stay float32. Copies of bfloat16 arrays are slow too, so they are copied as pairs in 32-bit words.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdm_jax.models.ops import winograd
+from vdm_jax.models.ops import accelerator, winograd
 
 # ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def activation_dtype(dtype):
+    """Arrays between layers are float32, whatever the type of the products."""
+    return jnp.float32
 
 
 def row_sum(x):
@@ -44,19 +53,22 @@ def _unpack(words):
 
 
 def _product(a, b):
-    """a [..., K] @ b [K, N] in the operands' type, summed in float32."""
+    """a [..., K] @ b [K, N] in the type of the operands, summed in float32."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _turned(x):
-    """x [M, N] -> [N, M], kept apart from the product that made x: XLA would turn that into a form of the slow kind."""
+def _transpose_apart(x):
+    """x [M, N] -> [N, M]. The barrier keeps XLA from merging the transposition with the product that made x.
+
+    XLA would otherwise choose a slow form of that product.
+    """
     return jax.lax.optimization_barrier(x).T
 
 
-def _transposed(x):
+def _transpose_to_bfloat16(x):
     """x float32 [M, C] -> bfloat16 [C, M], by a product with the identity.
 
-    A plain transposition XLA would take into the product that reads it, in a form that its fast products do not know.
+    XLA would merge a plain transposition with the product that reads it, and its fast products do not accept that form.
     """
     identity = jnp.eye(x.shape[1], dtype=jnp.bfloat16)
     product = jax.lax.dot_general(
@@ -70,7 +82,7 @@ def _transposed(x):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def dense(x, kernel, bias, dtype):
-    """x [..., K] @ kernel [K, N] + bias [N], or without where bias is None; operands in `dtype`, result float32."""
+    """x [..., K] @ kernel [K, N] + bias [N]; bias may be None. The operands are in `dtype`, the result is float32."""
     out = _product(x.astype(dtype), kernel.astype(dtype))
     return out if bias is None else out + bias
 
@@ -84,7 +96,7 @@ def _dense_backward(dtype, saved, grad):
     x, kernel, bias = saved
     x_grad = _product(grad.astype(dtype), kernel.astype(dtype).T)
     if dtype == jnp.bfloat16:
-        kernel_grad = _turned(_product(_transposed(_flat(grad)), _flat(x)))
+        kernel_grad = _transpose_apart(_product(_transpose_to_bfloat16(_flat(grad)), _flat(x)))
     else:
         kernel_grad = _product(_flat(x).T, _flat(grad))
     return x_grad, kernel_grad, None if bias is None else row_sum(_flat(grad))
@@ -95,17 +107,42 @@ dense.defvjp(_dense_forward, _dense_backward)
 # --------------------------------------------------------------------------------------------------------- convolutions
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def conv(x, kernel, bias, padding, dtype):
-    """Convolution with unit strides: x [B, *space, C_in], kernel [*window, C_in, C_out], bias [C_out] -> float32.
+def conv(x, kernel, bias, strides, padding, dtype):
+    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out] and adds the bias; the result is float32.
 
-    padding: a pair for each space dimension. Operands in `dtype`.
+    strides: one for each space dimension
+    padding: a pair (before, after) for each space dimension
+    dtype: the type of the operands of products
     """
-    return _form(x, kernel, dtype)(x, kernel, padding) + bias
+    if max(strides) > 1:
+        return _conv_strided(x, kernel, bias, strides, padding, dtype)
+    if max(kernel.shape[:-2]) == 1:
+        return dense(x, kernel.reshape(kernel.shape[-2:]), bias, dtype)
+    return conv_unit_strides(x, kernel, bias, tuple(padding), dtype)
 
 
-def _form(x, kernel, dtype):
-    """The function (x, kernel, padding) -> output, without bias, that is fastest for these shapes."""
+def _conv_strided(x, kernel, bias, strides, padding, dtype):
+    """One product of matrices: the inputs of all taps lie side by side in the channels."""
+    x, kernel, bias = x.astype(dtype), kernel.astype(dtype), bias.astype(dtype)
+    x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
+    *window, _, c_out = kernel.shape
+    size = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:-1], window, strides)]
+
+    def inputs(tap):
+        return x[(slice(None), *(slice(i, i + (n - 1) * s + 1, s) for i, n, s in zip(tap, size, strides)))]
+
+    columns = jnp.concatenate([inputs(tap) for tap in np.ndindex(*window)], -1)  # [B, *space, taps * C_in]
+    return (dense(columns, kernel.reshape(-1, c_out), None, dtype) + bias).astype(jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def conv_unit_strides(x, kernel, bias, padding, dtype):
+    """`conv` with unit strides; padding is a tuple of pairs."""
+    return _unit_form(x, kernel, dtype)(x, kernel, padding) + bias
+
+
+def _unit_form(x, kernel, dtype):
+    """The function (x, kernel, padding) -> output without bias that is fastest for these shapes."""
     if dtype == jnp.bfloat16:
         return _conv_products
     return winograd.conv if winograd.suits(x.shape, kernel.shape) else _conv_direct
@@ -114,44 +151,47 @@ def _form(x, kernel, dtype):
 def _conv_forward(x, kernel, bias, padding, dtype):
     if dtype == jnp.bfloat16:
         x = x.astype(dtype)
-    return conv(x, kernel, bias, padding, dtype), (x, kernel)
+    return conv_unit_strides(x, kernel, bias, padding, dtype), (x, kernel)
 
 
 def _conv_backward(padding, dtype, saved, grad):
     x, kernel = saved
-    form = _form(x, kernel, dtype)
+    form = _unit_form(x, kernel, dtype)
     if form is winograd.conv:
         return *winograd.gradients(x, kernel, grad, padding), row_sum(_flat(grad))
     window = kernel.shape[:-2]
     flipped = jnp.flip(kernel, range(len(window))).swapaxes(-1, -2)
-    # What was padded before the input is cut off its gradient's end, and the other way round.
-    back = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(window, padding))
-    x_grad = form(grad, flipped, back)
+    # The gradient of the input is a convolution too. Padding p before the input becomes k - 1 - p before the gradient.
+    grad_padding = tuple((k - 1 - before, k - 1 - after) for k, (before, after) in zip(window, padding))
+    x_grad = form(grad, flipped, grad_padding)
     columns, slices = _side_by_side(x, window, padding, dtype)
     flat = _flat(grad)
     if dtype == jnp.bfloat16:
-        flat = _transposed(flat)
-        taps = [_turned(_product(flat, _flat(part))) for part in slices(columns)]
+        flat = _transpose_to_bfloat16(flat)
+        taps = [_transpose_apart(_product(flat, _flat(part))) for part in slices(columns)]
     else:
         taps = [_product(_flat(part).T, flat) for part in slices(columns)]
     return x_grad, jnp.stack(taps).reshape(kernel.shape), row_sum(_flat(grad))
 
 
-conv.defvjp(_conv_forward, _conv_backward)
+conv_unit_strides.defvjp(_conv_forward, _conv_backward)
 
 
 def _conv_direct(x, kernel, padding):
-    """XLA's own convolution of two dimensions, of which the others are folded into the batch or summed over."""
+    """XLA's own 2-D convolution; other dimensions are folded into the batch, or summed over tap by tap."""
     if x.ndim == 3:  # sound
         return _conv_2d(x[:, :, None], kernel[:, None], (*padding, (0, 0)))[:, :, 0]
     (b, t, h, w, _), (kt, kh, kw) = x.shape, kernel.shape[:3]
     if (kh, kw) == (1, 1):
-        out = _conv_2d(x.reshape(b, t, h * w, -1), kernel[:, 0], (padding[0], (0, 0)))
+        out = _conv_2d(x.reshape(b, t, h * w, -1), kernel[:, 0], (padding[0], (0, 0)))  # [B, T, H*W, C]
         return out.reshape(b, -1, h, w, out.shape[-1])
     x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
     frames = x.shape[1] - kt + 1
-    fold = lambda i: x[:, i : i + frames].reshape(-1, *x.shape[2:])  # noqa: E731
-    out = sum(_conv_2d(fold(i), kernel[i], padding[1:]) for i in range(kt))
+
+    def seen_by(tap):
+        return x[:, tap : tap + frames].reshape(-1, *x.shape[2:])  # [B*T, H, W, C]
+
+    out = sum(_conv_2d(seen_by(tap), kernel[tap], padding[1:]) for tap in range(kt))
     return out.reshape(b, frames, *out.shape[1:])
 
 
@@ -160,9 +200,11 @@ def _conv_2d(x, kernel, padding):
 
 
 def _side_by_side(x, window, padding, dtype):
-    """-> (columns, slices): x padded, the taps of the last window dimension side by side as channels [..., k * C].
+    """Puts the inputs of the taps of the last window dimension side by side in the channels.
 
-    slices(columns) are the parts that each tap of the other window dimensions meets, in the order of the kernel.
+    Returns (columns, slices). columns: the padded x, with k * C channels for a last window dimension of size k.
+    slices(columns): an iterator over the taps of the other window dimensions, in the order of the kernel. Each item is
+    the part of the columns that its tap multiplies.
     """
     packed = dtype == jnp.bfloat16 and x.shape[-1] % 2 == 0
     x = _pack(x) if packed else x.astype(dtype)
@@ -179,9 +221,9 @@ def _side_by_side(x, window, padding, dtype):
 
 
 def _conv_products(x, kernel, padding):
-    """One product of bfloat16 matrices for all taps, summed where each tap's output belongs.
+    """One product of bfloat16 matrices for all taps. Then each tap's output is added where it belongs.
 
-    The taps of the last window dimension lie side by side in the channels of the input, all others in the output's.
+    The taps of the last window dimension lie side by side in the input's channels, all others in the output's channels.
     """
     *outer, last, c_in, c_out = kernel.shape
     window = kernel.shape[:-2]
@@ -201,13 +243,37 @@ def _conv_products(x, kernel, padding):
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attention(query, key, value, mask, bounded):
-    """Softmax attention of query [B, N, heads, d] to key and value [B, M, heads, d], mask bool [B, M] or None.
+ATTENTION_AT_ONCE = 2**16  # scores of a head, N * M, from which on attention takes one example after the other
+BLOCK = 1024  # queries whose scores are in memory at the same time, in the larger case
 
-    bounded: queries and keys are normalised, so that no score is large and the largest need not be found first. The
-    backward pass takes the sum that a softmax's gradient needs from the output (arXiv:2205.14135, appendix B.2), which
-    spares a pass over all scores.
+
+def attention(query, key, value, mask, bounded=False):
+    """Softmax attention of query [B, N, heads, d] to key and value [B, M, heads, d].
+
+    mask: bool [B, M], True = may be read, or None
+    bounded: whether queries and keys are normalized. No score is large then, and the maximum is not searched for.
+    """
+    if query.shape[1] * key.shape[1] < ATTENTION_AT_ONCE:
+        return attention_at_once(query, key, value, mask, bounded)
+    # The scores of all examples together would go through memory several times. One example's scores stay in the cache.
+    mask = jnp.ones(key.shape[:2], bool) if mask is None else mask
+    return jax.lax.map(lambda example: _attention_in_blocks(*example), (query, key, value, mask))
+
+
+def _attention_in_blocks(query, key, value, mask):
+    """One example's attention, at most BLOCK queries at a time; the backward pass computes the scores again."""
+    tokens, *heads = query.shape
+    blocks = next(n for n in range(-(-tokens // BLOCK), tokens + 1) if tokens % n == 0)
+    attend = jax.checkpoint(lambda block: accelerator.attention(block, key, value, mask))
+    return jax.lax.map(attend, query.reshape(blocks, tokens // blocks, *heads)).reshape(query.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attention_at_once(query, key, value, mask, bounded):
+    """`attention` that holds all scores in memory.
+
+    The backward pass computes the sum in a softmax's gradient from the output (arXiv:2205.14135, appendix B.2), which
+    saves one pass over all scores.
     """
     return _attention_forward(query, key, value, mask, bounded)[0]
 
@@ -225,7 +291,7 @@ def _batched(a, b, contract):
 def _attention_forward(query, key, value, mask, bounded):
     query, key, value = (_heads_first(x) for x in (query, key, value))
     query = query / np.float32(np.sqrt(query.shape[-1]))
-    scores = _batched(query, key, (3, 3))
+    scores = _batched(query, key, (3, 3))  # [B, heads, N, M]
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, -1e9)
     scores = jnp.minimum(scores, 60.0) if bounded else scores - scores.max(-1, keepdims=True)
@@ -238,26 +304,32 @@ def _attention_forward(query, key, value, mask, bounded):
 def _attention_backward(bounded, saved, grad):
     query, key, value, weights, total, out = saved
     grad = _heads_first(grad)
-    along = (grad * out).sum(-1, keepdims=True) / total
+    softmax_sum = (grad * out).sum(-1, keepdims=True) / total
     grad = grad / total
-    scores_grad = weights * (_batched(grad, value, (3, 3)) - along)
-    turned = [jax.lax.optimization_barrier(x.swapaxes(2, 3)) for x in (weights, scores_grad)]
+    scores_grad = weights * (_batched(grad, value, (3, 3)) - softmax_sum)
+    weights_t, scores_grad_t = (jax.lax.optimization_barrier(x.swapaxes(2, 3)) for x in (weights, scores_grad))
     query_grad = _batched(scores_grad, key, (3, 2)) / np.float32(np.sqrt(query.shape[-1]))
-    key_grad, value_grad = _batched(turned[1], query, (3, 2)), _batched(turned[0], grad, (3, 2))
+    key_grad, value_grad = _batched(scores_grad_t, query, (3, 2)), _batched(weights_t, grad, (3, 2))
     return (*map(_heads_first, (query_grad, key_grad, value_grad)), None)
 
 
-attention.defvjp(_attention_forward, _attention_backward)
+attention_at_once.defvjp(_attention_forward, _attention_backward)
 
-# -------------------------------------------------------------------------------------------------------- normalisation
+# -------------------------------------------------------------------------------------------------------- normalization
+
+
+def norm_act(coefficients, activation, dtype, x, parameters):
+    """activation(x * a + b), where a, b [B, frames, C] = coefficients(sum of x, sum of x^2, parameters).
+
+    x is [B, frames, *space, C], and the sums run over space. All is float32, whatever `dtype` is.
+    """
+    pixels = math.prod(x.shape[2:-1])
+    flat = x.astype(jnp.float32).reshape(*x.shape[:2], pixels, x.shape[-1])  # [B, frames, pixels, C]
+    return _norm_act(coefficients, activation, flat, parameters).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def norm_act(coefficients, activation, x, parameters):
-    """activation(x * a + b) of x [..., P, C], where a, b [..., C] = coefficients(sum x, sum x^2, parameters).
-
-    The sums run over P. activation: a pointwise function.
-    """
+def _norm_act(coefficients, activation, x, parameters):
     a, b = coefficients(x.sum(-2), jnp.square(x).sum(-2), parameters)
     return activation(x * a[..., None, :] + b[..., None, :])
 
@@ -271,11 +343,11 @@ def _norm_act_forward(coefficients, activation, x, parameters):
 def _norm_act_backward(coefficients, activation, saved, grad):
     x, a, b, pull = saved
     grad = jax.vjp(activation, x * a[..., None, :] + b[..., None, :])[1](grad)[0]
-    first, second, parameters = pull((row_sum(grad * x), row_sum(grad)))
-    return grad * a[..., None, :] + first[..., None, :] + 2 * x * second[..., None, :], parameters
+    sum_grad, squares_grad, parameters_grad = pull((row_sum(grad * x), row_sum(grad)))
+    return grad * a[..., None, :] + sum_grad[..., None, :] + 2 * x * squares_grad[..., None, :], parameters_grad
 
 
-norm_act.defvjp(_norm_act_forward, _norm_act_backward)
+_norm_act.defvjp(_norm_act_forward, _norm_act_backward)
 
 
 @jax.custom_vjp
@@ -295,16 +367,14 @@ affine.defvjp(lambda x, scale, bias: (affine(x, scale, bias), (x, scale, bias)),
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def repeated(x, factors):
-    """x [B, *space, C] with every element repeated factors[i] times along space dimension i: nearest neighbours."""
-    for axis, factor in enumerate(factors, 1):
-        x = jnp.repeat(x, factor, axis)
-    return x
+def upsample(x, factors):
+    """Nearest-neighbor upsampling of x [B, *space, C] by a tuple of factors, one for each space dimension."""
+    return accelerator.upsample(x, factors)
 
 
-def _repeated_backward(factors, _, grad):
+def _upsample_backward(factors, _, grad):
     strided = (grad[(slice(None), *(slice(i, None, f) for i, f in zip(at, factors)))] for at in np.ndindex(*factors))
     return (sum(strided),)
 
 
-repeated.defvjp(lambda x, factors: (repeated(x, factors), None), _repeated_backward)
+upsample.defvjp(lambda x, factors: (upsample(x, factors), None), _upsample_backward)

@@ -14,14 +14,14 @@ import numpy as np
 
 from vdm_jax.errors import UserError
 from vdm_jax.models.layers import (
-    Attention,
     Conv,
     Dense,
     GroupNorm,
     LayerNorm,
+    activation_dtype,
+    attention,
     constrain_activation,
     fourier_features,
-    stored,
     upsample,
 )
 
@@ -74,6 +74,27 @@ class TimeBlock(nn.Module):
         return x + h
 
 
+class PlainAttention(nn.Module):
+    """Multi-head attention as in arXiv:1706.03762: nothing is normalized, and only the output has a bias.
+
+    x: [B, N, C]
+    context: [B, M, D], what x attends to; None is x itself
+    """
+
+    heads: int
+    head_dim: int  # channels of a head
+    dtype: jnp.dtype = jnp.float32  # of the products
+
+    @nn.compact
+    def __call__(self, x, context=None):
+        context = x if context is None else context
+        dense = functools.partial(Dense, (self.heads, self.head_dim), use_bias=False, dtype=self.dtype)
+        query, key, value = dense(name="query")(x), dense(name="key")(context), dense(name="value")(context)
+        out = attention(query, key, value)
+        out = Dense(x.shape[-1], axes=2, zero=True, dtype=self.dtype, name="out")(out)
+        return constrain_activation(out)
+
+
 class Transformer(nn.Module):
     """One pre-norm transformer block, residual. x [B, T, h, w, C], text [B, L, D].
 
@@ -91,7 +112,7 @@ class Transformer(nn.Module):
         width = self.heads * self.head_dim
         dense = functools.partial(Dense, dtype=self.dtype)
         norm = functools.partial(LayerNorm, eps=1e-5, dtype=self.dtype)
-        attention = functools.partial(Attention, self.heads, self.head_dim, plain=True, dtype=self.dtype)
+        attention = functools.partial(PlainAttention, self.heads, self.head_dim, dtype=self.dtype)
         over_time = text is None
 
         tokens = GroupNorm(self.groups, frames=1 if over_time else t, eps=1e-6, dtype=self.dtype, name="norm")(x)
@@ -159,7 +180,7 @@ class UNet3DCondition(nn.Module):
 
         level = fourier_features(timesteps, first, max_period=10000.0)
         embedding = nn.silu(dense(name="level_out")(nn.silu(dense(name="level_in")(level))))  # [B, E]
-        text = text.astype(stored(self.dtype))
+        text = text.astype(activation_dtype(self.dtype))
 
         x = conv(first, name="stem")(video)
         x = Transformer(8, self.head_dim, self.groups, self.dtype, name="attend_stem")(x)
