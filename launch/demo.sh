@@ -9,9 +9,8 @@ usage: launch/demo.sh [OUT]
 Installs the package into .venv at the top of the repository. This is quick the second time. Then, on the CPU unless
 JAX_PLATFORMS names another device:
 
-  1. makes four videos with sound from four prompts, with the reference weights: OUT/000.mp4 to OUT/003.mp4. The first
-     video is there within 90 s on two idle CPU cores, and most of this time is compilation. OUT/contact_sheet.png shows
-     frames of all four videos
+  1. makes four videos with sound from four prompts, with the reference weights: OUT/000.mp4 to OUT/003.mp4. This took
+     35 s on one core of a cloud machine, 21 s of it for compilation. OUT/contact_sheet.png shows frames of all videos
   2. measures the reference weights: a table on the screen, OUT/report/report.html and OUT/report/metrics.json
   3. trains new models for a few steps each: OUT/run. These models are too little trained to make good videos
 
@@ -61,7 +60,7 @@ echo "$out/000.mp4 is the first video, made $SECONDS s after the installation."
 echo "$out/contact_sheet.png shows frames of all four."
 echo
 
-echo "== 2 of 3: the table of what the reference weights get right, from 16 clips a row (about 3 min)"
+echo "== 2 of 3: the table of what the reference weights get right, from 16 clips or prompts of each kind (about 2 min)"
 "$PY" -m vdm_jax.evaluate --out="$out/report" --suite=prompts --count=16
 echo
 
