@@ -20,7 +20,7 @@ SHAPES = {"upper resolution": (8, 9, 8, 8, 48), "lower resolution": (8, 9, 4, 4,
 EMBEDDING = 128
 WARM_UP = 3  # calls of each side that are not counted
 
-ROUNDS = flags.DEFINE_integer("rounds", 15, "Calls of each side that count.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 15, "Calls of each side that are counted.", lower_bound=1)
 
 
 def compiled(platform, block, params, *inputs):
