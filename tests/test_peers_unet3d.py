@@ -28,7 +28,7 @@ JOB = dict(frames=3, size=5, words=5, batch=2)
 @pytest.fixture(scope="module")
 def theirs():
     torch.set_num_threads(1)
-    return unet3d.randomise(unet3d.build(unet3d.TINY)).eval()  # eval: without dropout
+    return unet3d.randomize(unet3d.build(unet3d.TINY)).eval()  # eval: without dropout
 
 
 def arrays(tensors):
@@ -94,7 +94,7 @@ def test_weights_from_a_file(theirs, params, tmp_path):
         ("mid_block.attentions.0.proj_in.bias", None, "mid_block.attentions.0.proj_in.bias is missing"),
         ("conv_in.extra", (3,), "conv_in.extra has no place"),
         ("conv_in.weight", (8, 4, 3, 1), r"conv_in.weight has shape \(8, 4, 3, 1\)"),
-        ("conv_in.weight", (4, 8, 3, 3), r"needs \(8, 4, 3, 3\)"),  # as many numbers
+        ("conv_in.weight", (4, 8, 3, 3), r"needs \(8, 4, 3, 3\)"),  # the same number of values in another order
     ],
     ids=["missing", "too many", "another window", "another order"],
 )
