@@ -57,7 +57,8 @@ TASKS = {
 FILES = ("picture", "clip", "second_clip", "sound")
 FIELDS = ("task", "prompt", *FILES, "seconds", "seed", "steps", "guidance")
 ABOUT_LEVELS = """**Noise levels.** Each row is a step. Time in the clip goes from left to right. Dark is noise, and
-light is finished. A column that is light from the start comes from your file, or from the part before it in a long clip."""
+light is finished. A column that is light from the start comes from your file, or from the previous part of a long
+clip."""
 STYLE = "footer {display: none !important} .error {color: #c02626; font-weight: 600}"
 ONLY_LOCAL = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # what the browser may load
 
