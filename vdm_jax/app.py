@@ -22,10 +22,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
+import numpy as np
 from absl import flags
 
 from vdm_jax.data import media
+from vdm_jax.diffusion import MODALITIES
 from vdm_jax.errors import UserError, one_of
 from vdm_jax.metrics import figures
 from vdm_jax.pipeline import Pipeline, load
@@ -59,7 +60,8 @@ FIELDS = ("task", "prompt", *FILES, "seconds", "seed", "steps", "guidance")
 ABOUT_LEVELS = """**Noise levels.** Each row is a step. Time in the clip goes from left to right. Dark is noise, and
 light is finished. A column that is light from the start comes from your file, or from the previous part of a long
 clip."""
-STYLE = "footer {display: none !important} .error {color: #c02626; font-weight: 600}"
+STYLE = """footer, button[aria-label="Trim video to selection"] {display: none !important}
+.error {color: #c02626; font-weight: 600}"""
 ONLY_LOCAL = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # what the browser may load
 
 
@@ -78,7 +80,7 @@ def main(argv):
             raise UserError(f'the page needs gradio ({error}): pip install -e ".[app]"') from None
         pipe = load(options.workdir or options.weights)
         cli.use_cache(pipe.config)
-        source = [f"--{name}={options[name].value}" for name in ("workdir", "weights") if options[name].value]
+        source = {name: options[name].value for name in ("workdir", "weights") if options[name].value}
         demo = page(WatchedPipeline(pipe), Path(folder), source)
         theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")  # the default loads fonts
         policy = f'<meta http-equiv="Content-Security-Policy" content="{ONLY_LOCAL}">'
@@ -94,14 +96,14 @@ def main(argv):
         demo.block_thread()
 
 
-def request(form, config, source=()):
+def request(form, config, source):
     """Returns (arguments, command line) of a filled form.
 
     The arguments are keywords of Pipeline.extend if `clip` is one of them, and of Pipeline.__call__ if not.
 
     form: {field: value} for each of FIELDS; an upload is the path of a file, or None.
     config: of the Pipeline.
-    source: the flags that name the weights.
+    source: {flag: value} that names the weights; {}: the reference weights.
     Raises UserError where a value is missing or out of range.
     """
     task = TASKS[one_of("task", form["task"], tuple(TASKS))]
@@ -119,14 +121,14 @@ def request(form, config, source=()):
     # Where the files are too short for the task's weight, the sampler takes the weight `text`. So both are set.
     weights = {name: float(form["guidance"]) for name in sorted({"text", task.weight})}
     arguments = {"prompt": form["prompt"] or "", **numbers, "guidance": weights}
-    words = ["python", "-m", "vdm_jax.sample", *source, f"--prompt={arguments['prompt']}"]
+    options = {**source, "prompt": arguments["prompt"]}
     if files := [form[field] for field in task.files]:
         arguments["clip" if task.flag == "continue" else task.flag] = files if len(files) > 1 else files[0]
         names = [Path(file).name for file in files]
-        words.append(f"--{task.flag}=" + ",".join(f'"{name}"' if len(names) > 1 else name for name in names))
-    words += [f"--{name}={value}" for name, value in numbers.items()]
-    words += [f"--guidance{'' if name == 'text' else '.' + name}={weight}" for name, weight in weights.items()]
-    return arguments, shlex.join([*words, "--out=clip.mp4"])
+        options[task.flag] = ",".join(f'"{name}"' for name in names) if len(names) > 1 else names[0]
+    options |= numbers | {"guidance" if name == "text" else f"guidance.{name}": weights[name] for name in weights}
+    words = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items()]
+    return arguments, " ".join(["python -m vdm_jax.sample", *words, "--out=clip.mp4"])
 
 
 def defaults(task, config):
@@ -154,7 +156,7 @@ class WatchedPipeline(Pipeline):
         data, f_t = self.config.data, self.system.layout.f_t
         added = data.frames - 1 - f_t * (self.config.sample.context_frames - 1)  # frames of a window that goes on
         rest = arguments["seconds"] * data.fps - (0 if "clip" in arguments else data.frames)
-        self.windows = max(math.ceil(rest / max(added, 1)), 0) + ("clip" not in arguments)
+        self.windows = max(math.ceil((rest - 0.5) / max(added, 1)), 0) + ("clip" not in arguments)
         self.done = 0  # windows
         self.expected = None  # s, of this window
         self.message, self.notes = "preparing", []
@@ -179,9 +181,9 @@ class WatchedPipeline(Pipeline):
         """As Pipeline.sample."""
         masks = context and context._replace(video=None, audio=None)  # the levels depend on nothing else
         arrays, static = self.sampler.arguments(self.params, context=masks, **arguments)
-        self.levels = jax.device_get(arrays["levels"])
+        self.levels = {name: np.asarray(arrays["levels"][name]) for name in MODALITIES}
         program = str((self.levels["video"].shape, static))
-        self.message = f"part {self.done + 1} of {max(self.windows, self.done + 1)}"
+        self.message = "generating" if self.windows == 1 else f"generating part {self.done + 1} of {self.windows}"
         self.expected, self.began = self.durations.get(program), time.monotonic()
         made = super().sample(prompts, seed=seed, window=window, context=context, **arguments)
         self.durations[program] = time.monotonic() - self.began
@@ -194,7 +196,7 @@ class WatchedPipeline(Pipeline):
             self.notes.append(self.message)
 
 
-def page(pipe, folder, source=()):
+def page(pipe, folder, source):
     """Returns the page, a gradio.Blocks.
 
     pipe: a WatchedPipeline.
@@ -208,7 +210,9 @@ def page(pipe, folder, source=()):
 
     def generate(*values, progress=gr.Progress()):  # noqa: B008, gradio finds its progress bar by this default
         try:
-            arguments, command = request(dict(zip(FIELDS, values, strict=True)), config, source)
+            form = dict(zip(FIELDS, values, strict=True))
+            form |= {field: form[field] and form[field]["path"] for field in FILES}
+            arguments, command = request(form, config, source)
             pipe.begin(arguments)
             job = worker.submit(pipe.make, arguments)
             while not concurrent.futures.wait([job], timeout=0.2).done:
@@ -226,7 +230,7 @@ def page(pipe, folder, source=()):
     def choose(task):
         names = TASKS[task].files
         uploads = [gr.update(visible=field in names, label=names.get(field)) for field in FILES]
-        return [*uploads, *defaults(task, config)]
+        return [*uploads, *defaults(task, config), ""]
 
     with gr.Blocks(title="vdm_jax", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.Markdown("# Words to video with sound\nChoose what to make, describe it, and press the button.")
@@ -235,11 +239,10 @@ def page(pipe, folder, source=()):
                 task = gr.Radio([(TASKS[word].name, word) for word in TASKS], value="text", label="What to make")
                 prompt = gr.Textbox("a red circle moving right", label="Description", lines=2, max_length=1000)
                 hidden = dict(sources=["upload"], visible=False)
-                picture = gr.Image(type="filepath", height=220, elem_id="picture", **hidden)
-                picture.preprocess = lambda file: file and file.path  # media.read_image reads the file, with its limits
+                picture = gr.Image(height=220, elem_id="picture", **hidden)
                 clip = gr.Video(height=220, elem_id="clip", **hidden)
                 second_clip = gr.Video(height=220, elem_id="second_clip", **hidden)
-                sound = gr.Audio(type="filepath", elem_id="sound", **hidden)
+                sound = gr.Audio(elem_id="sound", **hidden)
                 start_seconds, start_guidance = defaults("text", config)
                 with gr.Row():
                     seconds = gr.Number(start_seconds, label="Seconds to make", min_width=130)
@@ -255,10 +258,12 @@ def page(pipe, folder, source=()):
                 gr.Markdown(ABOUT_LEVELS)
                 matrix = gr.Image(show_label=False, buttons=[], elem_id="levels", **shown)
                 command = gr.Textbox(label="The same by command line", lines=4, buttons=["copy"], elem_id="command")
-        outputs = [video, matrix, command, message]
-        task.change(choose, task, [picture, clip, second_clip, sound, seconds, guidance], queue=False)
+        task.change(choose, task, [picture, clip, second_clip, sound, seconds, guidance, message], queue=False)
+        button.click(lambda: "", None, message, queue=False)
         inputs = [task, prompt, picture, clip, second_clip, sound, seconds, seed, steps, guidance]
-        button.click(generate, inputs, outputs, show_progress_on=video)
+        outputs = [video, matrix, command, message]
+        # Without gradio's own reading of the inputs, vdm_jax.data.media is the only code that opens an upload.
+        button.click(generate, inputs, outputs, preprocess=False, show_progress_on=video)
     return demo.queue(max_size=8, default_concurrency_limit=1)
 
 
