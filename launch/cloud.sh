@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the launch scripts for TPUs and clusters. Options are --name=value; --print shows the commands and runs
-# nothing. A script declares its options with `option NAME DEFAULT TEXT`, then calls `parse "$@"`; ${opt[NAME]} is what
-# was given, ${rest[@]} what stands behind `--`.
+# Sourced by the launch scripts for TPUs and clusters. Options are --name=value. --print shows the commands and runs
+# nothing. A script declares its options with `option NAME DEFAULT TEXT` and then calls `parse "$@"`. ${opt[NAME]} is
+# the value of an option, and ${rest[@]} holds the arguments after `--`.
 
 declare -A opt=() described=()
 order=() rest=()
@@ -28,7 +28,7 @@ help() {
     for name in "${order[@]}"; do
         printf '  --%-24s %s%s\n' "$name=..." "${described[$name]}" "${opt[$name]:+ (${opt[$name]})}"
     done
-    printf '  --%-24s %s\n' print "show the commands, run nothing" help "this text"
+    printf '  --%-24s %s\n' print "show the commands and run nothing" help "show this text"
 }
 
 parse() {
@@ -61,20 +61,21 @@ parse() {
     done
 }
 
-# What the scripts for TPU VMs have in common; $1 is the accelerator type unless one is given. Sets $action and $common.
+# Reads the action and the options that the scripts for TPU VMs share. Sets $action and $common.
+# $1 is the default accelerator type. The other arguments are those of the script.
 tpu_vm() {
     option name "" "name of the TPU VM"
     option zone "" "zone, such as us-west4-a"
-    option project "" "project; gcloud's own unless given"
-    option type "$1" "accelerator type"
+    option project "" "project; default: the one that gcloud is set to"
+    option type "$1" "accelerator type, which sets the number of chips"
     option version v2-alpha-tpuv5-lite "TPU software version"
-    option spot no "yes: spot capacity, cheaper, may be taken away"
-    option repository "" "git address of the code"
-    option branch main "branch of it"
+    option spot no "yes: spot capacity, which is cheaper and may be taken away"
+    option repository "" "git URL of the code"
+    option branch main "branch of the repository"
     shift
     [[ "${1:-}" != -* && $# -gt 0 ]] || {
         parse "$@"
-        die "an action is missing; see --help"
+        die "an action is missing: give it first, such as create; see --help"
     }
     # shellcheck disable=SC2034
     action="$1"
@@ -92,7 +93,7 @@ need() {
     done
 }
 
-# Runs a command, or with --print shows it as it could be typed.
+# Runs a command. With --print, shows the command as it could be typed.
 run() {
     if [[ -n "$printing" ]]; then
         quoted "$@"
@@ -101,7 +102,7 @@ run() {
     fi
 }
 
-# A command as one line that a shell reads back as the same words.
+# Writes a command as one line. A shell reads the same words from it.
 quoted() {
     local word line=""
     for word in "$@"; do

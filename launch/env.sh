@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it. `ensure_venv EXTRA...` makes .venv at the top of the repository, installs this
-# package (editable) with the extras named, and sets PY to its Python. It needs Python 3.11+ and pip, nothing else.
+# Sourced by other scripts in this folder. `ensure_venv EXTRA...` makes .venv at the top of the repository and installs
+# this package (editable) with the named extras. It needs Python 3.11 or newer and pip. $PY is the Python of .venv.
 #
-# One stamp a set of requirements records what was installed from which setup.py, so a second call takes no time, and
-# a call that names fewer extras leaves the others in place. With JAX_VERSION set, that version is installed, into a
-# .venv-jax-VERSION of its own.
+# A file .venv/.installed-EXTRA records the setup.py that an extra was installed from. So a second call takes no time,
+# and a call with fewer extras keeps the others. If JAX_VERSION is set, that version of JAX is installed, into
+# .venv-jax-VERSION.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv${JAX_VERSION:+-jax-$JAX_VERSION}"
@@ -26,10 +26,10 @@ make_venv() {
             break
         fi
     done
-    [[ -n "$base" ]] || die "Python 3.11 or newer is needed, and ${candidates[0]} is" \
-        "'$("${candidates[0]}" --version 2>&1 || true)': install one, or name it: PYTHON=/path/to/python3.11 $0"
+    [[ -n "$base" ]] || die "Python 3.11 or newer is needed, but ${candidates[0]} is" \
+        "'$("${candidates[0]}" --version 2>&1 || true)': install a newer one, or name it: PYTHON=/path/to/python3.11 $0"
     echo "making $(basename "$VENV") with $("$base" --version)"
-    # Some distributions ship venv without ensurepip; then the pip of the base Python puts one in.
+    # Some distributions ship venv without ensurepip. There the pip of the base Python installs pip.
     if "$base" -c 'import ensurepip' 2>/dev/null; then
         "$base" -m venv --clear "$VENV"
     else
@@ -41,7 +41,7 @@ make_venv() {
 
 ensure_venv() {
     local extras="$*" name hash missing=""
-    is_new_enough "$PY" || make_venv # also where the Python under an old .venv is gone
+    is_new_enough "$PY" || make_venv # also if the Python of an old .venv was removed
     hash="$({
         echo "$ROOT"
         cat "$ROOT/setup.py"
@@ -51,9 +51,9 @@ ensure_venv() {
     done
     [[ -n "$missing" ]] || return 0
     echo "installing vdm_jax${extras:+ with extras $extras} into $(basename "$VENV") (some minutes the first time)"
-    # PYTHONWARNINGS: the build back end warns of every editable package that is not in a src folder
-    PYTHONWARNINGS=ignore "$PY" -m pip install --quiet --disable-pip-version-check --editable "$ROOT${extras:+[${extras// /,}]}" \
-        ${JAX_VERSION:+"jax==$JAX_VERSION"}
+    # PYTHONWARNINGS: else the build back end warns, because the package is not in a folder src
+    PYTHONWARNINGS=ignore "$PY" -m pip install --quiet --disable-pip-version-check \
+        --editable "$ROOT${extras:+[${extras// /,}]}" ${JAX_VERSION:+"jax==$JAX_VERSION"}
     for name in base $extras; do
         echo "$hash" >"$VENV/.installed-$name"
     done

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Training on GKE: a JobSet with one pod a TPU host, started again as a whole when one of them fails. See usage.
+# Trains on GKE: a JobSet with one pod on each TPU host. See usage.
 set -euo pipefail
 
 usage() {
     cat <<'EOF'
 usage: launch/gke.sh --image=IMAGE [options] -- training arguments
 
-Applies a JobSet (https://jobset.sigs.k8s.io must be in the cluster). IMAGE is a container image with this repository in
-/vdm_jax and its packages installed. GKE tells the pods of each other; a failed one has all start again, and training
-goes on from the newest checkpoint.
+Applies a JobSet. The cluster needs JobSet (https://jobset.sigs.k8s.io). IMAGE is a container image that has this
+repository in /vdm_jax and its packages installed. GKE gives every pod the addresses of the others. When a pod fails,
+all pods start again, and training continues from the newest checkpoint.
 
 launch/gke.sh --image=REGION-docker.pkg.dev/PROJECT/REPO/vdm_jax --topology=4x4 --hosts=4 \
     -- --config=configs/t2v_300m.py --workdir=gs://BUCKET/run
@@ -23,13 +23,13 @@ option namespace default "namespace"
 option accelerator tpu-v5-lite-podslice "node label cloud.google.com/gke-tpu-accelerator"
 option topology 2x4 "node label cloud.google.com/gke-tpu-topology"
 option hosts 1 "hosts of the slice"
-option chips 8 "chips of a host"
-option restarts 100 "how often the whole may start again"
+option chips 8 "chips of each host"
+option restarts 100 "number of times that all pods may start again"
 parse "$@"
 need image
-((${#rest[@]})) || die "training arguments are missing: give them behind --; see --help"
+((${#rest[@]})) || die "training arguments are missing: give them after --; see --help"
 
-yaml_list() { # words as a YAML list of quoted strings
+yaml_list() { # writes words as a YAML list of quoted strings
     local word
     for word in "$@"; do
         word="${word//\\/\\\\}"

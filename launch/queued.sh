@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Training on a queued resource, spot if asked, that takes itself up again after each loss of the machine. See usage.
+# Trains on a queued resource, which continues after each loss of the machine. See usage.
 set -euo pipefail
 
 usage() {
     cat <<'EOF'
 usage: launch/queued.sh ACTION --name=NAME --zone=ZONE [options] [-- training arguments]
 
-  create   asks for the slice. Its start-up script sets up every worker and trains; whenever the machines start again,
-           and whenever training ends with an error, it goes on from the newest checkpoint in --workdir
-  watch    creates the resource, and again each time it is taken away, until it is deleted by hand or training is done
+  create   asks for the TPU slice. A start-up script sets up every worker and trains. After a restart of the machines,
+           and after an error of the training, it continues from the newest checkpoint in --workdir
+  watch    creates the resource, and creates it again each time it is taken away, until you delete it
   status   shows the state of the resource
-  delete   gives it back
+  delete   deletes the resource and its machines
 
 launch/queued.sh create --name=big --zone=us-east5-a --type=v5p-128 --version=v2-alpha-tpuv5 --spot=yes \
     --repository=https://example.com/vdm_jax.git -- --config=configs/t2v_pod.py --workdir=gs://BUCKET/run
@@ -19,14 +19,14 @@ EOF
 
 # shellcheck source=launch/cloud.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cloud.sh"
-option every 300 "watch: seconds between two looks"
+option every 300 "watch: seconds between two checks of the state"
 tpu_vm v5litepod-256 "$@"
 queued=(gcloud compute tpus queued-resources)
 
 create() {
     local script more=()
     need repository
-    ((${#rest[@]})) || die "training arguments are missing: give them behind --, e.g. -- --config=... --workdir=gs://..."
+    ((${#rest[@]})) || die "training arguments are missing: give them after --; see --help"
     [[ "${opt[spot]}" == no ]] || more+=(--spot)
     script="${TMPDIR:-/tmp}/startup_of_${opt[name]}.sh"
     if [[ -n "$printing" ]]; then
@@ -61,13 +61,13 @@ case "$action" in
             sleep "${opt[every]}"
             state="$(status || true)"
             case "$state" in
-                SUSPENDED | FAILED) # taken away: its name is free only when it is deleted
-                    echo "$(date '+%F %T') ${opt[name]} is $state: once more"
+                SUSPENDED | FAILED) # it was taken away; its name is free after it is deleted
+                    echo "$(date '+%F %T') ${opt[name]} is $state: it is created again"
                     delete
                     create
                     ;;
-                "") # deleted by hand
-                    echo "$(date '+%F %T') ${opt[name]} is gone"
+                "") # somebody deleted it
+                    echo "$(date '+%F %T') ${opt[name]} is deleted"
                     break
                     ;;
             esac

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Training as a Slurm job, one process a node, put back in the queue when it is ended early. See usage.
+# Trains as a Slurm job with one process on each node. See usage.
 set -euo pipefail
 
 usage() {
     cat <<'EOF'
 usage: launch/slurm.sh --nodes=N [options] -- training arguments
 
-Submits a job that runs python -m vdm_jax.train on each node; the processes find each other by what Slurm tells. The
-environment .venv must be there: bash -c 'source launch/env.sh; ensure_venv cuda'. Slurm sends SIGTERM two minutes
-before the time is up; that, exit code 75 (a peer was lost) and a death by signal put the job back in the queue, where
-it goes on from the newest checkpoint.
+Submits a job that runs python -m vdm_jax.train on each node. Slurm tells every process where the others are. Make the
+environment .venv first: bash -c 'source launch/env.sh; ensure_venv cuda'.
+
+The job is put back into the queue, and then continues from the newest checkpoint, in three cases: the time limit is two
+minutes away (Slurm sends SIGTERM), training ends with exit code 75 (another process was lost), or a signal kills it.
 
 launch/slurm.sh --nodes=2 --gpus=8 --time=24:00:00 -- --config=configs/t2v_300m.py --workdir=/shared/run
 EOF
@@ -18,14 +19,14 @@ EOF
 # shellcheck source=launch/cloud.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cloud.sh"
 option nodes 1 "number of nodes"
-option gpus 8 "GPUs a node; 0 for none"
-option cpus 16 "CPU cores a node"
+option gpus 8 "GPUs of each node; 0 for none"
+option cpus 16 "CPU cores of each node"
 option time 24:00:00 "time limit"
-option partition "" "partition; the site's own unless given"
-option account "" "account; the site's own unless given"
+option partition "" "partition; default: the default of the site"
+option account "" "account; default: the default of the site"
 option name vdm_jax "name of the job"
 parse "$@"
-((${#rest[@]})) || die "training arguments are missing: give them behind --; see --help"
+((${#rest[@]})) || die "training arguments are missing: give them after --; see --help"
 root="$(dirname "$here")"
 
 job() {
@@ -51,7 +52,7 @@ stopped=""
 srun --kill-on-bad-exit=1 $(quoted .venv/bin/python -m vdm_jax.train "${rest[@]}") &
 running=\$!
 trap 'stopped=yes; kill -TERM \$running' TERM
-while true; do # a signal ends one wait, not the job
+while true; do # a signal ends a wait, but not the training
     wait \$running
     code=\$?
     kill -0 \$running 2>/dev/null || break

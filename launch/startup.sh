@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
-# Prints the shell commands that set up a TPU host and train on it, for ssh or as a start-up script. See usage.
+# Prints shell commands that set up a TPU host and train on it. See usage.
 set -euo pipefail
 
 usage() {
     cat <<'EOF'
-usage: launch/startup.sh setup REPOSITORY BRANCH        commands that put code and packages into ~/vdm_jax
-       launch/startup.sh train [training arguments]     commands that train, in the background, log in ~/train.log
+usage: launch/startup.sh setup REPOSITORY BRANCH
+       launch/startup.sh train [training arguments]
        launch/startup.sh resume REPOSITORY BRANCH -- training arguments
-                                                        a start-up script: both, and again whenever training fails
+
+  setup    prints commands that put the code and its packages into ~/vdm_jax
+  train    prints a command that trains in the background. Its log is ~/train.log
+  resume   prints a start-up script that does both, and trains again after each error. Its log is /root/train.log
+
+launch/tpu_vm.sh and launch/queued.sh send these commands to the hosts.
 EOF
 }
 
@@ -30,7 +35,7 @@ bash -c 'source launch/env.sh; ensure_venv tpu'
 EOF
 }
 
-# Every host of a slice runs the same command; --distributed=yes has them find each other.
+# Every host of a slice runs the same command. With --distributed=yes the hosts find each other.
 training() { quoted .venv/bin/python -m vdm_jax.train --distributed=yes "$@"; }
 
 case "${1:-}" in
@@ -50,14 +55,14 @@ case "${1:-}" in
         echo '{'
         setup "$2" "$3"
         shift 4
-        # A signal to stop ends it well, with 0; so does the end of training. Wrong input, 2, stays wrong.
+        # Training ends with 0 when it is finished and when a signal stops it. 2 is wrong input: a new try cannot help.
         cat <<EOF
 set +e
 while true; do
     $(training "$@")
     code=\$?
     [ \$code -ne 0 ] && [ \$code -ne 2 ] || break
-    echo "training ended with exit code \$code: once more in 30 s"
+    echo "training ended with exit code \$code: it starts again in 30 s"
     sleep 30
 done
 } >>/root/train.log 2>&1

@@ -6,12 +6,12 @@ usage() {
     cat <<'EOF'
 usage: launch/test.sh [--no-peers] [--jax=VERSION] [pytest arguments]
 
-Sets up .venv at the top of the repository (quick the second time), then runs ruff, builds the
+Installs the package into .venv at the top of the repository. This is quick the second time. Then runs ruff, builds the
 documentation with warnings as errors, and runs pytest on the CPU.
 
-  --no-peers   leave out PyTorch and diffusers; the tests that compare with them are skipped
-  --jax=0.7.2  with this version of JAX, in a .venv-jax-0.7.2 of its own (0.7.2 is what Colab's TPU machines have)
-  --help       this text
+  --no-peers   installs neither PyTorch nor diffusers, and skips the tests that compare with them
+  --jax=0.7.2  uses this version of JAX, in .venv-jax-0.7.2 (Colab's TPU machines have 0.7.2)
+  --help       shows this text
 
 Other arguments go to pytest:    launch/test.sh -k samplers
 One process, with output:        launch/test.sh -n 0 -s
@@ -42,5 +42,6 @@ export JAX_PLATFORMS=cpu
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
 "$PY" -m properdocs build --strict --quiet --site-dir "$ROOT/.cache/site"
-# A worker a core, at most 8: each holds its own JAX. Work is stolen rather than dealt, as a few tests take long.
+# One worker on each core, but at most 8, because each worker loads JAX. A few tests take long, so idle workers take
+# tests from busy workers.
 exec "$PY" -m pytest -n auto --maxprocesses 8 --dist worksteal ${arguments[@]+"${arguments[@]}"}

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# A TPU VM of one or many hosts: create, set up, train, log in, delete. See usage.
+# Creates, sets up and deletes a TPU VM of one or many hosts, and trains on it. See usage.
 set -euo pipefail
 
 usage() {
     cat <<'EOF'
 usage: launch/tpu_vm.sh ACTION --name=NAME --zone=ZONE [options] [-- training arguments]
 
-  create   makes the TPU VM
+  create   creates the TPU VM
   setup    puts the code and its packages on every worker
-  train    trains on all workers at once, in the background; what stands behind -- goes to python -m vdm_jax.train
+  train    trains on all workers, in the background. The arguments after -- are those of python -m vdm_jax.train
   logs     shows the end of every worker's log
-  stop     asks the training on every worker to stop
+  stop     stops the training on every worker, with a checkpoint
   ssh      logs in to worker 0
   delete   deletes the TPU VM
 

@@ -1,14 +1,22 @@
-"""The launch scripts: what they show, and what they ask of a stand-in for gcloud, sbatch and kubectl."""
+"""The launch scripts: what they show, what they run, and that the commands of this package in them exist."""
 
+import importlib
+import itertools
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+from tests.helpers import ROOT
+from vdm_jax.errors import UserError
+from vdm_jax.run import cli
+
+LAUNCH = ROOT / "launch"
 CLOUD = ("tpu_vm", "queued", "slurm", "gke")
 AT = ["--name=one", "--zone=us-west4-a"]
 CODE = "--repository=https://example.com/vdm_jax.git"
@@ -32,7 +40,7 @@ if "describe" in arguments and answers.exists():
 
 @pytest.fixture
 def launch(tmp_path):
-    """call(script, *arguments) -> (CompletedProcess, what the stand-ins recorded)."""
+    """call(script, *arguments) -> (CompletedProcess, what the stand-ins for gcloud, sbatch and kubectl recorded)."""
     places, record = tmp_path / "bin", tmp_path / "record"
     places.mkdir()
     for name in ("gcloud", "sbatch", "kubectl"):
@@ -48,7 +56,7 @@ def launch(tmp_path):
         lines = record.read_text().splitlines() if record.exists() else []
         return done, [json.loads(line) for line in lines]
 
-    call.states = Path(f"{record}.states")
+    call.states = record.with_name("record.states")
     return call
 
 
@@ -66,6 +74,92 @@ def test_help(launch, script):
 def test_shellcheck():
     done = subprocess.run(["shellcheck", "-x", *map(str, LAUNCH.glob("*.sh"))], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+# ------------------------------------------------------------------------------------- the commands of this package
+
+
+def commands(text):
+    """[(module, flags)] of all `-m vdm_jax.MODULE FLAGS` in shell text, or in a YAML list of words."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        if not re.search(r"-m vdm_jax\.\w", line) or line.lstrip().startswith("#"):
+            continue
+        words = list(shlex.shlex(line, posix=True, punctuation_chars=True))
+        if "-m" in words:
+            place = words.index("-m") + 1
+            options = itertools.takewhile(lambda word: word.startswith("-"), words[place + 1 :])
+            found.append((words[place], list(options)))
+        else:  # the command is inside a quoted word
+            found += [command for word in words for command in commands(word)]
+    listed = [json.loads(word) for word in re.findall(r'^ *- (".*")$', text, re.M)]
+    if "-m" in listed:
+        place = listed.index("-m") + 1
+        found.append((listed[place], listed[place + 1 :]))
+    return found
+
+
+def parse(module, options):
+    """Reads the flags of a command, and runs nothing. Raises UserError, or ModuleNotFoundError."""
+    script = importlib.import_module(module)
+    nothing = SimpleNamespace(__name__=module, define_flags=script.define_flags, main=lambda argv: None)
+    cli.call(nothing, *options)
+
+
+def examples(text):
+    """[(script, arguments)] of the lines in a usage text that call a launch script."""
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if line.startswith("launch/")]
+    return [(words[0].removeprefix("launch/").removesuffix(".sh"), words[1:]) for words in map(shlex.split, lines)]
+
+
+@pytest.mark.parametrize("script", CLOUD)
+def test_the_examples_of_the_usage_run_and_their_commands_exist(launch, script, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shown = examples(launch(script, "--help")[0].stdout)
+    assert shown
+    found = []
+    for name, arguments in shown:
+        place = arguments.index("--") if "--" in arguments else len(arguments)
+        printed, _ = launch(name, *arguments[:place], "--print", *arguments[place:])
+        assert name == script and printed.returncode == 0, printed.stderr
+        found += commands(printed.stdout)
+    assert found
+    for module, options in found:
+        assert module == "vdm_jax.train" and any(option.startswith("--workdir=") for option in options)
+        parse(module, options)
+
+
+def test_the_commands_of_the_demo_exist(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = commands((LAUNCH / "demo.sh").read_text())
+    assert [module for module, _ in found] == ["vdm_jax.sample", "vdm_jax.evaluate", "vdm_jax.train"]
+    for module, options in found:
+        assert len(options) > 1
+        parse(module, options)
+
+
+@pytest.mark.parametrize("module, options", [
+    ("vdm_jax.generate", []),
+    ("vdm_jax.train", ["--config=configs/none.py"]),
+    ("vdm_jax.train", ["--config=configs/world.py", "--config.denoiser.step=1"]),
+    ("vdm_jax.evaluate", ["--prompts=3"]),
+    ("vdm_jax.evaluate", ["--suite=none"]),
+])  # fmt: skip
+def test_a_wrong_command_would_be_found(module, options, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((UserError, ModuleNotFoundError)):
+        parse(module, options)
+
+
+def test_the_extras_that_scripts_install_exist():
+    known = set(re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.M))
+    for path in LAUNCH.glob("*.sh"):
+        text = path.read_text()
+        for words in re.findall(r"ensure_venv ((?:[a-z]+ ?)+)'", text) + re.findall(r"extras=\((.*)\)", text):
+            assert set(words.split()) <= known, path
+
+
+# ------------------------------------------------------------------------------------------- what the scripts run
 
 
 @pytest.mark.parametrize("arguments", [
@@ -86,7 +180,7 @@ def test_print_shows_what_would_run_and_runs_nothing(launch, arguments):
     assert is_bash(shown.stdout)
     if "watch" in options:
         return
-    # Typed as shown, it asks for the same.
+    # The shown commands, typed into a shell, make the same calls.
     _, direct = launch(script, *options)
     typed = launch.states.parent / "typed.sh"
     typed.write_text(shown.stdout)
@@ -118,11 +212,11 @@ def test_a_tpu_vm_is_made_and_all_its_workers_train(launch):
     assert is_bash(setup["arguments"][-1].removeprefix("--command="))
 
 
-def test_a_queued_resource_takes_itself_up_again(launch):
+def test_a_queued_resource_is_created_again_after_a_loss(launch):
     launch.states.write_text("ACTIVE\nSUSPENDED\nWAITING_FOR_RESOURCES\n")
     done, asked = launch("queued", "watch", *AT, CODE, "--spot=yes", "--every=0.1", *TRAINING)
     assert done.returncode == 0, done.stderr
-    did = [one["arguments"][4] for one in asked]
+    did = [call["arguments"][4] for call in asked]
     assert did == ["create", "describe", "describe", "delete", "create", "describe", "describe"]
     create = asked[0]
     assert "--spot" in create["arguments"] and "--node-id=one" in create["arguments"]
@@ -130,8 +224,8 @@ def test_a_queued_resource_takes_itself_up_again(launch):
     assert create["scripts"][0].startswith("#! /bin/bash") and is_bash(create["scripts"][0])
 
 
-def test_the_start_up_script_goes_on_until_training_has_ended_well(launch, tmp_path):
-    """Run for real, with stand-ins for git, python and sleep; training fails twice, as when a peer is lost."""
+def test_the_start_up_script_trains_until_it_succeeds(launch, tmp_path):
+    """The script runs with stand-ins for git, python and sleep. Training fails twice, as if a process was lost."""
     _, (made,) = launch("queued", "create", *AT, CODE, *TRAINING)
     home, places = tmp_path / "home", tmp_path / "bin"
     (home / "vdm_jax" / ".venv" / "bin").mkdir(parents=True)
@@ -149,14 +243,14 @@ def test_the_start_up_script_goes_on_until_training_has_ended_well(launch, tmp_p
     log = (home / "train.log").read_text()
     assert done.returncode == 0 and "installs tpu" in log
     assert log.count("-m vdm_jax.train --distributed=yes --config=configs/t2v_pod.py --workdir=gs://bucket/a run") == 3
-    assert log.count("exit code 75: once more") == 2
+    assert log.count("exit code 75: it starts again") == 2
 
 
 def test_a_slurm_job_comes_back(launch, tmp_path):
     _, (made,) = launch("slurm", "--nodes=4", "--gpus=0", *TRAINING)
     job = made["given"]
     assert made["arguments"] == ["sbatch"] and is_bash(job) and "#SBATCH --nodes=4" in job and "gpus" not in job
-    # Run for real: srun stands in for training, scontrol tells what it was asked.
+    # The job runs with stand-ins: srun for the training, and scontrol, which prints its arguments.
     for name, text in (("srun", "exit $CODE"), ("scontrol", "echo $@")):
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
@@ -191,3 +285,29 @@ def test_wrong_input_is_one_clear_line(launch, script, arguments, told):
     done, asked = launch(script, *arguments)
     assert done.returncode == 2 and not asked
     assert done.stderr.startswith("error: ") and told in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_demo_makes_videos_first_and_says_where_they_are(tmp_path):
+    """demo.sh runs with a stand-in for Python, which writes the files that demo.sh lists at the end."""
+    places, out = tmp_path / "launch", tmp_path / "my videos"
+    places.mkdir()
+    shutil.copy(LAUNCH / "demo.sh", places)
+    python = places / "python"
+    python.write_text(f'#!/bin/bash\necho "runs $2"\nmkdir -p "{out}/report"\n')
+    for name in ("000.mp4", "contact_sheet.png", "report/report.html"):
+        python.write_text(python.read_text() + f'touch "{out}/{name}"\n')
+    python.chmod(0o755)
+    (places / "env.sh").write_text(f'ROOT="{tmp_path}"\nPY="{python}"\nensure_venv() {{ echo installs; }}\n')
+    done = subprocess.run([places / "demo.sh", out], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    steps = [line for line in done.stdout.splitlines() if line.startswith(("installs", "==", "runs vdm", str(out)))]
+    patterns = [
+        "installs",
+        "== 1 of 3: .* 1 min.*", "runs vdm_jax.sample",
+        f"{out}/000.mp4 is the first video, made \\d+ s after the installation.*", f"{out}/contact_sheet.png shows .*",
+        "== 2 of 3: .* min.*", "runs vdm_jax.evaluate",
+        "== 3 of 3: .* min.*", "runs vdm_jax.train",
+        f"{out}/000.mp4", f"{out}/contact_sheet.png", f"{out}/report/report.html",
+    ]  # fmt: skip
+    assert len(steps) == len(patterns) and all(map(re.fullmatch, patterns, steps)), steps
+    assert len((out / "prompts.txt").read_text().splitlines()) == 4

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, at a small setting, and are stored without outputs."""
+"""The notebooks run from top to bottom in a short form, and are stored without outputs."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import finish, start
 
 BADGE = "colab.research.google.com/github/{}/notebooks/{}.ipynb)"
-MADE = {"quickstart": {"clips.mp4", "longer.mp4", "report"}, "tpu_training": {"run"}}
+MADE = {"quickstart": {"clip.mp4", "longer.mp4", "report"}, "tpu_training": {"run"}}
 FOLDER = Path(__file__).parents[1] / "notebooks"
 
 

@@ -74,6 +74,32 @@ def test_a_second_prompt_of_the_same_shape_does_not_recompile(pipe):
     assert differ(first[0], second[0]) and differ(first[1], second[1])
 
 
+def test_a_compilation_is_announced_once_with_earlier_seconds(pipe, tiny_run, caplog, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where the seconds are kept
+    caplog.set_level("INFO", "vdm_jax")
+
+    def said(pipe, **options):
+        caplog.clear()
+        pipe("a red circle", steps=3, **options)
+        return [re.sub(r"\d+ s\b", "N s", message) for message in caplog.messages]
+
+    what = "compiling the sampler, 1 clip(s) of 5 frames in 3 steps"
+    assert said(pipe) == [f"{what} (first time here)", "compiled in N s"]
+    assert said(pipe, seed=1) == []
+    assert said(vdm_jax.load(tiny_run)) == [f"{what} (took N s last time)", "compiled in N s"]
+
+
+def test_batches_and_windows_are_counted(pipe, caplog):
+    pipe.sample(["a red circle"] * 10, steps=2, method="ddpm")  # compiles
+    caplog.set_level("INFO", "vdm_jax")
+    pipe.sample(["a red circle"] * 10, steps=2, method="ddpm")
+    assert caplog.messages == ["sampling: 8 of 10 clips", "sampling: 10 of 10 clips"]
+    pipe.rollout(["a red circle"], 10, steps=2, context_frames=2)  # 5 frames, and a window of 2 after each 3
+    caplog.clear()
+    pipe.rollout(["a red circle"], 10, steps=2, context_frames=2)
+    assert caplog.messages == [f"sampling windows: {done} of 5 frames" for done in (2, 4, 5)]
+
+
 @pytest.mark.parametrize("method", ["dpmpp_2m", "ddpm"])
 def test_noise_is_a_matter_of_seed_and_number_alone(pipe, method):
     prompt = "a red circle moving right"

@@ -14,6 +14,7 @@ from vdm_jax import sharding, tasks
 from vdm_jax.data import media
 from vdm_jax.errors import UserError
 from vdm_jax.run import folder
+from vdm_jax.run.progress import progress
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.sampling import Sampler
@@ -155,13 +156,15 @@ class Pipeline:
         video, audio = self.sample(prompts, seed=seed, context=context, **options) if start is None else start
         fade = round(FADE * self.config.data.sample_rate)
         window = 0
-        while video.shape[1] < frames:
-            window += 1
-            past = min(1 + layout.f_t * (context_frames - 1), 1 + (video.shape[1] - 1) // layout.f_t * layout.f_t)
-            context = tasks.continue_(video[:, -past:], audio[:, -past * per_frame :], layout)
-            next_video, next_audio = self.sample(prompts, seed=seed, window=window, context=context, **options)
-            video = np.concatenate([video, next_video[:, past:]], 1)
-            audio = crossfade(audio, next_audio, past * per_frame, fade)
+        with progress("sampling windows", frames - min(video.shape[1], frames), "frame") as advance:
+            while video.shape[1] < frames:
+                window += 1
+                past = min(1 + layout.f_t * (context_frames - 1), 1 + (video.shape[1] - 1) // layout.f_t * layout.f_t)
+                context = tasks.continue_(video[:, -past:], audio[:, -past * per_frame :], layout)
+                next_video, next_audio = self.sample(prompts, seed=seed, window=window, context=context, **options)
+                advance(min(layout.frames - past, frames - video.shape[1]))
+                video = np.concatenate([video, next_video[:, past:]], 1)
+                audio = crossfade(audio, next_audio, past * per_frame, fade)
         return video[:, :frames], audio[:, : frames * per_frame]
 
     def frames_of(self, seconds):

@@ -101,13 +101,13 @@ def broadcast_from_primary(value):
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def compiled(step, *arguments):
+def compiled(step, *arguments, **static):
     """Returns a jitted `step`, compiled for its arguments.
 
     All processes compile before any process runs the step. Otherwise a collective would time out, after 30 s on a CPU,
     while a slow process still compiles.
     """
-    program = step.lower(*arguments).compile()
+    program = step.lower(*arguments, **static).compile()
     barrier("compiled", COMPILING)
     return program
 

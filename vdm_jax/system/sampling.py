@@ -11,6 +11,8 @@ from vdm_jax import samplers, sharding, tasks
 from vdm_jax.data import text
 from vdm_jax.diffusion import add_noise, broadcast_to_latent
 from vdm_jax.errors import UserError, one_of
+from vdm_jax.run import hosts, profiling
+from vdm_jax.run.progress import progress
 from vdm_jax.sharding import constrain
 from vdm_jax.system.layout import AUDIO_AXES, VIDEO_AXES
 
@@ -20,8 +22,8 @@ BATCH = 8  # prompts sampled at once
 class Sampler:
     """Samples with the models of a Codec; compiles once for each shape, method and number of steps.
 
-    `program` is the jitted function. With a mesh set, clips are split over its axes `data` and `fsdp`, and every
-    process gets all of them.
+    `program` is the jitted function. Compiled programs are kept, so a second call of the same shape starts at once.
+    If a mesh is set, clips are split over its axes `data` and `fsdp`, and every process gets all clips.
     """
 
     def __init__(self, codec):
@@ -29,6 +31,7 @@ class Sampler:
         self.program = jax.jit(
             functools.partial(sample, codec), static_argnames=("method", "interval", "guides", "history_noise")
         )
+        self._compiled = {}  # {shapes and static arguments: compiled program}
         self._encode = jax.jit(lambda params, v, a: sharding.replicate(codec.encode(params, v, a)))
 
     def __call__(self, params, prompts, *, seed=0, window=0, frames=None, context=None, **options):
@@ -48,16 +51,35 @@ class Sampler:
         tokens = text.encode(prompts, self.codec.config.data.text_length)
         key = jax.random.fold_in(jax.random.key(seed), window)
         batch = min(BATCH, len(prompts))
-        made = []
-        for start in range(0, len(prompts), batch):
+
+        def rows(start):
             numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)  # the last batch is filled up
-            rows = {name: x[numbers] if len(x) > 1 else x for name, x in clean.items()}
-            video, audio = self.program(
-                params, key=key, numbers=numbers, tokens=tokens[numbers], clean=rows, **arrays, **static
-            )
-            keep = min(batch, len(prompts) - start)
-            made.append((np.asarray(video)[:keep], np.asarray(audio)[:keep]))
+            context = {name: x[numbers] if len(x) > 1 else x for name, x in clean.items()}
+            return dict(key=key, numbers=numbers, tokens=tokens[numbers], clean=context, **arrays)
+
+        program = self._compile(params, rows(0), static)
+        made = []
+        with progress("sampling", len(prompts), "clip") as advance:
+            for start in range(0, len(prompts), batch):
+                video, audio = program(params, **rows(start))
+                keep = min(batch, len(prompts) - start)
+                made.append((np.asarray(video)[:keep], np.asarray(audio)[:keep]))
+                advance(keep)
         return tuple(np.concatenate(parts) for parts in zip(*made, strict=True))
+
+    def _compile(self, params, arrays, static):
+        """`program`, compiled for these shapes and static arguments, or the compiled program of an earlier call."""
+        shapes = [(np.shape(x), getattr(x, "sharding", None)) for x in jax.tree.leaves((params, arrays))]
+        kind = (jax.sharding.get_abstract_mesh(), *shapes, *static.values())
+        if kind not in self._compiled:
+            clips = len(arrays["numbers"])
+            points, latent_frames = arrays["levels"]["video"].shape
+            frames = 1 + self.codec.layout.f_t * (latent_frames - 1)
+            what = f"the sampler, {clips} clip(s) of {frames} frames in {points - 1} steps"
+            parameters = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
+            with profiling.compiling(what, key=f"{static['method']} {static['guides']} {parameters}"):
+                self._compiled[kind] = hosts.compiled(self.program, params, **arrays, **static)
+        return self._compiled[kind]
 
     def arguments(self, params, *, frames=None, context=None, **options):
         """-> (arrays, static arguments) of `program`, but for params, key, numbers and tokens. Raises UserError."""
