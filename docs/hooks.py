@@ -173,7 +173,7 @@ def described(node, lines, owner=""):
         fields = [lines[n.lineno - 1] for n in node.body if isinstance(n, ast.AnnAssign)]
         head = "\n".join([f"class {head}{signature(first) if first else ''}", *fields])
     else:
-        head = head.replace(".__call__", "") + signature(node)
+        head = (owner.strip(".").lower() if node.name == "__call__" else head) + signature(node)
     return [f"<pre><code>{html.escape(head)}</code></pre>", "", text(ast.get_docstring(node))]
 
 
