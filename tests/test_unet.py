@@ -163,9 +163,9 @@ def test_attention_is_chosen_by_resolution():
         tree = parameters(attention=on, cross_modal=(False, False))
         places = ["middle", *(f"{way}_{i}" for i in low for way in ("down", "up"))]
         assert modules(tree, "attention") == both(*(f"{place}_attention" for place in places))
-        assert modules(tree, "exchange") == ["middle_exchange"]
+        assert modules(tree, "cross_modal") == ["middle_cross_modal"]
         tree = parameters(attention=(False, False), cross_modal=on)
-        assert modules(tree, "exchange") == sorted(f"{place}_exchange" for place in places)
+        assert modules(tree, "cross_modal") == sorted(f"{place}_cross_modal" for place in places)
         assert modules(tree, "attention") == both("middle_attention")
     # The bottleneck attends to itself and to the text. The keys of the text have its width as input.
     tree = parameters()
@@ -179,7 +179,7 @@ def test_sound_may_have_fewer_channels_and_video_may_have_patches():
     tree = parameters(**changes)
     assert tree["stem_video/kernel"] == (1, 3, 3, 12, 8) and tree["head_video/kernel"] == (1, 3, 3, 8, 12)
     assert tree["stem_audio/kernel"] == (3, 5, 4) and tree["middle_in_audio/conv_in/time/kernel"] == (3, 8, 8)
-    assert tree["middle_exchange/to_video/key/kernel"] == (
+    assert tree["middle_cross_modal/to_video/key/kernel"] == (
         8,
         2,
         8,
@@ -200,9 +200,15 @@ def test_resolutions_blocks_and_strides_are_chosen():
     blocks = ["down_0_0", "down_2_0", "down_2_1", "middle_in", "middle_out", "up_0_0", "up_2_0", "up_2_1"]
     with_film = sorted({path.split("/")[0] for path in tree if path.split("/")[1] == "film"})
     assert with_film == both(*blocks)  # the noise level enters every residual block
-    assert tree["shrink_0_video/kernel"] == (1, 2, 2, 8, 8) and tree["shrink_1_video/kernel"] == (2, 2, 2, 8, 12)
-    assert tree["shrink_0_audio/kernel"] == (2, 8, 8)
-    assert modules(tree, "grow") == both("grow_1", "grow_2")
+    assert tree["downsample_0_video/kernel"] == (1, 2, 2, 8, 8) and tree["downsample_1_video/kernel"] == (
+        2,
+        2,
+        2,
+        8,
+        12,
+    )
+    assert tree["downsample_0_audio/kernel"] == (2, 8, 8)
+    assert modules(tree, "upsample") == both("upsample_1", "upsample_2")
     assert tree["up_0_0_video/conv_in/space/kernel"] == (1, 3, 3, 16, 8)  # skips are concatenated
     assert tree["up_0_0_video/skip/kernel"] == (16, 8) and "down_0_0_video/skip/kernel" not in tree
     assert tree["head_video/kernel"][-1] == 3 and tree["head_audio/kernel"][-1] == 5

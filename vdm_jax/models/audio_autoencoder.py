@@ -34,12 +34,12 @@ class AudioAutoencoder(nn.Module):
         resolutions = range(len(self.channels))
         self.stem = conv(self.channels[0], (3,))
         self.down = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
-        self.shrink = [Dense(self.channels[i + 1], dtype=self.dtype) for i in resolutions[:-1]]
+        self.downsample = [Dense(self.channels[i + 1], dtype=self.dtype) for i in resolutions[:-1]]
         self.norm_latent = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype)
         self.to_latent = Dense(2 * self.latent_channels, dtype=self.dtype)
         self.from_latent = conv(self.channels[-1], (3,))
         self.up = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
-        self.grow = [Dense(self.channels[i] * self.strides[i], dtype=self.dtype) for i in resolutions[:-1]]
+        self.upsample = [Dense(self.channels[i] * self.strides[i], dtype=self.dtype) for i in resolutions[:-1]]
         self.norm_samples = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype)
         self.to_samples = conv(self.patch, (3,))
 
@@ -49,8 +49,8 @@ class AudioAutoencoder(nn.Module):
         for i, blocks in enumerate(self.down):
             for block in blocks:
                 x = block(x)
-            if i < len(self.shrink):  # a convolution whose window and stride are equal
-                x = self.shrink[i](x.reshape(x.shape[0], x.shape[1] // self.strides[i], -1))
+            if i < len(self.downsample):  # a convolution whose window and stride are equal
+                x = self.downsample[i](x.reshape(x.shape[0], x.shape[1] // self.strides[i], -1))
         x = self.to_latent(self.norm_latent(x)).astype(jnp.float32)
         mean, log_variance = jnp.split(x, 2, -1)
         log_variance = log_variance + INITIAL_LOG_VARIANCE
@@ -60,8 +60,8 @@ class AudioAutoencoder(nn.Module):
         """Latents [B, M, latent_channels] -> audio [B, M * hop] float32, about [-1, 1]."""
         x = self.from_latent(z)
         for i in reversed(range(len(self.channels))):
-            if i < len(self.grow):  # a transposed convolution whose window and stride are equal
-                x = self.grow[i](x)
+            if i < len(self.upsample):  # a transposed convolution whose window and stride are equal
+                x = self.upsample[i](x)
                 x = x.reshape(x.shape[0], x.shape[1] * self.strides[i], -1)
             for block in self.up[i]:
                 x = block(x)

@@ -60,7 +60,7 @@ class VideoTower(nn.Module):
             x = ResidualBlock(channels, groups=self.groups, dtype=self.dtype, name=f"block_{i}")(x)
             if i < len(self.channels) - 1:
                 stride = tuple(2 if size > 1 else 1 for size in x.shape[1:4])
-                x = Conv(channels, (3, 2, 2), strides=stride, dtype=self.dtype, name=f"shrink_{i}")(x)
+                x = Conv(channels, (3, 2, 2), strides=stride, dtype=self.dtype, name=f"downsample_{i}")(x)
         x = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype, name="norm")(x)
         b, t, h, w, c = x.shape
         # Words of direction need positions, so the mean is over time only. A linear layer summarizes space.

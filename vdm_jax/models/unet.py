@@ -45,8 +45,8 @@ class NoiseEmbedding(nn.Module):
         noise_level = fourier_features(log_snr * 10.0, self.features, max_period=1000.0)
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
         time = fourier_features(seconds * 10.0, self.features, max_period=1000.0)
-        x = dense(name="level_in")(noise_level)
-        x = dense(name="level_out")(nn.silu(x)) + dense(name="place")(time)[None]
+        x = dense(name="noise_in")(noise_level)
+        x = dense(name="noise_out")(nn.silu(x)) + dense(name="pos_embed")(time)[None]
         x = x + dense(name="text")(pooled)[:, None]
         return nn.silu(x)
 
@@ -69,7 +69,7 @@ class SpaceTimeAttention(nn.Module):
         pos_embed = 0.0
         if x.ndim == 5:  # the position within a frame; the rotary embeddings hold the time
             shape = (1, *x.shape[2:4], channels)
-            pos_embed = self.param("place", nn.initializers.normal(0.02), shape)
+            pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), shape)
             pos_embed = jnp.broadcast_to(pos_embed, (x.shape[1], *shape[1:])).reshape(1, -1, channels)  # [1, T*h*w, C]
         attention = functools.partial(Attention, max(1, channels // self.head_dim), self.head_dim, dtype=self.dtype)
         norm = functools.partial(LayerNorm, dtype=self.dtype)
@@ -195,7 +195,7 @@ class UNet(nn.Module):
                 module = functools.partial(at(resolution, SpaceTimeAttention), self.head_dim, self.dtype)
                 x = {m: module(name=f"{name}_attention_{m}")(x[m], time[m], cond) for m in x}
             if cross_modal:
-                module = at(resolution, CrossModalAttention)(self.head_dim, self.dtype, name=f"{name}_exchange")
+                module = at(resolution, CrossModalAttention)(self.head_dim, self.dtype, name=f"{name}_cross_modal")
                 video, audio = module(x["video"], x["audio"], time["video"], time["audio"])
                 x = {"video": constrain_activation(video), "audio": constrain_activation(audio)}
             return x
@@ -215,7 +215,9 @@ class UNet(nn.Module):
                 skips.append(x)
             if i < len(self.channels) - 1:
                 strides = {"video": (self.time_strides[i], 2, 2), "audio": (2,)}
-                x = {m: conv(channels[m][i], s, strides=s, name=f"shrink_{i}_{m}")(x[m]) for m, s in strides.items()}
+                x = {
+                    m: conv(channels[m][i], s, strides=s, name=f"downsample_{i}_{m}")(x[m]) for m, s in strides.items()
+                }
 
         # Bottleneck
         x = residual(x, -1, "middle_in")
@@ -233,7 +235,7 @@ class UNet(nn.Module):
                 window = {"video": (1, 3, 3), "audio": (3,)}
                 factors = {"video": (self.time_strides[i - 1], 2, 2), "audio": (2,)}
                 x = {
-                    m: conv(channels[m][i - 1], window[m], upsample=factors[m], name=f"grow_{i}_{m}")(x[m])
+                    m: conv(channels[m][i - 1], window[m], upsample=factors[m], name=f"upsample_{i}_{m}")(x[m])
                     for m in ("video", "audio")
                 }
 

@@ -49,7 +49,7 @@ class VideoAutoencoder(nn.Module):
         resolutions = range(len(self.channels))
         self.stem = conv(self.channels[0], (1, 3, 3))
         self.down = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
-        self.shrink = [
+        self.downsample = [
             conv(self.channels[i], (2 * t - 1, s, s), strides=(t, s, s))
             for i, (t, s) in enumerate(zip(self.time_strides, self.space_strides, strict=True))
         ]
@@ -58,7 +58,7 @@ class VideoAutoencoder(nn.Module):
         self.from_latent = FactorizedConv(self.channels[-1], time_padding="causal", dtype=self.dtype)
         self.middle_up = [block(self.channels[-1]) for _ in range(self.middle_blocks)]
         self.up = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
-        self.grow = [
+        self.upsample = [
             conv(t * s * s * self.channels[i], (1, 3, 3))
             for i, (t, s) in enumerate(zip(self.time_strides, self.space_strides, strict=True))
         ]
@@ -70,8 +70,8 @@ class VideoAutoencoder(nn.Module):
         for i, blocks in enumerate(self.down):
             for block in blocks:
                 x = block(x)
-            if i < len(self.shrink):
-                x = constrain_activation(self.shrink[i](x))
+            if i < len(self.downsample):
+                x = constrain_activation(self.downsample[i](x))
         for block in self.middle:
             x = block(x)
         x = self.to_latent(x).astype(jnp.float32)
@@ -89,7 +89,7 @@ class VideoAutoencoder(nn.Module):
                 x = block(x)
             if i:
                 t, s = self.time_strides[i - 1], self.space_strides[i - 1]
-                x = depth_to_space(self.grow[i - 1](x), s, t)
+                x = depth_to_space(self.upsample[i - 1](x), s, t)
                 x = constrain_activation(x[:, t - 1 :])  # the first latent frame holds one frame, not t
         x = self.to_pixels(x)
         return depth_to_space(x, self.patch).astype(jnp.float32)

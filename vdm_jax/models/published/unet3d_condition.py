@@ -189,7 +189,7 @@ class UNet3DCondition(nn.Module):
         block = functools.partial(Block, head_dim=self.head_dim, groups=self.groups, dtype=self.dtype)
 
         noise_level = fourier_features(timesteps, first, max_period=10000.0)
-        embedding = nn.silu(dense(name="level_out")(nn.silu(dense(name="level_in")(noise_level))))  # [B, E]
+        embedding = nn.silu(dense(name="noise_out")(nn.silu(dense(name="noise_in")(noise_level))))  # [B, E]
         text = text.astype(activation_dtype(self.dtype))
 
         x = conv(first, name="stem")(video)
@@ -202,7 +202,7 @@ class UNet3DCondition(nn.Module):
                 x = block(features, self.attention[i], name=f"down_{i}_{j}")(x, embedding, text)
                 skips.append(x)
             if i < last:
-                x = conv(features, strides=(1, 2, 2), name=f"shrink_{i}")(x)
+                x = conv(features, strides=(1, 2, 2), name=f"downsample_{i}")(x)
                 skips.append(x)
 
         # Bottleneck
@@ -216,7 +216,7 @@ class UNet3DCondition(nn.Module):
                 x = block(features, attend, name=f"up_{i}_{j}")(x, embedding, text)
             if i < last:
                 h, w = skips[-1].shape[2:4]  # an odd size was rounded up when it was halved
-                upsample_conv = functools.partial(conv, features, name=f"grow_{i}")
+                upsample_conv = functools.partial(conv, features, name=f"upsample_{i}")
                 if (h, w) == (2 * x.shape[2], 2 * x.shape[3]):
                     x = upsample_conv(upsample=(1, 2, 2))(x)
                 else:
@@ -238,13 +238,13 @@ def abstract_params(model):
 # From our path, with dots for slashes, to the name in diffusers: all rules are applied, one after the other.
 _NAMES = (
     (r"^stem\b", "conv_in"),
-    (r"^level_in\b", "time_embedding.linear_1"),
-    (r"^level_out\b", "time_embedding.linear_2"),
+    (r"^noise_in\b", "time_embedding.linear_1"),
+    (r"^noise_out\b", "time_embedding.linear_2"),
     (r"^attend_stem\b", "transformer_in"),
     (r"^norm_out\b", "conv_norm_out"),
     (r"^head\b", "conv_out"),
-    (r"^shrink_(\d+)", r"down_blocks.\1.downsamplers.0.conv"),
-    (r"^grow_(\d+)", r"up_blocks.\1.upsamplers.0.conv"),
+    (r"^downsample_(\d+)", r"down_blocks.\1.downsamplers.0.conv"),
+    (r"^upsample_(\d+)", r"up_blocks.\1.upsamplers.0.conv"),
     (r"^(down|up)_(\d+)_(\d+)\.(\w+)", r"\1_blocks.\2.\4.\3"),
     (r"^middle_(\d)\.(\w+)", r"mid_block.\2.\1"),
     (r"\.frame\.(\d+)", r".resnets.\1"),
