@@ -11,9 +11,9 @@ from vdm_jax.errors import UserError
 from vdm_jax.models.published.unet3d_condition import (
     MODELSCOPE,
     UNet3DCondition,
-    abstract_params,
     diffusers_shapes,
     load_diffusers,
+    param_shapes,
 )
 
 torch = pytest.importorskip("torch")
@@ -77,7 +77,7 @@ def test_names_shapes_and_number_of_parameters(settings, millions):
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in unet3d.build(settings).named_parameters()}
     assert diffusers_shapes(model) == shapes
-    number = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))
+    number = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(model)))
     assert number == sum(map(math.prod, shapes.values())) and round(number / 1e6, 2) == millions
 
 

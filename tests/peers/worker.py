@@ -103,13 +103,13 @@ class Ours:
 
         from tests.helpers import weights
         from vdm_jax.models import ops
-        from vdm_jax.models.published.unet3d_condition import UNet3DCondition, abstract_params
+        from vdm_jax.models.published.unet3d_condition import UNet3DCondition, param_shapes
         from vdm_jax.perf import flops
 
         jax.config.update("jax_platforms", "cuda" if device == "gpu" else "cpu")
         model = UNet3DCondition(**unet3d.SETTINGS, dtype=jnp.dtype(dtype))
         optimizer = optax.adam(1e-4)
-        abstract = abstract_params(model)
+        abstract = param_shapes(model)
         params = weights(abstract)
         self.state = jax.device_put((params, optimizer.init(params)))
         self.params = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -226,7 +226,7 @@ class UNet3DCondition(nn.Module):
         return conv(self.out_channels, name="head")(x).astype(jnp.float32)
 
 
-def abstract_params(model):
+def param_shapes(model):
     """The parameters of a UNet3DCondition as a tree of ShapeDtypeStructs; nothing is allocated."""
     shapes = (1, 1, 1, 1, model.in_channels), (1,), (1, 1, model.text_width)
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -276,7 +276,7 @@ _NAMES = (
 
 def diffusers_shapes(model):
     """{name: shape} of the tensors that diffusers saves for a UNet3DCondition."""
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
+    leaves = jax.tree_util.tree_leaves_with_path(param_shapes(model))
     return {_name(path): _shape(path, leaf.shape) for path, leaf in leaves}
 
 
@@ -307,7 +307,7 @@ def load_diffusers(flat, model):
             tensor = np.moveaxis(tensor, (1, 0), (-2, -1))  # [*window, input, output]
         return np.ascontiguousarray(tensor.reshape(leaf.shape), np.float32)
 
-    return jax.tree_util.tree_map_with_path(load, abstract_params(model))
+    return jax.tree_util.tree_map_with_path(load, param_shapes(model))
 
 
 def _name(path):
