@@ -61,7 +61,7 @@ ABOUT_LEVELS = """**Noise levels.** Each row is a step. Time in the clip goes fr
 light is finished. A column that is light from the start comes from your file, or from the previous part of a long
 clip."""
 STYLE = """footer, button[aria-label="Trim video to selection"] {display: none !important}
-.error {color: #c02626; font-weight: 600}"""
+#message {overflow-wrap: anywhere} .error {color: #c02626; font-weight: 600}"""
 ONLY_LOCAL = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # what the browser may load
 
 
@@ -73,7 +73,7 @@ def main(argv):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the folder is deleted
     with tempfile.TemporaryDirectory(prefix="vdm_jax_app_") as folder:
         tempfile.tempdir = folder  # the web server keeps an unfinished upload there
-        os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
+        os.environ.update(GRADIO_TEMP_DIR=folder, MPLCONFIGDIR=folder, GRADIO_ANALYTICS_ENABLED="False")
         try:
             import gradio
         except ImportError as error:
@@ -238,7 +238,7 @@ def page(pipe, folder, source):
             with gr.Column(min_width=320):
                 task = gr.Radio([(TASKS[word].name, word) for word in TASKS], value="text", label="What to make")
                 prompt = gr.Textbox("a red circle moving right", label="Description", lines=2, max_length=1000)
-                hidden = dict(sources=["upload"], visible=False)
+                hidden = dict(sources=["upload"], buttons=[], visible=False)
                 picture = gr.Image(height=220, elem_id="picture", **hidden)
                 clip = gr.Video(height=220, elem_id="clip", **hidden)
                 second_clip = gr.Video(height=220, elem_id="second_clip", **hidden)
