@@ -13,23 +13,23 @@ def get_config():
     config.log_every = 50  # steps
     config.keep = ConfigDict(
         dict(
-            newest=2,  # so many of the newest checkpoints are kept
-            best=1,  # and so many of the lowest mean loss since the checkpoint before
+            newest=2,  # number of newest checkpoints to keep
+            best=1,  # number of checkpoints to keep with the lowest mean loss since the checkpoint before
         )
     )
     config.preview_every = 1000  # steps; 0 for no previews
-    config.heartbeat_every = 10.0  # seconds between two writings of DIR/heartbeat.json, at least
+    config.heartbeat_every = 10.0  # least seconds between two writings of DIR/heartbeat.json
     config.skip = ConfigDict(  # a step is skipped if its loss or its gradient is not finite
         dict(
-            loss_over_mean=0.0,  # it is also skipped if its loss is so many times the moving average; 0 for never
-            stop_after=10,  # so many skipped steps in a row end the run
+            loss_over_mean=0.0,  # also skip a step whose loss is more than this many times the moving average; 0: never
+            stop_after=10,  # end the run after this number of skipped steps in a row
         )
     )
     # "float32", or "bfloat16". Parameters and optimizer are always float32. On a CPU only the operands of matrix
     # products are bfloat16.
     config.compute_dtype = "float32"
     config.compilation_cache = ""  # folder that keeps compiled programs for later runs; "" for none
-    config.watchdog_seconds = 1800.0  # a run of several processes ends after so long without a step; 0 for never
+    config.watchdog_seconds = 1800.0  # end a run of several processes after this time without a step; 0: never
     config.mesh = ConfigDict(  # devices along each axis; -1 takes all that are left
         dict(data=-1, fsdp=1, sequence=1, tensor=1)
     )
@@ -38,7 +38,7 @@ def get_config():
     data = config.data = ConfigDict()
     data.source = "world"  # "world", "files" or "tfds"
     data.path = ""  # files: the folder of videos; tfds: the data_dir
-    data.frames = 17  # video frames a clip: 1 + f_t * n, where f_t is the number of frames a latent frame
+    data.frames = 17  # video frames a clip: 1 + f_t * n, where f_t is the number of frames per latent frame
     data.size = 32  # height and width, in pixels
     data.fps = 8  # frames a second
     data.sample_rate = 8000  # Hz
@@ -80,14 +80,14 @@ def get_config():
             learning_rate=2e-3,  # after warm-up; it falls to zero along a cosine
             warmup_steps=100,  # steps in which the learning rate rises
             weight_decay=0.0,  # of kernels
-            beta2=0.99,  # decay of Adam's second moment, a step
+            beta2=0.99,  # decay of Adam's second moment per step
             clip_norm=1.0,  # largest global norm of the gradient
-            ema=0.999,  # decay of the averaged parameters, a step; lower in the first steps
+            ema=0.999,  # decay of the averaged parameters per step; lower in the first steps
         )
         return ConfigDict({**base, **different})
 
     vae = config.video_autoencoder = optimizer()
-    vae.kl_weight = 1e-4  # on the KL divergence a pixel
+    vae.kl_weight = 1e-4  # on the KL divergence per pixel
     vae.model = ConfigDict(
         dict(
             patch=4,  # patch x patch pixels become one place
@@ -102,7 +102,7 @@ def get_config():
     )
 
     audio = config.audio_autoencoder = optimizer()
-    audio.kl_weight = 1e-4  # on the KL divergence a sample
+    audio.kl_weight = 1e-4  # on the KL divergence per sample
     audio.stft_weight = 0.1  # on the distance of spectra
     audio.stft_windows = (64, 256, 1024)  # samples
     audio.model = ConfigDict(
@@ -118,7 +118,7 @@ def get_config():
 
     clip = config.clip = optimizer(batch_size=64, weight_decay=0.01)
     clip.hard_negatives = ConfigDict(
-        dict(words=())  # groups of words; a caption with two words of a group swapped is one more wrong caption
+        dict(words=())  # groups of words; swapping two words of a group in a caption makes an extra wrong caption
     )
     clip.model = ConfigDict(
         dict(
@@ -135,8 +135,8 @@ def get_config():
     denoiser.hard_negatives = ConfigDict(  # system/hard_negatives.py
         dict(
             words=(),  # groups of words; () for no hard negatives
-            every=4,  # one clip in so many of a batch is used
-            log_snr=(-9.0, -4.5),  # range of noise levels; there the model decides what the words are about
+            every=4,  # one clip in this number of clips is used
+            log_snr=(-9.0, -4.5),  # range of noise levels; there the model decides which object has which attribute
             weight=0.1,  # of the classification loss
             anchor=0.02,  # of the error with the right caption; without it both errors may grow
         )
@@ -201,9 +201,9 @@ def get_config():
             ),
             history_noise=0.0,  # time in [0, 1] to which history guidance noises the context; 0 leaves it clean
             rescale=0.0,  # share by which a frame's standard deviation is put back to that without guidance
-            interval=(-12.0, 12.0),  # log SNR, in which guidance acts
-            # The context of a continued clip is noised to this time in [0, 1], and the model is told so. The log SNR at
-            # time 0.02 is 6.8 with shift 1, and 2.9 with shift 0.135, which is a visible blur.
+            interval=(-12.0, 12.0),  # log SNR in which guidance acts; as wide as log_snr_min to log_snr_max: everywhere
+            # Context frames of a modality that also has generated frames are noised to this time in [0, 1], and the
+            # model is told so. At time 0.02 the log SNR is 6.8 with shift 1, and 2.9 with shift 0.135, a visible blur.
             context_noise=0.02,
             first_step_times=(),  # times that the first generated frames of a continued clip reach in one step
             lag=0,  # steps by which each latent frame follows the one before; above 0 it is a pyramid

@@ -28,20 +28,20 @@ from vdm_jax.models.layers import (
 
 
 class NoiseEmbedding(nn.Module):
-    """The embedding [B, T, E] of one modality, one vector a frame, that goes into every residual block.
+    """The embedding [B, T, E] of one modality, one vector per frame, that goes into every residual block.
 
     log_snr: [B, T], the noise level of each latent frame
-    pooled: [B, D], the text in one vector
+    pooled: [B, D_text], the text in one vector
     """
 
     features: int  # E
-    latent_fps: float  # latent frames a second
-    dtype: jnp.dtype = jnp.float32  # of the products
+    latent_fps: float  # latent frames per second
+    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, log_snr, pooled):
         dense = functools.partial(Dense, self.features, dtype=self.dtype)
-        # log_snr lies in about [-12, 12]. The factor 10 lets the sinusoids resolve steps of 0.01.
+        # log_snr lies in about [-12, 12], and times in seconds. The factor 10 lets the sinusoids resolve steps of 0.01.
         noise_level = fourier_features(log_snr * 10.0, self.features, max_period=1000.0)
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
         time = fourier_features(seconds * 10.0, self.features, max_period=1000.0)
@@ -56,11 +56,11 @@ class SpaceTimeAttention(nn.Module):
 
     x: [B, T, h, w, C] or [B, K*T, C]
     seconds: [tokens], the time of each token
-    cond: {'states': [B, L, D], 'mask': bool [B, L]}, the text
+    cond: {'states': [B, L, D_text], 'mask': bool [B, L]}, the text
     """
 
     head_dim: int  # channels of a head
-    dtype: jnp.dtype = jnp.float32  # of the products
+    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, x, seconds, cond):
@@ -90,7 +90,7 @@ class CrossModalAttention(nn.Module):
     """
 
     head_dim: int  # channels of a head
-    dtype: jnp.dtype = jnp.float32  # of the products
+    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, video, audio, video_seconds, audio_seconds):
@@ -117,7 +117,7 @@ class TextRefiner(nn.Module):
 
     layers: int
     head_dim: int  # channels of a head
-    dtype: jnp.dtype = jnp.float32  # of the products
+    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, states, mask):
@@ -138,8 +138,9 @@ class UNet(nn.Module):
     log_snr: {'video': [B, T], 'audio': [B, T]}, noise levels
     cond: {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]}, the text
 
-    Tuples have one value for each resolution i, the highest first. From one resolution to the next, space and sound
-    tokens halve. The lowest resolution has a bottleneck, with both kinds of attention.
+    Tuples have one value for each resolution i, the highest first; time_strides has one value fewer. From one
+    resolution to the next, space and sound tokens halve. The lowest resolution has a bottleneck, with both kinds of
+    attention.
     """
 
     patch: int  # patch x patch latents become the channels of one place
@@ -148,17 +149,15 @@ class UNet(nn.Module):
     blocks: tuple[int, ...]  # residual blocks on the way down, and as many on the way up
     attention: tuple[bool, ...]  # whether a SpaceTimeAttention follows the blocks
     cross_modal: tuple[bool, ...]  # whether a CrossModalAttention follows the blocks
-    time_strides: tuple[int, ...]  # 1 or 2: how time shrinks from resolution i to i + 1; one value fewer
+    time_strides: tuple[int, ...]  # 1 or 2: how time shrinks from resolution i to i + 1
     factorized: bool  # convolutions 1x3x3 then 3x1x1, or else 3x3x3
     head_dim: int  # channels of an attention head
     embedding: int  # size of the embedding of noise level, time and text
     text_layers: int  # layers of the TextRefiner
     groups: int  # of GroupNorm
-    latent_fps: float  # latent frames a second
-    remat: tuple[
-        str, ...
-    ] = ()  # a mode of layers.apply_remat for blocks and attention; the bottleneck has the last one
-    dtype: jnp.dtype = jnp.float32  # of the products
+    latent_fps: float  # latent frames per second
+    remat: tuple[str, ...] = ()  # a mode of layers.apply_remat per resolution, or (); the bottleneck has the last one
+    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, z, log_snr, cond):
@@ -242,7 +241,7 @@ class UNet(nn.Module):
         # Head
         norm = functools.partial(GroupNorm, self.groups, activation=nn.silu, dtype=self.dtype)
         video = norm(name="norm_video")(x["video"])
-        audio = norm(frames=frames, name="norm_audio")(x["audio"])
+        audio = norm(frames=frames, name="norm_audio")(x["audio"])  # statistics per latent frame, as for the video
         video = conv(z["video"].shape[-1] * self.patch**2, (1, 3, 3), zero=True, name="head_video")(video)
         video = depth_to_space(video, self.patch)
         audio = conv(z["audio"].shape[-1], (3,), zero=True, name="head_audio")(audio)

@@ -1,4 +1,4 @@
-"""What each stage trains: one record a stage, one function a loss."""
+"""What each stage trains: one record per stage, one function per loss."""
 
 import functools
 from collections.abc import Callable
@@ -26,9 +26,9 @@ class Stage(NamedTuple):
     preview: (
         Callable | None
     )  # preview(params, encoder_params, clips, captions) -> previews.Preview; None: nothing to show
-    activation: tuple  # (shape, names of dimensions) of the largest activation that a mesh must be able to split
+    activation: tuple  # (shape, names of dimensions) of an activation, to check that the axis `sequence` splits it
     hard_negative: Callable | None = None  # caption -> wrong caption, for every example; None for no hard negatives
-    group: int = 1  # so many clips of a batch stay together on a device
+    group: int = 1  # this number of neighboring clips of a batch must be on one device
 
 
 def make_stages(codec):
@@ -142,8 +142,9 @@ def stft_distance(a, b, window):
 
 
 def _magnitudes(audio, window):
+    """Magnitudes of the short-time Fourier transform of audio [B, N], [B, frames, window/2 + 1]."""
     hop = window // 4
-    blocks = audio[:, : audio.shape[1] // hop * hop].reshape(audio.shape[0], -1, hop)
+    blocks = audio[:, : audio.shape[1] // hop * hop].reshape(audio.shape[0], -1, hop)  # [B, N / hop, hop]
     frames = blocks.shape[1] - 3
     windows = jnp.concatenate([blocks[:, i : i + frames] for i in range(4)], -1)  # [B, frames, window]
     hann = jnp.hanning(window)
@@ -158,17 +159,17 @@ def _magnitudes(audio, window):
 def clip_loss(codec, params, key, batch, encoder_params):
     """Contrastive loss of captions and clips (arXiv:2103.00020, fig. 3). -> (scalar, metrics).
 
-    Hard negatives are more wrong captions for every clip (arXiv:2210.01936, section 4).
+    A hard negative is one additional wrong caption for every clip (arXiv:2210.01936, section 4).
     """
     tokens, video = batch["tokens"], to_float(batch["video"])
-    words, pictures, scale = codec.apply_fn("clip")(params, tokens, text.mask(tokens), video)
-    logits = scale * words @ pictures.T  # [B, B], a row a text
+    texts, pictures, scale = codec.apply_fn("clip")(params, tokens, text.mask(tokens), video)
+    logits = scale * texts @ pictures.T  # [B, B], one row per text
     by_video, labels = logits.T, jnp.arange(len(logits))
     metrics = {"recall_at_1": jnp.mean(jnp.argmax(logits, 1) == labels), "temperature": 1 / scale}
     if hard_negatives.FIELD in batch:
         wrong_tokens = batch[hard_negatives.FIELD]
         wrong = codec.apply_fn("clip", "embed_text")(params, wrong_tokens, text.mask(wrong_tokens))
-        wrong = scale * pictures @ wrong.T  # [B, B], a row a video
+        wrong = scale * pictures @ wrong.T  # [B, B], one row per video
         same = jnp.all(wrong_tokens == tokens, 1)  # no word of the caption could be swapped
         right = (jnp.diagonal(wrong) < jnp.diagonal(logits)) & ~same
         metrics["hard_negative_accuracy"] = right.sum() / (~same).sum()
@@ -179,10 +180,12 @@ def clip_loss(codec, params, key, batch, encoder_params):
 
 
 def drop_text(key, words, null, share):
-    """The text, replaced by the null text in about `share` of the batch, so that one network learns both (guidance).
+    """The text, replaced by the null text in some rows: guidance needs one network that predicts with and without text.
 
+    key: decides in which rows.
     words: text of batch size B, as Codec.encode_text gives it.
     null: text of batch size 1.
+    share: chance of a row to be replaced.
     """
     batch = words["pooled"].shape[0]
     dropped = jax.random.uniform(key, (batch,)) < share
@@ -225,10 +228,10 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
         loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
         return loss, {"loss": loss, **metrics}
 
-    # Hard negatives share the network call: a program with two calls takes twice as long to compile.
-    some = hard_negatives.first_of_every(settings.hard_negatives.every, (z, words, batch[hard_negatives.FIELD]))
+    # The hard negatives share the network call.
+    pair_inputs = hard_negatives.first_of_every(settings.hard_negatives.every, (z, words, batch[hard_negatives.FIELD]))
     pair_key = jax.random.fold_in(key, 1)
-    pairs = hard_negatives.make_pairs(pair_key, *some, settings.diffusion.target, settings.hard_negatives)
+    pairs = hard_negatives.make_pairs(pair_key, *pair_inputs, settings.diffusion.target, settings.hard_negatives)
     noised = diffusion.corrupt(key, z, settings.diffusion)
     prediction, pair_prediction = hard_negatives.call_together(
         denoise_fn, (noised.z_t, noised.log_snr, cond), (pairs.z_t, pairs.log_snr, pairs.cond)
