@@ -262,7 +262,7 @@ def test_the_reference_has_every_setting_with_its_comment():
     assert {key for key, (value, _) in rows.items() if value is not None} == set(dict(hooks().flat(config.to_dict())))
     source = (ROOT / "configs" / "common.py").read_text()
     # Beside the key; of the keys that all stages share; above the key, on two lines; of a group.
-    for key in ("data.fps", "denoiser.learning_rate", "sample.context_noise", "keep"):
+    for key in ("data.fps", "denoiser.learning_rate", "sample.context_noise", "mesh"):
         comment = rows[key][1]
         assert len(comment) > 8 and comment in source.replace("\n            # ", " "), key
 
