@@ -44,11 +44,12 @@ def log_snr_at(t, config):
 
     'cosine' and 'sigmoid' fall from log_snr_max at t = 0 to log_snr_min at t = 1. 'linear_beta' has the 1000 noise
     levels of DDPM, and ends at DDPM's last level: step n = 0..999 of DDPM is t = (n + 1) / 1000. These levels are exact
-    if shift is 1, log_snr_min <= -10.12 and log_snr_max >= 9.21.
+    if shift is 1, log_snr_min <= -10.13 and log_snr_max >= 9.22.
 
     t: times in [0, 1].
-    config: schedule, log_snr_min, log_snr_max and shift. The shift multiplies alpha / sigma at every t. A shift below
-        1 gives more noise at every t. Use it for larger or more redundant latents (arXiv:2301.11093, section 3.1).
+    config: schedule, log_snr_min, log_snr_max and shift. The shift multiplies alpha / sigma of the whole curve,
+        before the curve is fitted to its ends. A shift below 1 gives more noise at every t between. Use it for larger
+        or more redundant latents (arXiv:2301.11093, section 3.1).
     Raises UserError for an unknown schedule, an empty range or a shift that is not positive.
     """
     low, high = config["log_snr_min"], config["log_snr_max"]
@@ -57,15 +58,15 @@ def log_snr_at(t, config):
     if not config["shift"] > 0:
         raise UserError(f"shift={config['shift']} must be positive")
     schedule = SCHEDULES[one_of("schedule", config["schedule"], SCHEDULES)]
-    offset = 2 * np.log(config["shift"])  # log_snr + 2 log(64 / d): arXiv:2301.11093, section 3.1
+    offset = 2 * np.log(config["shift"])  # 2 log(64 / d) for images of d x d pixels: arXiv:2301.11093, section 3.1
     t = jnp.asarray(t) + 0.0  # integers become floats
     return schedule(t, low, high, offset)
 
 
-# The cosine and sigmoid curves reach infinity at t = 0 and t = 1. The functions below use only the part of a curve that
-# lies within the bounds, and stretch it over [0, 1]. They cut `start` off the beginning of the curve and `rest` off its
-# end. The signal is computed from rest + (1 - t) * width and the noise from start + t * width. The float32 difference
-# 1 - (start + t * width) would lose digits near t = 1.
+# The cosine and sigmoid curves reach infinity at t = 0 and t = 1. _cosine and _sigmoid use only the part of the curve
+# that lies within the bounds, and stretch it over [0, 1]. They cut `start` off the beginning of the curve and `rest`
+# off its end. The signal is computed from rest + (1 - t) * width and the noise from start + t * width. The float32
+# difference 1 - (start + t * width) would lose digits near t = 1.
 
 
 def _cosine(t, low, high, offset):
@@ -308,7 +309,7 @@ def _between(u, frames):  # at least one frame at each end is context, and at le
 
 
 def _rollout(u, frames):  # a pyramid: t rises from frame to frame with a random slope; frames at t = 0 are context
-    rise = u["other"]  # the last frame's t is higher than the first frame's by this; the first one is in [-rise, 1]
+    rise = u["other"]  # t of the last frame minus t of the first; before clipping, t of the first is in [-rise, 1]
     t = -rise + u["one"] * (1 + rise) + rise * frames / max(frames.shape[1] - 1, 1)
     return jnp.clip(t, 0, 1), jnp.clip(t, 0, 1), t <= 0, t <= 0
 
@@ -333,7 +334,7 @@ def sample_times(key, shape, patterns):
 
     shape: (B, T).
     patterns: {name of PATTERNS: share}. Shares are at least 0 and may have any sum. The number of examples of a pattern
-        is as near to its share of the batch as whole numbers allow.
+        is its share of the batch, rounded up or down.
     Raises UserError for an unknown pattern, a negative share, or no share above 0.
     """
     for name in patterns:
@@ -369,8 +370,8 @@ def noise_like(key, z):
 
     def draw(name, x):
         key_of_name = jax.random.fold_in(key, MODALITIES.index(name))
-        # Drawn with two axes and then reshaped, which gives the same numbers: XLA needs half a minute to compile a draw
-        # with five axes for a CPU.
+        # For a CPU, XLA needs half a minute to compile a draw with five axes. A draw with two axes, reshaped, gives the
+        # same numbers.
         return jax.random.normal(key_of_name, (x.shape[0], x[0].size), x.dtype).reshape(x.shape)
 
     return {name: draw(name, x) for name, x in z.items()}
@@ -449,7 +450,9 @@ def weighted_error(prediction, noised, config):
         log_snr, generated = noised.log_snr[name], ~noised.context[name]  # [B, T]
         squares = jnp.square(prediction[name].astype(target.dtype) - target)
         error = squares.reshape(*log_snr.shape, -1).mean(-1)  # [B, T], a mean over the K tokens of a frame too
-        slope = jnp.where(generated, noised.slope[name], 0)  # at t = 0, of a context frame, it may be very large
+        slope = jnp.where(
+            generated, noised.slope[name], 0
+        )  # a context frame has t = 0, where the slope may be very large
         weight = loss_weight(log_snr, slope, config)
         mean = jnp.where(generated, weight * error, 0).sum() / jnp.maximum(generated.sum(), 1)
         metrics[f"loss_{name}"] = mean

@@ -74,12 +74,12 @@ def dpmpp_2m(z, x0, past, step):
 
 
 def heun(z, x0, past, step):
-    """Heun's method, second order with two network calls per step: the trapezoid of arXiv:2206.00364, Algorithm 1.
+    """Heun's method, second order with two network calls per step.
 
-    The paper integrates over sigma / alpha. A long first step from pure noise then has a large error: 24 on Gaussian
-    data of variance about 1, with 8 steps evenly spaced in time, against 0.04 with the form here. This form solves the
-    linear part exactly (arXiv:2211.01095, Proposition 4.1), with x0 linear in lambda over a step: ETD2RK of Cox and
-    Matthews (2002).
+    It is not the trapezoid of arXiv:2206.00364, Algorithm 1, which integrates over sigma / alpha. There a long first
+    step from pure noise has a large error: a root mean square of 24 on Gaussian data of variance about 1, with 8 steps
+    evenly spaced in time, against 0.04 here. The form here solves the linear part exactly (arXiv:2211.01095,
+    Proposition 4.1), with x0 linear in lambda over a step: ETD2RK of Cox and Matthews (2002).
     """
 
     def average(x0, x0_next, now, after):
@@ -198,7 +198,8 @@ class Term(NamedTuple):
     """One kind of guidance: it adds extra * (more - less) to the prediction.
 
     `more` and `less` are predictions from other inputs. Each is given as a view: a function from (z, log_snr, cond) to
-    other inputs of the same shapes; their batch size may also be 1. None stands for the unguided prediction.
+    other inputs of the same shapes; their batch size may also be 1. None stands for the unguided prediction, from the
+    inputs as they are.
     """
 
     extra: float | dict  # the weight, or one per modality; 0 adds nothing
@@ -268,12 +269,12 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
     masks: {modality: bool [T]}, True in context frames.
     noise: standard normal noise like z. It takes the place of the context in the prediction without context.
     config: see vdm_jax.diffusion.
-    history_noise: 0 guides by the context as it is, vanilla history guidance. A time t in (0, 1) guides by the context
-        noised to t, fractional history guidance: by its low frequencies only.
+    history_noise: 0: the context guides as it is (vanilla history guidance). A time t in (0, 1): only the low
+        frequencies of the context guide, because it is noised to t (fractional history guidance).
     """
 
     def context_at(t):
-        """A view with the context frames noised to time t. With context_noise above 0 they have that noise as well."""
+        """A view with the context frames noised to time t. Noise that the context in z already has stays in it."""
 
         def view(z, log_snr, cond):
             level = log_snr_at(t, config)

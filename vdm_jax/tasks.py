@@ -3,9 +3,10 @@
 Context frames are an input. The sampler generates all other frames. A `Context` holds the context frames, and
 `scheduling_matrix` makes the order.
 
-Later frames do not change earlier latents, because the autoencoders are causal. So a clip can be context in part. The
-frames and the sound after the context may hold anything, and are called filler. In `between`, filler also lies before
-the last context frames and influences them a little, so there it repeats the nearest frames.
+Later frames do not change earlier latents, because the autoencoders are causal. So the first part of a clip can be
+context without the rest. The frames and the sound after the context may hold anything, and are called filler. In
+`between`, filler also lies before the last context frames and influences them a little, so there it repeats the nearest
+frames.
 """
 
 from typing import NamedTuple
@@ -44,6 +45,7 @@ def image(picture, layout):
 
     picture: uint8 [H, W, 3].
     """
+    # A picture is a video of one frame, which fills exactly the first latent frame.
     return foley(picture[None], layout)
 
 
@@ -85,7 +87,8 @@ def between(start, end, layout, latents):
 
     start, end: the two clips, (frames uint8 [n, H, W, 3], samples float32 [n * samples_per_frame]). The last frames of
         `start` become the first frames of the new clip, and the first frames of `end` its last.
-    latents: latent frames of context at either end: 1 + f_t * (latents - 1) frames of `start`, f_t * latents of `end`.
+    latents: the number of latent frames that are context at each end: 1 + f_t * (latents - 1) frames of `start`, f_t *
+        latents of `end`.
     """
     head = 1 + layout.f_t * (latents - 1)
     tail = layout.f_t * latents
@@ -144,12 +147,13 @@ def scheduling_matrix(
         is a pyramid: later frames are noisier.
     spacing: what is evenly spaced over the steps: 'time' t, 'log_snr', or (sigma / alpha)^(1 / rho) with 'karras'.
     rho: the exponent of 'karras'.
-    context_noise: time t in [0, 1] of the context frames of a modality that has generated frames too
-        (arXiv:2502.06764). 0 leaves them clean.
+    context_noise: time t in [0, 1] to which context frames are noised (arXiv:2502.06764); 0 leaves them clean. A
+        modality that is context as a whole always stays clean.
     first_step_times: times t in [0, 1] that the first generated frame, the second, and so on reach in their first step.
         Frames past the end of the list have steps of the usual size. A small time is a long first step, which puts the
-        frame near the mean of all frames that may follow. Use it if the context decides what follows: the mean then has
-        half the squared error of a sample. Do not use it if several futures are likely: the mean is then blurred.
+        frame near the mean of all frames that may follow. Use it if the context decides what follows: the expected
+        squared error of the mean is then half that of a random sample. Do not use it if several futures are likely: the
+        mean is then blurred.
     Raises UserError for an unknown spacing, too few steps, a negative lag or a mask of another length.
     """
     one_of("spacing", spacing, SPACINGS)

@@ -95,7 +95,7 @@ def train_stage(run, name):
 
     # ------------------------------------------------------------------------------------------- how training starts
     # The order matters.
-    # 1. The state, as shapes only: a large model has no room for a second copy.
+    # 1. The state, as shapes only. A large model leaves no room for an initialized state beside a restored one.
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     step_key = jax.device_put(step_key, sharding.replicated(run.mesh))
     program = train_state.program(stage, settings, init_key, run.mesh, config.skip.loss_over_mean)
@@ -126,7 +126,7 @@ def train_stage(run, name):
     with watch("compiling"), profiling.compiling(f"the training step of {name}", key=parameters):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
-    run.alive(f"compiling the step of {name}")  # the watchdog begins here: a compile takes as long as it takes
+    run.alive(f"compiling the step of {name}")  # the watchdog begins only now: a compile may take any time
 
     # --------------------------------------------------------------------------------------------------------- loop
     show_preview = previewer(run, name)
@@ -182,7 +182,9 @@ def train_stage(run, name):
 
 
 def previewer(run, name):
-    """show(params, encoder_params, step), which writes <step>.png (and .mp4) to the stage's folder `previews`, or None.
+    """Returns show(params, encoder_params, step), or None if there is nothing to preview.
+
+    show writes <step>.png (and .mp4) to the stage's folder `previews`.
 
     All processes call it: they compute together, and the first one writes.
     """

@@ -41,7 +41,7 @@ class NoiseEmbedding(nn.Module):
     @nn.compact
     def __call__(self, log_snr, pooled):
         dense = functools.partial(Dense, self.features, dtype=self.dtype)
-        # log_snr lies in about [-12, 12], and times in seconds. The factor 10 lets the sinusoids resolve steps of 0.01.
+        # log_snr is in about [-12, 12]; times are in seconds. The factor 10 lets the sinusoids resolve steps of 0.01.
         noise_level = fourier_features(log_snr * 10.0, self.features, max_period=1000.0)
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
         time = fourier_features(seconds * 10.0, self.features, max_period=1000.0)
@@ -123,7 +123,9 @@ class TextRefiner(nn.Module):
     def __call__(self, states, mask):
         x = states.astype(activation_dtype(self.dtype))
         heads = max(1, x.shape[-1] // self.head_dim)
-        positions = jnp.arange(x.shape[1]) / 20  # rotary periods from 20 bytes, about three words, to 2,000 bytes
+        positions = (
+            jnp.arange(x.shape[1]) / 20
+        )  # a token is a byte: rotary periods from 20 tokens, about three words, to 2,000
         for i in range(self.layers):
             x = transformer_layer(x, mask, heads, i, positions, zero=True, dtype=self.dtype)
         return x

@@ -153,8 +153,8 @@ class Codec:
     def pad_audio(self, audio):
         """[B, N] -> [B, T * f_t * samples_per_frame].
 
-        Adds f_t - 1 video frames of silence before frame 0: the first latent frame holds one video frame, and sound for
-        f_t.
+        Adds f_t - 1 video frames of silence before frame 0: the first latent frame holds one video frame, but its
+        audio tokens cover the length of f_t frames.
         """
         return jnp.pad(audio, ((0, 0), ((self.layout.f_t - 1) * self.layout.samples_per_frame, 0)))
 

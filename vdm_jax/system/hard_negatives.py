@@ -52,7 +52,7 @@ def swap_words(caption, groups):
 
 
 def swapper(groups):
-    """Returns a function caption -> hard negative, for data.batches.example. Without groups of words it is None."""
+    """Returns a function caption -> hard negative, for data.batches.Examples. Without groups of words it is None."""
     return functools.partial(swap_words, groups=groups) if groups else None
 
 

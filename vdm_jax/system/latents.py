@@ -73,7 +73,9 @@ def measure(system, params, examples):
 
 
 def _encoder(system, params, examples):
-    """-> encoded(first, count): yields batches of ENCODE_BATCH encoded examples, from the batch that holds `first` on.
+    """-> encoded(first, count): yields batches of ENCODE_BATCH encoded examples.
+
+    It starts with the batch that holds example number `first`.
 
     The devices of this process encode together if their number divides ENCODE_BATCH, else one device does. Other
     processes are not waited for.
@@ -111,7 +113,7 @@ class Encoded:
         return self.count
 
     def take(self, numbers):
-        """The clips of these numbers as one tree, with a leading axis more."""
+        """The clips of these numbers as one tree, with one more axis in front."""
         rows, size = np.empty(len(numbers), self.record), self.record.itemsize
         for i, number in enumerate(numbers):
             file, start = self.open(threading.get_ident(), number // CLIPS_PER_FILE)
@@ -143,8 +145,8 @@ def _record(wanted):
 def _cached(system, params, examples, directory):
     """The cache in `directory`, in half precision. If other parameters or data made it, it is made again.
 
-    Each process makes some of the files. A file appears when it is whole, so the next run goes on after the last whole
-    file.
+    Each process makes some of the files. A file appears when it is whole, so the next run makes only the
+    files that are missing.
     """
     mark, mark_path = _fingerprint(system.config, params), directory / "fingerprint"
     count = system.config.denoiser.cached_clips
@@ -163,8 +165,8 @@ def _cached(system, params, examples, directory):
         encoded = _encoder(system, params, examples)
         parts = missing[jax.process_index() :: jax.process_count()]  # of this process
         sizes = [min(CLIPS_PER_FILE, count - part * CLIPS_PER_FILE) for part in parts]
-        shown = None if hosts.is_primary() else True
-        with tqdm(total=sum(sizes), desc="encode", disable=shown, unit="clip") as progress:
+        hidden = None if hosts.is_primary() else True  # None: tqdm decides
+        with tqdm(total=sum(sizes), desc="encode", disable=hidden, unit="clip") as progress:
             for part, clips in zip(parts, sizes):
                 _write(paths[part], encoded(part * CLIPS_PER_FILE, clips), _record(wanted), clips, progress)
     hosts.barrier("encoded", ENCODING_SECONDS)

@@ -69,9 +69,9 @@ def layout(config):
     if data.sample_rate % data.fps:
         raise UserError(f"data.sample_rate={data.sample_rate} is not a multiple of data.fps={data.fps}")
 
-    f_t = math.prod(video.time_strides)  # video frames a latent frame
-    f_s = video.patch * math.prod(video.space_strides)  # pixels a latent, in height and in width
-    hop = audio.patch * math.prod(audio.strides)  # samples an audio token
+    f_t = math.prod(video.time_strides)  # video frames per latent frame
+    f_s = video.patch * math.prod(video.space_strides)  # pixels per latent, in height and in width
+    hop = audio.patch * math.prod(audio.strides)  # samples per audio token
     per_frame = data.sample_rate // data.fps
     if data.size % f_s:
         raise UserError(f"data.size={data.size} is not a multiple of {f_s}: use {data.size // f_s * f_s or f_s}")
@@ -112,9 +112,12 @@ def _check_numbers(name, value):
 
 
 def _check_lengths(stage, model):
-    """Raises UserError unless each setting of a model has one value for each resolution, or for each step between."""
+    """Raises UserError for settings of a model with a wrong number of values.
+
+    PER_RESOLUTION have one value for each resolution, and the strides one for each pair of neighboring resolutions.
+    """
     for name, value in model.items():
-        if name == "audio_channels" and not value:  # as many channels as the picture
+        if name == "audio_channels" and not value:  # () means the channels of the video stream
             continue
         if name in PER_RESOLUTION:
             wanted = len(model.channels)
@@ -143,6 +146,6 @@ def _check_halvings(denoiser, side, tokens):
     for i in range(1, halvings + 1):  # at each resolution, a latent frame must keep a whole number of audio tokens
         if tokens * math.prod(denoiser.time_strides[:i]) % 2**i:
             raise UserError(
-                f"{tokens} audio tokens a latent frame do not halve {i} times: use fewer resolutions of the denoiser, "
+                f"{tokens} audio tokens per latent frame do not halve {i} times: use fewer denoiser resolutions "
                 "or another audio_autoencoder.model.patch or strides"
             )

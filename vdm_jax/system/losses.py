@@ -26,7 +26,7 @@ class Stage(NamedTuple):
     preview: (
         Callable | None
     )  # preview(params, encoder_params, clips, captions) -> previews.Preview; None: nothing to show
-    activation: tuple  # (shape, names of dimensions) of an activation, to check that the axis `sequence` splits it
+    activation: tuple  # (shape, names of dimensions) of an activation, to check that the mesh axis `sequence` splits it
     hard_negative: Callable | None = None  # caption -> wrong caption, for every example; None for no hard negatives
     group: int = 1  # this number of neighboring clips of a batch must be on one device
 
@@ -106,7 +106,7 @@ def video_autoencoder_loss(codec, params, key, batch, encoder_params):
     video = to_float(batch["video"])
     out, mean, log_variance = codec.apply_fn("video_autoencoder")(params, video, key)
     mse = jnp.mean(jnp.square(out - video))
-    kl = kl_divergence(mean, log_variance) / video[0, ..., 0].size  # a pixel
+    kl = kl_divergence(mean, log_variance) / video[0, ..., 0].size  # per pixel
     loss = mse + jnp.mean(jnp.abs(out - video)) + codec.config.video_autoencoder.kl_weight * kl
     return loss, {"loss": loss, "mse": mse, "kl": kl, "psnr": -10 * jnp.log10(mse / 4)}  # pixels span a range of 2
 
@@ -118,7 +118,7 @@ def audio_autoencoder_loss(codec, params, key, batch, encoder_params):
     out, mean, log_variance = codec.apply_fn("audio_autoencoder")(params, audio, key)
     wave = jnp.mean(jnp.abs(out - audio)) + 10 * jnp.mean(jnp.square(out - audio))
     stft = sum(stft_distance(out, audio, window) for window in settings.stft_windows)
-    kl = kl_divergence(mean, log_variance) / audio.shape[1]  # a sample
+    kl = kl_divergence(mean, log_variance) / audio.shape[1]  # per sample
     loss = wave + settings.stft_weight * stft / len(settings.stft_windows) + settings.kl_weight * kl
     return loss, {"loss": loss, "wave": wave, "stft": stft, "kl": kl}
 
@@ -136,7 +136,7 @@ def stft_distance(a, b, window):
     window: samples.
     """
     a, b = _magnitudes(a, window), _magnitudes(b, window)
-    floor = 1e-7 * b.size  # a mean of -70 dB: a batch of silence does not divide by zero
+    floor = 1e-7 * b.size  # a mean power of 1e-7 (-70 dB), so that silence does not make the divisor zero
     convergence = jnp.sqrt(jnp.sum(jnp.square(a - b)) / (jnp.sum(jnp.square(b)) + floor) + 1e-8)
     return convergence + jnp.mean(jnp.abs(jnp.log(a + 1e-3) - jnp.log(b + 1e-3)))
 
@@ -159,7 +159,8 @@ def _magnitudes(audio, window):
 def clip_loss(codec, params, key, batch, encoder_params):
     """Contrastive loss of captions and clips (arXiv:2103.00020, fig. 3). -> (scalar, metrics).
 
-    A hard negative is one additional wrong caption for every clip (arXiv:2210.01936, section 4).
+    With hard negatives each clip adds one wrong caption, and every video is compared with all wrong captions of the
+    batch (arXiv:2210.01936, section 4).
     """
     tokens, video = batch["tokens"], to_float(batch["video"])
     texts, pictures, scale = codec.apply_fn("clip")(params, tokens, text.mask(tokens), video)
@@ -170,7 +171,7 @@ def clip_loss(codec, params, key, batch, encoder_params):
         wrong_tokens = batch[hard_negatives.FIELD]
         wrong = codec.apply_fn("clip", "embed_text")(params, wrong_tokens, text.mask(wrong_tokens))
         wrong = scale * pictures @ wrong.T  # [B, B], one row per video
-        same = jnp.all(wrong_tokens == tokens, 1)  # no word of the caption could be swapped
+        same = jnp.all(wrong_tokens == tokens, 1)  # the caption has none of the words
         right = (jnp.diagonal(wrong) < jnp.diagonal(logits)) & ~same
         metrics["hard_negative_accuracy"] = right.sum() / (~same).sum()
         by_video = jnp.concatenate([by_video, jnp.where(same, -jnp.inf, wrong)], 1)

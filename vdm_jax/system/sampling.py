@@ -193,11 +193,11 @@ def sample(
     # 1. What the sampler starts from: noise, and context frames, clean or lightly noised.
     clean = {name: jnp.broadcast_to(x, (len(numbers), *x.shape[1:])) for name, x in clean.items()}
     is_context = {name: broadcast_to_latent(masks[name][None], x) for name, x in clean.items()}
-    noise, context_noise = (draw_noise(noise_key, numbers, shapes, which) for which in (0, 1))
+    noise, second_noise = (draw_noise(noise_key, numbers, shapes, which) for which in (0, 1))
     first = {name: levels[name][:1] for name in shapes}  # [1, T]
     exact = {name: broadcast_to_latent(first[name] >= settings.log_snr_max, clean[name]) for name in shapes}
     noised = add_noise(
-        clean, context_noise, {name: jnp.broadcast_to(x, (len(numbers), x.shape[1])) for name, x in first.items()}
+        clean, second_noise, {name: jnp.broadcast_to(x, (len(numbers), x.shape[1])) for name, x in first.items()}
     )
     context = {name: jnp.where(exact[name], clean[name], noised[name]) for name in shapes}
     z = {name: jnp.where(is_context[name], context[name], noise[name]) for name in shapes}
@@ -215,9 +215,9 @@ def sample(
     if guides[0]:
         terms += samplers.text_guidance(weights["text"], codec.encode_null_text(params))
     if guides[1]:
-        terms += samplers.history_guidance(weights["history"], masks, context_noise, settings, history_noise)
+        terms += samplers.history_guidance(weights["history"], masks, second_noise, settings, history_noise)
     if guides[2]:
-        terms += samplers.modality_guidance(weights["modality"], context_noise, settings)
+        terms += samplers.modality_guidance(weights["modality"], second_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
     # 3. The sampler. Its key depends on the first number of the batch, and batches begin at multiples of BATCH. So the
