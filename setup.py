@@ -32,6 +32,7 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "app": ["gradio>=6"],  # the page of `python -m vdm_jax.app`
         "tpu": ["jax[tpu]", "gcsfs"],
         "cuda": ["jax[cuda12]"],
         "gcs": ["gcsfs"],  # runs and data in buckets of Google Cloud Storage, gs://...
@@ -41,6 +42,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "selenium",  # drives chromium and chromedriver, where the system has them, through the page of the app
             "nbmake",
             "ipykernel",
             # The TPU compiler, for tests of dry_run; it needs no TPU.

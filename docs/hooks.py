@@ -78,6 +78,7 @@ class Comments(ast.NodeVisitor):
 
     def __init__(self, lines):
         self.lines, self.at, self.names = lines, {}, {"config": ""}
+        self.start = 0  # line of the statement that is read
 
     def visit_FunctionDef(self, node):
         if node.name == "optimizer":  # the keys that all stages share
@@ -97,6 +98,7 @@ class Comments(ast.NodeVisitor):
             if path is not None and isinstance(target, ast.Name):
                 self.names[target.id] = path
         if path is not None:
+            self.start = node.lineno
             self.at[path] = self.comment(node.lineno, node.end_lineno)
             self.record(path, node.value)
 
@@ -111,7 +113,7 @@ class Comments(ast.NodeVisitor):
         else:
             return
         for key, item, line in pairs:
-            alone = line != value.lineno and sum(line == other for _, _, other in pairs) == 1
+            alone = line != self.start and sum(line == other for _, _, other in pairs) == 1
             text = self.comment(line, item.end_lineno) if alone else ""
             shared = f"optimizer.{key}" if path in STAGES else ""
             self.at[f"{path}.{key}"] = text or self.at.get(shared, "")
@@ -173,7 +175,7 @@ def described(node, lines, owner=""):
         fields = [lines[n.lineno - 1] for n in node.body if isinstance(n, ast.AnnAssign)]
         head = "\n".join([f"class {head}{signature(first) if first else ''}", *fields])
     else:
-        head = head.replace(".__call__", "") + signature(node)
+        head = (owner.strip(".").lower() if node.name == "__call__" else head) + signature(node)
     return [f"<pre><code>{html.escape(head)}</code></pre>", "", text(ast.get_docstring(node))]
 
 

@@ -19,7 +19,7 @@ A certain Python:                PYTHON=python3.12 launch/test.sh
 EOF
 }
 
-extras=(test docs peers)
+extras=(test app docs peers)
 arguments=()
 for argument in "$@"; do
     case "$argument" in
@@ -27,7 +27,7 @@ for argument in "$@"; do
             usage
             exit 0
             ;;
-        --no-peers) extras=(test docs) ;;
+        --no-peers) extras=(test app docs) ;;
         --jax=*) JAX_VERSION="${argument#*=}" ;;
         *) arguments+=("$argument") ;;
     esac

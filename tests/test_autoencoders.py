@@ -1,4 +1,4 @@
-"""The autoencoders look at the past only, and both keep to one time axis."""
+"""The autoencoders are causal, and their latents lie on one time axis."""
 
 import jax
 import numpy as np
@@ -20,27 +20,27 @@ VIDEO = {  # space strides, time strides
 
 
 def variants(x, ends):
-    """[1 + len(ends), ...]: x [1, N, ...] itself, then x with everything from each end on replaced."""
+    """[1 + len(ends), N, ...]: x [1, N, ...], then for each end a copy with random numbers from that index on."""
     other = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
     index = np.arange(x.shape[1]).reshape(-1, *(1,) * (x.ndim - 2))
     return np.concatenate([x] + [np.where(index >= end, other, x) for end in ends])
 
 
 def first_change(rows):
-    """For each row but the first: where along axis 1 it begins to differ from the first."""
+    """For each row after the first: the smallest index along axis 1 at which it differs from the first row."""
     differs = np.abs(rows[1:] - rows[:1]).reshape(len(rows) - 1, rows.shape[1], -1).max(-1) > 1e-4
     assert differs.any(1).all()
     return differs.argmax(1).tolist()
 
 
 def small(space_strides, time_strides):
-    levels = len(space_strides) + 1
+    resolutions = len(space_strides) + 1
     return VideoAutoencoder(
         patch=2,
-        channels=(8,) * levels,
+        channels=(8,) * resolutions,
         space_strides=space_strides,
         time_strides=time_strides,
-        blocks=(0,) + (1,) * (levels - 1),
+        blocks=(0,) + (1,) * (resolutions - 1),
         middle_blocks=1,
         latent_channels=3,
         groups=4,
@@ -57,13 +57,13 @@ def test_video_latents_are_causal(strides):
     encode = jax.jit(lambda video: model.apply({"params": params}, video, method="encode")[0])
     decode = jax.jit(lambda z: model.apply({"params": params}, z, method="decode"))
 
-    # Latent t ends with frame f_t * t: what comes after frame 0, f_t, ... changes latent 1, 2, ... and nothing before.
+    # The last frame of latent t is frame f_t * t. A change after it changes latent t + 1, and no earlier latent.
     z = np.asarray(encode(variants(video, [0] + [1 + f_t * t for t in range(T - 1)])))
     assert z.shape == (T + 1, T, 16 // f_s, 24 // f_s, 3)
     assert first_change(z) == list(range(T))
-    # Each frame counts, the first after the latent before as well as the last.
+    # Latent 1 depends on each of its f_t frames.
     assert first_change(encode(variants(video, range(1, 1 + f_t)))) == [1] * f_t
-    # An image is a one-frame video.
+    # An image is a video of one frame.
     image = encode(video[:, :1])
     np.testing.assert_allclose(image, z[:1, :1], rtol=1e-4, atol=1e-5)
 

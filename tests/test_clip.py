@@ -1,4 +1,4 @@
-"""The CLIP pair: padding is not read, embeddings are unit vectors, the loss is the symmetric one."""
+"""CLIP: padding has no effect, embeddings are unit vectors, and the loss is symmetric in texts and videos."""
 
 import jax
 import numpy as np
@@ -46,7 +46,7 @@ def test_padding_is_not_read(clip):
     np.testing.assert_array_equal(states_2["pooled"], states["pooled"])
     np.testing.assert_array_equal(states_2["states"][mask], states["states"][mask])
     np.testing.assert_array_equal(words_2, words)
-    other = np.where(np.arange(96) == 3, 77, tokens)  # a token that is read
+    other = np.where(np.arange(96) == 3, 77, tokens)  # replaces a token that is no padding
     assert (np.abs(run(other, mask | (np.arange(96) == 3), to_float(video))[1] - words).max(1) > 1e-4).all()
 
 
@@ -62,7 +62,7 @@ def test_embeddings_are_unit_vectors_of_one_item(clip):
     np.testing.assert_allclose(words_2[::-1], words, atol=1e-5)
     np.testing.assert_allclose(pictures_2[::-1], pictures, atol=1e-5)
     np.testing.assert_allclose(scale, np.exp(clip[1]["log_temperature"]), rtol=1e-6)
-    # Time has a direction, or "left" and "right" would be one.
+    # Reversed time gives another embedding: "left" and "right" must differ.
     backwards = run(tokens, text.mask(tokens), to_float(video[:, ::-1]))[2]
     assert (np.abs(backwards - pictures).max(1) > 1e-4).all()
 
@@ -81,19 +81,19 @@ def test_temperature_starts_as_in_the_paper_and_is_bounded():
     np.testing.assert_allclose(scales(jax.random.key(0)), [1 / 0.07, 100], rtol=1e-5)
 
 
-@pytest.mark.parametrize("misses", [False, True], ids=["plain", "hard negatives"])
-def test_loss_is_the_mean_of_both_directions(clip, misses):
+@pytest.mark.parametrize("hard_negatives", [False, True], ids=["plain", "hard negatives"])
+def test_loss_is_the_mean_of_both_directions(clip, hard_negatives):
     config, params, run = clip
     tokens, video = batch()
     inputs = {"tokens": tokens, "video": video}
-    if misses:
-        inputs["hard_negative"] = tokens[[0, 1, 3, 3]]  # only the third differs from its caption
+    if hard_negatives:
+        inputs["hard_negative"] = tokens[[0, 1, 3, 3]]  # only row 2 differs from its caption
     loss, metrics = jax.jit(build(config).stages["clip"].loss)(params, jax.random.key(0), inputs, {})
     _, words, pictures, scale = run(tokens, text.mask(tokens), to_float(video))
     logits = float(scale) * np.asarray(words, np.float64) @ np.asarray(pictures, np.float64).T
     to_video = np.diag(logits) - np.log(np.exp(logits).sum(1))
     wrong = np.zeros(4)
-    if misses:  # the text of clip 3 in place of that of clip 2 is one more answer for every video
+    if hard_negatives:  # the text of clip 3, as hard negative of clip 2, is one more wrong answer for each video
         wrong = np.exp(logits[3])
         assert metrics["hard_negative_accuracy"] == float(logits[2, 2] > logits[3, 2])
     to_text = np.diag(logits) - np.log(np.exp(logits).sum(0) + wrong)

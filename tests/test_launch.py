@@ -139,7 +139,7 @@ def test_the_commands_of_the_demo_exist(monkeypatch):
 
 
 @pytest.mark.parametrize("module, options", [
-    ("vdm_jax.generate", []),
+    ("vdm_jax.no_such_command", []),
     ("vdm_jax.train", ["--config=configs/none.py"]),
     ("vdm_jax.train", ["--config=configs/world.py", "--config.denoiser.step=1"]),
     ("vdm_jax.evaluate", ["--prompts=3"]),

@@ -1,4 +1,4 @@
-"""The layers against XLA's convolutions, Flax's normalisation and their own promises."""
+"""The layers against XLA's convolutions, against Flax's normalization, and against what their docstrings say."""
 
 import functools
 
@@ -72,7 +72,9 @@ def test_convolutions_in_bfloat16_are_those_of_rounded_operands(name):
     shape, window, features, _, time_padding = CONVOLUTIONS[name]
     rng = np.random.default_rng(0)
     x, kernel, bias, weights = (
-        jnp.asarray(rng.normal(size=size), jnp.bfloat16).astype(jnp.float32)  # nothing is lost by rounding these
+        jnp.asarray(rng.normal(size=size), jnp.bfloat16).astype(
+            jnp.float32
+        )  # rounding to bfloat16 does not change these values
         for size in (shape, (*window, shape[-1], features), (features,), (*shape[:-1], features))
     )
 
@@ -113,12 +115,12 @@ def test_upsampling_repeats_and_its_gradient_sums():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("factors", [(1, 2, 2), (2, 2, 2), (1, 1, 3)])
-def test_a_convolution_after_upsampling_is_that_of_the_upsampled(factors, dtype):
+def test_upsampling_inside_a_convolution_equals_upsampling_before_it(factors, dtype):
     rng = np.random.default_rng(0)
     x = np.sign(rng.normal(size=(2, 2, 3, 4, 6))).astype(np.float32)
     module = layers.Conv(4, (1, 3, 3), upsample=factors, dtype=dtype)
     params = init_weights(module, x)
-    params["kernel"] = np.round(16 * params["kernel"]) / 16  # sums of taps are exact in bfloat16 as well
+    params["kernel"] = np.round(16 * params["kernel"]) / 16  # so that sums of taps are exact in bfloat16
     plain = layers.Conv(4, (1, 3, 3), dtype=dtype)
 
     def both(function):
@@ -131,7 +133,7 @@ def test_a_convolution_after_upsampling_is_that_of_the_upsampled(factors, dtype)
 
 
 def later_frames_changed(x, frame):
-    """x with everything after `frame` replaced."""
+    """x with random numbers in place of all frames after `frame`."""
     other = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
     return np.where(np.arange(x.shape[1]).reshape(-1, *(1,) * (x.ndim - 2)) > frame, other, x)
 
@@ -175,7 +177,7 @@ def test_the_embedding_of_a_frame_reaches_all_its_sound_tokens():
     params = init_weights(block, x, embedding)
     apply = jax.jit(lambda e: block.apply({"params": params}, x, e))
     changed = np.abs(apply(embedding + np.eye(3)[1][:, None]) - apply(embedding)).max((0, 2)) > 1e-6
-    # Tokens 4 to 7, and one more on both sides: the width of the convolution after it.
+    # Tokens 4 to 7 belong to frame 1. The convolution of width 3 carries the change one token further on each side.
     assert changed.tolist() == [False] * 3 + [True] * 6 + [False] * 3
 
 
@@ -183,13 +185,13 @@ def test_the_embedding_of_a_frame_reaches_all_its_sound_tokens():
     "shape, frames, folded",
     [
         ((2, 3, 4, 5, 12), 0, (6, 4, 5, 12)),
-        ((2, 12, 12), 3, (6, 4, 12)),  # 4 sound tokens a frame
-        ((2, 5, 12), 0, (10, 1, 12)),  # every sample on its own
+        ((2, 12, 12), 3, (6, 4, 12)),  # 4 sound tokens for each frame
+        ((2, 5, 12), 0, (10, 1, 12)),  # statistics of each time step alone
     ],
 )
 def test_group_norm_is_flax_group_norm_of_each_frame(shape, frames, folded):
     x = np.random.default_rng(0).normal(2.0, 3.0, size=shape).astype(np.float32)
-    module = layers.GroupNorm(groups=8, frames=frames)  # 12 channels: 4 groups, the common divisor
+    module = layers.GroupNorm(groups=8, frames=frames)  # 4 groups: the greatest common divisor of 8 and 12 channels
     params = init_weights(module, x)
     want = nn.GroupNorm(num_groups=4, epsilon=1e-5).apply({"params": params}, x.reshape(folded)).reshape(shape)
     np.testing.assert_allclose(module.apply({"params": params}, x), want, rtol=1e-4, atol=1e-4)
@@ -232,7 +234,7 @@ def test_layer_norm_is_flax_layer_norm():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got, want)
 
 
-def test_forms_of_accelerators_have_the_values_and_gradients_of_those_of_a_cpu():
+def test_both_tables_give_the_same_values_and_gradients():
     x = np.random.default_rng(0).normal(size=(1, 3, 4, 4, 8)).astype(np.float32)
     embedding = np.random.default_rng(1).normal(size=(1, 3, 5)).astype(np.float32)
     block = layers.ResidualBlock(6, groups=2)
@@ -265,10 +267,10 @@ def test_fourier_features():
     y = np.asarray(layers.fourier_features(np.array([0.0, 1.0, 2 * np.pi]), 8, max_period=16.0))
     np.testing.assert_allclose(y[0], [1] * 4 + [0] * 4, atol=1e-6)
     np.testing.assert_allclose(y[1, :4], np.cos(16.0 ** (-np.arange(4) / 4)), atol=1e-6)
-    np.testing.assert_allclose(y[2, [0, 4]], [1, 0], atol=1e-5)  # the fastest has period 2 pi
+    np.testing.assert_allclose(y[2, [0, 4]], [1, 0], atol=1e-5)  # the shortest period is 2 pi
 
 
-def test_rotary_scores_depend_on_the_time_between_only():
+def test_rotary_scores_depend_on_time_differences_only():
     rng = np.random.default_rng(0)
     query, key = rng.normal(size=(2, 1, 4, 2, 8)).astype(np.float32)
     here, there = np.array([0.0, 0.4, 1.1, 3.0]), np.array([0.2, 0.5, 2.0, 2.5])
@@ -297,13 +299,13 @@ def test_attention_is_a_softmax_over_what_the_mask_allows():
 
 
 @pytest.mark.parametrize("bounded", [False, True])
-@pytest.mark.parametrize("queries", [7, 300, 2100])  # all at once; one block an example; three
+@pytest.mark.parametrize("queries", [7, 300, 2100])  # all at once; one block for each example; three blocks
 def test_attention_on_a_cpu_has_the_values_and_gradients_of_the_direct_form(queries, bounded):
     rng = np.random.default_rng(0)
     query = rng.normal(size=(2, queries, 2, 4)).astype(np.float32)
     key, value = rng.normal(size=(2, 2, 300, 2, 4)).astype(np.float32)
     if not bounded:
-        query *= 100  # scores that no exponential would survive
+        query *= 100  # the exponential of these scores would overflow
     mask = rng.random((2, 300)) < 0.5
     weights = rng.normal(size=query.shape).astype(np.float32)
 
@@ -326,7 +328,9 @@ def test_attention_module_reads_the_context_at_its_time():
     times = np.array([0.0, 0.5, 1.0]), np.array([0.1, 0.2, 0.6, 0.9])
     module = layers.Attention(2, 4)
     params = init_weights(module, x, context)
-    assert (np.asarray(module.init(jax.random.key(0), x)["params"]["out"]["kernel"]) == 0).all()  # starts as nothing
+    assert (
+        np.asarray(module.init(jax.random.key(0), x)["params"]["out"]["kernel"]) == 0
+    ).all()  # adds nothing at first
 
     @jax.jit
     def run(context, mask, here, there):
@@ -334,7 +338,7 @@ def test_attention_module_reads_the_context_at_its_time():
 
     out = run(context, mask, *times)
     assert out.shape == x.shape
-    order = np.array([2, 0, 3, 1])  # the order of the context means nothing, its times do
+    order = np.array([2, 0, 3, 1])  # only the times of the context matter, not its order
     np.testing.assert_allclose(run(context[:, order], mask[:, order], times[0], times[1][order]), out, atol=1e-5)
     assert np.abs(run(context[:, order], mask[:, order], *times) - out).max() > 1e-3
     np.testing.assert_allclose(run(context, mask, times[0] + 3, times[1] + 3), out, atol=1e-4)

@@ -11,9 +11,9 @@ from vdm_jax.errors import UserError
 from vdm_jax.models.published.unet3d_condition import (
     MODELSCOPE,
     UNet3DCondition,
-    abstract_params,
     diffusers_shapes,
     load_diffusers,
+    param_shapes,
 )
 
 torch = pytest.importorskip("torch")
@@ -28,7 +28,7 @@ JOB = dict(frames=3, size=5, words=5, batch=2)
 @pytest.fixture(scope="module")
 def theirs():
     torch.set_num_threads(1)
-    return unet3d.randomise(unet3d.build(unet3d.TINY)).eval()  # eval: without dropout
+    return unet3d.randomize(unet3d.build(unet3d.TINY)).eval()  # eval: without dropout
 
 
 def arrays(tensors):
@@ -77,7 +77,7 @@ def test_names_shapes_and_number_of_parameters(settings, millions):
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in unet3d.build(settings).named_parameters()}
     assert diffusers_shapes(model) == shapes
-    number = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))
+    number = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(model)))
     assert number == sum(map(math.prod, shapes.values())) and round(number / 1e6, 2) == millions
 
 
@@ -94,7 +94,7 @@ def test_weights_from_a_file(theirs, params, tmp_path):
         ("mid_block.attentions.0.proj_in.bias", None, "mid_block.attentions.0.proj_in.bias is missing"),
         ("conv_in.extra", (3,), "conv_in.extra has no place"),
         ("conv_in.weight", (8, 4, 3, 1), r"conv_in.weight has shape \(8, 4, 3, 1\)"),
-        ("conv_in.weight", (4, 8, 3, 3), r"needs \(8, 4, 3, 3\)"),  # as many numbers
+        ("conv_in.weight", (4, 8, 3, 3), r"needs \(8, 4, 3, 3\)"),  # the same number of values in another order
     ],
     ids=["missing", "too many", "another window", "another order"],
 )

@@ -1,4 +1,4 @@
-"""The denoiser: what each noise level, text and modality reaches, and that every part can be switched."""
+"""The denoiser: which outputs depend on each noise level, text and modality, and what each setting changes."""
 
 import functools
 
@@ -31,31 +31,31 @@ LENGTH = 12  # byte tokens
 
 
 def inputs(frames=3, batch=1, seed=0):
-    """(z, log_snr, cond) with K = 4; one and the same example `batch` times."""
+    """(z, log_snr, cond) with K = 4; all examples of the batch are equal."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
         return np.repeat(rng.normal(size=(1, *shape)).astype(np.float32), batch, 0)
 
     z = {"video": normal(frames, 4, 4, 3), "audio": normal(4 * frames, 5)}
-    level = {"video": 3 * normal(frames), "audio": 3 * normal(frames)}
+    log_snr = {"video": 3 * normal(frames), "audio": 3 * normal(frames)}
     mask = np.arange(LENGTH) < 7
     cond = {"states": normal(LENGTH, 16), "mask": np.tile(mask, (batch, 1)), "pooled": normal(16)}
-    return z, level, cond
+    return z, log_snr, cond
 
 
 @pytest.fixture(scope="module")
 def denoise():
-    """-> (z, log_snr, cond) -> (prediction, embeddings [B, T, E] of both modalities), with random weights."""
+    """A function (z, log_snr, cond) -> (prediction, embeddings [B, T, E] of both modalities), with random weights."""
     model = UNet(**SETTINGS)
     params = init_weights(model, *inputs())
 
     @jax.jit
-    def run(z, level, cond):
+    def run(z, log_snr, cond):
         out, kept = model.apply(
             {"params": params},
             z,
-            level,
+            log_snr,
             cond,
             capture_intermediates=lambda module, _: isinstance(module, NoiseEmbedding),
             mutable=["intermediates"],
@@ -72,33 +72,33 @@ def changed(rows, base=0, tolerance=1e-5):
 
 
 def test_one_noise_level_changes_the_embedding_of_its_frame_only(denoise):
-    z, level, cond = inputs(batch=8)
-    level["video"][1, 1] += 0.05
-    level["audio"][2, 2] -= 4
+    z, log_snr, cond = inputs(batch=8)
+    log_snr["video"][1, 1] += 0.05
+    log_snr["audio"][2, 2] -= 4
     cond["pooled"][3] += 1
-    out, embedding = denoise(z, level, cond)
-    # Three frames are padded to four, and the padding is the last frame again.
+    out, embedding = denoise(z, log_snr, cond)
+    # Three frames are padded to four. Frame 3 repeats frame 2.
     assert changed(embedding["video"])[:3].tolist() == [[False] * 4, [False, True, False, False], [False] * 4]
     assert changed(embedding["audio"])[:3].tolist() == [[False] * 4, [False] * 4, [False, False, True, True]]
     for m in ("video", "audio"):
         assert out[m].shape == z[m].shape and out[m].dtype == np.float32
         assert changed(embedding[m])[3].all()  # the text reaches all frames
-        # Frames and modalities hear of it from each other.
+        # All frames of both modalities depend on it.
         assert changed(out[m])[1:4].all()
-        # Temporal position: the same level, another embedding.
-    same = {m: np.zeros_like(x) for m, x in level.items()}
+    # At equal noise levels the embeddings of two frames differ, by their times.
+    same = {m: np.zeros_like(x) for m, x in log_snr.items()}
     embedding = denoise(z, same, cond)[1]
     assert (changed(embedding["video"][0][:3, None]).sum() == 2) and changed(embedding["audio"][0][:3, None]).sum() == 2
 
 
 def test_modalities_and_text_reach_both_outputs(denoise):
-    z, level, cond = inputs(batch=8)
+    z, log_snr, cond = inputs(batch=8)
     z["video"][1, 0, 0, 0, 0] += 1
     z["audio"][2, 0, 0] += 1
     cond["states"][3, 2] += 1  # a word
     cond["states"][4, 9] += 1  # padding
     cond["mask"][5, 6] = False
-    out, _ = denoise(z, level, cond)
+    out, _ = denoise(z, log_snr, cond)
     for m in ("video", "audio"):
         assert changed(out[m]).any(1).tolist() == [False, True, True, True, False, True, False, False]
 
@@ -117,27 +117,27 @@ def test_dropped_text_is_the_null_text(denoise):
     dropped = drop_text(jax.random.key(0), words, null, 1.0)
     kept = drop_text(jax.random.key(0), words, null, 0.0)
     cond = {k: np.concatenate([dropped[k], kept[k]]) for k in words}
-    z, level, _ = inputs(batch=8)
-    out, _ = denoise(z, level, cond)
-    # Rows 0 to 3 have their text dropped, row 6 asked for nothing; 4, 5 and 7 asked for something.
+    z, log_snr, _ = inputs(batch=8)
+    out, _ = denoise(z, log_snr, cond)
+    # The text of rows 0 to 3 is dropped, and row 6 has the empty text. Rows 4, 5 and 7 have a text.
     for m in ("video", "audio"):
         assert changed(out[m], base=6).any(1).tolist() == [False] * 4 + [True, True, False, True]
 
 
-def test_more_frames_than_it_was_made_for(denoise):
+def test_fewer_and_more_frames_than_in_initialization(denoise):
     for frames in (1, 8):
-        z, level, cond = inputs(frames, seed=1)
-        out, _ = denoise(z, level, cond)
+        z, log_snr, cond = inputs(frames, seed=1)
+        out, _ = denoise(z, log_snr, cond)
         for m in ("video", "audio"):
             assert out[m].shape == z[m].shape and np.isfinite(out[m]).all()
-            assert changed(np.asarray(out[m][0])[:, None]).sum() == len(out[m][0]) - 1  # no two frames alike
+            assert changed(np.asarray(out[m][0])[:, None]).sum() == len(out[m][0]) - 1  # no frame equals frame 0
 
 
 def test_starts_as_zero():
-    z, level, cond = inputs()
-    one_level = dict(channels=(8,), blocks=(1,), attention=(True,), cross_modal=(True,), time_strides=())
-    model = UNet(**{**SETTINGS, **one_level})
-    out, variables = jax.jit(lambda key: model.init_with_output(key, z, level, cond))(jax.random.key(0))
+    z, log_snr, cond = inputs()
+    one_resolution = dict(channels=(8,), blocks=(1,), attention=(True,), cross_modal=(True,), time_strides=())
+    model = UNet(**{**SETTINGS, **one_resolution})
+    out, variables = jax.jit(lambda key: model.init_with_output(key, z, log_snr, cond))(jax.random.key(0))
     for m in ("video", "audio"):
         assert out[m].shape == z[m].shape and (np.asarray(out[m]) == 0).all()
     assert (np.asarray(variables["params"]["stem_video"]["kernel"]) != 0).all()
@@ -150,7 +150,7 @@ def parameters(**changes):
 
 
 def modules(tree, word):
-    """The modules at the top of the tree whose names hold `word`."""
+    """The modules at the top of the tree whose names contain `word`."""
     return sorted({path.split("/")[0] for path in tree if word in path.split("/")[0]})
 
 
@@ -158,51 +158,57 @@ def both(*prefixes):
     return sorted(f"{prefix}_{m}" for prefix in prefixes for m in ("audio", "video"))
 
 
-def test_attention_and_exchange_are_chosen_by_level():
+def test_attention_is_chosen_by_resolution():
     for on, low in (((False, False), []), ((False, True), ["1"]), ((True, True), ["0", "1"])):
         tree = parameters(attention=on, cross_modal=(False, False))
         places = ["middle", *(f"{way}_{i}" for i in low for way in ("down", "up"))]
         assert modules(tree, "attention") == both(*(f"{place}_attention" for place in places))
-        assert modules(tree, "exchange") == ["middle_exchange"]
+        assert modules(tree, "cross_modal") == ["middle_cross_modal"]
         tree = parameters(attention=(False, False), cross_modal=on)
-        assert modules(tree, "exchange") == sorted(f"{place}_exchange" for place in places)
+        assert modules(tree, "cross_modal") == sorted(f"{place}_cross_modal" for place in places)
         assert modules(tree, "attention") == both("middle_attention")
-    # The bottleneck reads itself and the text; the text's width is the input of the keys.
+    # The bottleneck attends to itself and to the text. The keys of the text have its width as input.
     tree = parameters()
     for m in ("video", "audio"):
         assert tree[f"middle_attention_{m}/self/key/kernel"] == (16, 2, 8)
         assert tree[f"middle_attention_{m}/cross/key/kernel"] == (16, 2, 8)
 
 
-def test_sound_may_be_narrower_and_the_picture_cut_into_squares():
+def test_sound_may_have_fewer_channels_and_video_may_have_patches():
     changes = dict(audio_channels=(4, 8), patch=2)
     tree = parameters(**changes)
     assert tree["stem_video/kernel"] == (1, 3, 3, 12, 8) and tree["head_video/kernel"] == (1, 3, 3, 8, 12)
     assert tree["stem_audio/kernel"] == (3, 5, 4) and tree["middle_in_audio/conv_in/time/kernel"] == (3, 8, 8)
-    assert tree["middle_exchange/to_video/key/kernel"] == (
+    assert tree["middle_cross_modal/to_video/key/kernel"] == (
         8,
         2,
         8,
-    )  # 2 heads, of 8 channels of sound
+    )  # 8 channels of sound -> 2 heads
     model, arguments = UNet(**{**SETTINGS, **changes}), inputs()
     params = init_weights(model, *arguments)
     run = jax.jit(lambda z: model.apply({"params": params}, z, *arguments[1:]))
     out, z = run(arguments[0]), arguments[0]
     assert all(out[m].shape == z[m].shape and np.abs(out[m]).min() > 0 for m in z)
-    other = {**z, "video": z["video"] + np.eye(4, dtype=np.float32)[:1, :, None]}  # row 0, place 0 of the picture
+    other = {**z, "video": z["video"] + np.eye(4, dtype=np.float32)[:1, :, None]}  # the top left latent of each frame
     assert np.abs(run(other)["video"] - out["video"]).max((0, 1, 4))[:2, :2].min() > 1e-4
 
 
-def test_levels_blocks_and_strides_are_chosen():
+def test_resolutions_blocks_and_strides_are_chosen():
     tree = parameters(
         channels=(8, 12, 16), blocks=(1, 0, 2), attention=(False,) * 3, cross_modal=(False,) * 3, time_strides=(1, 2)
     )
     blocks = ["down_0_0", "down_2_0", "down_2_1", "middle_in", "middle_out", "up_0_0", "up_2_0", "up_2_1"]
     with_film = sorted({path.split("/")[0] for path in tree if path.split("/")[1] == "film"})
     assert with_film == both(*blocks)  # the noise level enters every residual block
-    assert tree["shrink_0_video/kernel"] == (1, 2, 2, 8, 8) and tree["shrink_1_video/kernel"] == (2, 2, 2, 8, 12)
-    assert tree["shrink_0_audio/kernel"] == (2, 8, 8)
-    assert modules(tree, "grow") == both("grow_1", "grow_2")
+    assert tree["downsample_0_video/kernel"] == (1, 2, 2, 8, 8) and tree["downsample_1_video/kernel"] == (
+        2,
+        2,
+        2,
+        8,
+        12,
+    )
+    assert tree["downsample_0_audio/kernel"] == (2, 8, 8)
+    assert modules(tree, "upsample") == both("upsample_1", "upsample_2")
     assert tree["up_0_0_video/conv_in/space/kernel"] == (1, 3, 3, 16, 8)  # skips are concatenated
     assert tree["up_0_0_video/skip/kernel"] == (16, 8) and "down_0_0_video/skip/kernel" not in tree
     assert tree["head_video/kernel"][-1] == 3 and tree["head_audio/kernel"][-1] == 5
@@ -217,11 +223,11 @@ def test_convolutions_are_factorized_or_full():
     assert sound == {path: shape for path, shape in factorized.items() if "_audio" in path}
 
 
-def test_a_full_convolution_over_a_level_that_keeps_time_runs():
-    z, level, cond = inputs()
+def test_full_convolutions_run_where_time_does_not_shrink():
+    z, log_snr, cond = inputs()
     model = UNet(**{**SETTINGS, "factorized": False, "time_strides": (1,), "attention": (False, False)})
-    params = init_weights(model, z, level, cond)
-    out = jax.jit(model.apply)({"params": params}, z, level, cond)
+    params = init_weights(model, z, log_snr, cond)
+    out = jax.jit(model.apply)({"params": params}, z, log_snr, cond)
     assert all(np.isfinite(out[m]).all() and np.std(out[m]) > 0 for m in z)
 
 
@@ -230,10 +236,10 @@ def test_compute_in_half_precision_keeps_float32_parameters_and_output():
     out, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), *inputs())
     assert {x.dtype for x in jax.tree.leaves((out, variables))} == {np.dtype(np.float32)}
     halves = str(jax.make_jaxpr(model.apply)(variables, *inputs())).count("bf16[")
-    assert halves > 100  # and what lies between is half
+    assert halves > 100  # the arrays in between are bfloat16
 
 
-def test_exchange_reads_both_sides_as_they_were_before():
+def test_cross_modal_attention_reads_both_streams_before_it_changes_them():
     rng = np.random.default_rng(0)
     video = rng.normal(size=(1, 2, 2, 2, 16)).astype(np.float32)
     audio = rng.normal(size=(1, 8, 8)).astype(np.float32)
@@ -241,7 +247,7 @@ def test_exchange_reads_both_sides_as_they_were_before():
     module = CrossModalAttention(head_dim=8)
     start = module.init(jax.random.key(0), video, audio, *times)
     for x, y in zip(module.apply(start, video, audio, *times), (video, audio)):
-        np.testing.assert_array_equal(x, y)  # streams start out independent
+        np.testing.assert_array_equal(x, y)  # the streams start independent
 
     params = init_weights(module, video, audio, *times)
     run = jax.jit(lambda params, *x: module.apply({"params": params}, *x))
@@ -250,19 +256,19 @@ def test_exchange_reads_both_sides_as_they_were_before():
     for name, kept, silenced in (("to_video", 1, 0), ("to_audio", 0, 1)):
         silent = {**params, name: {**params[name], "out": jax.tree.map(np.zeros_like, params[name]["out"])}}
         out = run(silent, video, audio, *times)
-        # One direction alone gives what it gave beside the other.
+        # Without the other direction, this direction gives the same.
         np.testing.assert_array_equal(out[kept], (to_video, to_audio)[kept])
         np.testing.assert_array_equal(out[silenced], (video, audio)[silenced])
-    # Both clocks are one: only the time between picture and sound counts.
+    # Only time differences between video and sound matter.
     for x, y in zip(run(params, video, audio, times[0] + 2, times[1] + 2), (to_video, to_audio)):
         np.testing.assert_allclose(x, y, atol=1e-4)
     for x, y in zip(run(params, video, audio, times[0] + 2, times[1]), (to_video, to_audio)):
         assert np.abs(x - y).max() > 1e-3
 
 
-def test_token_mixer_knows_places_and_times():
+def test_space_time_attention_depends_on_positions_and_times():
     rng = np.random.default_rng(0)
-    x = np.repeat(rng.normal(size=(1, 3, 1, 1, 16)), 4, 2).astype(np.float32)  # four places alike
+    x = np.repeat(rng.normal(size=(1, 3, 1, 1, 16)), 4, 2).astype(np.float32)  # four equal places
     _, _, cond = inputs()
     module = SpaceTimeAttention(head_dim=8)
     times = np.repeat([0.0, 0.5, 1.0], 4)
@@ -274,20 +280,20 @@ def test_token_mixer_knows_places_and_times():
     assert np.abs(run(x, times * 2, cond) - out).max() > 1e-3
 
 
-def test_the_text_is_refined_from_nothing_on():
-    z, level, cond = inputs()
+def test_the_text_refiner_changes_nothing_at_first():
+    z, log_snr, cond = inputs()
     plain, refined = UNet(**{**SETTINGS, "text_layers": 0}), UNet(**{**SETTINGS, "text_layers": 2})
     assert modules(parameters(text_layers=0), "text") == [] and modules(parameters(text_layers=2), "text") == ["text"]
-    params = init_weights(plain, z, level, cond)
-    start = refined.init(jax.random.key(0), z, level, cond)["params"]["text"]
+    params = init_weights(plain, z, log_snr, cond)
+    start = refined.init(jax.random.key(0), z, log_snr, cond)["params"]["text"]
     outs = [
-        jax.jit(m.apply)({"params": p}, z, level, cond)
+        jax.jit(m.apply)({"params": p}, z, log_snr, cond)
         for m, p in ((plain, params), (refined, {**params, "text": start}))
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *outs)
-    random = init_weights(refined, z, level, cond)["text"]
-    run = jax.jit(lambda cond: refined.apply({"params": {**params, "text": random}}, z, level, cond))
+    random = init_weights(refined, z, log_snr, cond)["text"]
+    run = jax.jit(lambda cond: refined.apply({"params": {**params, "text": random}}, z, log_snr, cond))
     assert np.abs(run(cond)["video"] - outs[0]["video"]).max() > 1e-4
-    # Words that the mask hides are read by none.
+    # Words that the mask hides have no effect.
     hidden = {**cond, "states": np.where(cond["mask"][..., None], cond["states"], 9.0)}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), run(hidden), run(cond))

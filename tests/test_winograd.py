@@ -1,4 +1,4 @@
-"""Convolutions by minimal filtering against XLA's own, and which convolutions take that form."""
+"""Convolutions by minimal filtering: against XLA's own convolutions, and for which shapes they are used."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_values_and_gradients_are_those_of_a_convolution(shape, window, padding,
         ((1, 16, 32, 32, 64), (1, 5, 5, 64, 64), False),
     ],
 )
-def test_where_it_pays(shape, kernel, suits):
+def test_shapes_for_which_it_is_used(shape, kernel, suits):
     assert winograd.suits(shape, kernel) == suits
     x, kernel, bias = jnp.zeros(shape), jnp.zeros(kernel), jnp.zeros(kernel[-1])
     padding = tuple(((n - 1) // 2, n // 2) for n in kernel.shape[:-2])

@@ -21,7 +21,7 @@ OLD = (
     "near_miss_told", "near_miss_objective", "schedule_matrix", "TokenMixer", "Exchange", "LevelEmbedding",
     "FactorisedConv", "rematerialised", "forms_of", "on_cpu", "give_up", "together_to_the_end", "set_damaged_aside",
     "take_over", "by_rows", "in_parts", "abstract_params", "to_example", "COLOURS", "colour", "load_trained",
-    "Generator",
+    r"generate\.Generator",
     # modules
     r"vdm_jax\.checkpoint", r"vdm_jax\.stages", r"vdm_jax\.generate", r"vdm_jax\.conditioning", r"vdm_jax\.latents",
     r"vdm_jax\.preview", r"vdm_jax\.media", r"vdm_jax\.text", r"vdm_jax\.cli", r"vdm_jax\.flops", r"vdm_jax\.hlo",

@@ -9,10 +9,11 @@ The process is variance preserving. Its noise level is the logarithm of the sign
 
 The noise level is an array. Every latent frame of each modality has its own:
 
-    z       = {"video": [B, T, h, w, C], "audio": [B, K*T, D]}     K audio tokens per latent frame; x, eps alike
+    z_t     = {"video": [B, T, h, w, C], "audio": [B, K*T, D]}     K audio tokens per latent frame; x, eps alike
     log_snr = {"video": [B, T],          "audio": [B, T]}
 
-Functions of latents take one array or a dict of arrays by modality. Time t is in [0, 1]: 0 is clean, 1 is pure noise.
+Functions of latents take one array or a dict of arrays by modality; the loss and `noise_like` take only dicts. Time t
+is in [0, 1]: 0 is clean, 1 is pure noise.
 
 The config is a dict or a ConfigDict with the keys schedule, log_snr_min, log_snr_max, shift, target, weighting,
 min_snr_gamma, sigmoid_bias, patterns {name: share} and loss_weights {modality: weight}; see configs/common.py.
@@ -39,15 +40,17 @@ NOISE_BINS = 4  # the metrics eps_mse_* split t in [0, 1] into this many equal b
 
 
 def log_snr_at(t, config):
-    """Returns log_snr at time t, an array like t. It falls from log_snr_max at t = 0 to log_snr_min at t = 1.
+    """Returns log_snr at time t, an array like t. It falls as t rises.
+
+    'cosine' and 'sigmoid' fall from log_snr_max at t = 0 to log_snr_min at t = 1. 'linear_beta' has the 1000 noise
+    levels of DDPM, and ends at DDPM's last level: step n = 0..999 of DDPM is t = (n + 1) / 1000. These levels are exact
+    if shift is 1, log_snr_min <= -10.13 and log_snr_max >= 9.22.
 
     t: times in [0, 1].
-    config: schedule, log_snr_min, log_snr_max and shift. The shift multiplies alpha / sigma at every t. A shift below
-        1 adds noise at every t, as larger or more redundant latents need (arXiv:2301.11093, section 3.1).
+    config: schedule, log_snr_min, log_snr_max and shift. The shift multiplies alpha / sigma of the whole curve,
+        before the curve is fitted to its ends. A shift below 1 gives more noise at every t between. Use it for larger
+        or more redundant latents (arXiv:2301.11093, section 3.1).
     Raises UserError for an unknown schedule, an empty range or a shift that is not positive.
-
-    The schedule 'linear_beta' has the 1000 noise levels of DDPM: step n = 0..999 of DDPM is t = (n + 1) / 1000. The
-    steps are exact if shift is 1 and the range holds -10.12 to 9.21. At t = 1 this schedule is at DDPM's last level.
     """
     low, high = config["log_snr_min"], config["log_snr_max"]
     if not low < high:
@@ -55,15 +58,15 @@ def log_snr_at(t, config):
     if not config["shift"] > 0:
         raise UserError(f"shift={config['shift']} must be positive")
     schedule = SCHEDULES[one_of("schedule", config["schedule"], SCHEDULES)]
-    offset = 2 * np.log(config["shift"])  # log_snr + 2 log(64 / d): arXiv:2301.11093, section 3.1
+    offset = 2 * np.log(config["shift"])  # 2 log(64 / d) for images of d x d pixels: arXiv:2301.11093, section 3.1
     t = jnp.asarray(t) + 0.0  # integers become floats
     return schedule(t, low, high, offset)
 
 
-# The cosine and sigmoid curves reach infinity at t = 0 and t = 1. The functions below use only the part of a curve that
-# lies within the bounds, and stretch it over [0, 1]: the part begins at time `start` of the curve and ends at time
-# 1 - `rest`. They compute the remaining time 1 - t from its own end: near t = 1, the difference of two nearly equal
-# float32 numbers would lose the noisiest levels.
+# The cosine and sigmoid curves reach infinity at t = 0 and t = 1. _cosine and _sigmoid use only the part of the curve
+# that lies within the bounds, and stretch it over [0, 1]. They cut `start` off the beginning of the curve and `rest`
+# off its end. The signal is computed from rest + (1 - t) * width and the noise from start + t * width. The float32
+# difference 1 - (start + t * width) would lose digits near t = 1.
 
 
 def _cosine(t, low, high, offset):
@@ -168,7 +171,8 @@ def to_target(x, eps, log_snr, target):
 def to_x0(prediction, z, log_snr, target):
     """Returns the clean latents that a prediction implies, latents like z.
 
-    prediction: the network's output for z, of kind `target`. From 'noise', rounding grows as exp(-log_snr / 2).
+    prediction: the network's output for z, of kind `target`. With 'noise', the rounding error of x0 grows as
+        exp(-log_snr / 2).
     z: noised latents.
     log_snr: [B, T] per modality.
     target: one of TARGETS.
@@ -189,7 +193,8 @@ def to_x0(prediction, z, log_snr, target):
 def to_eps(prediction, z, log_snr, target):
     """Returns the noise that a prediction implies, latents like z.
 
-    prediction, z, log_snr, target: the arguments of `to_x0`. From 'x0', rounding grows as exp(log_snr / 2).
+    prediction, z, log_snr, target: the arguments of `to_x0`. With 'x0', the rounding error of the noise grows as
+        exp(log_snr / 2).
     """
     one_of("target", target, TARGETS)
 
@@ -224,13 +229,15 @@ def eps_error_factor(log_snr, target):
 def loss_weight(log_snr, slope, config):
     """Returns the weight on the squared error of config.target, an array like log_snr.
 
-    Whatever the target, the weighted error of x0 is the same. The weightings, as factors of |eps error|^2:
+    The weight is adapted to the target, so that the same error of x0 costs the same for every target. The weightings,
+    as factors of |eps error|^2:
       'uniform'  1, the simple loss: arXiv:2006.11239, eq. 14
       'min_snr'  min(1, gamma / snr), which is min(snr, gamma) for x0: arXiv:2303.09556, section 3.4
       'sigmoid'  sigmoid(bias - log_snr) * slope: the weighted loss of arXiv:2303.00848, section 2, with the w of
-                 arXiv:2410.19324. It is an integral over log_snr, which is the same for every schedule.
+                 arXiv:2410.19324. The slope makes the expected loss an integral over log_snr, so its value does
+                 not depend on the schedule. This is exact for every pattern but 'rollout', whose t is not uniform.
 
-    log_snr: an array of any shape, at times t drawn uniformly from [0, 1].
+    log_snr: an array of any shape.
     slope: -d log_snr / dt, at least 0, of the same shape.
     config: weighting, min_snr_gamma, sigmoid_bias and target.
     """
@@ -253,7 +260,8 @@ def loss_weight(log_snr, slope, config):
 
 
 def stratified_uniform(key, batch, columns):
-    """Returns uniform random numbers [batch, columns]. The numbers of a column are evenly spaced and in random order.
+    """Returns uniform random numbers [batch, columns]. Each column is an even grid with a random offset, in random
+    order.
 
     The even spacing lowers the variance of the loss: arXiv:2107.00630, appendix I.1.
     """
@@ -262,7 +270,7 @@ def stratified_uniform(key, batch, columns):
     return jax.random.permutation(order_key, even, axis=0, independent=True)
 
 
-def _text(u, frames):  # one t for all frames of both modalities
+def _text(u, frames):  # text to video and sound: no context, one t for all frames of both modalities
     return u["one"], u["one"], False, False
 
 
@@ -292,7 +300,7 @@ def _continue(u, frames):  # the first 1 .. T-1 frames of both modalities are co
     return u["one"], u["one"], context, context
 
 
-def _between(u, frames):  # the first and last frames are context: at least one each, and at least one frame is not
+def _between(u, frames):  # at least one frame at each end is context, and at least one frame between them is not
     inner = max(frames.shape[1] - 2, 0)
     head = jnp.minimum(1 + jnp.floor(u["head"] * inner), inner)
     tail = jnp.minimum(1 + jnp.floor(u["tail"] * (inner + 1 - head)), inner + 1 - head)
@@ -300,8 +308,8 @@ def _between(u, frames):  # the first and last frames are context: at least one 
     return u["one"], u["one"], context, context
 
 
-def _rollout(u, frames):  # t rises from frame to frame with a random slope, clipped to [0, 1]; frames at 0 are context
-    rise = u["other"]
+def _rollout(u, frames):  # a pyramid: t rises from frame to frame with a random slope; frames at t = 0 are context
+    rise = u["other"]  # t of the last frame minus t of the first; before clipping, t of the first is in [-rise, 1]
     t = -rise + u["one"] * (1 + rise) + rise * frames / max(frames.shape[1] - 1, 1)
     return jnp.clip(t, 0, 1), jnp.clip(t, 0, 1), t <= 0, t <= 0
 
@@ -326,7 +334,7 @@ def sample_times(key, shape, patterns):
 
     shape: (B, T).
     patterns: {name of PATTERNS: share}. Shares are at least 0 and may have any sum. The number of examples of a pattern
-        is as near to its share of the batch as whole numbers allow.
+        is its share of the batch, rounded up or down.
     Raises UserError for an unknown pattern, a negative share, or no share above 0.
     """
     for name in patterns:
@@ -362,7 +370,8 @@ def noise_like(key, z):
 
     def draw(name, x):
         key_of_name = jax.random.fold_in(key, MODALITIES.index(name))
-        # Drawn flat: XLA needs half a minute to compile a draw with five axes for a CPU. The numbers are the same.
+        # For a CPU, XLA needs half a minute to compile a draw with five axes. A draw with two axes, reshaped, gives the
+        # same numbers.
         return jax.random.normal(key_of_name, (x.shape[0], x[0].size), x.dtype).reshape(x.shape)
 
     return {name: draw(name, x) for name, x in z.items()}
@@ -380,17 +389,16 @@ class Noised(NamedTuple):
 
 
 def loss(denoise_fn, key, z, cond, config):
-    """Returns the weighted denoising loss of clean latents: (float32 scalar, metrics).
+    """Returns the weighted denoising loss of clean latents: (float32 scalar, metrics; see `weighted_error`).
 
     denoise_fn: (z_t, log_snr, cond) -> a prediction of config.target, a dict like z_t.
     key: for noise levels and noise.
-    z: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}, or the video alone.
+    z: clean latents, {"video": [B, T, h, w, C], "audio": [B, K*T, D]}, or the video alone.
     cond: conditions, passed to denoise_fn unchanged.
     config: see the top of this file.
     Raises UserError for wrong settings.
     """
     noised = corrupt(key, z, config)
-    # 3. The network
     prediction = denoise_fn(noised.z_t, noised.log_snr, cond)
     return weighted_error(prediction, noised, config)
 
@@ -403,14 +411,14 @@ def corrupt(key, z, config):
     time_key, noise_key = jax.random.split(key)
     x = {name: z[name].astype(jnp.promote_types(z[name].dtype, jnp.float32)) for name in z}
 
-    # 1. Noise levels
+    # Noise levels
     t, context = sample_times(time_key, z["video"].shape[:2], config["patterns"])
     t = {name: t[name] for name in z}
     context = {name: context[name] for name in z}
     log_snr, slope = _log_snr_and_slope(t, config)
     log_snr = {name: jnp.where(context[name], config["log_snr_max"], log_snr[name]) for name in z}
 
-    # 2. Noising
+    # Noising
     eps = noise_like(noise_key, x)
     z_t = add_noise(x, eps, log_snr)
     z_t = {name: jnp.where(broadcast_to_latent(context[name], x[name]), x[name], z_t[name]) for name in z}
@@ -429,21 +437,23 @@ def weighted_error(prediction, noised, config):
 
     The loss of a modality is the mean of the weighted squared error over all elements but the context frames. The
     total is the mean of the modalities, weighted by config.loss_weights.
-    The metrics are `loss_<modality>` and `eps_mse_<modality>_<i>`, the mean squared error of eps for t in
-    [i/4, (i+1)/4), which is nan if the batch has no frame in that bin.
+    The metrics are `loss_<modality>` and `eps_mse_<modality>_<i>`, the mean squared error of eps in the i-th of
+    NOISE_BINS equal bins of t, which is nan if the batch has no frame in that bin.
 
     prediction: the network's output, a dict like noised.z_t.
     noised: the batch, from `corrupt`.
     config: the same as for `corrupt`.
     """
     chex.assert_trees_all_equal_shapes(prediction, noised.target)  # other shapes would broadcast without an error
-    # 4. Weighted error
     total, total_weight, metrics = 0.0, 0.0, {}
     for name, target in noised.target.items():
         log_snr, generated = noised.log_snr[name], ~noised.context[name]  # [B, T]
         squares = jnp.square(prediction[name].astype(target.dtype) - target)
         error = squares.reshape(*log_snr.shape, -1).mean(-1)  # [B, T], a mean over the K tokens of a frame too
-        weight = loss_weight(log_snr, jnp.where(generated, noised.slope[name], 0), config)
+        slope = jnp.where(
+            generated, noised.slope[name], 0
+        )  # a context frame has t = 0, where the slope may be very large
+        weight = loss_weight(log_snr, slope, config)
         mean = jnp.where(generated, weight * error, 0).sum() / jnp.maximum(generated.sum(), 1)
         metrics[f"loss_{name}"] = mean
         total += config["loss_weights"][name] * mean

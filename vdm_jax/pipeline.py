@@ -73,7 +73,7 @@ class Pipeline:
 
     system: a System.
     params: {stage: parameters}, with 'statistics' of the latents.
-    mesh: where parameters and clips are split over; None: parameters over all devices.
+    mesh: parameters and clips are split over it; None: parameters are split over all devices.
     """
 
     def __init__(self, system, params, mesh=None):
@@ -91,21 +91,29 @@ class Pipeline:
 
         Main arguments:
         prompt: a text, or a list of texts.
-        seed: of the noise. The same seed and prompt give the same clip.
+        seed: seed of the noise. The same seed and prompt give the same clip.
         seconds: length; None: as in training. A longer clip is made window by window.
         image: the first frame; a file, or uint8 [h, w, 3].
         video: a silent clip that gets a sound; a file, a Clip, or uint8 [F, h, w, 3] at the system's frame rate.
         audio: a sound that gets a picture; a file, a Clip, or float32 [N] at the system's sample rate.
         between: two clips; the new clip leads from the end of the first to the beginning of the second.
 
-        Other arguments (less frequently used): any setting of config.sample, such as steps, method, guidance (the
-        weight of the text, or a dict of weights), context_noise, lag.
+        Other arguments (less frequently used): any setting of config.sample, such as steps, method, context_noise, lag.
+        guidance is a dict of weights; a number sets only its weight `text`, which counts without context and after an
+        image.
 
         Raises UserError where these do not fit.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         frames = self.config.data.frames if seconds is None else self.frames_of(seconds)
-        context = self.context(frames, image=image, video=video, audio=audio, between=between)
+        context = self.context(
+            frames,
+            image=image,
+            video=video,
+            audio=audio,
+            between=between,
+            context_frames=options.get("context_frames"),
+        )
         if frames > self.config.data.frames:
             made = self.rollout(prompts, frames, seed=seed, context=context, **options)
         else:
@@ -140,15 +148,15 @@ class Pipeline:
 
         prompts: P texts.
         frames: video frames of the whole.
-        context: tasks.Context of the first window; None: no context.
+        context: tasks.Context of the first window; None: no context. Not used with start.
         start: (video uint8 [P, n, H, W, 3], audio float32 [P, n * samples_per_frame]) that the clips begin with;
             None: the first window is sampled.
-        options: as in Sampler.__call__. `context_frames` is the number of latent frames that a window gets from the
-            window before, or fewer where there are fewer.
+        options: as in Sampler.__call__. A window gets `context_frames` latent frames of the window before, or fewer
+            where there are fewer.
         """
         layout = self.system.layout
         per_frame = layout.samples_per_frame
-        context_frames = options.get("context_frames", self.config.sample.context_frames)
+        context_frames = self._context_frames(options)
         if not 0 < context_frames < layout.latent_frames:
             raise UserError(
                 f"sample.context_frames={context_frames} must be from 1 to {layout.latent_frames - 1} latent frames"
@@ -167,8 +175,12 @@ class Pipeline:
                 audio = crossfade(audio, next_audio, past * per_frame, fade)
         return video[:, :frames], audio[:, : frames * per_frame]
 
+    def _context_frames(self, options):
+        wanted = options.get("context_frames")
+        return self.config.sample.context_frames if wanted is None else wanted
+
     def frames_of(self, seconds):
-        """Video frames nearest to `seconds` that fill whole latent frames. A warning names a rounded length.
+        """Video frames nearest to `seconds` that fill whole latent frames. Warns if that is another length.
 
         Raises UserError for a length that is not above 0 or too long.
         """
@@ -183,10 +195,14 @@ class Pipeline:
             )  # fmt: skip
         return frames
 
-    def context(self, frames, *, image=None, video=None, audio=None, between=None):
-        """The tasks.Context of clips of `frames` video frames; at most one of the others, as in a call.
+    def context(self, frames, *, image=None, video=None, audio=None, between=None, context_frames=None):
+        """The tasks.Context of a clip.
 
-        Of a clip longer than those of training it is the context of the first window. Raises UserError.
+        frames: video frames of the clip. If it is longer than a clip of training, this is the context of its first
+            window.
+        image, video, audio, between: as in a call; at most one of them.
+        context_frames: latent frames of context at either end with `between`; None: as in config.sample.
+        Raises UserError for two inputs, or for an input other than an image with a long clip.
         """
         given = {"image": image, "video": video, "audio": audio, "between": between}
         given = {name: value for name, value in given.items() if value is not None}
@@ -205,18 +221,20 @@ class Pipeline:
         if audio is not None:
             return tasks.audio(self._read_audio(audio, frames), layout)
         if between is not None:
-            return self._between(between, layout)
+            return self._between(between, layout, context_frames)
         return tasks.text(layout)
 
-    def _between(self, clips, layout):
+    def _between(self, clips, layout, context_frames):
         if isinstance(clips, str) or len(clips) != 2:
             raise UserError("between wants two clips: first.mp4 and second.mp4")
         start, end = (self._read(clip) for clip in clips)
-        latents = min(self.config.sample.context_frames, (layout.latent_frames - 1) // 2)
+        wanted = self._context_frames({"context_frames": context_frames})
+        latents = min(wanted, (layout.latent_frames - 1) // 2)
         need = layout.f_t * latents
         if not latents or min(len(start[0]), len(end[0])) < need:
             raise UserError(
-                f"between wants clips of at least {need} frames at {self.config.data.fps} fps, and seconds for both"
+                f"between needs two clips of at least {need} frames at {self.config.data.fps} fps, and a new clip that "
+                "is long enough for both ends: raise seconds"
             )
         return tasks.between(start, end, layout, latents)
 
@@ -224,6 +242,7 @@ class Pipeline:
         """-> (video uint8 [F, H, W, 3], audio float32 [N]) at the system's size and rates.
 
         clip: a file, a Clip, or frames uint8 [F, h, w, 3] at the system's frame rate.
+        frames: at most so many frames are read; None: all.
         """
         data, per_frame = self.config.data, self.system.layout.samples_per_frame
         if isinstance(clip, np.ndarray):

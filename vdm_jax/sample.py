@@ -103,7 +103,7 @@ def define_run_flags():
     flags.DEFINE_float("guidance.text_cross_modal", None, "Scale of the text where picture or sound is given whole.")
     flags.DEFINE_float("guidance.history", None, "Guidance scale of the context frames.")
     flags.DEFINE_float("guidance.modality", None, "Guidance scale of sound on picture, and of picture on sound.")
-    flags.DEFINE_float("history_noise", None, "History guidance withholds detail up to this time in [0, 1]; 0: all.")
+    flags.DEFINE_float("history_noise", None, "Time in [0, 1] to which history guidance noises the context; 0: clean.")
     flags.DEFINE_float("context_noise", None, "Noise the context frames of a continued clip to this time in [0, 1].")
     flags.DEFINE_integer("lag", None, "Steps by which each latent frame follows the one before it.", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**31 - 1)

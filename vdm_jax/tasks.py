@@ -1,10 +1,12 @@
-"""A task: which latent frames are context, and in which order and how fast the other frames lose their noise.
+"""A task: which latent frames are context, and in which order and in how many steps the other frames are denoised.
 
-Context frames are an input. The sampler generates all other frames. What is context is a `Context`; the order is a
-scheduling matrix, `scheduling_matrix`.
+Context frames are an input. The sampler generates all other frames. A `Context` holds the context frames, and
+`scheduling_matrix` makes the order.
 
-The autoencoders are causal: what comes after a latent frame does not change it. A clip can therefore be context in
-part. The rest of its frames and sound may hold anything, and is called filler.
+Later frames do not change earlier latents, because the autoencoders are causal. So the first part of a clip can be
+context without the rest. The frames and the sound after the context may hold anything, and are called filler. In
+`between`, filler also lies before the last context frames and influences them a little, so there it repeats the nearest
+frames.
 """
 
 from typing import NamedTuple
@@ -43,13 +45,14 @@ def image(picture, layout):
 
     picture: uint8 [H, W, 3].
     """
+    # A picture is a video of one frame, which fills exactly the first latent frame.
     return foley(picture[None], layout)
 
 
 def foley(frames, layout):
     """Returns the Context for a video that gets a sound: the video is context.
 
-    frames: uint8 [n, H, W, 3]. If n is less than the clip's length, the latent frames that they fill are context.
+    frames: uint8 [n, H, W, 3]. If n is less than the clip's length, only the latent frames that they fill are context.
     """
     count = _latent_frames(len(frames), layout)
     return Context(_extend(frames[None], layout.frames), None, _first_frames(layout, video=count, audio=0))
@@ -67,7 +70,8 @@ def audio(samples, layout):
 def continue_(frames, samples, layout):
     """Returns the Context for clips that go on: the first frames and their sound are context.
 
-    frames: uint8 [P, n, H, W, 3]. Only the last 1 + f_t * m of them are used, which fill m + 1 latent frames.
+    frames: uint8 [P, n, H, W, 3]. Only the last frames that fill whole latent frames are used: 1 + f_t * m of them,
+        with the largest m that n and the clip allow.
     samples: float32 [P, n * samples_per_frame].
     """
     count = _latent_frames(frames.shape[1], layout)
@@ -83,7 +87,8 @@ def between(start, end, layout, latents):
 
     start, end: the two clips, (frames uint8 [n, H, W, 3], samples float32 [n * samples_per_frame]). The last frames of
         `start` become the first frames of the new clip, and the first frames of `end` its last.
-    latents: latent frames of context at either end: 1 + f_t * (latents - 1) frames of `start`, f_t * latents of `end`.
+    latents: the number of latent frames that are context at each end: 1 + f_t * (latents - 1) frames of `start`, f_t *
+        latents of `end`.
     """
     head = 1 + layout.f_t * (latents - 1)
     tail = layout.f_t * latents
@@ -142,12 +147,13 @@ def scheduling_matrix(
         is a pyramid: later frames are noisier.
     spacing: what is evenly spaced over the steps: 'time' t, 'log_snr', or (sigma / alpha)^(1 / rho) with 'karras'.
     rho: the exponent of 'karras'.
-    context_noise: time t in [0, 1] of the context frames of a modality that has generated frames too
-        (arXiv:2502.06764). 0 leaves them clean.
+    context_noise: time t in [0, 1] to which context frames are noised (arXiv:2502.06764); 0 leaves them clean. A
+        modality that is context as a whole always stays clean.
     first_step_times: times t in [0, 1] that the first generated frame, the second, and so on reach in their first step.
-        Frames past the end of the list have steps of the usual size. From pure noise, the predicted x0 is the mean of
-        all frames that may follow, and a long first step puts the frame near this mean. If the context decides what
-        follows, the mean has half the squared error of a sample. If several futures are likely, the mean is blurred.
+        Frames past the end of the list have steps of the usual size. A small time is a long first step, which puts the
+        frame near the mean of all frames that may follow. Use it if the context decides what follows: the expected
+        squared error of the mean is then half that of a random sample. Do not use it if several futures are likely: the
+        mean is then blurred.
     Raises UserError for an unknown spacing, too few steps, a negative lag or a mask of another length.
     """
     one_of("spacing", spacing, SPACINGS)
@@ -159,13 +165,15 @@ def scheduling_matrix(
             raise UserError(f"masks[{name!r}] has shape {mask.shape}: it must be ({frames},), one value per frame")
 
     # Video and audio of one frame start together, even if one of them is context.
-    turn = np.maximum(np.cumsum(~(masks["video"] & masks["audio"])) - 1, 0)  # [T], the place of a frame in the order
-    levels = np.tile(_frame_levels(steps, 1.0, config, spacing, rho), (turn[-1] + 1, 1))  # [generated, steps + 1]
+    order = np.maximum(
+        np.cumsum(~(masks["video"] & masks["audio"])) - 1, 0
+    )  # [T], place of a frame among the generated
+    levels = np.tile(_frame_levels(steps, 1.0, config, spacing, rho), (order[-1] + 1, 1))  # [generated, steps + 1]
     if steps > 1:
-        for own_levels, time in zip(levels, first_step_times):
-            own_levels[1:] = _frame_levels(steps - 1, time, config, spacing, rho)
-    row = np.arange(steps + lag * turn[-1] + 1)[:, None]  # [N+1, 1]
-    generated = levels[turn, np.clip(row - lag * turn, 0, steps)]  # [N+1, T]
+        for frame_levels, time in zip(levels, first_step_times):  # writes into `levels`
+            frame_levels[1:] = _frame_levels(steps - 1, time, config, spacing, rho)
+    row = np.arange(steps + lag * order[-1] + 1)[:, None]  # [N+1, 1]
+    generated = levels[order, np.clip(row - lag * order, 0, steps)]  # [N+1, T]
 
     clean = config["log_snr_max"]
     context = float(log_snr_at(context_noise, config)) if context_noise else clean

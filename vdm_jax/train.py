@@ -35,7 +35,7 @@ class Run(NamedTuple):
     mesh: jax.sharding.Mesh
     source: Any  # data source of training clips
     stop: preemption.Stop  # stop(step) -> whether a signal asks the run to end
-    alive: Any  # alive(what) tells the watchdog that something was done
+    alive: Any  # alive(what) tells the watchdog what was just done; alive(None) ends the watch
     trace_span: tuple | None  # first and last step to trace
 
 
@@ -52,7 +52,7 @@ def main(argv):
 
     names = STAGES if options.stage == "all" else (options.stage,)
     system = build(config)
-    mesh = check(system, names)
+    mesh = checked_mesh(system, names)
     source = batches.source(config)  # wrong settings end the run before anything is written
     alive = hosts.watchdog(config.watchdog_seconds)
     with (
@@ -70,7 +70,7 @@ def main(argv):
                     break
 
 
-def check(system, names):
+def checked_mesh(system, names):
     """The mesh for training the stages `names`. Raises UserError where settings do not fit."""
     config = system.config
     mesh = sharding.make_mesh(config.mesh)
@@ -87,7 +87,7 @@ def check(system, names):
 
 
 def train_stage(run, name):
-    """Trains one stage. -> whether it is finished, and not stopped by a signal."""
+    """Trains one stage. -> True if the run should go on to the next stage; False if a signal asks it to end."""
     config, settings, stage = run.system.config, run.system.config[name], run.system.stages[name]
     directory = run.workdir / name
     directory.mkdir(parents=True, exist_ok=True)
@@ -95,14 +95,14 @@ def train_stage(run, name):
 
     # ------------------------------------------------------------------------------------------- how training starts
     # The order matters.
-    # 1. The state, as shapes only: a large model has no room for a second copy.
+    # 1. The state, as shapes only. A large model leaves no room for an initialized state beside a restored one.
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     step_key = jax.device_put(step_key, sharding.replicated(run.mesh))
     program = train_state.program(stage, settings, init_key, run.mesh, config.skip.loss_over_mean)
     # 2. Damaged checkpoints are moved aside before the newest one is looked for.
     checkpoint.quarantine_damaged(directory / "checkpoints")
     checkpoints = checkpoint.manager(directory / "checkpoints", **config.keep)
-    newest = checkpoints.latest_step()  # 0 where imported weights are to be trained from the start
+    newest = checkpoints.latest_step()  # None: no checkpoint; 0: imported weights, not trained here yet
     done = newest or 0
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(stage.params))
     logger.info("%s: %.2f M parameters, %d of %d steps done", name, parameters / 1e6, done, settings.steps)
@@ -116,16 +116,17 @@ def train_stage(run, name):
     if stage.encoder_params:
         encoder_params, items = latents.prepare(run.system, run.workdir, items, run.mesh)
     batch_sharding = sharding.batch_sharding(run.mesh)
-    order = dict(batch_size=settings.batch_size, seed=config.seed)
+    order = dict(batch_size=settings.batch_size, seed=config.seed)  # decides which clip is in which batch
     rows = sharding.local_rows(batch_sharding, settings.batch_size)
     data = batches.batches(items, **order, rows=rows, start=done, data=config.data)
-    # 4. The state itself: drawn, or restored straight to its place on the mesh.
+    # 4. The state itself: initialized at random, or restored directly onto the mesh.
     state = program.init() if newest is None else checkpoint.restore(checkpoints, program.abstract)
-    # 5. The step is compiled before the first batch is read, on all processes before any of them runs it.
+    # 5. The step is compiled before the first batch is read, and by all processes before any of them runs it.
+    #    In the record of compile times, the number of parameters tells models apart.
     with watch("compiling"), profiling.compiling(f"the training step of {name}", key=parameters):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
-    run.alive(f"compiling the step of {name}")  # the watchdog begins here: a compile takes as long as it takes
+    run.alive(f"compiling the step of {name}")  # the watchdog begins only now: a compile may take any time
 
     # --------------------------------------------------------------------------------------------------------- loop
     show_preview = previewer(run, name)
@@ -159,7 +160,7 @@ def train_stage(run, name):
         save_due = save_due or last or number % config.checkpoint_every == 0
         if save_due or number % config.log_every == 0:  # before each save, so that a resumed run has all lines
             log.write(number, flush=save_due)
-        if save_due and (last or not log.skipping):  # after skipped steps the state itself may be bad
+        if save_due and (last or not log.skipping):  # after a skipped step the state may be bad: wait for a good one
             with watch("saving"):
                 checkpoint.save(checkpoints, state, log.mean_loss())
             log.mark_saved(number)
@@ -181,7 +182,9 @@ def train_stage(run, name):
 
 
 def previewer(run, name):
-    """show(params, encoder_params, step), which writes <step>.png (and .mp4) to the stage's folder `previews`, or None.
+    """Returns show(params, encoder_params, step), or None if there is nothing to preview.
+
+    show writes <step>.png (and .mp4) to the stage's folder `previews`.
 
     All processes call it: they compute together, and the first one writes.
     """

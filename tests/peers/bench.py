@@ -1,13 +1,15 @@
-"""Times our UNet3DCondition beside a PyTorch denoiser, by turns, so that both meet the same state of the machine.
+"""Times our UNet3DCondition and a PyTorch denoiser. Both take turns, so that a change of the machine affects both.
 
     python -m tests.peers.bench --peer=diffusers [--rounds=5 --batch=1 --dtype=float32 --device=cpu --out=peers.json]
 
-Latent clips [B, 16, 32, 32, 4] with text [B, 77, 512], on the CPU or, with --device=gpu, on a CUDA GPU, where theirs
-is compiled by torch.compile and channels last. `forward` is a pass without gradients, `step` is forward, backward and
-Adam. With --dtype=bfloat16 both sides compute their products in it (theirs by autocast), and keep float32 parameters.
-`diffusers` is UNet3DConditionModel with the parameters of ours; `lucidrains` is video-diffusion-pytorch (pip install
-video-diffusion-pytorch), of the same widths, but another network: there the rates compare, in FLOPs that the models
-ask for, a step's with its backward pass.
+The input is latent clips [B, 16, 32, 32, 4] with text [B, 77, 512]. `forward` is a pass without gradients. `step` is
+forward pass, backward pass and Adam. With --device=gpu both run on a CUDA GPU, and the PyTorch model is compiled by
+torch.compile, with channels last. With --dtype=bfloat16 both compute products in bfloat16 (PyTorch by autocast) and
+keep float32 parameters.
+
+`diffusers` is UNet3DConditionModel with the same parameters as ours. `lucidrains` is video-diffusion-pytorch (pip
+install video-diffusion-pytorch), with the same widths. It is another network, so compare its rate in GFLOP/s, not its
+time. A rate counts the FLOPs that the model needs; a step includes its backward pass.
 """
 
 import json
@@ -23,10 +25,11 @@ from etils import epath
 from vdm_jax.errors import UserError
 from vdm_jax.run import cli
 
-PAUSE = 0.3  # seconds between turns: the threads of the one before have gone to sleep
-WARM_UP = 2  # turns not counted
-# Both keep their memory from step to step and use large pages: what the system takes to hand out memory is not timed.
-# One arena: others give theirs back after a step, and the host of a virtual machine takes it in the peer's turn.
+PAUSE = 0.3  # seconds between turns, until the threads of the last turn sleep
+WARM_UP = 2  # turns that are not counted
+# Both processes keep their memory from step to step and use large pages. Thus no time goes into requests for memory.
+# With several arenas, memory would go back to the system after a step, and a virtual machine would have to request it
+# from its host again.
 _MALLOC = dict(mmap_max=0, trim_threshold=1 << 36, hugetlb=1, arena_max=1)
 MALLOC = ":".join(f"glibc.malloc.{key}={value}" for key, value in _MALLOC.items())
 
@@ -40,7 +43,11 @@ class Side:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "GLIBC_TUNABLES": MALLOC, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # two on one GPU
+            env={
+                **os.environ,
+                "GLIBC_TUNABLES": MALLOC,
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            },  # two processes share one GPU
         )
         self.params = self.read()["params"]
 
@@ -61,7 +68,7 @@ class Side:
 
 
 def by_turns(sides, what, batch, rounds):
-    """{side: {"median", "min", "max" of its times in ms, and what else it tells}}."""
+    """{side: {"median", "min", "max" of its times in ms, and the other figures that it reports}}."""
     figures, times = {}, {name: [] for name in sides}
     for _ in range(WARM_UP + rounds):
         for name, side in sides.items():
@@ -101,11 +108,11 @@ def main(argv):
 
 
 def define_flags():
-    flags.DEFINE_enum("peer", "diffusers", ("diffusers", "lucidrains"), "What to run beside ours.")
-    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "What products are computed in.")
-    flags.DEFINE_enum("device", "cpu", ("cpu", "gpu"), "Where both run.")
-    flags.DEFINE_integer("rounds", 5, "Turns of each side that count.", lower_bound=1)
-    flags.DEFINE_integer("batch", 1, "Clips.", lower_bound=1)
+    flags.DEFINE_enum("peer", "diffusers", ("diffusers", "lucidrains"), "The PyTorch model.")
+    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type in which products are computed.")
+    flags.DEFINE_enum("device", "cpu", ("cpu", "gpu"), "Where both models run.")
+    flags.DEFINE_integer("rounds", 5, "Turns of each side that are counted.", lower_bound=1)
+    flags.DEFINE_integer("batch", 1, "Clips in a batch.", lower_bound=1)
     flags.DEFINE_string("out", None, "JSON file to write.")
 
 

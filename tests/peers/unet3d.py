@@ -1,8 +1,8 @@
-"""diffusers' UNet3DConditionModel beside ours: settings, a model with random weights, one job for both."""
+"""diffusers' UNet3DConditionModel: settings for it and for ours, random weights, and an input for both."""
 
 import numpy as np
 
-SETTINGS = dict(  # 52.94 M parameters, what the benchmark times
+SETTINGS = dict(  # 52.94 M parameters; the benchmark times this model
     channels=(64, 128, 256, 256),
     blocks=2,
     attention=(False, False, False, True),
@@ -12,7 +12,7 @@ SETTINGS = dict(  # 52.94 M parameters, what the benchmark times
     out_channels=4,
     text_width=512,
 )
-TINY = dict(  # all kinds of blocks, with as few channels as the group norms allow
+TINY = dict(  # all kinds of blocks, with the fewest channels that the group norms allow
     channels=(8, 16),
     blocks=1,
     attention=(False, True),
@@ -25,7 +25,7 @@ TINY = dict(  # all kinds of blocks, with as few channels as the group norms all
 
 
 def build(settings):
-    """Their model for our settings."""
+    """A UNet3DConditionModel of diffusers with our settings."""
     from diffusers import UNet3DConditionModel
 
     def kinds(name, attention):
@@ -44,8 +44,8 @@ def build(settings):
     )
 
 
-def randomise(module, seed=0):
-    """Random weights of which none is zero, in place; the variance of activations is kept."""
+def randomize(module, seed=0):
+    """Sets random weights in place. None is zero, and layers keep the variance of activations."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -55,7 +55,7 @@ def randomise(module, seed=0):
             if parameter.ndim > 1:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
             else:
-                parameter.copy_(0.1 * noise + name.endswith("weight"))  # of normalisation: about 1
+                parameter.copy_(0.1 * noise + name.endswith("weight"))  # the scales of normalization layers are about 1
     return module
 
 
@@ -68,7 +68,7 @@ def job(settings, frames=16, size=32, words=77, batch=1, seed=1):
 
 
 def call(module, video, timesteps, text):
-    """Their model on our layout, as torch tensors: -> [B, T, h, w, C]."""
+    """Calls the model of diffusers on arrays in our layout -> torch tensor [B, T, h, w, C]."""
     import torch
 
     video, timesteps, text = (torch.as_tensor(x) for x in (video, timesteps, text))

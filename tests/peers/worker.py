@@ -1,11 +1,12 @@
-"""One denoiser in a process of its own, timed on request.
+"""Times one denoiser in a process of its own.
 
     python -m tests.peers.worker ours float32 cpu     # or diffusers, lucidrains; or bfloat16; or gpu
 
-What to run and with how many clips, 'forward 1' or 'step 1', comes on stdin; the answer is one line of JSON on stdout.
-The first line tells the number of parameters. PyTorch's models run in evaluation mode, so without dropout, in the
-training step as well: both sides compute the same. On a GPU they are compiled and channels last, and what a job reads
-is there before it is timed.
+The first line on stdout is the number of parameters, as JSON. Each line on stdin names what to run and the number of
+clips: 'forward 1' or 'step 1'. The answer is one line of JSON on stdout.
+
+The PyTorch models run in evaluation mode, also in a training step: they have no dropout, and both sides compute the
+same. On a GPU they are compiled, with channels last. The input is on the device before the time starts.
 """
 
 import functools
@@ -25,8 +26,8 @@ def diffusers():
 
 
 def lucidrains():
-    """video-diffusion-pytorch (arXiv:2204.03458): no twin of ours; pooled text, attention at every level."""
-    if importlib.util.find_spec("torchvision") is None:  # imported for reading images, which are not needed here
+    """video-diffusion-pytorch (arXiv:2204.03458): pooled text, and attention at all resolutions."""
+    if importlib.util.find_spec("torchvision") is None:  # the package imports it to read images; not needed here
         sys.modules.update({name: MagicMock() for name in ("torchvision", "torchvision.transforms")})
     from video_diffusion_pytorch import Unet3D
 
@@ -55,7 +56,7 @@ class Torch:
         self.params = sum(p.numel() for p in self.model.parameters())
         self.run = self.model
         if self.gpu:
-            for p in self.model.parameters():  # those over time have a dimension more, which this format is not for
+            for p in self.model.parameters():  # the format is for 4 dimensions; kernels over time have 5
                 p.data = p.data.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p.data
             self.run = torch.compile(self.model)
         self.autocast = torch.autocast(self.device, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -93,7 +94,7 @@ class Torch:
 
 
 class Ours:
-    """A training step gives its state away to the next."""
+    """Our UNet3DCondition. A training step takes over the memory of the last state."""
 
     def __init__(self, dtype, device):
         import jax
@@ -102,13 +103,13 @@ class Ours:
 
         from tests.helpers import weights
         from vdm_jax.models import ops
-        from vdm_jax.models.published.unet3d_condition import UNet3DCondition, abstract_params
+        from vdm_jax.models.published.unet3d_condition import UNet3DCondition, param_shapes
         from vdm_jax.perf import flops
 
         jax.config.update("jax_platforms", "cuda" if device == "gpu" else "cpu")
         model = UNet3DCondition(**unet3d.SETTINGS, dtype=jnp.dtype(dtype))
         optimizer = optax.adam(1e-4)
-        abstract = abstract_params(model)
+        abstract = param_shapes(model)
         params = weights(abstract)
         self.state = jax.device_put((params, optimizer.init(params)))
         self.params = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -120,7 +121,7 @@ class Ours:
             return ((forward((params,), video, *rest) - video) ** 2).mean()
 
         def count(what, job):
-            with ops.backend("gpu"):  # what the model asks for, not what a form of it for CPUs does
+            with ops.backend("gpu"):  # the FLOPs that the model needs, without those that the forms for CPUs add
                 return flops.count(loss, abstract, *job)[what == "step"]
 
         def step(state, *job):

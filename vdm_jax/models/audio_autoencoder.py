@@ -1,4 +1,4 @@
-"""Causal 1-D convolutional audio VAE whose tokens lie on the video latents' time axis, K to a latent frame."""
+"""A causal 1-D convolutional VAE for sound, with K tokens for each latent frame of the video."""
 
 import functools
 
@@ -8,37 +8,38 @@ import jax.numpy as jnp
 
 from vdm_jax.models.layers import Conv, Dense, GroupNorm, ResidualBlock
 
-INITIAL_LOG_VARIANCE = -8.0  # learning starts with little noise in the way
+INITIAL_LOG_VARIANCE = -8.0  # of the latents: training starts with almost no noise
 
 
 class AudioAutoencoder(nn.Module):
-    """Waveform VAE in the manner of SoundStream (arXiv:2107.03312), without quantisation.
+    """Waveform autoencoder like SoundStream (arXiv:2107.03312), but variational and without quantization.
 
-    Audio [B, N] in [-1, 1] <-> latents [B, N / hop, latent_channels], hop = patch * product of strides. Samples are
-    cut into patches of `patch`; level i has blocks[i] residual blocks, and after it time shrinks by `strides[i]`.
-    Every token reads only its own span and earlier ones.
+    Audio [B, N] in [-1, 1] <-> latents [B, N / hop, latent_channels], where hop = patch * product of strides. A token
+    depends on the samples of its own hop and on earlier ones.
+
+    Tuples have one value for each resolution i, the highest first; strides have one value fewer.
     """
 
-    patch: int
+    patch: int  # samples that become the channels of one place
     channels: tuple[int, ...]
-    strides: tuple[int, ...]
-    blocks: tuple[int, ...]
+    strides: tuple[int, ...]  # how time shrinks from resolution i to i + 1
+    blocks: tuple[int, ...]  # residual blocks in the encoder, and as many in the decoder
     latent_channels: int
-    groups: int = 8
-    dtype: jnp.dtype = jnp.float32
+    groups: int = 8  # of GroupNorm
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     def setup(self):
         block = functools.partial(ResidualBlock, time_padding="causal", groups=self.groups, dtype=self.dtype)
         conv = functools.partial(Conv, time_padding="causal", dtype=self.dtype)
-        levels = range(len(self.channels))
+        resolutions = range(len(self.channels))
         self.stem = conv(self.channels[0], (3,))
-        self.down = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in levels]
-        self.shrink = [Dense(self.channels[i + 1], dtype=self.dtype) for i in levels[:-1]]
+        self.down = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
+        self.downsample = [Dense(self.channels[i + 1], dtype=self.dtype) for i in resolutions[:-1]]
         self.norm_latent = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype)
         self.to_latent = Dense(2 * self.latent_channels, dtype=self.dtype)
         self.from_latent = conv(self.channels[-1], (3,))
-        self.up = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in levels]
-        self.grow = [Dense(self.channels[i] * self.strides[i], dtype=self.dtype) for i in levels[:-1]]
+        self.up = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
+        self.upsample = [Dense(self.channels[i] * self.strides[i], dtype=self.dtype) for i in resolutions[:-1]]
         self.norm_samples = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype)
         self.to_samples = conv(self.patch, (3,))
 
@@ -48,8 +49,8 @@ class AudioAutoencoder(nn.Module):
         for i, blocks in enumerate(self.down):
             for block in blocks:
                 x = block(x)
-            if i < len(self.shrink):  # a strided convolution whose window is its stride
-                x = self.shrink[i](x.reshape(x.shape[0], x.shape[1] // self.strides[i], -1))
+            if i < len(self.downsample):  # a convolution whose window and stride are equal
+                x = self.downsample[i](x.reshape(x.shape[0], x.shape[1] // self.strides[i], -1))
         x = self.to_latent(self.norm_latent(x)).astype(jnp.float32)
         mean, log_variance = jnp.split(x, 2, -1)
         log_variance = log_variance + INITIAL_LOG_VARIANCE
@@ -59,8 +60,8 @@ class AudioAutoencoder(nn.Module):
         """Latents [B, M, latent_channels] -> audio [B, M * hop] float32, about [-1, 1]."""
         x = self.from_latent(z)
         for i in reversed(range(len(self.channels))):
-            if i < len(self.grow):  # a transposed convolution whose window is its stride
-                x = self.grow[i](x)
+            if i < len(self.upsample):  # a transposed convolution whose window and stride are equal
+                x = self.upsample[i](x)
                 x = x.reshape(x.shape[0], x.shape[1] * self.strides[i], -1)
             for block in self.up[i]:
                 x = block(x)
@@ -68,7 +69,7 @@ class AudioAutoencoder(nn.Module):
         return x.reshape(x.shape[0], -1).astype(jnp.float32)
 
     def __call__(self, audio, key):
-        """-> (reconstruction, mean, log variance), the latent sampled with `key`."""
+        """-> (reconstruction, mean, log variance); `key` draws the latent."""
         mean, log_variance = self.encode(audio)
-        noise = jax.random.normal(key, (mean.shape[0], mean[0].size)).reshape(mean.shape)  # compiles sooner if flat
+        noise = jax.random.normal(key, (mean.shape[0], mean[0].size)).reshape(mean.shape)  # flat: compiles faster
         return self.decode(mean + jnp.exp(0.5 * log_variance) * noise), mean, log_variance

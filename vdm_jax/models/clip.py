@@ -1,4 +1,4 @@
-"""CLIP-style pair: a byte-level text transformer and a small video tower, trained to agree (arXiv:2103.00020)."""
+"""A text encoder over bytes and a video encoder, trained to agree on matching pairs (CLIP, arXiv:2103.00020)."""
 
 import flax.linen as nn
 import jax
@@ -19,16 +19,18 @@ from vdm_jax.models.layers import (
 class TextEncoder(nn.Module):
     """Pre-norm transformer over byte tokens.
 
-    tokens int32 [B, L], mask bool [B, L] (True = a real token) -> (states [B, L, width], pooled [B, width]).
-    The pooled vector is the mean of the states of the real tokens.
+    Returns (states [B, L, width], pooled [B, width]). `pooled` is the mean of all states but those of padding.
+
+    tokens: int32 [B, L]
+    mask: bool [B, L], False = padding
     """
 
-    vocabulary: int
-    length: int
-    width: int
+    vocabulary: int  # number of different tokens
+    length: int  # largest L
+    width: int  # channels of a token
     layers: int
     heads: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, tokens, mask):
@@ -44,15 +46,12 @@ class TextEncoder(nn.Module):
 
 
 class VideoTower(nn.Module):
-    """Residual convolutions over patches, halving space and time between levels.
+    """Residual convolutions: video [B, F, H, W, 3] in [-1, 1] -> [B, channels[-1]]."""
 
-    [B, F, H, W, 3] in [-1, 1] -> [B, channels[-1]].
-    """
-
-    patch: int
-    channels: tuple[int, ...]
-    groups: int = 8
-    dtype: jnp.dtype = jnp.float32
+    patch: int  # patch x patch pixels become the channels of one place
+    channels: tuple[int, ...]  # one value for each resolution, the highest first; space and time halve in between
+    groups: int = 8  # of GroupNorm
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, video):
@@ -61,21 +60,21 @@ class VideoTower(nn.Module):
             x = ResidualBlock(channels, groups=self.groups, dtype=self.dtype, name=f"block_{i}")(x)
             if i < len(self.channels) - 1:
                 stride = tuple(2 if size > 1 else 1 for size in x.shape[1:4])
-                x = Conv(channels, (3, 2, 2), strides=stride, dtype=self.dtype, name=f"shrink_{i}")(x)
+                x = Conv(channels, (3, 2, 2), strides=stride, dtype=self.dtype, name=f"downsample_{i}")(x)
         x = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype, name="norm")(x)
         b, t, h, w, c = x.shape
-        # Position matters to direction words: mean over time, not over space, then a learnt summary.
+        # Words of direction need positions, so the mean is over time only. A linear layer summarizes space.
         x = Dense(c, dtype=self.dtype, name="summary")(x.mean(1).reshape(b, h * w * c))
         return x
 
 
 class Clip(nn.Module):
-    """Both towers and the learnt temperature. Embeddings are unit vectors [B, embedding]."""
+    """Both encoders and the learned temperature. Embeddings are unit vectors [B, embedding]."""
 
-    text: dict
-    video: dict
-    embedding: int
-    dtype: jnp.dtype = jnp.float32
+    text: dict  # settings of the TextEncoder
+    video: dict  # settings of the VideoTower
+    embedding: int  # size of the embeddings of texts and videos
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     def setup(self):
         self.text_encoder = TextEncoder(**self.text, dtype=self.dtype)
@@ -85,19 +84,20 @@ class Clip(nn.Module):
         self.log_temperature = self.param("log_temperature", nn.initializers.constant(jnp.log(1 / 0.07)), ())
 
     def encode_text(self, tokens, mask):
-        """-> {'states': [B, L, width], 'pooled': [B, width]}: what the denoiser reads."""
+        """-> {'states': [B, L, width], 'pooled': [B, width]}, float32: the denoiser's view of the text."""
         states, pooled = self.text_encoder(tokens, mask)
         return {"states": states.astype(jnp.float32), "pooled": pooled.astype(jnp.float32)}
 
     def embed_text(self, tokens, mask):
+        """-> unit vectors [B, embedding]."""
         return _unit(self.text_out(self.text_encoder(tokens, mask)[1]))
 
     def embed_video(self, video):
-        """video [B, F, H, W, 3] in [-1, 1]."""
+        """Video [B, F, H, W, 3] in [-1, 1] -> unit vectors [B, embedding]."""
         return _unit(self.video_out(nn.silu(self.video_tower(video))))
 
     def __call__(self, tokens, mask, video):
-        """-> (text embeddings [B, E], video embeddings [B, E], temperature multiplier, at most 100 as in CLIP)."""
+        """-> (text embeddings [B, E], video embeddings [B, E], factor of their products; at most 100, as in CLIP)."""
         scale = jnp.exp(jnp.minimum(self.log_temperature, jnp.log(100.0)))
         return self.embed_text(tokens, mask), self.embed_video(video), scale
 

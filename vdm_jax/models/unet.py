@@ -28,25 +28,25 @@ from vdm_jax.models.layers import (
 
 
 class NoiseEmbedding(nn.Module):
-    """The embedding [B, T, E] of one modality, one vector a frame, that goes into every residual block.
+    """The embedding [B, T, E] of one modality, one vector per frame, that goes into every residual block.
 
     log_snr: [B, T], the noise level of each latent frame
-    pooled: [B, D], the text in one vector
+    pooled: [B, D_text], the text in one vector
     """
 
     features: int  # E
-    latent_fps: float  # latent frames a second
-    dtype: jnp.dtype = jnp.float32  # of the products
+    latent_fps: float  # latent frames per second
+    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, log_snr, pooled):
         dense = functools.partial(Dense, self.features, dtype=self.dtype)
-        # log_snr lies in about [-12, 12]. The factor 10 lets the sinusoids resolve steps of 0.01.
+        # log_snr is in about [-12, 12]; times are in seconds. The factor 10 lets the sinusoids resolve steps of 0.01.
         noise_level = fourier_features(log_snr * 10.0, self.features, max_period=1000.0)
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
         time = fourier_features(seconds * 10.0, self.features, max_period=1000.0)
-        x = dense(name="level_in")(noise_level)
-        x = dense(name="level_out")(nn.silu(x)) + dense(name="place")(time)[None]
+        x = dense(name="noise_in")(noise_level)
+        x = dense(name="noise_out")(nn.silu(x)) + dense(name="pos_embed")(time)[None]
         x = x + dense(name="text")(pooled)[:, None]
         return nn.silu(x)
 
@@ -56,11 +56,11 @@ class SpaceTimeAttention(nn.Module):
 
     x: [B, T, h, w, C] or [B, K*T, C]
     seconds: [tokens], the time of each token
-    cond: {'states': [B, L, D], 'mask': bool [B, L]}, the text
+    cond: {'states': [B, L, D_text], 'mask': bool [B, L]}, the text
     """
 
     head_dim: int  # channels of a head
-    dtype: jnp.dtype = jnp.float32  # of the products
+    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, x, seconds, cond):
@@ -69,7 +69,7 @@ class SpaceTimeAttention(nn.Module):
         pos_embed = 0.0
         if x.ndim == 5:  # the position within a frame; the rotary embeddings hold the time
             shape = (1, *x.shape[2:4], channels)
-            pos_embed = self.param("place", nn.initializers.normal(0.02), shape)
+            pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), shape)
             pos_embed = jnp.broadcast_to(pos_embed, (x.shape[1], *shape[1:])).reshape(1, -1, channels)  # [1, T*h*w, C]
         attention = functools.partial(Attention, max(1, channels // self.head_dim), self.head_dim, dtype=self.dtype)
         norm = functools.partial(LayerNorm, dtype=self.dtype)
@@ -90,7 +90,7 @@ class CrossModalAttention(nn.Module):
     """
 
     head_dim: int  # channels of a head
-    dtype: jnp.dtype = jnp.float32  # of the products
+    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, video, audio, video_seconds, audio_seconds):
@@ -117,13 +117,15 @@ class TextRefiner(nn.Module):
 
     layers: int
     head_dim: int  # channels of a head
-    dtype: jnp.dtype = jnp.float32  # of the products
+    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, states, mask):
         x = states.astype(activation_dtype(self.dtype))
         heads = max(1, x.shape[-1] // self.head_dim)
-        positions = jnp.arange(x.shape[1]) / 20  # rotary periods from 20 bytes, about three words, to 2,000 bytes
+        positions = (
+            jnp.arange(x.shape[1]) / 20
+        )  # a token is a byte: rotary periods from 20 tokens, about three words, to 2,000
         for i in range(self.layers):
             x = transformer_layer(x, mask, heads, i, positions, zero=True, dtype=self.dtype)
         return x
@@ -138,8 +140,9 @@ class UNet(nn.Module):
     log_snr: {'video': [B, T], 'audio': [B, T]}, noise levels
     cond: {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]}, the text
 
-    Tuples have one value for each resolution i, the highest first. From one resolution to the next, space and sound
-    tokens halve. The lowest resolution has a bottleneck, with both kinds of attention.
+    Tuples have one value for each resolution i, the highest first; time_strides has one value fewer. From one
+    resolution to the next, space and sound tokens halve. The lowest resolution has a bottleneck, with both kinds of
+    attention.
     """
 
     patch: int  # patch x patch latents become the channels of one place
@@ -148,17 +151,15 @@ class UNet(nn.Module):
     blocks: tuple[int, ...]  # residual blocks on the way down, and as many on the way up
     attention: tuple[bool, ...]  # whether a SpaceTimeAttention follows the blocks
     cross_modal: tuple[bool, ...]  # whether a CrossModalAttention follows the blocks
-    time_strides: tuple[int, ...]  # 1 or 2: how time shrinks from resolution i to i + 1; one value fewer
+    time_strides: tuple[int, ...]  # 1 or 2: how time shrinks from resolution i to i + 1
     factorized: bool  # convolutions 1x3x3 then 3x1x1, or else 3x3x3
     head_dim: int  # channels of an attention head
     embedding: int  # size of the embedding of noise level, time and text
     text_layers: int  # layers of the TextRefiner
     groups: int  # of GroupNorm
-    latent_fps: float  # latent frames a second
-    remat: tuple[
-        str, ...
-    ] = ()  # a mode of layers.apply_remat for blocks and attention; the bottleneck has the last one
-    dtype: jnp.dtype = jnp.float32  # of the products
+    latent_fps: float  # latent frames per second
+    remat: tuple[str, ...] = ()  # a mode of layers.apply_remat per resolution, or (); the bottleneck has the last one
+    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, z, log_snr, cond):
@@ -195,7 +196,7 @@ class UNet(nn.Module):
                 module = functools.partial(at(resolution, SpaceTimeAttention), self.head_dim, self.dtype)
                 x = {m: module(name=f"{name}_attention_{m}")(x[m], time[m], cond) for m in x}
             if cross_modal:
-                module = at(resolution, CrossModalAttention)(self.head_dim, self.dtype, name=f"{name}_exchange")
+                module = at(resolution, CrossModalAttention)(self.head_dim, self.dtype, name=f"{name}_cross_modal")
                 video, audio = module(x["video"], x["audio"], time["video"], time["audio"])
                 x = {"video": constrain_activation(video), "audio": constrain_activation(audio)}
             return x
@@ -215,7 +216,9 @@ class UNet(nn.Module):
                 skips.append(x)
             if i < len(self.channels) - 1:
                 strides = {"video": (self.time_strides[i], 2, 2), "audio": (2,)}
-                x = {m: conv(channels[m][i], s, strides=s, name=f"shrink_{i}_{m}")(x[m]) for m, s in strides.items()}
+                x = {
+                    m: conv(channels[m][i], s, strides=s, name=f"downsample_{i}_{m}")(x[m]) for m, s in strides.items()
+                }
 
         # Bottleneck
         x = residual(x, -1, "middle_in")
@@ -233,14 +236,14 @@ class UNet(nn.Module):
                 window = {"video": (1, 3, 3), "audio": (3,)}
                 factors = {"video": (self.time_strides[i - 1], 2, 2), "audio": (2,)}
                 x = {
-                    m: conv(channels[m][i - 1], window[m], upsample=factors[m], name=f"grow_{i}_{m}")(x[m])
+                    m: conv(channels[m][i - 1], window[m], upsample=factors[m], name=f"upsample_{i}_{m}")(x[m])
                     for m in ("video", "audio")
                 }
 
         # Head
         norm = functools.partial(GroupNorm, self.groups, activation=nn.silu, dtype=self.dtype)
         video = norm(name="norm_video")(x["video"])
-        audio = norm(frames=frames, name="norm_audio")(x["audio"])
+        audio = norm(frames=frames, name="norm_audio")(x["audio"])  # statistics per latent frame, as for the video
         video = conv(z["video"].shape[-1] * self.patch**2, (1, 3, 3), zero=True, name="head_video")(video)
         video = depth_to_space(video, self.patch)
         audio = conv(z["audio"].shape[-1], (3,), zero=True, name="head_audio")(audio)

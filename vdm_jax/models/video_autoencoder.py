@@ -1,4 +1,7 @@
-"""Causal 3-D convolutional video VAE: frame 0 alone, then f_t frames per latent; an image is a one-frame video."""
+"""A causal 3-D convolutional VAE for video.
+
+The first latent frame holds frame 0 alone, and each later one holds f_t frames. An image is a video of one frame.
+"""
 
 import functools
 
@@ -15,38 +18,38 @@ from vdm_jax.models.layers import (
     space_to_depth,
 )
 
-INITIAL_LOG_VARIANCE = -8.0  # learning starts with little noise in the way
+INITIAL_LOG_VARIANCE = -8.0  # of the latents: training starts with almost no noise
 
 
 class VideoAutoencoder(nn.Module):
     """Variational autoencoder (arXiv:1312.6114) with causal time, as in MAGVIT-v2 (arXiv:2310.05737).
 
-    Residual branches start at zero and no normalisation lies on the path around them, so learning begins with a linear
-    autoencoder, which is found quickly, and adds to it.
+    Video [B, 1 + f_t*(T-1), H, W, 3] in [-1, 1] <-> latents [B, T, h, w, latent_channels], where f_t is the product of
+    time_strides, h = H / f_s, w = W / f_s, and f_s = patch * product of space_strides.
 
-    Level i has `channels[i]` channels and `blocks[i]` residual blocks in each direction; between levels i and i+1 space
-    shrinks by `space_strides[i]` and time by `time_strides[i]`. The input is cut into squares of
-    `patch` x `patch` pixels first. Video [B, 1 + f_t*(T-1), H, W, 3] in [-1, 1] <-> latents
-    [B, T, h, w, latent_channels] with f_t = product of time_strides and h = H / (patch * product of space_strides).
+    Residual branches are zero at first, and the path around them has no normalization. Training therefore starts from a
+    linear autoencoder, which is learned quickly, and the branches add to it.
+
+    Tuples have one value for each resolution i, the highest first; strides have one value fewer.
     """
 
-    patch: int
+    patch: int  # patch x patch pixels become the channels of one place
     channels: tuple[int, ...]
-    space_strides: tuple[int, ...]
-    time_strides: tuple[int, ...]
-    blocks: tuple[int, ...]
-    middle_blocks: int
+    space_strides: tuple[int, ...]  # how height and width shrink from resolution i to i + 1
+    time_strides: tuple[int, ...]  # how time shrinks from resolution i to i + 1
+    blocks: tuple[int, ...]  # residual blocks in the encoder, and as many in the decoder
+    middle_blocks: int  # residual blocks between the lowest resolution and the latents, in each direction
     latent_channels: int
-    groups: int = 8
-    dtype: jnp.dtype = jnp.float32
+    groups: int = 8  # of GroupNorm
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     def setup(self):
         block = functools.partial(ResidualBlock, time_padding="causal", groups=self.groups, dtype=self.dtype)
         conv = functools.partial(Conv, time_padding="causal", dtype=self.dtype)
-        levels = range(len(self.channels))
+        resolutions = range(len(self.channels))
         self.stem = conv(self.channels[0], (1, 3, 3))
-        self.down = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in levels]
-        self.shrink = [
+        self.down = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
+        self.downsample = [
             conv(self.channels[i], (2 * t - 1, s, s), strides=(t, s, s))
             for i, (t, s) in enumerate(zip(self.time_strides, self.space_strides, strict=True))
         ]
@@ -54,8 +57,8 @@ class VideoAutoencoder(nn.Module):
         self.to_latent = conv(2 * self.latent_channels, (1, 1, 1))
         self.from_latent = FactorizedConv(self.channels[-1], time_padding="causal", dtype=self.dtype)
         self.middle_up = [block(self.channels[-1]) for _ in range(self.middle_blocks)]
-        self.up = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in levels]
-        self.grow = [
+        self.up = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
+        self.upsample = [
             conv(t * s * s * self.channels[i], (1, 3, 3))
             for i, (t, s) in enumerate(zip(self.time_strides, self.space_strides, strict=True))
         ]
@@ -67,8 +70,8 @@ class VideoAutoencoder(nn.Module):
         for i, blocks in enumerate(self.down):
             for block in blocks:
                 x = block(x)
-            if i < len(self.shrink):
-                x = constrain_activation(self.shrink[i](x))
+            if i < len(self.downsample):
+                x = constrain_activation(self.downsample[i](x))
         for block in self.middle:
             x = block(x)
         x = self.to_latent(x).astype(jnp.float32)
@@ -86,13 +89,13 @@ class VideoAutoencoder(nn.Module):
                 x = block(x)
             if i:
                 t, s = self.time_strides[i - 1], self.space_strides[i - 1]
-                x = depth_to_space(self.grow[i - 1](x), s, t)
-                x = constrain_activation(x[:, t - 1 :])  # frame 0 stands for itself only, without t-1 earlier ones
+                x = depth_to_space(self.upsample[i - 1](x), s, t)
+                x = constrain_activation(x[:, t - 1 :])  # the first latent frame holds one frame, not t
         x = self.to_pixels(x)
         return depth_to_space(x, self.patch).astype(jnp.float32)
 
     def __call__(self, video, key):
-        """-> (reconstruction, mean, log variance), the latent sampled with `key`."""
+        """-> (reconstruction, mean, log variance); `key` draws the latent."""
         mean, log_variance = self.encode(video)
-        noise = jax.random.normal(key, (mean.shape[0], mean[0].size)).reshape(mean.shape)  # compiles sooner if flat
+        noise = jax.random.normal(key, (mean.shape[0], mean[0].size)).reshape(mean.shape)  # flat: compiles faster
         return self.decode(mean + jnp.exp(0.5 * log_variance) * noise), mean, log_variance

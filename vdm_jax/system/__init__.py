@@ -1,4 +1,4 @@
-"""The system of four parts. `build(config)` derives everything that follows from a config, once, to be passed on."""
+"""The system of four parts. `build(config)` makes it from a config. Build it once, and pass it to all other code."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Clips to latents and back, text to states: what the four models of a config do for each other."""
+"""Clips and text to what the denoiser reads, and latents back to clips."""
 
 import dataclasses
 
@@ -33,12 +33,13 @@ def make_models(config, layout):
 
 
 def remat_modes(config, stage):
-    """How the backward pass of a stage recomputes: (mode,), or one mode for each resolution of its model.
+    """Which activations the backward pass of a stage computes again: (mode,), or one mode for each resolution.
 
     Raises UserError for an unknown mode, or for another number of modes.
     """
     modes = tuple(one_of(f"{stage}.remat", mode, REMAT) for mode in config[stage].remat.split(","))
-    resolutions = len(config[stage].model.channels) if "cross_modal" in config[stage].model else 1
+    by_resolution = "cross_modal" in config[stage].model  # only the U-Net has a mode for each resolution
+    resolutions = len(config[stage].model.channels) if by_resolution else 1
     if len(modes) not in (1, resolutions):
         takes = "one value" + (f", or one for each of {resolutions} resolutions" if resolutions > 1 else "")
         raise UserError(f"{stage}.remat={config[stage].remat!r} has {len(modes)} values: it takes {takes}")
@@ -46,7 +47,7 @@ def remat_modes(config, stage):
 
 
 def init_fns(models, config, layout):
-    """{stage: init(key) -> params}. Call them under jit or eval_shape: nothing then runs at full size."""
+    """{stage: init(key) -> params}. Call them inside jit or eval_shape: the forward pass is traced, never executed."""
     frames, side, length = layout.frames, config.data.size, config.data.text_length
     width = config.clip.model.text.width
     tokens = jnp.zeros((1, length), jnp.int32)
@@ -72,7 +73,7 @@ def init_fns(models, config, layout):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Codec:
-    """The models of a config, and what they do for each other.
+    """The models of a config, with the conversions between clips, latents and text.
 
     `params` in the methods is {stage: tree of parameters}, with 'statistics' {modality: {'mean' [C], 'std' [C]}} of the
     latents beside the stages; a method reads only the entries that it needs.
@@ -98,9 +99,9 @@ class Codec:
         return apply_remat(call, modes[0]) if len(modes) == 1 else call  # else by resolution, inside the model
 
     def encode(self, params, video, audio):
-        """Clips -> latents {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}, of unit variance with statistics.
+        """Clips -> latents {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}.
 
-        params: both autoencoders, and 'statistics' if there are any.
+        params: both autoencoders. With 'statistics', every channel gets mean 0 and variance 1.
         video: uint8 [B, F, H, W, 3].
         audio: float32 [B, N] in [-1, 1].
         """
@@ -126,7 +127,7 @@ class Codec:
         return to_uint8(video), self.trim_audio(audio)
 
     def reconstruct(self, stage, params, x):
-        """x encoded and decoded by one autoencoder, without sampling: video uint8 or audio float32, as in a batch.
+        """x encoded and decoded by one autoencoder, from the mean of the latents: video uint8 or audio float32.
 
         params: {stage: tree}.
         """
@@ -150,7 +151,11 @@ class Codec:
         return self.encode_text(params, text.encode([text.NULL_TEXT], self.config.data.text_length))
 
     def pad_audio(self, audio):
-        """[B, N] -> [B, T * f_t * samples_per_frame]: silence before frame 0, whose latent frame spans f_t frames."""
+        """[B, N] -> [B, T * f_t * samples_per_frame].
+
+        Adds f_t - 1 video frames of silence before frame 0: the first latent frame holds one video frame, but its
+        audio tokens cover the length of f_t frames.
+        """
         return jnp.pad(audio, ((0, 0), ((self.layout.f_t - 1) * self.layout.samples_per_frame, 0)))
 
     def trim_audio(self, audio):

@@ -29,13 +29,13 @@ def swap_words(caption, groups):
     """Returns the hard negative of a caption: two words of one group swap places.
 
     A caption without two different words of one group gets one of its words replaced by another of the same group. A
-    caption without any of the words is returned as it is. The draw depends on the bytes of the caption alone.
+    caption without any of the words is returned as it is. The draw depends only on the caption and the groups.
 
     caption: a text.
     groups: groups of words, for example (("red", "blue"), ("left", "right")).
     """
     rng = np.random.default_rng(zlib.crc32(caption.encode("utf-8", errors="replace")))
-    words = re.split(r"(\W+)", caption)
+    words = re.split(r"(\W+)", caption)  # words, and the separators between them
     places = [[i for i, word in enumerate(words) if word in group] for group in groups]  # by group
     swaps = [(i, j) for found in places for i in found for j in found if i < j and words[i] != words[j]]
     if swaps:
@@ -52,7 +52,7 @@ def swap_words(caption, groups):
 
 
 def swapper(groups):
-    """Returns a function caption -> hard negative, for data.batches.example. Without groups of words it is None."""
+    """Returns a function caption -> hard negative, for data.batches.Examples. Without groups of words it is None."""
     return functools.partial(swap_words, groups=groups) if groups else None
 
 
@@ -122,7 +122,7 @@ def classification_loss(prediction, pairs, config):
 
         loss = weight * mean of softplus(-logit) + anchor * mean of (error with the right caption).
 
-    The first mean is over the clips whose captions differ. The metrics are `hard_negative_loss`, that mean, and
+    The first mean is over the clips whose captions differ. The metrics are `hard_negative_loss`, the first mean, and
     `hard_negative_accuracy`, the share of the same clips with logit > 0. Both are nan if no captions differ.
 
     prediction: the network's output for the 2 P rows, a dict like pairs.z_t.

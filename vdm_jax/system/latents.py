@@ -21,7 +21,7 @@ logger = logging.getLogger("vdm_jax")
 ENCODE_BATCH = 32  # clips
 CLIPS_PER_FILE = 64 * ENCODE_BATCH
 OPEN_FILES = 512  # at a time
-ENCODING_SECONDS = 24 * 3600  # in which the slowest process must have encoded its share
+ENCODING_SECONDS = 24 * 3600  # longest wait for the slowest process to encode its share
 
 
 def prepare(system, workdir, examples, mesh):
@@ -50,7 +50,9 @@ def prepare(system, workdir, examples, mesh):
 
 
 def measure(system, params, examples):
-    """Mean and standard deviation of the latents of config.denoiser.statistics_clips training clips, by channel.
+    """Mean and standard deviation of the latents of training clips, by channel.
+
+    It measures config.denoiser.statistics_clips clips, and more where these do not fill batches of ENCODE_BATCH.
 
     -> {modality: {'mean' float32 [C], 'std' float32 [C]}}.
     """
@@ -59,7 +61,7 @@ def measure(system, params, examples):
     sums = {}
     for batch in _encoder(system, params, examples)(0, count):
         for name, x in batch["z"].items():
-            x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+            x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])  # [clips * places, C]
             n, total, squares = sums.get(name, (0, 0.0, 0.0))
             sums[name] = n + len(x), total + x.sum(0), squares + np.square(x).sum(0)
     out = {}
@@ -71,9 +73,12 @@ def measure(system, params, examples):
 
 
 def _encoder(system, params, examples):
-    """-> encoded(first, count): yields training examples from number `first` on, encoded, in batches of ENCODE_BATCH.
+    """-> encoded(first, count): yields batches of ENCODE_BATCH encoded examples.
 
-    All devices of this process encode together, whatever other processes do.
+    It starts with the batch that holds example number `first`.
+
+    The devices of this process encode together if their number divides ENCODE_BATCH, else one device does. Other
+    processes are not waited for.
     """
     config = system.config
     devices = jax.local_devices()
@@ -96,7 +101,7 @@ def _encoder(system, params, examples):
 class Encoded:
     """Encoded clips as a data source: {'z': latents, 'text': text[, 'hard_negative': text]}.
 
-    A clip is one record of a .npy file of CLIPS_PER_FILE, on a disk or in a bucket. Any thread may read it.
+    The clips are records of .npy files with CLIPS_PER_FILE each, on a disk or in a bucket. Any thread may read them.
     """
 
     def __init__(self, paths, wanted, count):
@@ -108,7 +113,7 @@ class Encoded:
         return self.count
 
     def take(self, numbers):
-        """The clips of these numbers as one tree, with a leading axis more."""
+        """The clips of these numbers as one tree, with one more axis in front."""
         rows, size = np.empty(len(numbers), self.record), self.record.itemsize
         for i, number in enumerate(numbers):
             file, start = self.open(threading.get_ident(), number // CLIPS_PER_FILE)
@@ -138,9 +143,10 @@ def _record(wanted):
 
 
 def _cached(system, params, examples, directory):
-    """The cache in `directory` if these parameters and this data made it, else made now. Half precision.
+    """The cache in `directory`, in half precision. If other parameters or data made it, it is made again.
 
-    Each process makes some of the files. A file appears when it is whole, so a run that was killed goes on encoding.
+    Each process makes some of the files. A file appears when it is whole, so the next run makes only the
+    files that are missing.
     """
     mark, mark_path = _fingerprint(system.config, params), directory / "fingerprint"
     count = system.config.denoiser.cached_clips
@@ -159,8 +165,8 @@ def _cached(system, params, examples, directory):
         encoded = _encoder(system, params, examples)
         parts = missing[jax.process_index() :: jax.process_count()]  # of this process
         sizes = [min(CLIPS_PER_FILE, count - part * CLIPS_PER_FILE) for part in parts]
-        shown = None if hosts.is_primary() else True
-        with tqdm(total=sum(sizes), desc="encode", disable=shown, unit="clip") as progress:
+        hidden = None if hosts.is_primary() else True  # None: tqdm decides
+        with tqdm(total=sum(sizes), desc="encode", disable=hidden, unit="clip") as progress:
             for part, clips in zip(parts, sizes):
                 _write(paths[part], encoded(part * CLIPS_PER_FILE, clips), _record(wanted), clips, progress)
     hosts.barrier("encoded", ENCODING_SECONDS)

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 from vdm_jax.errors import UserError
 
-STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")  # in the order of training
+# In the order of training. The stage "clip" is the text encoder, trained with a video tower as in CLIP. In all other
+# names, a clip is a video with its sound.
+STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 
 # Names of the dimensions of video and of sound, for sharding.constrain.
 VIDEO_AXES = ("batch", "time", "height", "width", "channel")
@@ -19,14 +21,14 @@ MAY_BE_ZERO = ("blocks", "middle_blocks", "layers", "text_layers", "attention", 
 class Layout(NamedTuple):
     """Sizes of a clip and of its latents."""
 
-    frames: int  # F, video frames a clip
-    samples: int  # N, audio samples a clip
-    samples_per_frame: int  # audio samples a video frame
-    f_t: int  # video frames a latent frame; the first latent frame holds one video frame
+    frames: int  # F, video frames per clip
+    samples: int  # N, audio samples per clip
+    samples_per_frame: int  # audio samples per video frame
+    f_t: int  # video frames per latent frame; only the first latent frame holds a single one
     latent_frames: int  # T
-    latent_fps: float  # latent frames a second
-    video: tuple[int, int, int]  # h, w, C of a video latent frame
-    audio: tuple[int, int]  # K audio tokens a latent frame, D channels
+    latent_fps: float  # latent frames per second
+    video: tuple[int, int, int]  # h, w, C: height, width and channels of a video latent frame
+    audio: tuple[int, int]  # K, D: audio tokens per latent frame, and their channels
 
     @property
     def latent_shapes(self):
@@ -67,15 +69,16 @@ def layout(config):
     if data.sample_rate % data.fps:
         raise UserError(f"data.sample_rate={data.sample_rate} is not a multiple of data.fps={data.fps}")
 
-    f_t = math.prod(video.time_strides)  # video frames a latent frame
-    f_s = video.patch * math.prod(video.space_strides)  # pixels a latent, in height and in width
-    hop = audio.patch * math.prod(audio.strides)  # samples an audio token
+    f_t = math.prod(video.time_strides)  # video frames per latent frame
+    f_s = video.patch * math.prod(video.space_strides)  # pixels per latent, in height and in width
+    hop = audio.patch * math.prod(audio.strides)  # samples per audio token
     per_frame = data.sample_rate // data.fps
     if data.size % f_s:
         raise UserError(f"data.size={data.size} is not a multiple of {f_s}: use {data.size // f_s * f_s or f_s}")
     if per_frame * f_t % hop:
         raise UserError(
-            f"a latent frame of {per_frame * f_t} samples is no multiple of the {hop} samples of an audio token"
+            f"a latent frame of {per_frame * f_t} samples is no multiple of the {hop} samples of an audio token: "
+            "change audio_autoencoder.model.patch or strides, or data.sample_rate"
         )
     if data.size % config.clip.model.video.patch:
         raise UserError(f"data.size={data.size} is not a multiple of clip.model.video.patch")
@@ -105,13 +108,16 @@ def _check_numbers(name, value):
     low, high = (0, 1000) if name.split(".")[-1] in MAY_BE_ZERO else (1, 1_000_000)
     for number in value if isinstance(value, tuple | list) else (value,):
         if not isinstance(number, int) or not low <= number <= high:
-            raise UserError(f"{name}={value!r} must be of whole numbers from {low} to {high}")
+            raise UserError(f"{name}={value!r} must be one or more whole numbers from {low} to {high}")
 
 
 def _check_lengths(stage, model):
-    """Raises UserError unless each setting of a model has one value for each resolution, or for each step between."""
+    """Raises UserError for settings of a model with a wrong number of values.
+
+    PER_RESOLUTION have one value for each resolution, and the strides one for each pair of neighboring resolutions.
+    """
     for name, value in model.items():
-        if name == "audio_channels" and not value:  # as many channels as the picture
+        if name == "audio_channels" and not value:  # () means the channels of the video stream
             continue
         if name in PER_RESOLUTION:
             wanted = len(model.channels)
@@ -137,9 +143,9 @@ def _check_halvings(denoiser, side, tokens):
             f"denoiser.model.channels halve the {side}x{side} latents {halvings} times, and {side} is no multiple of "
             f"{2**halvings}: use fewer resolutions or another data.size"
         )
-    for i in range(1, halvings + 1):
+    for i in range(1, halvings + 1):  # at each resolution, a latent frame must keep a whole number of audio tokens
         if tokens * math.prod(denoiser.time_strides[:i]) % 2**i:
             raise UserError(
-                f"{tokens} audio tokens a latent frame do not halve {i} times: use fewer resolutions of the denoiser, "
+                f"{tokens} audio tokens per latent frame do not halve {i} times: use fewer denoiser resolutions "
                 "or another audio_autoencoder.model.patch or strides"
             )

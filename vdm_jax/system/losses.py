@@ -1,4 +1,4 @@
-"""What each stage trains: one record a stage, one function a loss."""
+"""What each stage trains: one record per stage, one function per loss."""
 
 import functools
 from collections.abc import Callable
@@ -26,9 +26,9 @@ class Stage(NamedTuple):
     preview: (
         Callable | None
     )  # preview(params, encoder_params, clips, captions) -> previews.Preview; None: nothing to show
-    activation: tuple  # (shape, names of dimensions) of the largest activation that a mesh must be able to split
+    activation: tuple  # (shape, names of dimensions) of an activation, to check that the mesh axis `sequence` splits it
     hard_negative: Callable | None = None  # caption -> wrong caption, for every example; None for no hard negatives
-    group: int = 1  # so many clips of a batch stay together on a device
+    group: int = 1  # this number of neighboring clips of a batch must be on one device
 
 
 def make_stages(codec):
@@ -106,7 +106,7 @@ def video_autoencoder_loss(codec, params, key, batch, encoder_params):
     video = to_float(batch["video"])
     out, mean, log_variance = codec.apply_fn("video_autoencoder")(params, video, key)
     mse = jnp.mean(jnp.square(out - video))
-    kl = kl_divergence(mean, log_variance) / video[0, ..., 0].size  # a pixel
+    kl = kl_divergence(mean, log_variance) / video[0, ..., 0].size  # per pixel
     loss = mse + jnp.mean(jnp.abs(out - video)) + codec.config.video_autoencoder.kl_weight * kl
     return loss, {"loss": loss, "mse": mse, "kl": kl, "psnr": -10 * jnp.log10(mse / 4)}  # pixels span a range of 2
 
@@ -118,7 +118,7 @@ def audio_autoencoder_loss(codec, params, key, batch, encoder_params):
     out, mean, log_variance = codec.apply_fn("audio_autoencoder")(params, audio, key)
     wave = jnp.mean(jnp.abs(out - audio)) + 10 * jnp.mean(jnp.square(out - audio))
     stft = sum(stft_distance(out, audio, window) for window in settings.stft_windows)
-    kl = kl_divergence(mean, log_variance) / audio.shape[1]  # a sample
+    kl = kl_divergence(mean, log_variance) / audio.shape[1]  # per sample
     loss = wave + settings.stft_weight * stft / len(settings.stft_windows) + settings.kl_weight * kl
     return loss, {"loss": loss, "wave": wave, "stft": stft, "kl": kl}
 
@@ -136,14 +136,15 @@ def stft_distance(a, b, window):
     window: samples.
     """
     a, b = _magnitudes(a, window), _magnitudes(b, window)
-    floor = 1e-7 * b.size  # a mean of -70 dB: a batch of silence does not divide by zero
+    floor = 1e-7 * b.size  # a mean power of 1e-7 (-70 dB), so that silence does not make the divisor zero
     convergence = jnp.sqrt(jnp.sum(jnp.square(a - b)) / (jnp.sum(jnp.square(b)) + floor) + 1e-8)
     return convergence + jnp.mean(jnp.abs(jnp.log(a + 1e-3) - jnp.log(b + 1e-3)))
 
 
 def _magnitudes(audio, window):
+    """Magnitudes of the short-time Fourier transform of audio [B, N], [B, frames, window/2 + 1]."""
     hop = window // 4
-    blocks = audio[:, : audio.shape[1] // hop * hop].reshape(audio.shape[0], -1, hop)
+    blocks = audio[:, : audio.shape[1] // hop * hop].reshape(audio.shape[0], -1, hop)  # [B, N / hop, hop]
     frames = blocks.shape[1] - 3
     windows = jnp.concatenate([blocks[:, i : i + frames] for i in range(4)], -1)  # [B, frames, window]
     hann = jnp.hanning(window)
@@ -158,18 +159,19 @@ def _magnitudes(audio, window):
 def clip_loss(codec, params, key, batch, encoder_params):
     """Contrastive loss of captions and clips (arXiv:2103.00020, fig. 3). -> (scalar, metrics).
 
-    Hard negatives are more wrong captions for every clip (arXiv:2210.01936, section 4).
+    With hard negatives each clip adds one wrong caption, and every video is compared with all wrong captions of the
+    batch (arXiv:2210.01936, section 4).
     """
     tokens, video = batch["tokens"], to_float(batch["video"])
-    words, pictures, scale = codec.apply_fn("clip")(params, tokens, text.mask(tokens), video)
-    logits = scale * words @ pictures.T  # [B, B], a row a text
+    texts, pictures, scale = codec.apply_fn("clip")(params, tokens, text.mask(tokens), video)
+    logits = scale * texts @ pictures.T  # [B, B], one row per text
     by_video, labels = logits.T, jnp.arange(len(logits))
     metrics = {"recall_at_1": jnp.mean(jnp.argmax(logits, 1) == labels), "temperature": 1 / scale}
     if hard_negatives.FIELD in batch:
         wrong_tokens = batch[hard_negatives.FIELD]
         wrong = codec.apply_fn("clip", "embed_text")(params, wrong_tokens, text.mask(wrong_tokens))
-        wrong = scale * pictures @ wrong.T  # [B, B], a row a video
-        same = jnp.all(wrong_tokens == tokens, 1)  # no word of the caption could be swapped
+        wrong = scale * pictures @ wrong.T  # [B, B], one row per video
+        same = jnp.all(wrong_tokens == tokens, 1)  # the caption has none of the words
         right = (jnp.diagonal(wrong) < jnp.diagonal(logits)) & ~same
         metrics["hard_negative_accuracy"] = right.sum() / (~same).sum()
         by_video = jnp.concatenate([by_video, jnp.where(same, -jnp.inf, wrong)], 1)
@@ -179,10 +181,12 @@ def clip_loss(codec, params, key, batch, encoder_params):
 
 
 def drop_text(key, words, null, share):
-    """The text, replaced by the null text in about `share` of the batch, so that one network learns both (guidance).
+    """The text, replaced by the null text in some rows: guidance needs one network that predicts with and without text.
 
+    key: decides in which rows.
     words: text of batch size B, as Codec.encode_text gives it.
     null: text of batch size 1.
+    share: chance of a row to be replaced.
     """
     batch = words["pooled"].shape[0]
     dropped = jax.random.uniform(key, (batch,)) < share
@@ -225,10 +229,10 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
         loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
         return loss, {"loss": loss, **metrics}
 
-    # Hard negatives share the network call: a program with two calls takes twice as long to compile.
-    some = hard_negatives.first_of_every(settings.hard_negatives.every, (z, words, batch[hard_negatives.FIELD]))
+    # The hard negatives share the network call.
+    pair_inputs = hard_negatives.first_of_every(settings.hard_negatives.every, (z, words, batch[hard_negatives.FIELD]))
     pair_key = jax.random.fold_in(key, 1)
-    pairs = hard_negatives.make_pairs(pair_key, *some, settings.diffusion.target, settings.hard_negatives)
+    pairs = hard_negatives.make_pairs(pair_key, *pair_inputs, settings.diffusion.target, settings.hard_negatives)
     noised = diffusion.corrupt(key, z, settings.diffusion)
     prediction, pair_prediction = hard_negatives.call_together(
         denoise_fn, (noised.z_t, noised.log_snr, cond), (pairs.z_t, pairs.log_snr, pairs.cond)

@@ -18,7 +18,7 @@ class Preview(NamedTuple):
 
 
 def reconstruction(codec, modality):
-    """preview(params, encoder_params, clips, captions) of an autoencoder: each clip, followed by its reconstruction."""
+    """Returns preview(params, encoder_params, clips, captions) of an autoencoder: clips and their reconstructions."""
     name = f"{modality}_autoencoder"
     reconstruct = jax.jit(lambda params, x: sharding.replicate(codec.reconstruct(name, {name: params}, x)))
 
@@ -33,7 +33,7 @@ def reconstruction(codec, modality):
 
 
 def samples(codec):
-    """preview(params, encoder_params, clips, captions) of the denoiser: a sample of each caption."""
+    """Returns preview(params, encoder_params, clips, captions) of the denoiser: a generated clip for each caption."""
     sampler = sampling.Sampler(codec)
 
     def preview(params, encoder_params, clips, captions):

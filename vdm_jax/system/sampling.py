@@ -20,7 +20,7 @@ BATCH = 8  # prompts sampled at once
 
 
 class Sampler:
-    """Samples with the models of a Codec; compiles once for each shape, method and number of steps.
+    """Samples with the models of a Codec; compiles once for each shape and each set of static arguments.
 
     `program` is the jitted function. Compiled programs are kept, so a second call of the same shape starts at once.
     If a mesh is set, clips are split over its axes `data` and `fsdp`, and every process gets all clips.
@@ -42,7 +42,7 @@ class Sampler:
         window: number of the window of a long clip.
         frames: video frames, 1 + f_t * n; None: as in training.
         context: tasks.Context of clips of that length, for P clips or for one that all share; None: no context.
-            Context frames come back as the autoencoder shows them.
+            Context frames in the result are the autoencoder's reconstruction, not the original pixels.
         options: settings of config.sample (steps, method, guidance, ...); None leaves a setting as it is.
         Raises UserError where these do not fit.
         """
@@ -53,7 +53,9 @@ class Sampler:
         batch = min(BATCH, len(prompts))
 
         def rows(start):
-            numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)  # the last batch is filled up
+            numbers = np.minimum(
+                np.arange(start, start + batch), len(prompts) - 1
+            )  # the last prompt fills up the last batch
             context = {name: x[numbers] if len(x) > 1 else x for name, x in clean.items()}
             return dict(key=key, numbers=numbers, tokens=tokens[numbers], clean=context, **arrays)
 
@@ -82,7 +84,7 @@ class Sampler:
         return self._compiled[kind]
 
     def arguments(self, params, *, frames=None, context=None, **options):
-        """-> (arrays, static arguments) of `program`, but for params, key, numbers and tokens. Raises UserError."""
+        """-> (arrays, static arguments) of `program`, except params, key, numbers and tokens. Raises UserError."""
         codec = self.codec
         layout = codec.layout if frames is None else codec.layout.at(frames)
         settings = resolve(codec.config.sample, options)
@@ -173,6 +175,8 @@ def sample(
 ):
     """-> (video uint8 [B, F, H, W, 3], audio float32 [B, N]). Pure; to be jitted.
 
+    codec: a Codec.
+    params: {stage: parameters of all stages, 'statistics': ...}.
     key, numbers: the noise of row i is drawn from (key, numbers[i]); numbers int [B].
     tokens: int32 [B, L].
     clean: latents of the context frames, {modality: [B or 1, ...]}.
@@ -180,7 +184,7 @@ def sample(
     levels: scheduling matrix {modality: [N+1, T]}, log SNR.
     weights: of guidance, {'text', 'history', 'modality'}, and 'rescale'.
     method, interval, history_noise: as in config.sample.
-    guides: whether the text, the context frames and the other modality guide.
+    guides: three bools: whether the text, the context frames and the other modality guide.
     """
     noise_key, sampler_key = jax.random.split(key)
     settings = codec.config.denoiser.diffusion
@@ -189,11 +193,11 @@ def sample(
     # 1. What the sampler starts from: noise, and context frames, clean or lightly noised.
     clean = {name: jnp.broadcast_to(x, (len(numbers), *x.shape[1:])) for name, x in clean.items()}
     is_context = {name: broadcast_to_latent(masks[name][None], x) for name, x in clean.items()}
-    noise, context_noise = (draw_noise(noise_key, numbers, shapes, which) for which in (0, 1))
+    noise, second_noise = (draw_noise(noise_key, numbers, shapes, which) for which in (0, 1))
     first = {name: levels[name][:1] for name in shapes}  # [1, T]
     exact = {name: broadcast_to_latent(first[name] >= settings.log_snr_max, clean[name]) for name in shapes}
     noised = add_noise(
-        clean, context_noise, {name: jnp.broadcast_to(x, (len(numbers), x.shape[1])) for name, x in first.items()}
+        clean, second_noise, {name: jnp.broadcast_to(x, (len(numbers), x.shape[1])) for name, x in first.items()}
     )
     context = {name: jnp.where(exact[name], clean[name], noised[name]) for name in shapes}
     z = {name: jnp.where(is_context[name], context[name], noise[name]) for name in shapes}
@@ -211,12 +215,13 @@ def sample(
     if guides[0]:
         terms += samplers.text_guidance(weights["text"], codec.encode_null_text(params))
     if guides[1]:
-        terms += samplers.history_guidance(weights["history"], masks, context_noise, settings, history_noise)
+        terms += samplers.history_guidance(weights["history"], masks, second_noise, settings, history_noise)
     if guides[2]:
-        terms += samplers.modality_guidance(weights["modality"], context_noise, settings)
+        terms += samplers.modality_guidance(weights["modality"], second_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. Batches begin at multiples of BATCH, so the noise that ddpm adds depends on (key, number) too.
+    # 3. The sampler. Its key depends on the first number of the batch, and batches begin at multiples of BATCH. So the
+    # noise that ddpm adds depends only on (key, number), too.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = {name: jnp.where(is_context[name], clean[name], z[name]) for name in z}
@@ -232,7 +237,8 @@ def draw_noise(key, numbers, shapes, which):
     def draw(number, name):
         place = 2 * which + sorted(shapes).index(name)
         clip_key = jax.random.fold_in(jax.random.fold_in(key, number), place)
-        # Drawn flat: the same numbers, and XLA takes half a minute to compile a draw of this shape for a CPU.
+        # Drawn with one axis and then reshaped, which gives the same numbers and compiles faster; see
+        # diffusion.noise_like.
         return jax.random.normal(clip_key, (math.prod(shapes[name]),)).reshape(shapes[name])
 
     return {name: jax.vmap(lambda number, name=name: draw(number, name))(numbers) for name in shapes}

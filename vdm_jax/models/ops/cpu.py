@@ -2,7 +2,8 @@
 
 `ops/__init__.py` says what each function takes and returns. `accelerator.py` computes the same for TPUs and GPUs.
 
-FIGURES
+The forward and backward pass of a residual block of the world_tiny denoiser (8 clips, float32, one core of an AMD EPYC
+with AVX-512) takes 1.8 times as long with XLA's own operations: `taskset -c 0 python -m tests.peers.forms`.
 
 What XLA's own operations do slowly on a CPU, and what these functions do instead:
 - Sums over all rows of an array, as in the gradient of a bias. XLA joins the sum with the operations that made the

@@ -1,10 +1,14 @@
-"""Convolutions by minimal filtering, Winograd's F(m, 3): m outputs of a window of 3 for m + 2 products, not 3 m.
+"""Convolutions by minimal filtering, Winograd's F(m, 3) (Lavin & Gray, arXiv:1509.09308, section 4).
 
-Lavin & Gray, arXiv:1509.09308, section 4. It is applied along every dimension whose window is 3, with m of 4 or 2, so
-that a convolution in space takes 1/4 of the products, one in time 1/2, a full one 1/8. What is multiplied are matrices
-[places, C_in] and [C_in, C_out], one product for each of the up to 6, 36 or 216 places in a tile, with sums and
-differences before and after. The result differs from the direct form's by rounding alone: of the largest value by 1e-6
-in time, 2e-6 in space and 4e-6 in both, where the direct form's own error is 5e-7.
+For a window of 3, m outputs (one tile) take m + 2 products instead of 3 m. The method is applied along every dimension
+whose window is 3, with m = 4 or m = 2. With m = 4 a convolution in space takes 1/4 of the products, a convolution in
+time 1/2, and a full 3-D convolution 1/8.
+
+The steps: sums and differences of the input; one matrix product [tiles, C_in] @ [C_in, C_out] for each of the
+m + 2 = 6 places of a tile (36 in space, 216 in 3-D); sums and differences of the products.
+
+The result differs from a direct convolution by rounding only. Relative to the largest output the error is 1e-6 in time,
+2e-6 in space and 4e-6 in 3-D. The error of the direct convolution itself is 5e-7.
 """
 
 import functools
@@ -16,17 +20,19 @@ import numpy as np
 
 
 def _factors(*squares):
-    """-> the paper's B^T, G and A^T for evaluation at 0, p and -p for each p^2 given, and infinity.
+    """Returns three factors (b, g, a) of the paper's matrices: B^T = P b, G = P g and A^T = a P.
 
-    Each lacks a factor that they share, sums and differences of what belongs to p and -p, _pairs below: B^T = pairs @
-    the first [m + 2, m + 2], G = pairs @ the second [m + 2, 3] and A^T = the third [m, m + 2] @ pairs.
+    P is the function `_pairs` below: sums and differences of the two rows that belong to p and -p.
+    b is [m + 2, m + 2], g is [m + 2, 3] and a is [m, m + 2].
+
+    squares: p^2 for each pair of points. The polynomials are evaluated at 0, at all p and -p, and at infinity.
     """
     m, x = 2 * len(squares), np.polynomial.Polynomial([0, 1])
     every = math.prod(x**2 - square for square in squares)
     inputs, kernel, output = [every], [[1 / every(0), 0, 0]], [np.arange(m) == 0]
     for square in squares:
         p, others = square**0.5, math.prod((x**2 - q for q in squares if q != square), start=x**0)
-        inputs += [x**2 * others, p * x * others]  # even and odd part of x * every / (x - p)
+        inputs += [x**2 * others, p * x * others]  # the even and the odd part of x * every / (x - p)
         kernel += [scale / (2 * square * others(p)) for scale in np.array([[1, 0, square], [0, p, 0]])]
         output += [np.where(np.arange(m) % 2 == odd, p ** np.arange(m), 0) for odd in (0, 1)]
     inputs, kernel, output = [*inputs, x * every], [*kernel, [0, 0, 1]], [*output, np.arange(m) == m - 1]
@@ -37,23 +43,31 @@ def _factors(*squares):
     )
 
 
-# m -> factors. Of the points for m = 4 these round least; the paper's, squares 1 and 4, have five times their error.
+# m -> factors. For m = 4 these points have the smallest rounding error. The paper's points, with squares 1 and 4, have
+# five times that error.
 FACTORS = {2: _factors(1.0), 4: _factors(0.5, 2.0)}
 
 
 def suits(shape, kernel):
-    """Whether a convolution of x [B, *space, C_in] of `shape` with a `kernel` of that shape is faster for it.
+    """Whether this method is faster than a direct convolution.
 
-    It is not where few channels make products small beside the sums, nor where few places share the larger kernels.
+    It is slower with few channels, where the sums cost more than the products, and with few tiles, where transforming
+    the kernel costs more than it saves.
+
+    shape: of x [B, *space, C_in]
+    kernel: shape of the kernel [*window, C_in, C_out]
     """
     *window, c_in, c_out = kernel
     tiles = math.prod(shape[:-1]) / 4 ** window.count(3)
     return set(window) <= {1, 3} and 3 in window and min(c_in, c_out) >= 24 and 32 * tiles >= min(c_in, c_out)
 
 
-@functools.partial(jax.jit, static_argnames="padding")  # traced once for all layers of a shape
+@functools.partial(jax.jit, static_argnames="padding")  # all layers of one shape share one trace
 def conv(x, kernel, padding):
-    """x [B, *space, C_in] with kernel [*window, C_in, C_out], each window 1 or 3; a pair of padding per dimension."""
+    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out].
+
+    Each window size is 1 or 3. padding: a tuple of pairs (before, after), one for each space dimension.
+    """
     size = _size(x, kernel, padding)
     tiles = _tiles(size, kernel)
     products = _matmul(_parts(x, tiles, padding), _kernels(kernel, tiles))
@@ -62,9 +76,13 @@ def conv(x, kernel, padding):
 
 @functools.partial(jax.jit, static_argnames="padding")
 def gradients(x, kernel, grad, padding):
-    """-> gradients of x and of the kernel, given that of conv(x, kernel, padding): the transpose of each step."""
+    """-> the gradients of x and of the kernel: the transposes of the steps of `conv`, in reverse order.
+
+    grad: the gradient of conv(x, kernel, padding)
+    """
     tiles = _tiles(_size(x, kernel, padding), kernel)
-    # Whole tiles, and at any rate padding: XLA makes what is padded once, all else once a reader.
+    # The padding fills the tiles, and is at least one place. XLA computes a padded array once; an array without padding
+    # it would compute again for each operation that reads it.
     ends = {axis: -grad.shape[axis] % m for axis, m in tiles.items()}
     ends[min(tiles)] = ends[min(tiles)] or 1
     grad = jnp.pad(grad, [(0, ends.get(i, 0)) for i in range(grad.ndim)])
@@ -82,7 +100,7 @@ def _size(x, kernel, padding):
 
 
 def _tiles(size, kernel):
-    """{dimension of x: m}, the one that takes fewer products, for each dimension in which the window is 3."""
+    """{dimension of x: m}, for each dimension whose window is 3; of both m, the one that takes fewer products."""
     return {
         axis: min(FACTORS, key=lambda m: -(-n // m) * (m + 2))
         for axis, (n, k) in enumerate(zip(size, kernel.shape), 1)
@@ -91,7 +109,7 @@ def _tiles(size, kernel):
 
 
 def _parts(x, tiles, padding):
-    """x, padded to whole tiles, transformed."""
+    """x padded to whole tiles and transformed: [products of a tile, B, *tiles, C_in]."""
     ends = [(0, 0), *padding, (0, 0)]
     for axis, m in tiles.items():
         low, high = ends[axis]
@@ -123,12 +141,15 @@ def _matmul(x, kernels):
     return jnp.matmul(_flat(x), kernels).reshape(*x.shape[:-1], -1)
 
 
-# Products of a tile are the leading dimension, the first of the window's dimensions outermost. One dimension is
-# transformed after the other, each by an array of its own: that compiles in half the time that all at once takes.
+# The products of a tile are the leading dimension, and the first dimension of the window is outermost in it. Space is
+# transformed one dimension after the other. That compiles in half the time of one transformation of all dimensions.
 
 
 def _expand(x, tiles, transform):
-    """x -> [products of a tile, *x.shape, with tiles for places], each dimension by transform(x, axis, m) -> arrays."""
+    """x [B, *space, C] -> [products of a tile, B, *tiles, C].
+
+    transform(x, axis, m): -> the m + 2 arrays that one dimension becomes
+    """
     x = x[None]
     for axis, m in tiles.items():
         x = jnp.stack(transform(x, axis + 1, m), 1)
@@ -137,7 +158,10 @@ def _expand(x, tiles, transform):
 
 
 def _contract(x, tiles, transform):
-    """The reverse, by transform(arrays, axis, m) -> arrays, whose places take turns along the dimension."""
+    """[products of a tile, B, *tiles, C] -> [B, *space, C].
+
+    transform(arrays, axis, m): m + 2 arrays -> the arrays whose places alternate along the dimension
+    """
     for axis, m in reversed(tiles.items()):
         x = x.reshape(-1, m + 2, *x.shape[1:])
         x = jnp.stack(transform([x[:, i] for i in range(m + 2)], axis + 1, m), axis + 2)
@@ -146,13 +170,13 @@ def _contract(x, tiles, transform):
 
 
 def _pairs(arrays):
-    """Sum and difference for each two that follow each other after the first; its own transpose."""
+    """Keeps the first and the last array; two neighbors (a, b) in between become (a + b, a - b). Its own transpose."""
     first, *inner, last = arrays
     return [first, *(x for a, b in zip(inner[::2], inner[1::2]) for x in (a + b, a - b)), last]
 
 
 def _combined(matrix, arrays):
-    """Row by row, the arrays' sum with the row's weights."""
+    """For each row of the matrix: the sum of the arrays, weighted by the row."""
 
     def add(total, weighted):
         weight, x = weighted
@@ -177,7 +201,7 @@ def _input_transposed(parts, axis, m):
     *inner, first, second = _combined(FACTORS[m][0].T, _pairs(parts))
     pad = lambda x, *ends: jnp.pad(x, [ends if i == axis else (0, 0) for i in range(x.ndim)])  # noqa: E731
     inner = [pad(x, 0, 1) for x in inner]
-    # Tiles overlap by two places.
+    # Each tile overlaps the next one by two places.
     return [inner[0] + pad(first, 1, 0), inner[1] + pad(second, 1, 0), *inner[2:]]
 
 

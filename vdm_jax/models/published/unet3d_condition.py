@@ -1,7 +1,7 @@
 """The text-to-video denoiser of ModelScope and ZeroScope, with the parameters of diffusers' UNet3DConditionModel.
 
-A 2-D U-Net over each frame, with convolutions and attention over time between its layers (arXiv:2308.06571). One noise
-level for the whole clip, no sound. Weights saved by diffusers become ours with `load_diffusers`.
+It is a 2-D U-Net on each frame, with convolutions and attention over time between its layers (arXiv:2308.06571). A clip
+has one noise level and no sound. `load_diffusers` converts the weights that diffusers saves.
 """
 
 import functools
@@ -40,11 +40,14 @@ MODELSCOPE = dict(  # damo-vilab/text-to-video-ms-1.7b and cerspense/zeroscope_v
 
 
 class FrameBlock(nn.Module):
-    """Residual block of 3x3 convolutions in each frame; the noise level's embedding [B, E] is added between them."""
+    """Residual block of two 3x3 convolutions in each frame; the embedding [B, E] of the noise level is added between.
 
-    features: int
-    groups: int
-    dtype: jnp.dtype = jnp.float32
+    The offset of GroupNorm adds the embedding.
+    """
+
+    features: int  # output channels
+    groups: int  # of GroupNorm
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x, embedding):
@@ -60,10 +63,10 @@ class FrameBlock(nn.Module):
 
 
 class TimeBlock(nn.Module):
-    """Residual block of four convolutions over time; group statistics are over all frames."""
+    """Residual block of four convolutions over time; the statistics of GroupNorm are over all frames."""
 
-    groups: int
-    dtype: jnp.dtype = jnp.float32
+    groups: int  # of GroupNorm
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x):
@@ -96,15 +99,17 @@ class PlainAttention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """One pre-norm transformer block, residual. x [B, T, h, w, C], text [B, L, D].
+    """One pre-norm transformer block, residual.
 
-    With a text each frame's tokens read each other, then the text; without, each pixel's T tokens each other, twice.
+    x: [B, T, h, w, C]
+    text: [B, L, D] or None. With a text, the tokens of a frame attend to each other, then to the text. Without, the T
+        tokens of a pixel attend to each other twice.
     """
 
     heads: int
-    head_dim: int
-    groups: int
-    dtype: jnp.dtype = jnp.float32
+    head_dim: int  # channels of a head
+    groups: int  # of GroupNorm
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x, text=None):
@@ -122,7 +127,7 @@ class Transformer(nn.Module):
         tokens = dense(width, name="project_in")(tokens)
         tokens = tokens + attention(name="self")(norm(name="norm_self")(tokens))
         if not over_time:
-            tokens = tokens.reshape(b, -1, width)  # [B, T*h*w, width]: the frames of a clip share its text
+            tokens = tokens.reshape(b, -1, width)  # [B, T*h*w, width]: all frames of a clip attend to one text
         tokens = tokens + attention(name="cross")(norm(name="norm_cross")(tokens), text)
         hidden, gate = jnp.split(dense(8 * width, name="expand_0")(norm(name="norm_mlp")(tokens)), 2, -1)
         hidden = hidden * nn.gelu(gate, approximate=False)  # GEGLU, arXiv:2002.05202, eq. 6
@@ -134,13 +139,13 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """What the levels are made of: FrameBlock, TimeBlock and, where they attend, a Transformer in space and in time."""
+    """FrameBlock, TimeBlock and, with `attend`, a Transformer over each frame and one over time."""
 
-    features: int
+    features: int  # output channels
     attend: bool
-    head_dim: int
-    groups: int
-    dtype: jnp.dtype = jnp.float32
+    head_dim: int  # channels of an attention head
+    groups: int  # of GroupNorm
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x, embedding, text):
@@ -155,31 +160,36 @@ class Block(nn.Module):
 
 
 class UNet3DCondition(nn.Module):
-    """video [B, T, h, w, in_channels], timesteps [B], text [B, L, text_width] -> [B, T, h, w, out_channels], float32.
+    """Returns a prediction [B, T, h, w, out_channels], float32.
 
-    Level i has channels[i] and `blocks` blocks on the way down, one more on the way up; those of levels with
-    attention[i] attend. Space halves between levels, time stays. `up_0` is the lowest level.
+    video: [B, T, h, w, in_channels]
+    timesteps: [B], noise levels from 0 to 999
+    text: [B, L, text_width]
+
+    Tuples have one value for each resolution, the highest first. Space halves between resolutions, and time stays.
+    In the names of parameters `down_0` is the highest resolution, and `up_0` is the lowest.
     """
 
     channels: tuple[int, ...]
-    blocks: int
-    attention: tuple[bool, ...]
-    head_dim: int
-    groups: int
+    blocks: int  # at each resolution on the way down; the way up has one more
+    attention: tuple[bool, ...]  # whether the blocks attend
+    head_dim: int  # channels of an attention head
+    groups: int  # of GroupNorm
     in_channels: int
     out_channels: int
-    text_width: int
-    dtype: jnp.dtype = jnp.float32
+    text_width: int  # channels of the text states
+    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, video, timesteps, text):
-        first, levels = self.channels[0], len(self.channels)
+        first = self.channels[0]
+        last = len(self.channels) - 1
         conv = functools.partial(Conv, window=(1, 3, 3), dtype=self.dtype)
         dense = functools.partial(Dense, 4 * first, dtype=self.dtype)
         block = functools.partial(Block, head_dim=self.head_dim, groups=self.groups, dtype=self.dtype)
 
-        level = fourier_features(timesteps, first, max_period=10000.0)
-        embedding = nn.silu(dense(name="level_out")(nn.silu(dense(name="level_in")(level))))  # [B, E]
+        noise_level = fourier_features(timesteps, first, max_period=10000.0)
+        embedding = nn.silu(dense(name="noise_out")(nn.silu(dense(name="noise_in")(noise_level))))  # [B, E]
         text = text.astype(activation_dtype(self.dtype))
 
         x = conv(first, name="stem")(video)
@@ -191,8 +201,8 @@ class UNet3DCondition(nn.Module):
             for j in range(self.blocks):
                 x = block(features, self.attention[i], name=f"down_{i}_{j}")(x, embedding, text)
                 skips.append(x)
-            if i < levels - 1:
-                x = conv(features, strides=(1, 2, 2), name=f"shrink_{i}")(x)
+            if i < last:
+                x = conv(features, strides=(1, 2, 2), name=f"downsample_{i}")(x)
                 skips.append(x)
 
         # Bottleneck
@@ -204,19 +214,19 @@ class UNet3DCondition(nn.Module):
             for j in range(self.blocks + 1):
                 x = jnp.concatenate([x, skips.pop()], -1)
                 x = block(features, attend, name=f"up_{i}_{j}")(x, embedding, text)
-            if i < levels - 1:
-                h, w = skips[-1].shape[2:4]  # odd sizes were rounded up when halved
-                grow = functools.partial(conv, features, name=f"grow_{i}")
+            if i < last:
+                h, w = skips[-1].shape[2:4]  # an odd size was rounded up when it was halved
+                upsample_conv = functools.partial(conv, features, name=f"upsample_{i}")
                 if (h, w) == (2 * x.shape[2], 2 * x.shape[3]):
-                    x = grow(upsample=(1, 2, 2))(x)
+                    x = upsample_conv(upsample=(1, 2, 2))(x)
                 else:
-                    x = grow()(upsample(x, (1, 2, 2))[:, :, :h, :w])
+                    x = upsample_conv()(upsample(x, (1, 2, 2))[:, :, :h, :w])
 
         x = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype, name="norm_out")(x)
         return conv(self.out_channels, name="head")(x).astype(jnp.float32)
 
 
-def abstract_params(model):
+def param_shapes(model):
     """The parameters of a UNet3DCondition as a tree of ShapeDtypeStructs; nothing is allocated."""
     shapes = (1, 1, 1, 1, model.in_channels), (1,), (1, 1, model.text_width)
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -225,16 +235,16 @@ def abstract_params(model):
 
 # ---------------------------------------------------------------------------------------------------------- weights
 
-# Our path, with dots for slashes -> the name in diffusers, by all of these in turn.
+# From our path, with dots for slashes, to the name in diffusers: all rules are applied, one after the other.
 _NAMES = (
     (r"^stem\b", "conv_in"),
-    (r"^level_in\b", "time_embedding.linear_1"),
-    (r"^level_out\b", "time_embedding.linear_2"),
+    (r"^noise_in\b", "time_embedding.linear_1"),
+    (r"^noise_out\b", "time_embedding.linear_2"),
     (r"^attend_stem\b", "transformer_in"),
     (r"^norm_out\b", "conv_norm_out"),
     (r"^head\b", "conv_out"),
-    (r"^shrink_(\d+)", r"down_blocks.\1.downsamplers.0.conv"),
-    (r"^grow_(\d+)", r"up_blocks.\1.upsamplers.0.conv"),
+    (r"^downsample_(\d+)", r"down_blocks.\1.downsamplers.0.conv"),
+    (r"^upsample_(\d+)", r"up_blocks.\1.upsamplers.0.conv"),
     (r"^(down|up)_(\d+)_(\d+)\.(\w+)", r"\1_blocks.\2.\4.\3"),
     (r"^middle_(\d)\.(\w+)", r"mid_block.\2.\1"),
     (r"\.frame\.(\d+)", r".resnets.\1"),
@@ -266,25 +276,30 @@ _NAMES = (
 
 def diffusers_shapes(model):
     """{name: shape} of the tensors that diffusers saves for a UNet3DCondition."""
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
+    leaves = jax.tree_util.tree_leaves_with_path(param_shapes(model))
     return {_name(path): _shape(path, leaf.shape) for path, leaf in leaves}
 
 
 def load_diffusers(flat, model):
-    """Weights of diffusers' UNet3DConditionModel as parameters of `model`, a UNet3DCondition of the same settings.
+    """Converts the weights of diffusers' UNet3DConditionModel. Returns a tree of float32 arrays.
 
-    flat: {name: array} as `safetensors.numpy.load_file("diffusion_pytorch_model.safetensors")` gives it. Returns a tree
-    of float32 arrays. A tensor that is missing, too many or of another shape raises UserError.
+    flat: {name: array}, from safetensors.numpy.load_file("diffusion_pytorch_model.safetensors")
+    model: a UNet3DCondition with the settings of the weights
+
+    Raises UserError for a missing tensor, an unknown tensor, or a wrong shape.
     """
     shapes = diffusers_shapes(model)
     for name in flat:
         if name not in shapes:
-            raise UserError(f"tensor {name} has no place in this model: are its settings those of the weights?")
+            raise UserError(f"tensor {name} has no place in this model: give the model the settings of the weights")
     for name, shape in shapes.items():
         if name not in flat:
-            raise UserError(f"tensor {name} is missing")
+            raise UserError(f"tensor {name} is missing: give all tensors of a UNet3DConditionModel with these settings")
         if flat[name].shape != shape:
-            raise UserError(f"tensor {name} has shape {flat[name].shape}, this model needs {shape}")
+            raise UserError(
+                f"tensor {name} has shape {flat[name].shape}, but this model needs {shape}: "
+                "give the model the settings of the weights"
+            )
 
     def load(path, leaf):
         tensor = flat[_name(path)]
@@ -292,17 +307,17 @@ def load_diffusers(flat, model):
             tensor = np.moveaxis(tensor, (1, 0), (-2, -1))  # [*window, input, output]
         return np.ascontiguousarray(tensor.reshape(leaf.shape), np.float32)
 
-    return jax.tree_util.tree_map_with_path(load, abstract_params(model))
+    return jax.tree_util.tree_map_with_path(load, param_shapes(model))
 
 
 def _name(path):
-    """The name in diffusers of the parameter at a key path of ours."""
+    """The name in diffusers of our parameter at a key path."""
     name = ".".join(key.key for key in path)
     return functools.reduce(lambda name, rule: re.sub(rule[0], rule[1], name), _NAMES, name)
 
 
 def _shape(path, shape):
-    """The shape in diffusers of the parameter that has `shape` here: [output, input, *window]."""
+    """The shape in diffusers, [output, input, *window], of our parameter with `shape`."""
     layer, kind = path[-2].key, path[-1].key
     if kind != "kernel":
         return shape
