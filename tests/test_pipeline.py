@@ -92,6 +92,7 @@ def test_a_compilation_is_announced_once_with_earlier_seconds(pipe, tiny_run, ca
 def test_batches_and_windows_are_counted(pipe, caplog):
     pipe.sample(["a red circle"] * 10, steps=2, method="ddpm")  # compiles
     caplog.set_level("INFO", "vdm_jax")
+    caplog.clear()
     pipe.sample(["a red circle"] * 10, steps=2, method="ddpm")
     assert caplog.messages == ["sampling: 8 of 10 clips", "sampling: 10 of 10 clips"]
     pipe.rollout(["a red circle"], 10, steps=2, context_frames=2)  # 5 frames, and a window of 2 after each 3
