@@ -17,6 +17,8 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# How long programs took to compile is remembered here, and not among the user's files.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".cache" / "user")
 
 import pytest
 from absl import flags

@@ -7,10 +7,10 @@ Without --workdir and --weights the reference weights of this package are measur
 report.html (one file that can be sent on) with its pictures and clips, and prints the table.
 
 --suite=reconstruction   held-out clips through the two autoencoders; needs no other stage
---suite=prompts          that, retrieval, the loss by noise level, and samples of held-out prompts
---suite=tasks            that of reconstruction, and held-out clips completed in each task from a part of them
---suite=all              all of it
---samplers               samples the same prompts once more by each method and number of steps
+--suite=prompts          the same, retrieval, the loss by noise level, and samples of held-out prompts
+--suite=tasks            the same as reconstruction, and held-out clips that are completed in each task
+--suite=all              everything
+--samplers               samples the same prompts again by each method and number of steps
 
 The same tracker reads true renders ("truth"), their reconstructions ("autoencoder") and samples. It knows only the
 procedural world. For other data the table has no outcomes, and the samples are of held-out captions.

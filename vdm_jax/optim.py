@@ -78,7 +78,8 @@ def orthogonalized(kernels):
     """Returns for each kernel about the nearest orthogonal matrix, scaled to a root mean square of 1.
 
     Kernels of one shape are iterated as one batch. optax.contrib.muon iterates each kernel alone: with it a training
-    step of a small denoiser, of 429 parameter arrays, took 82 s of CPU time to compile instead of 45 s.
+    step of a small denoiser, of 429 parameter arrays, took 82 s of CPU time to compile instead of 45 s,
+    with the XLA flags of the tests.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(kernels)
     batches = collections.defaultdict(list)

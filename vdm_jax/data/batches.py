@@ -5,7 +5,7 @@ shuffle. A run that resumes therefore sees the batches that it would have seen w
 of processes, and no state of the data needs to be saved.
 """
 
-import grain
+import absl.logging
 import jax
 import numpy as np
 
@@ -13,6 +13,12 @@ from vdm_jax.data import text
 from vdm_jax.data.files import Files
 from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
+
+_verbosity = absl.logging.get_verbosity()
+absl.logging.set_verbosity(absl.logging.ERROR)  # grain warns when it is imported beside an older jaxlib
+import grain  # noqa: E402
+
+absl.logging.set_verbosity(_verbosity)
 
 HELD_OUT_SEED = 1_000_003  # added to the seed of the procedural world for clips that training never sees
 
