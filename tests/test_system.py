@@ -9,7 +9,8 @@ import pytest
 from configs import choices, common, files, t2v_300m, t2v_pod, world, world_tiny
 from tests import tiny
 from tests.helpers import weights
-from vdm_jax import sharding
+from vdm_jax import bench, evaluate, overview, sample, sharding, train
+from vdm_jax import system as package
 from vdm_jax.data import text
 from vdm_jax.errors import UserError
 from vdm_jax.models.layers import REMAT
@@ -129,6 +130,22 @@ def test_sizes_that_do_not_fit_are_told(config, changes, words):
                     channels=(16,), blocks=(1,), attention=(False,), cross_modal=(False,), time_strides=()
                 )
             codec.make_models(config, layout(config))
+
+
+@pytest.mark.parametrize("script, options", [
+    (train, ["--config=tests/tiny.py", "--workdir={run}"]),
+    (sample, ["--workdir={run}", "--prompt=a red circle", "--steps=2", "--out={tmp}/clip.mp4"]),
+    (evaluate, ["--workdir={run}", "--suite=reconstruction", "--count=2", "--out={tmp}/report"]),
+    (bench, ["--config=tests/tiny.py", "--part=data", "--stage=audio_autoencoder"]),
+    (overview, ["--config=tests/tiny.py"]),
+], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
+def test_a_command_builds_its_system_once(tiny_run, tmp_path, command, monkeypatch, script, options):
+    built = []
+    original = package.make_stages
+    monkeypatch.setattr(package, "make_stages", lambda codec: built.append(codec.config.to_json()) or original(codec))
+    done = command(script, *(option.format(run=tiny_run, tmp=tmp_path) for option in options))
+    assert done.code == 0, done.err
+    assert len(built) == 1
 
 
 # ------------------------------------------------------------------------------------------- clips <-> latents
