@@ -51,9 +51,10 @@ ensure_venv() {
     done
     [[ -n "$missing" ]] || return 0
     echo "installing vdm_jax${extras:+ with extras $extras} into $(basename "$VENV") (some minutes the first time)"
-    # PYTHONWARNINGS: else the build back end warns, because the package is not in a folder src
+    # PYTHONWARNINGS: else the build back end warns, because the package is not in a folder src. editable_mode: else a
+    # script that lies beside the clone would import the clone's folder, which has the same name as the package.
     PYTHONWARNINGS=ignore "$PY" -m pip install --quiet --disable-pip-version-check \
-        --editable "$ROOT${extras:+[${extras// /,}]}" ${JAX_VERSION:+"jax==$JAX_VERSION"}
+        --config-settings editable_mode=compat --editable "$ROOT${extras:+[${extras// /,}]}" ${JAX_VERSION:+"jax==$JAX_VERSION"}
     for name in base $extras; do
         echo "$hash" >"$VENV/.installed-$name"
     done

@@ -432,7 +432,7 @@ def command_line(draw, folder):
         options = flags.FLAGS
         if options.config is not None and options.workdir:
             names = STAGES if options.stage == "all" else (options.stage,)
-            train.check(options.config, names)
+            train.checked_mesh(build(options.config), names)
     finally:
         sys.argv = typed
         for name in set(flags.FLAGS) - known:

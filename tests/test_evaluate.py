@@ -91,7 +91,7 @@ def test_a_folder_of_videos_has_no_state_but_all_else(tmp_path, command, config)
     "options, told",
     [
         ([], "--out is missing"),
-        (["--out={tmp}/r", "--workdir={tmp}/none"], "no config.json"),
+        (["--out={tmp}/r", "--workdir={tmp}/none"], "there is no folder"),
         (["--out={tmp}/r", "--workdir={tmp}/a", "--weights={tmp}/b"], "only one of --workdir and --weights"),
         (["--out={tmp}/r", "--suite=samples"], "--suite"),
         (["--out={tmp}/r", "--samplers=ddim"], "--samplers=ddim"),

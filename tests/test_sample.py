@@ -79,7 +79,7 @@ WRONG = {
     "no steps": (["--prompt=x", "--out={files}/x.mp4", "--steps=0"], "--steps"),
     "seed": (["--prompt=x", "--out={files}/x.mp4", "--seed=4294967296"], "--seed"),
     "guidance": (["--prompt=x", "--out={files}/x.mp4", "--guidance=much"], "--guidance"),
-    "no run": (["--workdir={files}/none", "--prompt=x", "--out={files}/x.mp4"], "no config.json"),
+    "no run": (["--workdir={files}/none", "--prompt=x", "--out={files}/x.mp4"], "there is no folder"),
     "unfinished run": (["--workdir={files}/begun", "--prompt=x", "--out={files}/x.mp4"], "stage audio_autoencoder"),
     "damaged run": (["--workdir={files}/damaged", "--prompt=x", "--out={files}/x.mp4"], "config.json is damaged"),
     "negative": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--seconds=-1"], "seconds=-1"),

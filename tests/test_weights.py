@@ -18,8 +18,10 @@ from vdm_jax.system.layout import STAGES
 
 
 def test_a_run_that_is_none_or_unfinished_is_told(tmp_path):
-    with pytest.raises(UserError, match="neither a run nor exported weights.*vdm_jax.train"):
+    with pytest.raises(UserError, match="there is no folder .*none"):
         weights.load(tmp_path / "none")
+    with pytest.raises(UserError, match="neither a run nor exported weights.*vdm_jax.train"):
+        weights.load(tmp_path)
     run = write_run(tmp_path / "run", tiny.get_config(), ("video_autoencoder", "audio_autoencoder"))
     with pytest.raises(UserError, match="unfinished: stage clip has no checkpoint.*--stage=clip"):
         weights.load(run)

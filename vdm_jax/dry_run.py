@@ -133,8 +133,9 @@ def slice_devices(name):
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name.strip(), **host).devices
     except Exception as error:  # its type depends on the version of JAX
         reason = str(error)
-        if isinstance(error, AttributeError | FileNotFoundError | ModuleNotFoundError | TypeError):
-            raise UserError('the TPU compiler is missing: pip install "jax[tpu]"') from None
+        missing = isinstance(error, AttributeError | FileNotFoundError | ModuleNotFoundError | TypeError)
+        if missing or "TPU support not installed" in reason:
+            raise UserError("the TPU compiler is missing: pip install -e '.[tpu]'") from None
         raise UserError(f"--topology={name}: {reason}; name one such as v5e:4x4, v5p:4x4x4 or v6e:8x8") from None
     if devices[0].device_kind not in CHIPS:
         raise UserError(f"--topology={name}: {devices[0].device_kind} is unknown; known: {', '.join(CHIPS)}")

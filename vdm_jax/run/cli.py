@@ -17,7 +17,7 @@ absl.logging.set_verbosity(absl.logging.ERROR)
 
 def define_config():
     """Defines --config=FILE. With it, --config.some.key=value changes a value."""
-    return config_flags.DEFINE_config_file(
+    config_flags.DEFINE_config_file(
         "config", None, "Recipe, such as configs/world.py. --config.KEY=VALUE changes a value of it.", lock_config=True
     )
 
@@ -37,6 +37,10 @@ def use_cache(config):
 def run(main):
     """Runs main(argv) as absl's app.run does. A UserError and a wrong flag end with one line and exit code 2."""
     _log()
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith(("vdm_jax", "ml_collections")):  # --help shows all flags of a command
+            for flag in defined:
+                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     try:
         app.run(_guarded(main), flags_parser=_parse)
     except UserError as error:

@@ -99,6 +99,8 @@ def read_config(folder):
     if not path.exists():
         if folder == REFERENCE:
             raise UserError("this installation has no reference weights: give --workdir of a trained run")
+        if not folder.exists():
+            raise UserError(f"there is no folder {folder}: check the path of the run or of the weights")
         raise UserError(
             f"{folder} is neither a run nor exported weights, because it has no config.json: give another folder, or "
             f"train a run with python -m vdm_jax.train --config=FILE --workdir={folder}"

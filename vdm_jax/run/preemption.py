@@ -53,7 +53,10 @@ def watching():
             )
         else:
             logger.info("%s: nothing to save, the run ends", stop.signal)
-            sys.exit(0)
+            logging.shutdown()
+            sys.stdout.flush()
+            # Not sys.exit: an exception that passes through a compilation of XLA crashes the process.
+            os._exit(0)
 
     before = {each: signal.signal(each, handle) for each in handled}
     try:
