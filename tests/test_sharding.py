@@ -215,7 +215,7 @@ def on_meshes(among):
 
 
 def batches(system, rng):
-    """{stage: 8 examples}; those of the denoiser are encoded already."""
+    """{stage: 8 examples}; the denoiser's examples are encoded already."""
     length = system.config.data.text_length
     z = {m: rng.normal(size=(8, *shape)).astype(np.float32) for m, shape in system.layout.latent_shapes.items()}
     tokens = text.encode([f"clip {i}" for i in range(8)], length)

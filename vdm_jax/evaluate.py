@@ -170,7 +170,7 @@ def choose_prompts(config, held_out, seed):
         texts = [held_out[PREVIEWED + i]["caption"] for i in range(count)]
         fresh = [caption for caption in texts if caption not in {item["caption"] for item in shown}]
         if not fresh:
-            logger.warning("too few captions: those sampled here are also those of the previews")
+            logger.warning("too few captions: the samples here have the same captions as the previews of training")
         return [{"text": caption, "objects": None} for caption in fresh or texts]
 
     settings = config.data.world

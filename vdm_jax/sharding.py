@@ -46,7 +46,7 @@ ACTIVATION_AXES = {
 # larger than the border that it needs from its neighbors.
 MIN_SHARD = {"time": 2, "height": 2, "token": 2}
 
-# The first rule that matches counts. Its axes are those of the last dimensions; earlier dimensions are not cut.
+# The first rule that matches counts. Its axes belong to the last dimensions; earlier dimensions are not cut.
 PARAMETER_RULES = (
     (r"/(query|key|value)/kernel$", ("fsdp", "tensor", None)),  # [C, heads, d]
     (r"/out/kernel$", ("tensor", None, "fsdp")),  # [heads, d, C]
