@@ -250,8 +250,10 @@ def test_a_stage_is_one_record(config):
         assert scalar.shape == () and "loss" in metrics, name
     assert not any(system.stages[name].encoder_params for name in STAGES[:3])
     assert set(system.stages["denoiser"].encoder_params) == {*STAGES[:3], "statistics"}
-    assert system.stages["clip"].hard_negative("a red circle and a blue circle") == "a blue circle and a red circle"
-    assert system.stages["denoiser"].hard_negative is None
+    assert (
+        system.stages["clip"].make_hard_negative("a red circle and a blue circle") == "a blue circle and a red circle"
+    )
+    assert system.stages["denoiser"].make_hard_negative is None
 
 
 def test_stft_distance():

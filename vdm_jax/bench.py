@@ -126,7 +126,7 @@ def data(system, name):
     """Returns the figures of the pipeline that loads clips for stage `name`. The batches stay on the host."""
     config = system.config
     rows = config[name].batch_size
-    examples = batches.Examples(batches.source(config), config.data.text_length, system.stages[name].hard_negative)
+    examples = batches.Examples(batches.source(config), config.data.text_length, system.stages[name].make_hard_negative)
     loaded = batches.batches(examples, batch_size=rows, seed=config.seed, start=0, data=config.data)
     next(loaded)  # starts the threads
     times = []

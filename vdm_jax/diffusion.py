@@ -255,7 +255,8 @@ def loss_weight(log_snr, slope, config):
 # Training patterns: the time t of each latent frame, and which frames are context
 #
 # A pattern is a function (u, frames) -> (t of video, t of audio, context of video, context of audio).
-#   u       uniform random numbers, {"one", "other", "head", "tail": [B, 1], "video", "audio": [B, T]}
+#   u       independent uniform random numbers: "first", "second", "head", "tail" [B, 1], one per example; "video",
+#           "audio" [B, T], one per frame
 #   frames  the numbers 0 .. T-1 of the latent frames, [1, T]
 
 
@@ -271,11 +272,11 @@ def stratified_uniform(key, batch, columns):
 
 
 def _text(u, frames):  # text to video and sound: no context, one t for all frames of both modalities
-    return u["one"], u["one"], False, False
+    return u["first"], u["first"], False, False
 
 
 def _per_modality(u, frames):  # one t per modality: UniDiffuser, arXiv:2303.06555
-    return u["one"], u["other"], False, False
+    return u["first"], u["second"], False, False
 
 
 def _per_frame(u, frames):  # one t per frame and modality: Diffusion Forcing, arXiv:2407.01392
@@ -283,21 +284,21 @@ def _per_frame(u, frames):  # one t per frame and modality: Diffusion Forcing, a
 
 
 def _foley(u, frames):  # all of the video is context
-    return u["one"], u["one"], True, False
+    return u["first"], u["first"], True, False
 
 
 def _audio(u, frames):  # all of the audio is context
-    return u["one"], u["one"], False, True
+    return u["first"], u["first"], False, True
 
 
 def _image(u, frames):  # the first video frame is context, unless it is the only frame
-    return u["one"], u["one"], frames < min(1, frames.shape[1] - 1), False
+    return u["first"], u["first"], frames < min(1, frames.shape[1] - 1), False
 
 
 def _continue(u, frames):  # the first 1 .. T-1 frames of both modalities are context
     last = frames.shape[1] - 1
     context = frames < jnp.minimum(1 + jnp.floor(u["head"] * last), last)
-    return u["one"], u["one"], context, context
+    return u["first"], u["first"], context, context
 
 
 def _between(u, frames):  # at least one frame at each end is context, and at least one frame between them is not
@@ -305,12 +306,12 @@ def _between(u, frames):  # at least one frame at each end is context, and at le
     head = jnp.minimum(1 + jnp.floor(u["head"] * inner), inner)
     tail = jnp.minimum(1 + jnp.floor(u["tail"] * (inner + 1 - head)), inner + 1 - head)
     context = ((frames < head) | (frames >= frames.shape[1] - tail)) & (inner > 0)
-    return u["one"], u["one"], context, context
+    return u["first"], u["first"], context, context
 
 
 def _rollout(u, frames):  # a pyramid: t rises from frame to frame with a random slope; frames at t = 0 are context
-    rise = u["other"]  # t of the last frame minus t of the first; before clipping, t of the first is in [-rise, 1]
-    t = -rise + u["one"] * (1 + rise) + rise * frames / max(frames.shape[1] - 1, 1)
+    rise = u["second"]  # t of the last frame minus t of the first; before clipping, t of the first is in [-rise, 1]
+    t = -rise + u["first"] * (1 + rise) + rise * frames / max(frames.shape[1] - 1, 1)
     return jnp.clip(t, 0, 1), jnp.clip(t, 0, 1), t <= 0, t <= 0
 
 
@@ -344,7 +345,7 @@ def sample_times(key, shape, patterns):
     if not len(names) or not (shares > 0).all():
         raise UserError(f"patterns={dict(patterns)}: every share must be at least 0, and one of them above 0")
     batch, T = shape
-    widths = {"pattern": 1, "one": 1, "other": 1, "head": 1, "tail": 1, "video": T, "audio": T}
+    widths = {"pattern": 1, "first": 1, "second": 1, "head": 1, "tail": 1, "video": T, "audio": T}
     uniforms = stratified_uniform(key, batch, sum(widths.values()))
     u = dict(zip(widths, jnp.split(uniforms, np.cumsum([*widths.values()])[:-1], axis=1)))  # [B, 1] or [B, T] each
     drawn = [PATTERNS[name](u, jnp.arange(T)[None]) for name in names]

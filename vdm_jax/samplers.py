@@ -140,8 +140,8 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config, eta=0.0):
 
     denoise_fn: (z, log_snr, cond) -> prediction of config.target. The function that `guided` returns is one.
     key: for the noise of ddpm and of ddim with eta above 0.
-    z_T: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}, latents at time 1. Frames to generate hold standard normal
-        noise. Context frames hold latents with the noise level of row 0.
+    z_T: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}, the start, at the noise levels of row 0: standard normal
+        noise in frames to generate; clean or noised latents in context frames.
     cond: conditions, passed to denoise_fn unchanged.
     levels: the scheduling matrix, log_snr [N+1, T] per modality, or [N+1, B, T] if examples differ. No frame's log_snr
         falls from one row to the next.

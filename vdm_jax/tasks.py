@@ -4,9 +4,9 @@ Context frames are an input. The sampler generates all other frames. A `Context`
 `scheduling_matrix` makes the order.
 
 Later frames do not change earlier latents, because the autoencoders are causal. So the first part of a clip can be
-context without the rest. The frames and the sound after the context may hold anything, and are called filler. In
-`between`, filler also lies before the last context frames and influences them a little, so there it repeats the nearest
-frames.
+encoded before the rest exists: the frames and the sound after the context may hold anything there, and are called
+filler. In `between`, filler also lies before the last context frames and influences them a little, so there it repeats
+the nearest frames.
 """
 
 from typing import NamedTuple
@@ -151,9 +151,9 @@ def scheduling_matrix(
         modality that is context as a whole always stays clean.
     first_step_times: times t in [0, 1] that the first generated frame, the second, and so on reach in their first step.
         Frames past the end of the list have steps of the usual size. A small time is a long first step, which puts the
-        frame near the mean of all frames that may follow. Use it if the context decides what follows: the expected
-        squared error of the mean is then half that of a random sample. Do not use it if several futures are likely: the
-        mean is then blurred.
+        frame near the mean of all frames that may follow. The expected squared error of the mean is half that of a
+        random sample. Use it if the context leaves little open. Do not use it if several futures are likely: the mean
+        is then blurred.
     Raises UserError for an unknown spacing, too few steps, a negative lag or a mask of another length.
     """
     one_of("spacing", spacing, SPACINGS)

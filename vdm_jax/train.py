@@ -112,7 +112,7 @@ def train_stage(run, name):
         checkpoints.close()
         return True
     # 3. Data: clips, or clips that the earlier stages have encoded.
-    encoder_params, items = {}, batches.Examples(run.source, config.data.text_length, stage.hard_negative)
+    encoder_params, items = {}, batches.Examples(run.source, config.data.text_length, stage.make_hard_negative)
     if stage.encoder_params:
         encoder_params, items = latents.prepare(run.system, run.workdir, items, run.mesh)
     batch_sharding = sharding.batch_sharding(run.mesh)
@@ -160,7 +160,7 @@ def train_stage(run, name):
         save_due = save_due or last or number % config.checkpoint_every == 0
         if save_due or number % config.log_every == 0:  # before each save, so that a resumed run has all lines
             log.write(number, flush=save_due)
-        if save_due and (last or not log.skipping):  # after a skipped step the state may be bad: wait for a good one
+        if save_due and (last or not log.skipping):  # a skipped step may mean that the state was already bad
             with watch("saving"):
                 checkpoint.save(checkpoints, state, log.mean_loss())
             log.mark_saved(number)

@@ -123,9 +123,7 @@ class TextRefiner(nn.Module):
     def __call__(self, states, mask):
         x = states.astype(activation_dtype(self.dtype))
         heads = max(1, x.shape[-1] // self.head_dim)
-        positions = (
-            jnp.arange(x.shape[1]) / 20
-        )  # a token is a byte: rotary periods from 20 tokens, about three words, to 2,000
+        positions = jnp.arange(x.shape[1]) / 20  # bytes; rotary periods of 1 to 100 units are 20 to 2,000 bytes here
         for i in range(self.layers):
             x = transformer_layer(x, mask, heads, i, positions, zero=True, dtype=self.dtype)
         return x

@@ -21,7 +21,7 @@ def make_models(config, layout):
     """{stage: Flax module} of a config. Raises UserError for an unknown `compute_dtype` or `remat`."""
     dtype = jnp.dtype(one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16")))
     text_size = dict(vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
-    clip = config.clip.model
+    clip = config.clip.model  # of the stage "clip", the text encoder; in other names a clip is a video with its sound
     modes = remat_modes(config, "denoiser")
     unet = dict(config.denoiser.model, remat=modes if len(modes) > 1 else (), latent_fps=layout.latent_fps)
     return {

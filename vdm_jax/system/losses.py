@@ -27,7 +27,7 @@ class Stage(NamedTuple):
         Callable | None
     )  # preview(params, encoder_params, clips, captions) -> previews.Preview; None: nothing to show
     activation: tuple  # (shape, names of dimensions) of an activation, to check that the mesh axis `sequence` splits it
-    hard_negative: Callable | None = None  # caption -> wrong caption, for every example; None for no hard negatives
+    make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
     group: int = 1  # this number of neighboring clips of a batch must be on one device
 
 
@@ -56,7 +56,7 @@ def make_stages(codec):
             encoder_params=encoders,
             preview=preview,
             activation=(shape, axes),
-            hard_negative=hard_negatives.swapper(words),
+            make_hard_negative=hard_negatives.swapper(words),
             group=config[name].hard_negatives.every if words and "every" in config[name].hard_negatives else 1,
         )
 
@@ -171,7 +171,7 @@ def clip_loss(codec, params, key, batch, encoder_params):
         wrong_tokens = batch[hard_negatives.FIELD]
         wrong = codec.apply_fn("clip", "embed_text")(params, wrong_tokens, text.mask(wrong_tokens))
         wrong = scale * pictures @ wrong.T  # [B, B], one row per video
-        same = jnp.all(wrong_tokens == tokens, 1)  # the caption has none of the words
+        same = jnp.all(wrong_tokens == tokens, 1)  # the caption has no word of config.clip.hard_negatives
         right = (jnp.diagonal(wrong) < jnp.diagonal(logits)) & ~same
         metrics["hard_negative_accuracy"] = right.sum() / (~same).sum()
         by_video = jnp.concatenate([by_video, jnp.where(same, -jnp.inf, wrong)], 1)

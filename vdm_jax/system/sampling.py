@@ -93,7 +93,7 @@ class Sampler:
         clean = self._context_latents(params, context, layout)
 
         weights = settings["guidance"]
-        continued = all(mask[:2].all() for mask in masks.values())  # two latent frames show what moves, and how
+        continued = all(mask[:2].all() for mask in masks.values())  # two frames of both show what moves
         text_weight = weights["text"]
         if continued:
             text_weight = weights["text_continue"]
@@ -220,8 +220,8 @@ def sample(
         terms += samplers.modality_guidance(weights["modality"], second_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. Its key depends on the first number of the batch, and batches begin at multiples of BATCH. So the
-    # noise that ddpm adds depends only on (key, number), too.
+    # 3. The sampler. Its key depends on the first number of the batch. Batches begin at multiples of BATCH, so a number
+    # always has the same first number and the same row. So the noise that ddpm adds depends only on (key, number), too.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = {name: jnp.where(is_context[name], clean[name], z[name]) for name in z}
