@@ -451,9 +451,7 @@ def weighted_error(prediction, noised, config):
         log_snr, generated = noised.log_snr[name], ~noised.context[name]  # [B, T]
         squares = jnp.square(prediction[name].astype(target.dtype) - target)
         error = squares.reshape(*log_snr.shape, -1).mean(-1)  # [B, T], a mean over the K tokens of a frame too
-        slope = jnp.where(
-            generated, noised.slope[name], 0
-        )  # a context frame has t = 0, where the slope may be very large
+        slope = jnp.where(generated, noised.slope[name], 0)  # context frames have t = 0: the slope may be huge there
         weight = loss_weight(log_snr, slope, config)
         mean = jnp.where(generated, weight * error, 0).sum() / jnp.maximum(generated.sum(), 1)
         metrics[f"loss_{name}"] = mean

@@ -165,9 +165,8 @@ def scheduling_matrix(
             raise UserError(f"masks[{name!r}] has shape {mask.shape}: it must be ({frames},), one value per frame")
 
     # Video and audio of one frame start together, even if one of them is context.
-    order = np.maximum(
-        np.cumsum(~(masks["video"] & masks["audio"])) - 1, 0
-    )  # [T], place of a frame among the generated
+    # `order` [T] is the place of a frame among the generated frames.
+    order = np.maximum(np.cumsum(~(masks["video"] & masks["audio"])) - 1, 0)
     levels = np.tile(_frame_levels(steps, 1.0, config, spacing, rho), (order[-1] + 1, 1))  # [generated, steps + 1]
     if steps > 1:
         for frame_levels, time in zip(levels, first_step_times):  # writes into `levels`

@@ -23,9 +23,8 @@ class Stage(NamedTuple):
     params: Any  # what init gives, as ShapeDtypeStructs
     batch: dict  # a training batch, as ShapeDtypeStructs
     encoder_params: dict  # what `loss` reads of earlier stages and 'statistics', as ShapeDtypeStructs; {} for none
-    preview: (
-        Callable | None
-    )  # preview(params, encoder_params, clips, captions) -> previews.Preview; None: nothing to show
+    # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
+    preview: Callable | None
     activation: tuple  # (shape, names of dimensions) of an activation, to check that the mesh axis `sequence` splits it
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
     group: int = 1  # this number of neighboring clips of a batch must be on one device

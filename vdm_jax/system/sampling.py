@@ -53,9 +53,8 @@ class Sampler:
         batch = min(BATCH, len(prompts))
 
         def rows(start):
-            numbers = np.minimum(
-                np.arange(start, start + batch), len(prompts) - 1
-            )  # the last prompt fills up the last batch
+            # The last prompt fills up the last batch.
+            numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
             context = {name: x[numbers] if len(x) > 1 else x for name, x in clean.items()}
             return dict(key=key, numbers=numbers, tokens=tokens[numbers], clean=context, **arrays)
 
