@@ -29,25 +29,11 @@ class Ops(NamedTuple):
     attention: Callable  # (query [B, N, heads, d], key, value [B, M, heads, d], mask [B, M], bounded) -> like query
 
 
-CPU = Ops(
-    activation_dtype=cpu.activation_dtype,
-    dense=cpu.dense,
-    conv=cpu.conv,
-    upsample=cpu.upsample,
-    norm_act=cpu.norm_act,
-    affine=cpu.affine,
-    attention=cpu.attention,
-)
+def _table(module):
+    return Ops(*(getattr(module, name) for name in Ops._fields))
 
-ACCELERATOR = Ops(
-    activation_dtype=accelerator.activation_dtype,
-    dense=accelerator.dense,
-    conv=accelerator.conv,
-    upsample=accelerator.upsample,
-    norm_act=accelerator.norm_act,
-    affine=accelerator.affine,
-    attention=accelerator.attention,
-)
+
+CPU, ACCELERATOR = _table(cpu), _table(accelerator)
 
 _platform = contextvars.ContextVar("platform", default=None)
 
