@@ -61,6 +61,16 @@ def test_which_parameters_are_counted():
     assert make(system, "encode", mesh).params == count(system.stages["denoiser"].encoder_params)
 
 
+def test_the_train_step_skips_as_training_does():
+    """It has the comparison of the loss with its mean if the config asks for it."""
+    mesh, config, texts = sharding.make_mesh(FSDP), tiny.get_config(), []
+    for config.skip.loss_over_mean in (0.0, 2.0):
+        program = make(build(config), "clip", mesh)
+        with jax.set_mesh(mesh):
+            texts.append(program.lower(*program.arguments).as_text())
+    assert texts[0] != texts[1]
+
+
 def compare(system, part):
     """Arrays are split as the abstract arguments are, and model FLOPs do not depend on the mesh."""
     program = make(system, part, sharding.make_mesh(FSDP))

@@ -99,7 +99,7 @@ class Program(NamedTuple):
     abstract: Any  # the state as ShapeDtypeStructs with shardings
 
 
-def program(stage, config, key, mesh, loss_over_mean=0.0):
+def program(stage, config, key, mesh, loss_over_mean):
     """Returns the Program of a stage.
 
     stage: its record, with init(key) -> params and the loss_fn of `make_step` as `loss`.

@@ -34,7 +34,8 @@ def train_step(system, name, mesh):
     mesh: of this machine's devices, or of a topology's devices. The batch must divide over the mesh.
     """
     stage = system.stages[name]
-    program = train_state.program(stage, system.config[name], jax.random.key(0), mesh)
+    config = system.config
+    program = train_state.program(stage, config[name], jax.random.key(0), mesh, config.skip.loss_over_mean)
     others = (jax.random.key(1), stage.batch, stage.encoder_params)
     shardings = (
         sharding.replicated(mesh),
@@ -47,7 +48,7 @@ def train_step(system, name, mesh):
         init=lambda: (program.init(), *fill(others, shardings)),
         count_flops=lambda: flops.count(lambda *args: stage.loss(*args)[0], program.abstract["params"], *others)[1],
         params=count_parameters(program.abstract["params"]),
-        rows=system.config[name].batch_size,
+        rows=config[name].batch_size,
         stateful=True,
     )
 
