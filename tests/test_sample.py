@@ -72,6 +72,10 @@ WRONG = {
     "empty prompt file": (["--prompts={files}/empty.txt", "--out={files}/x"], "holds no prompt"),
     "no prompt file": (["--prompts={files}/none.txt", "--out={files}/x"], "No such file"),
     "no out": (["--prompt=x"], "--out is missing"),
+    "two sources": (
+        ["--workdir={run}", "--weights={run}", "--prompt=x", "--out={files}/x.mp4"],
+        "give only one of --workdir and --weights",
+    ),
     "not mp4": (["--prompt=x", "--out={files}/x.avi"], "must end in .mp4"),
     "out in a file": (["--workdir={run}", "--prompt=x", "--out={files}/text.mp4/x.mp4"], "cannot make the folder"),
     "argument": (["--prompt=x", "--out={files}/x.mp4", "more"], "unexpected argument 'more'"),

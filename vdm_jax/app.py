@@ -68,8 +68,7 @@ ONLY_LOCAL = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # w
 def main(argv):
     options = flags.FLAGS
     cli.only_options(argv)
-    if options.workdir and options.weights:
-        raise UserError("give only one of --workdir and --weights")
+    weights = cli.weights_folder(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the folder is deleted
     with tempfile.TemporaryDirectory(prefix="vdm_jax_app_") as folder:
         tempfile.tempdir = folder  # the web server keeps an unfinished upload there
@@ -78,7 +77,7 @@ def main(argv):
             import gradio
         except ImportError as error:
             raise UserError(f'the page needs gradio ({error}): pip install -e ".[app]"') from None
-        pipe = load(options.workdir or options.weights)
+        pipe = load(weights)
         cli.use_cache(pipe.config)
         source = {name: options[name].value for name in ("workdir", "weights") if options[name].value}
         demo = page(WatchedPipeline(pipe), Path(folder), source)
@@ -268,8 +267,7 @@ def page(pipe, folder, source):
 
 
 def define_flags():
-    flags.DEFINE_string("workdir", None, "Run folder; without it and --weights: the reference weights.")
-    flags.DEFINE_string("weights", None, "Folder of exported weights.")
+    cli.define_weights()
     flags.DEFINE_integer("port", 7860, "Port of the page on 127.0.0.1.", lower_bound=1, upper_bound=65535)
 
 

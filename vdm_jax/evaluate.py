@@ -107,7 +107,7 @@ def main(argv):
 
     # --------------------------------------------------------------------------------------------------------- report
     settings = {
-        "weights": options.workdir or options.weights or "reference",
+        "weights": cli.weights_folder(options) or "reference",
         "data": config.data.source,
         "held-out clips": len(items),
         "prompts": len(prompts),

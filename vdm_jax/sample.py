@@ -81,9 +81,7 @@ def main(argv):
 
 def load_pipeline(options, stages=STAGES):
     """The Pipeline that --workdir or --weights name, with the sampler's flags in its config. Raises UserError."""
-    if options.workdir and options.weights:
-        raise UserError("give only one of --workdir and --weights")
-    pipe = load(options.workdir or options.weights, stages=stages)
+    pipe = load(cli.weights_folder(options), stages=stages)
     cli.use_cache(pipe.config)
     settings = pipe.config.sample
     settings.update({key: options[key].value for key in SAMPLER if options[key].value is not None})
@@ -94,8 +92,7 @@ def load_pipeline(options, stages=STAGES):
 
 def define_run_flags():
     """Which weights, and how to sample with them."""
-    flags.DEFINE_string("workdir", None, "Run folder; without it and --weights: the reference weights.")
-    flags.DEFINE_string("weights", None, "Folder of exported weights.")
+    cli.define_weights()
     flags.DEFINE_integer("steps", None, "Denoising steps; default: the run's config.", lower_bound=1)
     flags.DEFINE_enum("method", None, tuple(samplers.METHODS), "Sampler; default: the run's config.")
     flags.DEFINE_float("guidance", None, "Classifier-free guidance scale of the text; 1: no guidance, here and below.")

@@ -28,6 +28,18 @@ def only_options(argv):
         raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
 
 
+def define_weights():
+    flags.DEFINE_string("workdir", None, "Run folder; without it and --weights: the reference weights.")
+    flags.DEFINE_string("weights", None, "Folder of exported weights.")
+
+
+def weights_folder(options):
+    """The folder that --workdir or --weights names; None for the reference weights. Raises UserError for both."""
+    if options.workdir and options.weights:
+        raise UserError("give only one of --workdir and --weights")
+    return options.workdir or options.weights
+
+
 def use_cache(config):
     """Keeps compiled programs in the folder config.compilation_cache, for later processes. "" keeps none."""
     if config.compilation_cache:
