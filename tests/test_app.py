@@ -123,7 +123,7 @@ def test_a_long_clip_is_watched(pipe, monkeypatch):
 
     monkeypatch.setattr(type(pipe.sampler), "__call__", sampled)
     arguments = app.request(FORM | {"task": "rollout", "seconds": 1.0}, CONFIG, {})[0]
-    pipe.begin(arguments)
+    pipe.begin()
     clip = pipe.make(arguments)
     # 9 frames: a window of 5, and two windows that each add 2.
     assert len(clip.video) == 9
