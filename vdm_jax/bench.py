@@ -69,7 +69,8 @@ def main(argv):
     elif options.part == "sample":
         result = sample(system, mesh, options.repeats)
     elif options.part == "encode":
-        result = encode(system, mesh, options.repeats)
+        system.check_batch(mesh, "denoiser")
+        result = measure(programs.encoding(system, mesh, config.denoiser.batch_size), mesh, options.repeats)
     else:
         result = data(system, options.stage)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -116,12 +117,6 @@ def sample(system, mesh, repeats):
     return {"method": settings.method, **result, "denoise_ms": result["step_ms"] / settings.steps}
 
 
-def encode(system, mesh, repeats):
-    """Returns the figures of encoding a batch of the denoiser."""
-    system.check_batch(mesh, "denoiser")
-    return measure(programs.encoding(system, mesh, system.config.denoiser.batch_size), mesh, repeats)
-
-
 def data(system, name):
     """Returns the figures of the pipeline that loads clips for stage `name`. The batches stay on the host."""
     config = system.config
@@ -152,7 +147,15 @@ def measure(program, mesh, repeats):
         began = time.perf_counter()
         compiled = program.lower(*program.arguments).compile()
         compile_seconds = time.perf_counter() - began
-        times = call_repeatedly(program, compiled, repeats + 1)[1:]  # the first call warms up
+        arguments = program.init()
+        times = []
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            results = jax.block_until_ready(compiled(*arguments))
+            times.append(time.perf_counter() - began)
+            if program.stateful:
+                arguments = (results[0], *arguments[1:])
+    times = times[1:]  # the first call warms up
     seconds = statistics.median(times)
     flops_per_device = peak(jax.devices()[0])
     return {
@@ -168,24 +171,8 @@ def measure(program, mesh, repeats):
     }
 
 
-def call_repeatedly(program, compiled, count):
-    """Returns the seconds that each of `count` calls of a compiled program took."""
-    arguments = program.init()
-    times = []
-    for _ in range(count):
-        began = time.perf_counter()
-        results = jax.block_until_ready(compiled(*arguments))
-        times.append(time.perf_counter() - began)
-        if program.stateful:
-            arguments = (results[0], *arguments[1:])
-    return times
-
-
 def peak_memory(compiled):
-    """Returns the bytes that the first device had in use at most, or the bytes that the compiled program needs.
-
-    Returns None where neither is known.
-    """
+    """Returns the bytes that the first device had in use at most, or else what the program needs, or else None."""
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
