@@ -8,7 +8,7 @@
 --part=encode  the encoding of clips and captions into the latents and the text that the denoiser trains on
 --part=data    the data pipeline of --stage alone, on the host
 
-Weights and clips are random; only --part=data loads the clips of config.data.
+Weights and clips are random, and prompts are empty; only --part=data loads the clips of config.data.
 
 step_ms              median time of --repeats calls in milliseconds; the program waits for the end of each call
 step_ms_range        the shortest and the longest call
@@ -31,10 +31,10 @@ import jax
 from absl import flags
 
 from vdm_jax import samplers, sharding
-from vdm_jax.data import batches, text
+from vdm_jax.data import batches
 from vdm_jax.errors import UserError
 from vdm_jax.models.ops import backend
-from vdm_jax.perf import programs
+from vdm_jax.perf import programs, table
 from vdm_jax.perf.flops import peak
 from vdm_jax.run import cli, storage
 from vdm_jax.system import build
@@ -43,7 +43,6 @@ from vdm_jax.system.sampling import BATCH, Sampler
 
 logger = logging.getLogger("vdm_jax")
 
-PROMPT = "a red circle moving right"
 MEASURED = (
     "params", "step_ms", "step_ms_range", "step_flops", "gflops_per_s", "mfu",
     "peak_memory_bytes", "compile_seconds", "examples_per_s",
@@ -75,26 +74,9 @@ def main(argv):
         result = data(system, options.stage)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     result = {"part": options.part, "device": device, **dict.fromkeys(MEASURED), **result}
-    for key, value in result.items():
-        print(f"{key:<20} {show(key, value)}")
+    table.show([result])
     if out:
         out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def show(key, value):
-    """Returns a figure as text with its unit, for the table."""
-    if value is None:
-        return "-"
-    if key.endswith("_bytes"):
-        return f"{value / 2**20:,.0f} MiB"
-    if isinstance(value, list):
-        return " to ".join(show(key, x) for x in value)
-    if isinstance(value, float):
-        return f"{value:,.4g}"
-    return f"{value:,}" if isinstance(value, int) else value
-
-
-# ------------------------------------------------------------------------------------------------------------- parts
 
 
 def train(system, name, mesh, repeats):
@@ -112,8 +94,7 @@ def train(system, name, mesh, repeats):
 def sample(system, mesh, repeats):
     """Returns the figures of the sampler, from prompts to frames and sound."""
     settings = system.config.sample
-    tokens = text.encode([PROMPT] * BATCH, system.config.data.text_length)
-    result = measure(programs.sampling(system, Sampler(system), mesh, tokens), mesh, repeats)
+    result = measure(programs.sampling(system, Sampler(system), mesh, BATCH), mesh, repeats)
     return {"method": settings.method, **result, "denoise_ms": result["step_ms"] / settings.steps}
 
 
@@ -133,9 +114,6 @@ def data(system, name):
     times = times[config.data.prefetch :]  # the threads had loaded the first batches already
     seconds = sum(times) / len(times)
     return {"step_ms": 1e3 * seconds, "examples_per_s": rows / seconds}
-
-
-# ----------------------------------------------------------------------------------------------------------- measuring
 
 
 def measure(program, mesh, repeats):

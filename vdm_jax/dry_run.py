@@ -38,22 +38,19 @@ import time
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
 from vdm_jax import sharding
 from vdm_jax.errors import UserError
 from vdm_jax.models.ops import backend
-from vdm_jax.perf import flops, hlo, programs
+from vdm_jax.perf import flops, hlo, programs, table
 from vdm_jax.run import cli, storage
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.sampling import BATCH, Sampler
 
 logger = logging.getLogger("vdm_jax")
-
-GIB = 2**30
 
 
 class Chip(NamedTuple):
@@ -65,10 +62,10 @@ class Chip(NamedTuple):
 
 
 CHIPS = {  # by `device_kind`
-    "TPU v4": Chip(32 * GIB, 1228e9, 300e9),
-    "TPU v5 lite": Chip(16 * GIB, 819e9, 200e9),
-    "TPU v5": Chip(95 * GIB, 2765e9, 600e9),  # v5p
-    "TPU v6 lite": Chip(32 * GIB, 1640e9, 448e9),
+    "TPU v4": Chip(32 * table.GIB, 1228e9, 300e9),
+    "TPU v5 lite": Chip(16 * table.GIB, 819e9, 200e9),
+    "TPU v5": Chip(95 * table.GIB, 2765e9, 600e9),  # v5p
+    "TPU v6 lite": Chip(32 * table.GIB, 1640e9, 448e9),
 }
 ENVIRONMENT = {  # of libtpu, for a machine without a TPU
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile, because nothing runs on a TPU
@@ -99,7 +96,12 @@ def main(argv):
         storage.make_folder(out.parent)
     slices = {name: slice_devices(name) for name in options.topology.split(",")}
     for devices in slices.values():
-        check(system, options, devices)
+        mesh = sharding.make_mesh(config.mesh, devices)
+        system.check_mesh(mesh, [options.stage])
+        if options.part == "train":
+            system.check_batch(mesh, options.stage)
+        else:
+            sharding.check_batch(options.rows, mesh)
 
     results = []
     for name, devices in slices.items():
@@ -109,7 +111,7 @@ def main(argv):
         results.append(result)
         if out:  # written after each slice, because a compilation may take long
             out.write_text(json.dumps(results if len(slices) > 1 else result, indent=1) + "\n")
-    show(results)
+    table.show(results)
     if not all(result["fits"] for result in results):
         raise SystemExit(3)
 
@@ -133,16 +135,6 @@ def slice_devices(name):
     if devices[0].device_kind not in CHIPS:
         raise UserError(f"--topology={name}: {devices[0].device_kind} is unknown; known: {', '.join(CHIPS)}")
     return devices
-
-
-def check(system, options, devices):
-    """Raises UserError where the config's mesh or batch does not fit the devices."""
-    mesh = sharding.make_mesh(system.config.mesh, devices)
-    system.check_mesh(mesh, [options.stage])
-    if options.part == "train":
-        system.check_batch(mesh, options.stage)
-    else:
-        sharding.check_batch(options.rows, mesh)
 
 
 # ---------------------------------------------------------------------------------------------------- one topology
@@ -199,8 +191,7 @@ def make_program(system, options, mesh):
     if options.part == "train":
         return programs.train_step(system, options.stage, mesh)
     if options.part == "sample":
-        tokens = np.zeros((options.rows, system.config.data.text_length), np.int32)
-        return programs.sampling(system, Sampler(system), mesh, tokens)
+        return programs.sampling(system, Sampler(system), mesh, options.rows)
     return programs.encoding(system, mesh, options.rows)
 
 
@@ -259,7 +250,7 @@ def read_refusal(error, argument_bytes):
     if not found:
         logger.info("the compiler's message: %s", error[:1000])
         return {"hbm_bytes_per_chip": None, "too_much_bytes": None}
-    units = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": table.GIB, "T": 2**40}
     used = float(found[1]) * units[found[2]] + (0 if total else argument_bytes)
     capacity = float(found[3]) * units[found[4]]
     return {"hbm_bytes_per_chip": used, "hbm_capacity_bytes": capacity, "too_much_bytes": used - capacity}
@@ -312,40 +303,6 @@ def try_suggestions(result, config, options, topology, devices):
         suggestion |= {"fits": outcome["fits"], "hbm_bytes_per_chip": outcome["hbm_bytes_per_chip"]}
         if outcome["fits"]:
             return
-
-
-# ---------------------------------------------------------------------------------------------------- the table
-
-
-def show(results):
-    """Prints a table with a line for each figure and a column for each topology."""
-    keys = dict.fromkeys(key for result in results for key in result)
-    rows = [[key, *(text(key, result.get(key)) for result in results)] for key in keys]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def text(key, value):
-    """Returns a figure as text with its unit, for the table."""
-    if value is None:
-        return "-"
-    if key == "suggestions":
-        outcomes = {True: " (fits)", False: " (does not)", None: ""}
-        return "; or ".join(x["change"] + outcomes[x.get("fits")] for x in value) or "a larger slice"
-    if isinstance(value, dict):
-        return " ".join(f"{k} {text(key, v)}" for k, v in value.items()) or "-"
-    if isinstance(value, str | bool):
-        return {True: "yes", False: "no"}.get(value, value)
-    if "bytes" in key:
-        return f"{value / GIB:.3f} GiB"
-    if key in ("roofline_shares", "model_share"):
-        return f"{100 * value:.0f} %"
-    if key == "roofline_seconds":
-        return f"{1e3 * value:.2f} ms, a bound"
-    if key.endswith("flops_per_chip"):
-        return f"{value / 1e12:.4g} TFLOP"
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def define_flags():

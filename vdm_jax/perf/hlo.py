@@ -60,8 +60,8 @@ class Operation(NamedTuple):
 
 
 def operations(text):
-    """Yields the Operations of one run of a compiled program. text: from compiled.as_text()."""
-    yield from _run(_parse(text), 1)
+    """Returns an iterator over the Operations of one run of a compiled program. text: from compiled.as_text()."""
+    return _run(_parse(text), 1)
 
 
 def _parse(text):
@@ -110,9 +110,6 @@ def _parts(instruction):
 
 def _numbers(text):
     return [int(n) for n in re.findall(r"\d+", text)]
-
-
-# ------------------------------------------------------------------------------------------------------------- bytes
 
 
 def _size(instruction, everywhere=False):
@@ -174,9 +171,6 @@ def group_size(attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
     return 2  # a permute has pairs of devices and no groups
-
-
-# ------------------------------------------------------------------------------------------------------------- FLOPs
 
 
 def _flops(instruction):

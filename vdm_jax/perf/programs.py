@@ -50,18 +50,18 @@ def train_step(system, name, mesh):
     )
 
 
-def sampling(system, sampler, mesh, tokens):
+def sampling(system, sampler, mesh, rows):
     """Returns the Program that samples clips from text alone, decoding included, under the settings of config.sample.
 
     sampler: a Sampler of the System.
     mesh: splits the parameters; all other arguments are whole on each device.
-    tokens: of the prompts, int32 [B, L].
+    rows: number of prompts.
     """
     params = system.params | system.stages["denoiser"].encoder_params
     arrays, static = sampler.arguments(params)
-    numbers = np.arange(len(tokens))  # of the prompts
+    tokens = np.zeros((rows, system.config.data.text_length), np.int32)
     arrays = [arrays[name] for name in ("clean", "masks", "levels", "weights")]
-    arguments = (params, jax.random.key(0), numbers, tokens, *arrays)
+    arguments = (params, jax.random.key(0), np.arange(rows), tokens, *arrays)
     shardings = (sharding.state_shardings(params, mesh), *[sharding.replicated(mesh)] * (len(arguments) - 1))
     return Program(
         lower=lambda *args: sampler.program.lower(*args, **static),
@@ -69,7 +69,7 @@ def sampling(system, sampler, mesh, tokens):
         init=lambda: fill(arguments, shardings),
         count_flops=lambda: flops.count(lambda *args: sampler.program.__wrapped__(*args, **static), *arguments)[0],
         params=count_parameters(system.params["denoiser"]),
-        rows=len(tokens),
+        rows=rows,
     )
 
 
