@@ -66,7 +66,8 @@ def main(argv):
     if options.part == "train":
         result = train(system, options.stage, mesh, options.repeats)
     elif options.part == "sample":
-        result = sample(system, mesh, options.repeats)
+        result = measure(programs.sampling(system, Sampler(system), mesh, BATCH), mesh, options.repeats)
+        result |= {"method": config.sample.method, "denoise_ms": result["step_ms"] / config.sample.steps}
     elif options.part == "encode":
         system.check_batch(mesh, "denoiser")
         result = measure(programs.encoding(system, mesh, config.denoiser.batch_size), mesh, options.repeats)
@@ -82,20 +83,12 @@ def main(argv):
 def train(system, name, mesh, repeats):
     """Returns the figures of one optimizer step of stage `name`, and of the data pipeline beside it."""
     system.check_batch(mesh, name)
-    result = measure(programs.train_step(system, name, mesh), mesh, repeats)
+    result = measure(programs.train_step(system, name, mesh), mesh, repeats) | {"data_examples_per_s": None}
     try:
-        pipeline = data(system, name)["examples_per_s"]
+        result["data_examples_per_s"] = data(system, name)["examples_per_s"]
     except UserError as error:  # the step itself needs no data
         logger.info("the data pipeline is not timed: %s", error)
-        pipeline = None
-    return result | {"data_examples_per_s": pipeline}
-
-
-def sample(system, mesh, repeats):
-    """Returns the figures of the sampler, from prompts to frames and sound."""
-    settings = system.config.sample
-    result = measure(programs.sampling(system, Sampler(system), mesh, BATCH), mesh, repeats)
-    return {"method": settings.method, **result, "denoise_ms": result["step_ms"] / settings.steps}
+    return result
 
 
 def data(system, name):
@@ -150,15 +143,11 @@ def measure(program, mesh, repeats):
 
 
 def peak_memory(compiled):
-    """Returns the bytes that the first device had in use at most, or else what the program needs, or else None."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
+    """Returns the bytes that the first device had in use at most, or else the bytes that the program needs."""
     need = compiled.memory_analysis()
-    if not need:
-        return None
     total = need.argument_size_in_bytes + need.output_size_in_bytes + need.temp_size_in_bytes
-    return total - need.alias_size_in_bytes
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", total - need.alias_size_in_bytes)
 
 
 def define_flags():

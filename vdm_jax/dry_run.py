@@ -141,12 +141,7 @@ def slice_devices(name):
 
 
 def plan(system, options, topology, devices):
-    """Returns the figures of one topology, as they are written to --out.
-
-    options: the flags of this command.
-    topology: its name.
-    devices: its devices.
-    """
+    """Returns the figures of one topology, as they are written to --out."""
     mesh = sharding.make_mesh(system.config.mesh, devices)
     chips, train = len(devices), options.part == "train"
     with backend("tpu"):
@@ -196,7 +191,7 @@ def make_program(system, options, mesh):
 
 
 def figures(compiled, model_flops, device, mesh):
-    """Returns the figures of a compiled program on one chip. model_flops: of one chip."""
+    """Returns the figures of a compiled program on one chip. model_flops: of the model on one chip."""
     chip = CHIPS[device.device_kind]
     received = collections.Counter()  # {kind of collective: bytes}
     number = collections.Counter()  # {kind of collective: how often it runs}
@@ -257,9 +252,8 @@ def read_refusal(error, argument_bytes):
 
 
 def suggestions(system, name, result):
-    """Returns changes of the config that should make the train step of a stage fit, the best guess first.
+    """Returns changes of the config that should make the train step of stage `name` fit, the best guess first.
 
-    name: of the stage.
     result: the figures of `plan`.
 
     A change is {'change': flags of the command line, 'keys': {config key: value}}.

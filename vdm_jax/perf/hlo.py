@@ -46,7 +46,7 @@ class Instruction:
     opcode: str
     attributes: str  # everything after the opcode
     operands: list  # of Instructions
-    called: list  # of computations, which are lists of Instructions; the last one is the result
+    called: list  # of computations; a computation is a list of Instructions, its result last
 
 
 class Operation(NamedTuple):
