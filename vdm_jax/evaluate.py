@@ -12,8 +12,8 @@ report.html (one file that can be sent on) with its pictures and clips, and prin
 --suite=all              everything
 --samplers               samples the same prompts again by each method and number of steps
 
-The same tracker reads true renders ("truth"), their reconstructions ("autoencoder") and samples. It knows only the
-procedural world. For other data the table has no outcomes, and the samples are of held-out captions.
+The same tracker reads true renders ("truth"), their reconstructions ("autoencoder") and samples of the procedural
+world. For other data the table has no outcomes, and the samples are of held-out captions.
 """
 
 import functools
@@ -125,7 +125,6 @@ def read_sampler(name):
 def batched(what, function, config, *arrays):
     """function(*rows) in batches of config.evaluate.batch_size, the last one filled up, so that it compiles once.
 
-    what: name of the step, for its progress bar.
     arrays: trees of [N, ...] with one N. Returns function's tree with leaves [N, ...], on the host.
     """
     count = len(jax.tree.leaves(arrays)[0])
@@ -140,10 +139,7 @@ def batched(what, function, config, *arrays):
 
 
 def measure(config, clips, asked):
-    """The tracker's outcomes, shares in 0..1, None where there is nothing to measure.
-
-    clips: {'video': [P, F, H, W, 3], 'audio': [P, N]}; asked: P lists of objects, or of None.
-    """
+    """The tracker's outcomes of P clips, shares in 0..1, or None; asked: P lists of objects, or of None."""
     if not asked or asked[0] is None:
         return dict.fromkeys(report.OUTCOMES)
     found, size = [], config.evaluate.batch_size
@@ -297,8 +293,8 @@ def loss_per_noise_level(pipe, items, truth, seed):
 def show_samples(config, out, texts, made):
     """A contact sheet and MP4s of up to SHOWN samples, spread over the prompts -> [(caption, file)]."""
     chosen = np.linspace(0, len(texts) - 1, min(SHOWN, len(texts))).round().astype(int)
-    figures = [("Samples", out / "samples.png")]
     drawing.contact_sheet(out / "samples.png", made["video"][chosen], [texts[i] for i in chosen])
+    figures = [("Samples", out / "samples.png")]
     for i in chosen:
         path = out / f"sample_{i:03d}.mp4"
         media.write_mp4(path, made["video"][i], made["audio"][i], config.data.fps, config.data.sample_rate)

@@ -54,8 +54,7 @@ def si_sdr(reference: np.ndarray, estimate: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         target = s * (np.sum(e * s, -1) / np.sum(s * s, -1))[..., None]  # the part of e along s
         signal, distortion = np.sum(target**2, -1), np.sum((target - e) ** 2, -1)
-        ratio = 10 * np.log10(signal / distortion)
-    return np.where(np.sum(s * s, -1) == 0, np.nan, np.where(signal == 0, -np.inf, ratio))
+        return np.where(signal == 0, -np.inf, 10 * np.log10(signal / distortion))
 
 
 def onset_errors(reference: np.ndarray, estimated: np.ndarray, tolerance: float) -> np.ndarray:

@@ -1,12 +1,10 @@
 """The results of an evaluation: metrics.json for programs, report.html for people, and a table for the terminal.
 
 `metrics` is {"truth": M, "autoencoder": M, "samples": M, "reconstruction": {...}, "clip": {...}}; M has the keys of
-OUTCOMES. "truth" is held-out clips, "autoencoder" is the same clips encoded and decoded. Both are measured in the same
-way as the samples, because a model can hardly score higher than they do. None is a missing value.
-
-Three more keys may be in `metrics`: "loss_per_noise_level" holds columns of one length, "log_snr" (natural logarithm)
-and a loss for each modality. "samplers" holds {name: M}. "tasks" holds {task: {figure: value}}; the values of a task
-with "seconds" are columns of one length.
+OUTCOMES, and None where a value is missing. "truth" is held-out clips, "autoencoder" is the same clips encoded and
+decoded. Three more keys may be there: "loss_per_noise_level" holds columns of one length, "log_snr" (natural logarithm)
+and a loss for each modality; "samplers" holds {name: M}; "tasks" holds {task: {figure: value}}, where the values of a
+task with "seconds" are columns of one length.
 """
 
 import base64
@@ -153,31 +151,17 @@ def _figure(caption: str, path: epath.Path) -> str:
     return f"<figure>{element}<figcaption>{caption}</figcaption></figure>"
 
 
-def _plain(value: object) -> object:
-    """Returns a value for JSON, which lacks NaN and infinity: they become None."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_report(
-    directory: str | epath.Path,
-    metrics: Mapping,
-    *,
-    settings: Mapping[str, object],
-    media: Sequence[tuple[str, epath.Path]] = (),
+    directory: epath.Path, metrics: Mapping, *, settings: Mapping, media: Sequence[tuple[str, epath.Path]] = ()
 ) -> epath.Path:
     """Writes metrics.json and report.html into a folder, which must exist, and returns the path of the page.
 
-    metrics: the numbers, as the module's docstring describes them
     settings: how the numbers were made (weights, prompts, steps, seed, ...), shown below the tables
     media: (caption, file) of small PNG and MP4 files. The page contains them and is therefore a single file. Videos
         form a grid, pictures take the full width.
     """
-    directory = epath.Path(directory)
-    (directory / "metrics.json").write_text(json.dumps(_plain(metrics), indent=2) + "\n")
+    plain = json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
+    (directory / "metrics.json").write_text(json.dumps(plain, indent=2) + "\n")
     clips = [_figure(caption, path) for caption, path in media if path.suffix == ".mp4"]
     pictures = [_figure(caption, path) for caption, path in media if path.suffix == ".png"]
     first, *others = (_html_table(*table) for table in _tables(metrics))

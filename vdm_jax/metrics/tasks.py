@@ -91,11 +91,8 @@ def image(run):
 
 def _moves(video):
     """Whether an object is ever more than STILL away from where the tracker first sees it."""
-    for row in tracker.track(video).values():
-        positions = row["position"][row["present"]]
-        if len(positions) > 2 and np.linalg.norm(positions - positions[0], axis=1).max() > STILL:
-            return True
-    return False
+    paths = [row["position"][row["present"]] for row in tracker.track(video).values()]
+    return any(len(path) > 2 and np.linalg.norm(path - path[0], axis=1).max() > STILL for path in paths)
 
 
 def continue_(run):
@@ -113,7 +110,7 @@ def continue_(run):
 
 
 def _velocity_changes(run, clips, past):
-    """Medians of |velocity change| in the frames 'given', 'seam' and 'inside'; the first `past` frames are context.
+    """Medians of |velocity change|, as `continue_` describes them; the first `past` frames are context.
 
     Frames near an impact of the true clip are left out. Inside, frames near a detected impact are left out too. At the
     seam they are not: a jump there looks like an impact.

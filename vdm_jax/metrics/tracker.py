@@ -3,10 +3,8 @@
 Color: in the plane of chroma, where every gray is the origin, an object's pixel is light * coverage * the vector of
 its paint. The angle therefore names the color, and the length is a soft mask.
 Shape, center and radius: the world's own anti-aliased shapes are fitted to that mask by least squares (Gauss-Newton).
-The best of the three shapes is named only if it fits well enough, so a blob, a smear or a ghost has no shape.
+The best shape is named only if it fits well enough, so a blob, a smear or a ghost has no shape.
 Impacts are kinks of the tracks, found to a fraction of a frame. Onsets are peaks of the spectral flux.
-
-Positions and radii are in frame widths, as in `World`; times are in seconds.
 """
 
 import math
@@ -31,9 +29,8 @@ MIN_KINK = 0.12  # frame widths per second: a smaller change of velocity is no i
 STEPS = 8  # of Gauss-Newton
 ABSENT = {"present": False, "shape": -1, "extra": 0}  # values of a track where its object is absent; of floats NaN
 
-_RGB = np.array([PALETTE[c] for c in COLORS], np.float32) / 255
 _CHROMA = np.array([[1, -0.5, -0.5], [0, 3**0.5 / 2, -(3**0.5) / 2]], np.float32)
-_VECTORS = _RGB @ _CHROMA.T  # [colors, 2]
+_VECTORS = (np.array([PALETTE[c] for c in COLORS], np.float32) / 255) @ _CHROMA.T  # [colors, 2]
 _LENGTHS = np.linalg.norm(_VECTORS, axis=1)
 _PLANE = ndimage.generate_binary_structure(2, 1)[None]  # the four neighbors within a frame
 _WITHIN_FRAMES = np.pad(_PLANE, ((1, 1), (0, 0), (0, 0)))  # the same, for an array of frames
@@ -47,8 +44,6 @@ def track(video):
       position  float [F, 2], of the center, in frame widths
       radius    float [F], in frame widths
       visible   float [F], share of the fitted shape that is in sight, in 0..1
-      fit       float [F], soft intersection over union of the fitted shape and the mask, in 0..1
-      strength  float [F], 1 for the paint in full light
       hue       float [F], in radians
       extra     int [F], number of further objects of this color
 
@@ -84,8 +79,6 @@ def track(video):
         "position": center / (width, height),
         "radius": radius / height,
         "visible": visible,
-        "fit": fit,
-        "strength": strength,
         "hue": np.array([math.atan2(v, u) for u, v in chroma]),
         "extra": np.array(extra),
     }
@@ -126,10 +119,7 @@ def _read(video):
 
 
 def _find_blobs(pixels):
-    """Returns the largest connected region of each color in each frame: (color [N], frame [N], body [N, H, W], others).
-
-    others: for each blob, the smaller regions of its color in its frame, each bool [H, W]
-    """
+    """Returns the largest region of each color in each frame, and the others: color, frame, body [N, H, W], others."""
     frames, height, width = pixels.value.shape
     color, frame, body, others = [], [], [], []
     for c in range(len(COLORS)):
@@ -147,13 +137,7 @@ def _find_blobs(pixels):
 
 
 def _masks(pixels, color, frame, body):
-    """Returns what `_fit` needs of N blobs: (mask, weight, cut, strength).
-
-    mask: float32 [N, H, W] in 0..1, how much of each pixel the object covers
-    weight: float32 [N, H, W], 0 where the pixel shows the occluder or another object
-    cut: bool [N], whether the blob touches the occluder or the edge of the frame
-    strength: [N], of the blob's strong pixels
-    """
+    """Returns how much of each pixel a blob covers, the pixels' weights, if the blob is cut off, and its strength."""
     power = pixels.strength[frame, :, :, color]  # [N, H, W]
     strength = np.array([np.percentile(p[m], 75) for p, m in zip(power, body)])
     power = power / strength[:, None, None]
@@ -174,13 +158,7 @@ def _masks(pixels, color, frame, body):
 
 
 def _fit(mask, weight, body):
-    """Fits every shape to each of N soft masks and returns the best: (shape, center, radius, fit, seen).
-
-    shape: int [N], index into SHAPES
-    center, radius: [N, 2] and [N], in pixels
-    fit: [N], soft intersection over union of the shape and the mask, in 0..1
-    seen: [N], share of the shape that is in sight, in 0..1
-    """
+    """Returns the shape that fits each mask best, its center and radius in pixels, its fit and its share in sight."""
     height = mask.shape[1]
     boxes = [ndimage.find_objects(b)[0] for b in body.astype(int)]
     low = np.array([(x.start, y.start) for y, x in boxes])
@@ -194,13 +172,17 @@ def _fit(mask, weight, body):
 
     mask, weight = patches(mask), patches(weight)
     results = [_fit_shape(shape, mask, weight, 0.3 * height) for shape in range(len(SHAPES))]
-    errors, params, fits, seens = (np.stack(r) for r in zip(*results))
+    errors, params, fits, seens = map(np.stack, zip(*results))
     shape, n = errors.argmin(0), np.arange(len(mask))
     return shape, params[shape, n, :2] + origin, params[shape, n, 2], fits[shape, n], seens[shape, n]
 
 
 def _fit_shape(shape, mask, weight, max_radius):
-    """Returns (error [N], (x, y, radius) [N, 3], fit [N], seen [N]) of a shape that is fitted to N patches."""
+    """Returns (error [N], (x, y, radius) [N, 3], fit [N], seen [N]) of a shape that is fitted to N patches.
+
+    fit: soft intersection over union of the shape and the mask, in 0..1
+    seen: share of the shape that is in sight, in 0..1
+    """
     count, side, _ = mask.shape
     x = np.arange(side, dtype=np.float32) + np.float32(0.5)
     y = x[:, None]
@@ -252,8 +234,7 @@ def impacts(tracks, fps):
     second = {name: d2 for name, d2 in second.items() if len(d2) > 1 and np.isfinite(d2).any()}
     if not second:
         return []
-    down = np.nanmedian(np.concatenate([*second.values()])[:, 1])
-    fall = np.array([0, np.clip(down, 0, 1 / fps**2)])
+    fall = np.array([0, np.clip(np.nanmedian(np.concatenate([*second.values()])[:, 1]), 0, 1 / fps**2)])
     found = []
     for name, d2 in second.items():
         d2 = d2 - fall
@@ -285,8 +266,7 @@ def onsets(audio, sample_rate):
     view = np.lib.stride_tricks.sliding_window_view(np.asarray(audio, np.float32), size)[::hop]
     spectrum = np.abs(np.fft.rfft(view * np.hanning(size))) * (4 / size)  # 1: a full-scale tone
     level = np.log1p(100 * spectrum)
-    before = ndimage.maximum_filter1d(level[:-lag], 3, axis=1)
-    flux = np.maximum(level[lag:] - before, 0).mean(1)
+    flux = np.maximum(level[lag:] - ndimage.maximum_filter1d(level[:-lag], 3, axis=1), 0).mean(1)
     smooth = ndimage.uniform_filter1d(flux, 3)
     usual = ndimage.median_filter(smooth, 51)  # over 0.1 s
     peak = (smooth == ndimage.maximum_filter1d(smooth, 11)) & (smooth > MIN_FLUX + 1.2 * usual)
@@ -295,7 +275,7 @@ def onsets(audio, sample_rate):
 
 
 def measure(video, audio, fps, sample_rate, objects):
-    """Compares a clip with the objects that its prompt asks for. Returns a dict:
+    """Compares a clip, uint8 [F, H, W, 3] and float [N], with the objects that its prompt asks for. Returns a dict:
 
       objects       [{'present_share', 'shape_right_share', 'right', 'direction_right', 'size_drift', 'color_drift'}],
                     one dict for each object that is asked for; a drift is None where too little of the object is seen
@@ -308,7 +288,6 @@ def measure(video, audio, fps, sample_rate, objects):
     in which it is absent next to a frame in which a part of it is out of sight. An onset counts only where all objects
     are in full sight, and not in the first frame or the last two.
 
-    video, audio: uint8 [F, H, W, 3], and float [N] in [-1, 1]
     objects: [{'color', 'shape', 'direction'}], words of captions.py; UserError for another word
     """
     tracks, frames = track(video), len(video)
@@ -322,7 +301,7 @@ def measure(video, audio, fps, sample_rate, objects):
     counted = [t for t in heard if 1 <= t * fps < frames - 2 and clear[int(t * fps) - 1 : int(t * fps) + 3].all()]
 
     def partners(times, others):
-        return sum(len(others) > 0 and bool(np.abs(others - t).min() <= 1 / fps) for t in times)
+        return sum(bool(np.abs(others - t).min(initial=np.inf) <= 1 / fps) for t in times)
 
     return {
         "objects": judged,
@@ -338,8 +317,8 @@ def _judge(row, ask, kinks, fps):
     for key, known in (("color", COLORS), ("shape", SHAPES), ("direction", DIRECTIONS)):
         if ask[key] not in known:
             raise UserError(f"tracker: {key} {ask[key]!r} unknown; use one of {', '.join(known)}")
-    out = {"present_share": 0.0, "shape_right_share": 0.0, "right": False, "direction_right": False}
-    out |= {"size_drift": None, "color_drift": None}
+    out = dict(present_share=0.0, shape_right_share=0.0, right=False, direction_right=False)
+    out |= dict(size_drift=None, color_drift=None)
     if row is None or not row["present"].any():
         return out
     there, visible = row["present"], row["visible"]
@@ -374,10 +353,7 @@ def _judge(row, ask, kinks, fps):
 
 
 def summarize(measures):
-    """Returns the means of many results of `measure`, in 0..1, or None where there is nothing to count.
-
-    'one_object' and 'two_objects' are shares of clips in which color and shape of all objects are right.
-    """
+    """Returns the means of many results of `measure`, in 0..1, or None where there is nothing to count."""
 
     def mean(values):
         values = [value for value in values if value is not None]
