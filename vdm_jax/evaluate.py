@@ -287,7 +287,7 @@ def loss_per_noise_level(pipe, items, truth, seed):
         return [errors(params, jnp.float32(noise_level), *rows) for noise_level in log_snr]
 
     by_level = batched(f"loss at {NOISE_LEVELS} noise levels", errors_by_level, config, z, eps, cond)
-    return {"log_snr": log_snr, **{name: [float(found[name].mean()) for found in by_level] for name in z}}
+    return {"log_snr": log_snr, **{name: [float(found[name].mean()) for found in by_level] for name in AUTOENCODERS}}
 
 
 def show_samples(config, out, texts, made):

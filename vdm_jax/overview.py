@@ -18,8 +18,8 @@ from vdm_jax.system.layout import STAGES
 
 def main(argv):
     options = flags.FLAGS
-    config = options.config
     cli.only_options(argv)
+    config = options.config
     if config is None:
         raise UserError("--config=FILE is missing: name a recipe, such as configs/world_tiny.py")
     system = build(config)

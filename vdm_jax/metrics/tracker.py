@@ -238,7 +238,7 @@ def impacts(tracks, fps):
     found = []
     for name, d2 in second.items():
         d2 = d2 - fall
-        least = max(MIN_KINK / fps, 5 * 1.48 * np.nanmedian(np.abs(d2)))
+        least = max(MIN_KINK / fps, 5 * (1.48 * np.nanmedian(np.abs(d2))))
         for _ in range(len(d2)):
             kink = d2[:-1] + d2[1:]
             size = np.nan_to_num(np.linalg.norm(kink, axis=1))
