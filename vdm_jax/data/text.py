@@ -32,12 +32,7 @@ def encode(texts: Sequence[str], length: int) -> np.ndarray:
     """Returns the tokens of texts, int32 [B, length]: begin, UTF-8 bytes, end, padding.
 
     A text of more than length - 2 bytes is cut after a whole character and still ends with the end token. A warning
-    says how much was kept, once for each text.
-
-    texts: B strings
-    length: tokens in a row
-
-    Raises UserError if a row has no room for the begin and end tokens.
+    says how much was kept, once for each text. Raises UserError if a row has no room for the begin and end tokens.
     """
     if isinstance(texts, str):
         raise TypeError("encode takes a list of texts, not one text")
@@ -45,8 +40,7 @@ def encode(texts: Sequence[str], length: int) -> np.ndarray:
         raise UserError(f"token length {length} has no room for the begin and end tokens: use at least 2")
     tokens = np.full((len(texts), length), PAD, np.int32)
     for row, text in zip(tokens, texts, strict=True):
-        data = text.encode("utf-8", errors="replace")  # a lone surrogate, which UTF-8 lacks, becomes "?"
-        kept = data
+        kept = data = text.encode("utf-8", errors="replace")  # a lone surrogate, which UTF-8 lacks, becomes "?"
         if len(data) > length - 2:
             # The cut may split a character. Decoding with "ignore" drops its first half.
             kept = data[: length - 2].decode("utf-8", errors="ignore").encode("utf-8")
@@ -62,16 +56,6 @@ def mask(tokens):
     return tokens != PAD
 
 
-def decode(tokens) -> list[str]:
-    """Returns the B texts of tokens, int [B, L], each up to its end token. Bytes that are not UTF-8 become U+FFFD."""
-    texts = []
-    for row in np.asarray(tokens):
-        ends = np.flatnonzero(row == END)
-        row = row[: ends[0]] if len(ends) else row
-        texts.append(bytes((row[row >= OFFSET] - OFFSET).astype(np.uint8)).decode("utf-8", errors="replace"))
-    return texts
-
-
 def read_prompts(path: str | os.PathLike) -> list[str]:
     """Returns the prompts of a UTF-8 text file, one from each line. It skips blank lines and lines that begin with #.
 
@@ -81,9 +65,8 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_PROMPT_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot read the prompt file {name}: {reason}") from error
+    except (OSError, ValueError) as error:  # ValueError: the name holds a NUL character
+        raise UserError(f"cannot read the prompt file {name}: {getattr(error, 'strerror', error)}") from error
     if len(data) > MAX_PROMPT_FILE_BYTES:
         raise UserError(f"prompt file {name} is over {MAX_PROMPT_FILE_BYTES} bytes: split it")
     try:
