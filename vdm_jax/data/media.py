@@ -1,11 +1,12 @@
 """Reads and writes MP4 files with sound, reads sound files and images.
 
 PyAV encodes and decodes; its wheels carry FFmpeg with libx264 and AAC. Pillow reads images. A video is uint8
-[F, H, W, 3], a sound is mono float32 [N] in [-1, 1]. A file that cannot be read raises a UserError of one line that
-names the file.
+[F, H, W, 3], a sound is mono float32 [N] in [-1, 1], a size is h = w or (h, w) in pixels, and rates are in Hz. A file
+that cannot be read raises a UserError of one line that names the file.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import tempfile
@@ -48,40 +49,30 @@ def replacing(path) -> Iterator[str]:
     cannot be written.
     """
     path = os.fspath(path)
-    if storage.in_bucket(path):
-        with tempfile.TemporaryDirectory() as folder:
-            temporary = os.path.join(folder, os.path.basename(path))
-            try:
-                yield temporary
-                epath.Path(temporary).copy(path, overwrite=True)
-            except OSError as error:
-                raise UserError(f"cannot write {path!r}: {error.strerror or error}") from error
-        return
     folder, name = os.path.split(path)
-    if folder and not os.path.isdir(folder):
+    in_bucket = storage.in_bucket(path)
+    if folder and not in_bucket and not os.path.isdir(folder):
         raise UserError(f"cannot write {path!r}: there is no folder {folder!r}, make it first")
-    temporary = os.path.join(folder, f".{os.getpid()}.{name}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(prefix=".", dir=None if in_bucket else folder or ".") as scratch:
+            temporary = os.path.join(scratch, f".{name}")
+            yield temporary
+            if in_bucket:
+                epath.Path(temporary).copy(path, overwrite=True)
+            else:
+                os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path!r}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
 
 
 def write_mp4(path, video, audio, fps, sample_rate, upscale: int | None = None) -> None:
     """Writes an MP4 file: H.264 (yuv420p) with AAC sound (mono, 48 kHz).
 
-    yuv420p needs even sizes: an odd height or width repeats its last row or column.
+    yuv420p needs even sizes: an odd height or width repeats its last row or column. The file appears only when it is
+    complete.
 
-    path: of the file; it appears only when it is complete
     video: uint8 [F, H, W, 3]
-    audio: float [N], from the start of frame 0, or None for a file without sound. It is clipped to [-1, 1], and NaN
-        becomes silence.
-    fps: frames per second
-    sample_rate: of `audio`, in Hz
+    audio: float [N], from the start of frame 0, clipped to [-1, 1]; NaN becomes silence. None: a file without sound
     upscale: repeats each pixel this many times along both sides. By default a small video is enlarged until its short
         side has at least 256 pixels.
 
@@ -146,7 +137,7 @@ def write_mp4(path, video, audio, fps, sample_rate, upscale: int | None = None) 
 
 
 @contextlib.contextmanager
-def _reading(path, max_bytes: int = MAX_FILE_BYTES) -> Iterator[None]:
+def _reading(path) -> Iterator[None]:
     """Turns any error of the block into a UserError that names the file."""
     try:
         if not os.path.isfile(path):
@@ -154,8 +145,8 @@ def _reading(path, max_bytes: int = MAX_FILE_BYTES) -> Iterator[None]:
         size = os.path.getsize(path)
         if size == 0:
             raise UserError("the file is empty")
-        if size > max_bytes:
-            raise UserError(f"its {size} bytes are over the limit of {max_bytes}, cut it into pieces")
+        if size > MAX_FILE_BYTES:
+            raise UserError(f"its {size} bytes are over the limit of {MAX_FILE_BYTES}, cut it into pieces")
         yield
     except Exception as error:  # InvalidDataError, EOFError, MemoryError, UnicodeDecodeError, ...
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
@@ -185,23 +176,13 @@ def _video_stream(container):
 
 
 def _origin(stream) -> Fraction:
-    """Returns the stream's first time stamp, in seconds."""
+    """Returns the stream's first time stamp, in s."""
     return Fraction(stream.start_time or 0) * (stream.time_base or 0)
 
 
 def _step(stream) -> Fraction:
-    """Returns how long a frame lasts on average, in seconds."""
+    """Returns how long a frame lasts on average, in s."""
     return 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
-
-
-def _duration(container, stream) -> float:
-    """Returns the length that the header states, in seconds from the stream's first time stamp; 0 if it states none."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    if container.duration:
-        end = Fraction(container.duration + (container.start_time or 0), av.time_base)
-        return max(0.0, float(end - _origin(stream)))
-    return 0.0
 
 
 def _upright(frame) -> np.ndarray:
@@ -211,16 +192,14 @@ def _upright(frame) -> np.ndarray:
 
 
 def pair(size) -> tuple[int, int]:
-    """Returns (height, width) of a size, which is one number for both or the two numbers."""
+    """Returns (height, width) of a size."""
     height, width = (size, size) if np.ndim(size) == 0 else size
     return int(height), int(width)
 
 
 def fit(image: np.ndarray, size, pixel_aspect: float = 1.0) -> np.ndarray:
-    """Returns an image scaled until it covers the size, and cropped around its center: uint8 [h, w, 3].
+    """Returns an image uint8 [H, W, 3] scaled until it covers the size, and cropped around its center: uint8 [h, w, 3].
 
-    image: uint8 [H, W, 3]
-    size: h = w, or (h, w)
     pixel_aspect: width / height of a pixel of `image`
     """
     (height, width), (full_h, full_w) = pair(size), image.shape[:2]
@@ -237,8 +216,8 @@ def fit(image: np.ndarray, size, pixel_aspect: float = 1.0) -> np.ndarray:
 def probe(path) -> dict:
     """Opens a video and decodes its first frame.
 
-    Returns {'duration': seconds, 'fps': frames per second on average, 'size': (height, width) upright,
-    'has_audio': bool}. The duration is the header's; where the header states none, all packets are read.
+    Returns {'duration': s from its first frame on, 'fps': frames per second on average, 'size': (height, width)
+    upright, 'has_audio': bool}. The duration is the header's; where the header states none, all packets are read.
 
     Raises UserError if no frame can be decoded.
     """
@@ -247,7 +226,12 @@ def probe(path) -> dict:
         frame = next(container.decode(stream), None)
         if frame is None:
             raise UserError("none of its frames can be decoded")
-        duration = _duration(container, stream)
+        duration = 0.0
+        if stream.duration and stream.time_base:
+            duration = float(stream.duration * stream.time_base)
+        elif container.duration:
+            end = Fraction(container.duration + (container.start_time or 0), av.time_base)
+            duration = float(end - _origin(stream))
         if duration <= 0:
             stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
             last = max(stamps, default=0) * stream.time_base - _origin(stream)
@@ -263,23 +247,19 @@ def probe(path) -> dict:
 def _timed_frames(container, stream, start: Fraction) -> Iterator[tuple[Fraction, av.VideoFrame]]:
     """Yields (seconds from the stream's start, frame), from the frame that is shown at `start` or an earlier one."""
 
-    def decode():
+    def decode(at):
+        if start > 0:
+            container.seek(int((at + _origin(stream)) / stream.time_base), stream=stream)
         time = -_step(stream)
         for frame in container.decode(stream):
             stamp = frame.dts if frame.pts is None else frame.pts
-            if stamp is None:
-                time += _step(stream)
-            else:
-                time = stamp * stream.time_base - _origin(stream)
+            time = time + _step(stream) if stamp is None else stamp * stream.time_base - _origin(stream)
             yield time, frame
 
-    if start > 0:
-        container.seek(int((start + _origin(stream)) / stream.time_base), stream=stream)
-    frames = decode()
+    frames = decode(start)
     first = next(frames, None)
     if start > 0 and (first is None or first[0] > start + TIME_TOLERANCE):  # the file's index is wrong
-        container.seek(stream.start_time or 0, stream=stream)
-        frames = decode()
+        frames = decode(0)
         first = next(frames, None)
     if first is None:
         raise UserError("none of its frames can be decoded")
@@ -295,26 +275,15 @@ def read_video(
     sample_rate: int,
     start: float = 0.0,
     frames: int | None = None,
-    max_bytes: int = MAX_FILE_BYTES,
-    max_source_frames: int = MAX_SOURCE_FRAMES,
-) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Reads a clip of a video file, with its sound.
-
-    Returns video uint8 [F, h, w, 3], audio float32 [F * sample_rate // fps] and info: the dict of `probe`, with
-    'repeated_frames', the number of repeated frames at the end.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a clip of a video file with its sound: uint8 [F, h, w, 3] and float32 [F * sample_rate // fps].
 
     Frame k is the frame that the file shows `start + k / fps` seconds after its first frame. Time stamps decide, so
     a variable frame rate is read correctly. Each frame is turned upright, scaled and cropped by `fit`. The sound is
     mixed to mono and begins with the picture.
 
-    path: of the file
-    fps: frames per second of the result
-    size: h = w, or (h, w)
-    sample_rate: of the result, in Hz
-    start: of the clip, in seconds
-    frames: length of the clip; after the end of the file the last frame is repeated, in silence. None reads to the end.
-    max_bytes: largest file
-    max_source_frames: most frames that are decoded
+    start: of the clip, in s
+    frames: F; after the end of the file the last frame is repeated, in silence. None reads to the end.
 
     Raises UserError if the file cannot be read, ends before `start` or is over a limit.
     """
@@ -325,37 +294,31 @@ def read_video(
     too_long = f"it gives over {max_frames} frames of {height}x{width} at {float(rate):g} fps, ask for fewer"
     images: list[np.ndarray] = []
 
-    def due(time: Fraction) -> bool:
-        """Returns whether another frame is wanted, and is due before `time`."""
-        if len(images) == frames or begin + len(images) / rate + TIME_TOLERANCE >= time:
-            return False
-        if len(images) >= max_frames:
-            raise UserError(too_long)
-        return True
+    def show(frame, until: Fraction) -> None:
+        """Appends the frame as often as one is wanted that is due before `until`."""
+        image = None
+        while len(images) != frames and begin + len(images) / rate + TIME_TOLERANCE < until:
+            if len(images) >= max_frames:
+                raise UserError(too_long)
+            if image is None:
+                aspect = float(stream.sample_aspect_ratio or 1)
+                turned = round((frame.rotation or 0) / 90) % 2
+                image = fit(_upright(frame), (height, width), 1 / aspect if turned else aspect)
+            images.append(image)
 
-    def show(frame) -> np.ndarray:
-        aspect = float(stream.sample_aspect_ratio or 1)
-        turned = round((frame.rotation or 0) / 90) % 2
-        image = _upright(frame)
-        info["size"] = image.shape[:2]
-        return fit(image, (height, width), 1 / aspect if turned else aspect)
-
-    with _reading(path, max_bytes):
+    with _reading(path):
         if (frames or 0) > max_frames:
             raise UserError(too_long)
         with _open(path) as container:
             stream = _video_stream(container)
             origin = _origin(stream)
-            info = {"duration": _duration(container, stream), "fps": float(1 / _step(stream))}
             shown = None
             for count, (time, frame) in enumerate(_timed_frames(container, stream, begin)):
-                if count >= max_source_frames:
-                    raise UserError(f"it has over {max_source_frames} frames to decode, cut it into pieces")
+                if count >= MAX_SOURCE_FRAMES:
+                    raise UserError(f"it has over {MAX_SOURCE_FRAMES} frames to decode, cut it into pieces")
                 _check_pixels(frame.width, frame.height)
-                if shown is not None and due(time):
-                    image = show(shown)
-                    while due(time):
-                        images.append(image)
+                if shown is not None:
+                    show(shown, time)
                 if len(images) == frames:
                     break
                 shown = frame
@@ -363,24 +326,21 @@ def read_video(
             else:
                 # A file of a single frame may state a length of zero; its frame is shown all the same.
                 end = max(end, 2 * TIME_TOLERANCE)
-                image = show(shown)
-                while due(end):
-                    images.append(image)
+                show(shown, end)
         if not images:
             raise UserError(f"it ends at {float(end):g} s, before the start of the clip at {start:g} s")
-        info["repeated_frames"] = 0 if frames is None else frames - len(images)
-        images += images[-1:] * info["repeated_frames"]
+        if frames is not None:
+            images += images[-1:] * (frames - len(images))
         audio = np.zeros(int(len(images) * sample_rate / rate), np.float32)
         # The file is opened again: a seek for the sound would move the picture, too.
         with _open(path) as container:
-            info["has_audio"] = bool(container.streams.audio)
-            if info["has_audio"]:
+            if container.streams.audio:
                 _decode_audio(container, origin + begin, sample_rate, audio)
-    return np.stack(images), audio, info
+    return np.stack(images), audio
 
 
 def _decode_audio(container, begin: Fraction, sample_rate: int, audio: np.ndarray) -> None:
-    """Fills `audio` float32 [N] with the sound from `begin` on (seconds on the file's clock)."""
+    """Fills `audio` float32 [N] with the sound from `begin` on (s on the file's clock)."""
     stream = container.streams.audio[0]
     # With 16-bit samples, swresample scales a mix of channels so that it cannot exceed full scale.
     resampler = av.AudioResampler(format="s16", layout="mono", rate=sample_rate)
@@ -388,10 +348,8 @@ def _decode_audio(container, begin: Fraction, sample_rate: int, audio: np.ndarra
         early = max(_origin(stream), begin - Fraction(1, 4))
         container.seek(int(early / stream.time_base), stream=stream)
     position = None  # of the next chunk, in samples
-
-    def place(chunks) -> None:
-        nonlocal position
-        for chunk in chunks:
+    for frame in itertools.chain(container.decode(stream), [None]):
+        for chunk in resampler.resample(frame):
             data = chunk.to_ndarray()[0].astype(np.float32) / 32768
             if chunk.pts is not None:
                 at = round((chunk.pts * chunk.time_base - begin) * sample_rate)
@@ -403,24 +361,15 @@ def _decode_audio(container, begin: Fraction, sample_rate: int, audio: np.ndarra
             if low < high:
                 audio[low:high] = data[low - position : high - position]
             position += len(data)
-
-    for frame in container.decode(stream):
-        place(resampler.resample(frame))
         if position is not None and position >= len(audio):
             return
-    place(resampler.resample(None))
 
 
 def read_audio(path, sample_rate: int, seconds: float) -> np.ndarray:
     """Returns the beginning of a file's first sound track: float32 [round(seconds * sample_rate)].
 
-    It is mixed to mono, and silent after the end of the track.
-
-    path: of a sound file or a video file
-    sample_rate: of the result, in Hz
-    seconds: length of the result
-
-    Raises UserError if the file cannot be read or has no sound.
+    It is mixed to mono, and silent after the end of the track. Raises UserError if the file cannot be read or has no
+    sound.
     """
     with _reading(path):
         samples = round(seconds * sample_rate)
@@ -435,12 +384,7 @@ def read_audio(path, sample_rate: int, seconds: float) -> np.ndarray:
 
 
 def resample(audio, from_rate: int, to_rate: int) -> np.ndarray:
-    """Returns a sound at another sample rate: float32 [N * to_rate // from_rate].
-
-    audio: float [N]
-    from_rate: of `audio`, in Hz
-    to_rate: of the result, in Hz
-    """
+    """Returns a sound float [N] at another sample rate: float32 [N * to_rate // from_rate]."""
     audio = np.asarray(audio, np.float32)
     if from_rate == to_rate or not len(audio):
         return audio
@@ -456,9 +400,6 @@ def resample(audio, from_rate: int, to_rate: int) -> np.ndarray:
 
 def read_image(path, size: int | tuple[int, int]) -> np.ndarray:
     """Returns an image, turned upright, scaled and cropped by `fit`: uint8 [h, w, 3].
-
-    path: of the file
-    size: h = w, or (h, w)
 
     Raises UserError if the file cannot be read.
     """
