@@ -74,7 +74,7 @@ def test_a_clip_without_readable_sound_keeps_its_picture(tmp_path, damage):
             packet = [p for p in container.demux(container.streams.audio[0]) if p.size][100]
         data[packet.pos : packet.pos + packet.size] = np.random.default_rng(0).bytes(packet.size)
     path.write_bytes(data)
-    video, audio, _ = media.read_video(path, **READ)
+    video, audio = media.read_video(path, **READ)
     assert video.shape == (32, 32, 32, 3) and audio.shape == (32000,)
     assert Files(tmp_path, **CLIP)[0]["video"].shape == (17, 32, 32, 3)
 
@@ -89,7 +89,7 @@ def test_one_damaged_packet_costs_no_more_than_its_frames(tmp_path, name, codec)
     data = bytearray(path.read_bytes())
     data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
     path.write_bytes(data)
-    video, _, _ = media.read_video(path, **READ)
+    video, _ = media.read_video(path, **READ)
     assert video.shape == (32, 32, 32, 3)
     expected = [2 * (30 * k // 8) for k in range(20)]  # before the damage
     np.testing.assert_allclose(video[:20].mean((1, 2, 3)), expected, atol=4)
