@@ -25,7 +25,7 @@ def write(path, frames, sound=True, first=0):
     video += (3 * (first + np.arange(frames, dtype=np.uint8)))[:, None, None, None]
     t = np.arange(frames * 1000)
     audio = np.repeat(np.arange(frames) / 128, 1000) * np.sin(2 * np.pi * 500 * t / RATE)
-    media.write_mp4(path, video, audio if sound else None, FPS, RATE, upscale=4)
+    media.write_mp4(path, video, audio if sound else None, FPS, RATE)
 
 
 def open_files(folder, **settings):
@@ -211,8 +211,8 @@ def test_unusable_folders(tmp_path, folder):
         ("metadata.jsonl", '["a.mp4", "x"]\n', "row 1 lacks"),
         ("metadata.jsonl", "{not json\n", "after row 0"),
         ("metadata.jsonl", "[" * 100_000, "metadata.jsonl"),
-        ("a.txt", b"\xff", "a.txt is not UTF-8"),
-        ("a.txt", "x" * 2_000_000, "a.txt is over"),
+        ("a.txt", b"\xff", "a.txt' is not UTF-8"),
+        ("a.txt", "x" * 2_000_000, "a.txt' is over"),
     ],
 )
 def test_bad_metadata_is_one_clear_line(tmp_path, name, content, fault):

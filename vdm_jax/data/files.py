@@ -8,6 +8,7 @@ without metadata, the text file `name.txt` beside `name.mp4` is one caption.
 import csv
 import dataclasses
 import functools
+import io
 import json
 import logging
 import os
@@ -18,12 +19,13 @@ from typing import NamedTuple
 import numpy as np
 
 from vdm_jax.data import media
+from vdm_jax.data.text import read_text
 from vdm_jax.errors import UserError
 
 logger = logging.getLogger("vdm_jax")
 
 SUFFIXES = (".mp4", ".webm", ".avi", ".mov", ".mkv", ".m4v")
-MAX_TEXT_BYTES = 1_000_000  # of a name.txt
+MAX_METADATA_BYTES = 1 << 30
 MAX_CACHED_SECONDS = 300  # of a longer video only windows are decoded: the whole would take minutes
 
 
@@ -38,41 +40,25 @@ def _first_names(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _read_text(path: Path) -> str:
-    """Returns the caption in a text file."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_TEXT_BYTES + 1)
-        if len(data) > MAX_TEXT_BYTES:
-            raise UserError(f"{path.name} is over {MAX_TEXT_BYTES} bytes: it cannot be a caption, move it away")
-        return " ".join(data.decode("utf-8-sig").split())
-    except OSError as error:
-        raise UserError(f"cannot read {path.name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path.name} is not UTF-8 text: save it as UTF-8") from error
-
-
 def _read_metadata(path: Path) -> list[tuple[str, str]]:
     """Returns the (file_name, text) pairs of a metadata.csv or metadata.jsonl."""
+    lines = io.StringIO(read_text(path, MAX_METADATA_BYTES), newline="")
     pairs = []
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                rows = csv.DictReader(file, strict=True)
-                missing = {"file_name", "text"} - set(rows.fieldnames or ())
-                if missing:
-                    raise UserError(f"{path.name} has no column {' or '.join(map(repr, sorted(missing)))}")
-            else:
-                rows = (json.loads(line) for line in file if line.strip())
-            for number, row in enumerate(rows, 1):
-                match row:
-                    case {"file_name": str(name), "text": str(text)} if name:
-                        pairs.append((name, text))
-                    case _:
-                        raise UserError(f"{path.name}: row {number} lacks a file_name or a text, add it")
-    except OSError as error:
-        raise UserError(f"cannot read {path.name}: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
+        if path.suffix == ".csv":
+            rows = csv.DictReader(lines, strict=True)
+            missing = {"file_name", "text"} - set(rows.fieldnames or ())
+            if missing:
+                raise UserError(f"{path.name} has no column {' or '.join(map(repr, sorted(missing)))}")
+        else:
+            rows = (json.loads(line) for line in lines if line.strip())
+        for number, row in enumerate(rows, 1):
+            match row:
+                case {"file_name": str(name), "text": str(text)} if name:
+                    pairs.append((name, text))
+                case _:
+                    raise UserError(f"{path.name}: row {number} lacks a file_name or a text, add it")
+    except (csv.Error, json.JSONDecodeError, RecursionError) as error:
         fault = f"cannot read {path.name} after row {len(pairs)}: {error}"
         raise UserError(" ".join(fault.split())) from error
     return pairs
@@ -104,7 +90,9 @@ def _listing(root: Path) -> dict[str, list[str]]:
             if path.suffix.lower() in SUFFIXES:
                 note = path.with_suffix(".txt")
                 _check_inside(root, note.relative_to(root))
-                captions[path.relative_to(root).as_posix()] = [_read_text(note) if note.exists() else ""]
+                captions[path.relative_to(root).as_posix()] = [
+                    " ".join(read_text(note).split()) if note.exists() else ""
+                ]
     for name in captions:
         _check_inside(root, name)
     return captions
@@ -125,18 +113,13 @@ class Video(NamedTuple):
 class Files:
     """Random windows of the videos in a folder, without end. Item i follows from (seed, i).
 
-    An item is {'video': uint8 [F, h, w, 3], 'audio': float32 [F * sample_rate // fps], 'caption': str}. With n videos,
-    items n * e to n * (e + 1) - 1 are epoch e: each video comes once, in an order that is drawn for the epoch, with a
-    random window and one of its captions.
+    An item is {'video': uint8 [F, h, w, 3], 'audio': float32 [F * sample_rate // fps], 'caption': str}. In each epoch
+    every video comes once, in an order that is drawn for the epoch, with a random window and one of its captions.
 
     The end of every video is the split "held_out": a share of `held_out`, or one window where that is more and the
-    video lasts at least two windows. Windows of "train" end before it. Where a split's part of a video is shorter than
-    a window, its last frame is repeated in silence; "held_out" leaves such a video out, if it then still has any. A
-    video without sound is silent. A broken video is left out. A missing caption is the empty text. One warning for
-    each of these faults names the videos.
-
-    A video is decoded once, at its final size, and kept in memory as long as all of them fit into `cache_bytes`. Of
-    other videos only the window is decoded.
+    video lasts at least two windows. Where a split's part of a video is shorter than a window, its last frame is
+    repeated in silence; "held_out" leaves such a video out, if it then still has any. A video without sound is silent.
+    A broken video is left out. A missing caption is the empty text. One warning for each fault names the videos.
 
     Raises UserError if the folder or its metadata cannot be used.
     """
@@ -150,7 +133,7 @@ class Files:
     seed: int  # of the order of videos and of the windows
     split: str = "train"  # or "held_out"
     held_out: float = 0.2  # share of every video, in 0..1, that is kept from training
-    cache_bytes: int = 2 << 30  # memory for decoded videos
+    cache_bytes: int = 2 << 30  # for decoded videos; of videos that do not fit, only the window is decoded
 
     def __post_init__(self):
         if self.split not in ("train", "held_out"):
@@ -161,7 +144,9 @@ class Files:
         if not self.root.is_dir():
             raise UserError(f"data path {os.fspath(self.path)!r} is not a folder: name the folder of videos")
         self.samples = int(self.frames * self.sample_rate // self.fps)
-        self._cache, self._warned, self._lock = {}, set(), threading.Lock()
+        self._cache = {}
+        self._warned = set()
+        self._lock = threading.Lock()
         self._load(_listing(self.root))
 
     def _load(self, listing: dict[str, list[str]]) -> None:

@@ -38,9 +38,6 @@ TO_YUV = Interpolation.AREA | Interpolation.ACCURATE_RND
 TO_RGB = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
-# ------------------------------------------------------------------------------------------ writing
-
-
 @contextlib.contextmanager
 def replacing(path) -> Iterator[str]:
     """Yields the name of a temporary file, which becomes `path` if the block succeeds and is removed if it fails.
@@ -65,24 +62,21 @@ def replacing(path) -> Iterator[str]:
         raise UserError(f"cannot write {path!r}: {error.strerror or error}") from error
 
 
-def write_mp4(path, video, audio, fps, sample_rate, upscale: int | None = None) -> None:
+def write_mp4(path, video, audio, fps, sample_rate) -> None:
     """Writes an MP4 file: H.264 (yuv420p) with AAC sound (mono, 48 kHz).
 
-    yuv420p needs even sizes: an odd height or width repeats its last row or column. The file appears only when it is
-    complete.
+    A small video is enlarged: each pixel is repeated until the short side has at least 256. yuv420p needs even sizes:
+    an odd height or width repeats its last row or column. The file appears only when it is complete.
 
     video: uint8 [F, H, W, 3]
     audio: float [N], from the start of frame 0, clipped to [-1, 1]; NaN becomes silence. None: a file without sound
-    upscale: repeats each pixel this many times along both sides. By default a small video is enlarged until its short
-        side has at least 256 pixels.
 
     Raises UserError if the file cannot be written, ValueError if an array has the wrong type or shape.
     """
     video = np.asarray(video)
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
         raise ValueError(f"video must be uint8 [F, H, W, 3], not {video.dtype} {video.shape}")
-    if upscale is None:
-        upscale = math.ceil(256 / min(video.shape[1:3]))
+    upscale = math.ceil(256 / min(video.shape[1:3]))
     height, width = (upscale * n for n in video.shape[1:3])
     rate = Fraction(fps).limit_denominator(1_001_000)
     if audio is not None:
@@ -131,9 +125,6 @@ def write_mp4(path, video, audio, fps, sample_rate, upscale: int | None = None) 
         out.mux(picture.encode(None))
         if audio is not None:
             out.mux(sound.encode(None))
-
-
-# ------------------------------------------------------------------------------------------ reading
 
 
 @contextlib.contextmanager
@@ -185,12 +176,6 @@ def _step(stream) -> Fraction:
     return 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
 
 
-def _upright(frame) -> np.ndarray:
-    """Returns a decoded frame as uint8 [H, W, 3], turned upright by the rotation that phones store beside it."""
-    image = frame.to_ndarray(format="rgb24", interpolation=TO_RGB)
-    return np.rot90(image, k=round((frame.rotation or 0) / 90))
-
-
 def pair(size) -> tuple[int, int]:
     """Returns (height, width) of a size."""
     height, width = (size, size) if np.ndim(size) == 0 else size
@@ -214,17 +199,14 @@ def fit(image: np.ndarray, size, pixel_aspect: float = 1.0) -> np.ndarray:
 
 
 def probe(path) -> dict:
-    """Opens a video and decodes its first frame.
+    """Returns {'duration': s from the first frame on, 'has_audio': bool} of a video.
 
-    Returns {'duration': s from its first frame on, 'fps': frames per second on average, 'size': (height, width)
-    upright, 'has_audio': bool}. The duration is the header's; where the header states none, all packets are read.
-
-    Raises UserError if no frame can be decoded.
+    The duration is the header's; where the header states none, all packets are read. Raises UserError if the first
+    frame cannot be decoded.
     """
     with _reading(path), _open(path) as container:
         stream = _video_stream(container)
-        frame = next(container.decode(stream), None)
-        if frame is None:
+        if next(container.decode(stream), None) is None:
             raise UserError("none of its frames can be decoded")
         duration = 0.0
         if stream.duration and stream.time_base:
@@ -236,12 +218,7 @@ def probe(path) -> dict:
             stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
             last = max(stamps, default=0) * stream.time_base - _origin(stream)
             duration = float(max(last, 0) + _step(stream))
-        return {
-            "duration": duration,
-            "fps": float(1 / _step(stream)),
-            "size": _upright(frame).shape[:2],
-            "has_audio": bool(container.streams.audio),
-        }
+        return {"duration": duration, "has_audio": bool(container.streams.audio)}
 
 
 def _timed_frames(container, stream, start: Fraction) -> Iterator[tuple[Fraction, av.VideoFrame]]:
@@ -302,8 +279,9 @@ def read_video(
                 raise UserError(too_long)
             if image is None:
                 aspect = float(stream.sample_aspect_ratio or 1)
-                turned = round((frame.rotation or 0) / 90) % 2
-                image = fit(_upright(frame), (height, width), 1 / aspect if turned else aspect)
+                turns = round((frame.rotation or 0) / 90)  # phones store a rotation beside the frames
+                image = np.rot90(frame.to_ndarray(format="rgb24", interpolation=TO_RGB), turns)
+                image = fit(image, (height, width), 1 / aspect if turns % 2 else aspect)
             images.append(image)
 
     with _reading(path):
@@ -372,10 +350,7 @@ def read_audio(path, sample_rate: int, seconds: float) -> np.ndarray:
     sound.
     """
     with _reading(path):
-        samples = round(seconds * sample_rate)
-        if samples * 4 > MAX_OUTPUT_BYTES:
-            raise UserError(f"{seconds:g} s at {sample_rate} Hz do not fit into memory, ask for less")
-        audio = np.zeros(samples, np.float32)
+        audio = np.zeros(round(seconds * sample_rate), np.float32)
         with _open(path) as container:
             if not container.streams.audio:
                 raise UserError("it has no sound")

@@ -47,13 +47,9 @@ class Tfds:
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
-            raise UserError(
-                "data sets of TFDS need two packages: pip install tensorflow-datasets array-record"
-            ) from error
+            raise UserError("TFDS needs two packages: pip install tensorflow-datasets array-record") from error
         if not self.name:
-            raise UserError(
-                "data.tfds.name is empty: name a data set in data.path, or its folder, --config.data.tfds.name=NAME"
-            )
+            raise UserError("data.tfds.name is empty: name a data set or its folder, --config.data.tfds.name=NAME")
         self.name = os.fspath(self.name)
         self.source_fps = self.source_fps or self.fps
         self.source_sample_rate = self.source_sample_rate or self.sample_rate
@@ -64,14 +60,14 @@ class Tfds:
                 builder = tfds.builder(self.name, data_dir=self.data_dir, try_gcs=False)
             self.source = builder.as_data_source(split=self.split)
             self.features = builder.info.features
-            count = len(self.source)
+            self.count = len(self.source)
         except Exception as error:  # each fault has an error of its own: unknown, not built, another format
             raise self._fault(f"split {self.split!r} cannot be opened", error) from error
         for key in (self.video_key, *filter(None, (self.audio_key, self.caption_key))):
             if key not in self.features:
                 known = ", ".join(self.features)
                 raise UserError(f"data set {self.name!r} has no feature {key!r}, only {known}: name one of them")
-        if not count:
+        if not self.count:
             raise UserError(f"data set {self.name!r}: split {self.split!r} is empty")
         self._read(0)  # an example that cannot be decoded ends the run now, not after an hour
 
@@ -105,10 +101,9 @@ class Tfds:
         return 2**31 - 1
 
     def __getitem__(self, i: int) -> dict:
-        epoch, place = divmod(i, len(self.source))
+        epoch, place = divmod(i, self.count)
         where, which = np.random.default_rng([self.seed, i]).random(2)
-        video, audio, captions = self._read(epoch_order(self.seed, epoch, len(self.source))[place])
-
+        video, audio, captions = self._read(epoch_order(self.seed, epoch, self.count)[place])
         total = int(len(video) * self.fps / self.source_fps + 1e-6)  # frames of the video at `fps`
         start = int(where * (max(0, total - self.frames) + 1)) / self.fps  # s
         times = start + np.arange(self.frames) / self.fps

@@ -136,20 +136,18 @@ class World:
             "position": position.astype(np.float32),
             "velocity": velocity.astype(np.float32),
             "radius": np.array(episode["r"], np.float32),
-            "shape": np.array(episode["shape"]),
-            "color": np.array(episode["color"]),
-            "material": np.array(episode["material"]),
+            **{name: np.array(episode[name]) for name in ("shape", "color", "material")},
             "camera": camera.astype(np.float32),
             "light": light.astype(np.float32),
             "occluder": None if bar is None else (np.array(bar) - camera[:, :1]).astype(np.float32),
             "gravity": g,
         }
         video, state["visible"] = render(state, self.size, open_sides=episode["open"])
-        state["events"] = []
-        for event in events:
-            contact = event.contact - camera_at(episode, np.array([event.time]))[0][0]
-            seen = {"time": event.time, "kind": event.kind, "objects": event.objects}
-            state["events"].append({**seen, "position": tuple(contact.tolist())})
+        cameras = camera_at(episode, np.array([event.time for event in events]))[0]
+        state["events"] = [
+            {"time": e.time, "kind": e.kind, "objects": e.objects, "position": tuple((e.contact - at).tolist())}
+            for e, at in zip(events, cameras)
+        ]
         text = caption(state, np.random.default_rng([self.seed, int(i), 0]), self.undirected)
         return {"video": video, "audio": self._sound(episode, events), "caption": text, "state": state}
 
@@ -157,12 +155,11 @@ class World:
         """Draws all that does not change in an episode, and where and how fast each object begins."""
         chances = (self.gravity, self.occluder, self.leave, self.pan, self.light)
         gravity, occluder, leave, pan, light = (rng.random() < chance for chance in chances)
-        shares = np.cumsum(self.objects)
-        count = int(np.searchsorted(shares, _uniform(rng, 0, 0.999999), side="right")) + 1
+        count = int(np.searchsorted(np.cumsum(self.objects), _uniform(rng, 0, 0.999999), side="right")) + 1
         episode = {"g": _uniform(rng, 0.4, 0.7) if gravity else 0.0, "open": leave}
         left = _uniform(rng, 0.33, 0.4)
-        width = _uniform(rng, 0.26, 0.33)
-        episode["bar"] = (left, left + width) if occluder else None
+        right = left + _uniform(rng, 0.26, 0.33)
+        episode["bar"] = (left, right) if occluder else None
         reach = _uniform(rng, 0.06, 0.1)  # frame widths
         waves = [(_uniform(rng, low, high), _uniform(rng, 0, 6.28)) for low, high in ((6, 9), (7, 11))]
         episode["pan"] = (reach, *waves) if pan else None  # a wave, of x and of y: (period in s, phase)
@@ -231,9 +228,6 @@ def _uniform(rng, low, high):
 
 def _pick(rng, options):
     return options[int(rng.random() * len(options))]
-
-
-# ------------------------------------------------------------------------------------------ motion
 
 
 def next_event(x, y, vx, vy, r, low, high, g):
@@ -337,9 +331,6 @@ def camera_at(episode, times):
     return size * np.sin(angle), size * rate * np.cos(angle)
 
 
-# ------------------------------------------------------------------------------------------ picture and sound
-
-
 def coverage(shape, dx, dy, radius):
     """Returns how much of each pixel an object covers, anti-aliased, in 0..1.
 
@@ -429,8 +420,8 @@ def tone(radius, material, offset, sample_rate):
     """
     pitch = 400 * (0.19 / radius) ** 2.3  # Hz
     decay, partials = TONES[material]
-    t = (np.arange(int(TONE_SECONDS * sample_rate)) + offset) / sample_rate
-    t = t[: int(7 * decay * sample_rate)].astype(np.float32)
+    samples = int(min(TONE_SECONDS, 7 * decay) * sample_rate)
+    t = ((np.arange(samples) + offset) / sample_rate).astype(np.float32)
     wave = np.zeros_like(t)
     for ratio, share in partials:
         if ratio * pitch < 0.46 * sample_rate:
