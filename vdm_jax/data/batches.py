@@ -48,10 +48,7 @@ def source(config, split="train"):
 
 @dataclasses.dataclass(eq=False)
 class Examples:
-    """The items of a data source as training examples.
-
-    An example is {'video', 'audio', 'tokens' int32 [L]}; with hard negatives it also has 'hard_negative' int32 [L].
-    """
+    """The items of a data source as training examples."""
 
     source: Sequence
     text_length: int  # L, in tokens
@@ -60,17 +57,18 @@ class Examples:
     def __len__(self):
         return len(self.source)
 
-    def __getitem__(self, number):
-        item = self.source[number]
-        captions = {"tokens": item["caption"]}
-        if self.hard_negative:
-            captions["hard_negative"] = self.hard_negative(item["caption"])
-        tokens = {name: text.encode([caption], self.text_length)[0] for name, caption in captions.items()}
-        return {"video": item["video"], "audio": item["audio"], **tokens}
-
     def take(self, numbers):
-        """Returns the examples of these numbers as one batch."""
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *[self[number] for number in numbers])
+        """Returns a batch of the items of these numbers.
+
+        It is {'video', 'audio', 'tokens' int32 [B, L]}; with hard negatives it also has 'hard_negative' int32 [B, L].
+        """
+        items = [self.source[number] for number in numbers]
+        captions = [item["caption"] for item in items]
+        batch = {part: np.stack([item[part] for item in items]) for part in ("video", "audio")}
+        batch["tokens"] = text.encode(captions, self.text_length)
+        if self.hard_negative:
+            batch["hard_negative"] = text.encode([self.hard_negative(c) for c in captions], self.text_length)
+        return batch
 
 
 def _order(items, seed):

@@ -221,16 +221,14 @@ class Files:
 
     def _window(self, video: Video, start: int, frames: int):
         """Returns frames [start, start + frames) of a video with their sound; a cached video is decoded as a whole."""
-        name = video.name
-        read = functools.partial(
-            media.read_video, self.root / name, fps=self.fps, size=self.size, sample_rate=self.sample_rate
-        )
+        path = self.root / video.name
+        settings = {"fps": self.fps, "size": self.size, "sample_rate": self.sample_rate}
         if not video.cached:
-            return read(start=start / self.fps, frames=frames)
+            return media.read_video(path, start=start / self.fps, frames=frames, **settings)
         with self._lock:  # threads that ask for the same video decode it once
-            if name not in self._cache:
-                self._cache[name] = read(frames=video.total)
-            images, audio = self._cache[name]
+            if path not in self._cache:
+                self._cache[path] = media.read_video(path, frames=video.total, **settings)
+            images, audio = self._cache[path]
         rate = self.sample_rate / self.fps  # samples per frame
         low = round(start * rate)
         return images[start : start + frames], audio[low : low + int(frames * rate)]
