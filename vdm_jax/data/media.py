@@ -221,8 +221,8 @@ def probe(path) -> dict:
         return {"duration": duration, "has_audio": bool(container.streams.audio)}
 
 
-def _timed_frames(container, stream, start: Fraction) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """Yields (seconds from the stream's start, frame), from the frame that is shown at `start` or an earlier one."""
+def _shown_frames(container, stream, start: Fraction) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+    """Yields (frame, end of its show in s from the stream's start), from `start` or an earlier frame on."""
 
     def decode(at):
         if start > 0:
@@ -240,8 +240,16 @@ def _timed_frames(container, stream, start: Fraction) -> Iterator[tuple[Fraction
         first = next(frames, None)
     if first is None:
         raise UserError("none of its frames can be decoded")
-    yield first
-    yield from frames
+    shown = None
+    for count, (time, frame) in enumerate(itertools.chain([first], frames)):
+        if count >= MAX_SOURCE_FRAMES:
+            raise UserError(f"it has over {MAX_SOURCE_FRAMES} frames to decode, cut it into pieces")
+        _check_pixels(frame.width, frame.height)
+        if shown is not None:
+            yield shown, time
+        shown = frame
+    # A file of a single frame may state a length of zero; its frame is shown all the same.
+    yield shown, max(time + (shown.duration * stream.time_base or _step(stream)), 2 * TIME_TOLERANCE)
 
 
 def read_video(
@@ -270,41 +278,25 @@ def read_video(
     max_frames = MAX_OUTPUT_BYTES // (height * width * 3)
     too_long = f"it gives over {max_frames} frames of {height}x{width} at {float(rate):g} fps, ask for fewer"
     images: list[np.ndarray] = []
-
-    def show(frame, until: Fraction) -> None:
-        """Appends the frame as often as one is wanted that is due before `until`."""
-        image = None
-        while len(images) != frames and begin + len(images) / rate + TIME_TOLERANCE < until:
-            if len(images) >= max_frames:
-                raise UserError(too_long)
-            if image is None:
-                aspect = float(stream.sample_aspect_ratio or 1)
-                turns = round((frame.rotation or 0) / 90)  # phones store a rotation beside the frames
-                image = np.rot90(frame.to_ndarray(format="rgb24", interpolation=TO_RGB), turns)
-                image = fit(image, (height, width), 1 / aspect if turns % 2 else aspect)
-            images.append(image)
-
     with _reading(path):
         if (frames or 0) > max_frames:
             raise UserError(too_long)
         with _open(path) as container:
             stream = _video_stream(container)
             origin = _origin(stream)
-            shown = None
-            for count, (time, frame) in enumerate(_timed_frames(container, stream, begin)):
-                if count >= MAX_SOURCE_FRAMES:
-                    raise UserError(f"it has over {MAX_SOURCE_FRAMES} frames to decode, cut it into pieces")
-                _check_pixels(frame.width, frame.height)
-                if shown is not None:
-                    show(shown, time)
+            for frame, end in _shown_frames(container, stream, begin):
+                image = None
+                while len(images) != frames and begin + len(images) / rate + TIME_TOLERANCE < end:
+                    if len(images) >= max_frames:
+                        raise UserError(too_long)
+                    if image is None:
+                        aspect = float(stream.sample_aspect_ratio or 1)
+                        turns = round((frame.rotation or 0) / 90)  # phones store a rotation beside the frames
+                        image = np.rot90(frame.to_ndarray(format="rgb24", interpolation=TO_RGB), turns)
+                        image = fit(image, (height, width), 1 / aspect if turns % 2 else aspect)
+                    images.append(image)
                 if len(images) == frames:
                     break
-                shown = frame
-                end = time + (frame.duration * stream.time_base or _step(stream))
-            else:
-                # A file of a single frame may state a length of zero; its frame is shown all the same.
-                end = max(end, 2 * TIME_TOLERANCE)
-                show(shown, end)
         if not images:
             raise UserError(f"it ends at {float(end):g} s, before the start of the clip at {start:g} s")
         if frames is not None:
