@@ -127,7 +127,7 @@ def mp4(draw, folder):
     elif reader == 1:
         media.read_audio(path, 2000, draw.choice((0.5, 3, 0)))
     else:
-        video, audio, _ = media.read_video(path, **CLIP, start=start, frames=frames)
+        video, audio = media.read_video(path, **CLIP, start=start, frames=frames)
         assert video.dtype == np.uint8 and video.shape[1:] == (16, 16, 3) and np.isfinite(audio).all()
 
 

@@ -52,7 +52,7 @@ def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     assert "text ranks its own video first" in done.out and "100 %" in done.out
     page = (out / "report.html").read_text()
     assert page.count("data:video/mp4") == 5 and page.count("data:image/png") == 3
-    video, audio, _ = media.read_video(out / "sample_002.mp4", fps=8, size=16, sample_rate=2000)
+    video, audio = media.read_video(out / "sample_002.mp4", fps=8, size=16, sample_rate=2000)
     assert video.shape == (5, 16, 16, 3) and np.abs(audio).max() > 0.01
 
 

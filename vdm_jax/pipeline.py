@@ -258,7 +258,7 @@ class Pipeline:
             clip = Clip(clip, np.zeros(len(clip) * per_frame, np.float32), data.fps, data.sample_rate)
         if not isinstance(clip, Clip):
             shape = dict(fps=data.fps, size=data.size, sample_rate=data.sample_rate)
-            video, audio = media.read_video(clip, **shape, frames=frames)[:2]
+            video, audio = media.read_video(clip, **shape, frames=frames)
             return video, audio[: len(video) * per_frame]
         if (clip.fps, clip.sample_rate) != (data.fps, data.sample_rate):
             raise UserError(
