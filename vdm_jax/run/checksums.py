@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from etils import epath
 
 from vdm_jax.errors import UserError
+from vdm_jax.run import storage
 
 NAME = "checksums.txt"
 CHUNK = 1 << 22  # bytes read at once
@@ -43,8 +44,7 @@ def add_later(folder):
     more = [name for name in LATER if name not in known and (folder / name).exists()]
     if more:
         lines += "".join(_line(folder, name)[0] + "\n" for name in more)
-        (folder / f"{NAME}.new").write_text(_sealed(lines))
-        (folder / f"{NAME}.new").replace(folder / NAME)  # a run killed here leaves the old file or the new one
+        storage.replace(folder / NAME, _sealed(lines))
 
 
 def check(folder):
