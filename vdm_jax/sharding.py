@@ -205,6 +205,11 @@ def path_name(path):
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
+def named_leaves(tree):
+    """Returns {'a/b/c': leaf} of a tree."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def parameter_spec(name, shape, mesh_shape):
     """Returns the PartitionSpec of the parameter at path `name`, without axes that do not divide their dimension."""
     axes = _axes(name, shape)

@@ -35,9 +35,7 @@ SUPERSEDED = "superseded"  # subfolder for checkpoints that are being deleted
 def manager(directory, newest=2, best=1):
     """Returns an Orbax manager of `directory` that saves in the background. It deletes what killed saves left.
 
-    directory: the folder of the checkpoints; made if it is missing.
-    newest: how many of the newest checkpoints are kept.
-    best: how many checkpoints of the lowest loss are kept.
+    newest, best: how many of the newest checkpoints, and of the checkpoints of the lowest loss, are kept.
     """
     directory = storage.absolute(directory)
     _delete_superseded(directory)
@@ -74,10 +72,8 @@ def _delete_superseded(directory):
 
 
 def save(checkpoints, state, loss=math.inf):
-    """Starts to save a state. The caller may donate the state as soon as this returns.
+    """Starts to save a state that has its number of steps under 'step'. The caller may donate it when this returns.
 
-    checkpoints: a manager.
-    state: the train state, with its number of steps under 'step'.
     loss: checkpoints of low loss are kept; nan counts as infinite.
 
     Raises UserError when this save or the save before it fails, or when this step or a later one exists already.
@@ -159,9 +155,8 @@ def quarantine_damaged(directory):
 
 
 def restore(checkpoints, abstract_state):
-    """Returns the newest state, or None when `checkpoints` holds none.
+    """Returns the newest state, or None when the manager `checkpoints` holds none.
 
-    checkpoints: a manager.
     abstract_state: the state as ShapeDtypeStructs, with the shardings that the result gets.
 
     Raises UserError when the stored state is that of another model, and names the first difference.
@@ -174,9 +169,8 @@ def restore(checkpoints, abstract_state):
 
 
 def read(checkpoint, expected):
-    """Returns parts of a checkpoint as NumPy arrays.
+    """Returns parts of the checkpoint in one folder as NumPy arrays.
 
-    checkpoint: folder of one checkpoint.
     expected: {name of a part, such as 'ema': tree of ShapeDtypeStruct}.
 
     Raises UserError when the files are damaged, or the parts are those of another model.
