@@ -8,7 +8,6 @@ parameters that match each rule of sharding.PARAMETER_RULES.
 
 import math
 
-import jax
 from absl import flags
 
 from vdm_jax import sharding
@@ -43,10 +42,9 @@ def show_sizes(system, mesh):
 
 def show_parameters(name, params, mesh):
     """Prints each parameter of a stage: its size, shape, split and path. mesh: {axis: size}, or None for no split."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    print(f"\n{name}: {sum(math.prod(x.shape) for _, x in leaves) / 1e6:.3f} M parameters")
-    for path, x in leaves:
-        path = sharding.path_name(path)
+    leaves = sharding.named_leaves(params)
+    print(f"\n{name}: {sum(math.prod(x.shape) for x in leaves.values()) / 1e6:.3f} M parameters")
+    for path, x in leaves.items():
         split = ""
         if mesh:
             spec = sharding.parameter_spec(path, x.shape, mesh)

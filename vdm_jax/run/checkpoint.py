@@ -214,10 +214,9 @@ def _flat(tree):
 
 
 def check_arrays(where, stored, expected, dtypes=True):
-    """Raises UserError unless the arrays {name: array} have the expected names, shapes and dtypes. Orbax itself casts.
+    """Raises UserError unless the arrays {name: array} have the expected names, shapes and, with `dtypes`, dtypes.
 
     where: the folder or the file, for the message, which names the first difference.
-    dtypes: whether dtypes count.
     """
 
     def kind(x):

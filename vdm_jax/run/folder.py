@@ -91,7 +91,6 @@ def read_config(folder):
 
     Raises UserError when config.json is missing or damaged.
     """
-    folder = storage.given(folder)
     path = folder / "config.json"
     if not path.exists():
         if folder == REFERENCE:
@@ -197,15 +196,25 @@ def load(source, build, stages=None, unverified=False):
             f"{source}/config.json does not fit this version ({reason}): train again, or restore the file"
         ) from error
     expected = {stage: system.params[stage] for stage in stages or system.params}
-    if any((source / f"{stage}.safetensors").exists() for stage in expected):
-        return Weights(system, *_read_exported(source, expected, unverified))
-    params = {stage: read_params(source, stage, tree) for stage, tree in expected.items()}
-    steps = {stage: newest_step(source, stage) for stage in expected}
-    return Weights(system, params | _statistics_of(params, source / STATISTICS), steps)
+    exported = any((source / f"{stage}.safetensors").exists() for stage in expected)
+    if exported:
+        try:
+            checksums.check(source)
+        except checksums.Missing as error:
+            if not unverified:
+                raise UserError(f"{error}, or import the weights with python -m vdm_jax.weights --unverified") from None
+        read = {stage: read_safetensors(source / f"{stage}.safetensors", tree) for stage, tree in expected.items()}
+    else:
+        read = {stage: read_params(source, stage, tree) for stage, tree in expected.items()}
+    params = {stage: tree for stage, (tree, _) in read.items()}
+    steps = {stage: step for stage, (_, step) in read.items()}
+    if "denoiser" in params:
+        params["statistics"] = read_statistics(source / ("statistics.json" if exported else STATISTICS))
+    return Weights(system, params, steps)
 
 
 def read_params(workdir, stage, expected):
-    """Returns the EMA parameters in the newest checkpoint of one stage, as NumPy arrays.
+    """Returns (the EMA parameters in the newest checkpoint of one stage, as NumPy arrays; the step of the checkpoint).
 
     Raises UserError when the stage has no checkpoint, or a damaged one, or one of another model.
     """
@@ -215,23 +224,8 @@ def read_params(workdir, stage, expected):
             f"{workdir} is unfinished: stage {stage} has no checkpoint; train it with "
             f"python -m vdm_jax.train --config=FILE --workdir={workdir} --stage={stage}"
         )
-    return checkpoint.read(epath.Path(workdir) / stage / "checkpoints" / str(step), {"ema": expected})["ema"]
-
-
-def _read_exported(folder, expected, unverified):
-    try:
-        checksums.check(folder)
-    except checksums.Missing as error:
-        if not unverified:
-            raise UserError(f"{error}, or import the weights with python -m vdm_jax.weights --unverified") from None
-    params, steps = {}, {}
-    for stage, tree in expected.items():
-        params[stage], steps[stage] = read_safetensors(folder / f"{stage}.safetensors", tree)
-    return params | _statistics_of(params, folder / "statistics.json"), steps
-
-
-def _statistics_of(params, path):
-    return {"statistics": read_statistics(path)} if "denoiser" in params else {}
+    stored = checkpoint.read(epath.Path(workdir) / stage / "checkpoints" / str(step), {"ema": expected})
+    return stored["ema"], step
 
 
 def write_exported(folder, weights):

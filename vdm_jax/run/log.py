@@ -4,10 +4,13 @@
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -24,34 +27,34 @@ logger = logging.getLogger("vdm_jax")
 BUCKET_PAUSE = 30  # seconds between two writes of metrics.jsonl in a bucket
 
 
+@dataclasses.dataclass(eq=False)
 class RunLog:
     """The report of one stage's training. The loop calls, in this order:
 
-        for number in log.numbers:              # the numbers of the steps to do, from 1, behind a progress bar
-            ...
-            log.add(metrics)                    # after each step; does not wait for the device
-            log.write(number)                   # at a log boundary
-            save(..., log.mean_loss()); log.mark_saved(number)
-            log.heartbeat(number)               # after each step
-        log.close()
-
-    directory: folder of the stage, for metrics.jsonl and events. heartbeat.json is in the folder above.
-    done: how many of the `steps` an earlier start did.
-    saved: step of the newest checkpoint, None when there is none.
-    watch: the Watch that began with the stage.
-    sample_ids: sample_ids(number) returns the names of the samples in the batch of a step.
-    stop_after: number of skipped steps in a row that ends the run with an error.
-    heartbeat_every: seconds.
-    finish: finish() waits for the current save. It is called before that error.
+    for number in log.numbers:              # the numbers of the steps to do, from 1, behind a progress bar
+        ...
+        log.add(metrics)                    # after each step; does not wait for the device
+        log.write(number)                   # at a log boundary
+        save(..., log.mean_loss()); log.mark_saved(number)
+        log.heartbeat(number)               # after each step
+    log.close()
     """
 
-    def __init__(self, stage, directory, *, steps, done, saved, watch, sample_ids, stop_after, heartbeat_every, finish):
-        self.stage, self.directory = stage, directory
-        self.steps, self.saved = steps, saved
-        self.watch, self.sample_ids, self.finish = watch, sample_ids, finish
-        self.stop_after, self.heartbeat_every = stop_after, heartbeat_every
-        self.numbers = tqdm(range(done + 1, steps + 1), stage, steps, initial=done, disable=None, unit="step")
-        self.metrics = MetricsLog(directory, done) if hosts.is_primary() else None
+    stage: str
+    directory: Path  # of the stage, for metrics.jsonl and events; heartbeat.json is in the folder above
+    steps: int
+    done: int  # how many of the steps an earlier start did
+    saved: int | None  # step of the newest checkpoint
+    watch: "Watch"  # began with the stage
+    sample_ids: Callable  # sample_ids(number) returns the names of the samples in the batch of a step
+    stop_after: int  # number of skipped steps in a row that ends the run with an error
+    heartbeat_every: float  # seconds
+    finish: Callable  # finish() waits for the current save; called before that error
+
+    def __post_init__(self):
+        left = range(self.done + 1, self.steps + 1)
+        self.numbers = tqdm(left, self.stage, self.steps, initial=self.done, disable=None, unit="step")
+        self.metrics = MetricsLog(self.directory, self.done) if hosts.is_primary() else None
         self.history = []  # metrics of the steps since the last log boundary, on the device
         self.losses = []  # (mean loss, number of steps) for each log boundary since the last save
         self.streak = []  # the Skipped in a row, up to the last logged step
@@ -156,9 +159,7 @@ class Skipped(NamedTuple):
 
 
 def summarize(history, first):
-    """Returns (mean of each metric, list of Skipped) for consecutive steps, of which `first` is the first number.
-
-    history: the metrics of the steps, {name: scalar array}.
+    """Returns ({metric: mean}, list of Skipped) for a history [{metric: scalar array}] of steps from number `first` on.
 
     Skipped steps are left out of the means; when all steps were skipped, 'loss' is nan. A nan in another metric means
     "not measured in this step", and is left out, too.
@@ -173,9 +174,9 @@ def summarize(history, first):
 
 
 class Watch:
-    """Measures where the wall time of a stage goes. `with watch("data"):` marks time that is not spent in steps.
+    """Measures where the wall time of a stage goes.
 
-    The words are "data", "compiling", "saving" and "preview".
+    `with watch(what):` marks time that is not spent in steps: "data", "compiling", "saving" or "preview".
     """
 
     def __init__(self):

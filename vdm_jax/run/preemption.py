@@ -22,8 +22,7 @@ class Stop:
 
     def __init__(self):
         self.signal = None  # name of the signal that this process received
-        # Whether training has begun. Before, there is nothing to save, and a signal ends the run at once.
-        self.stepping = False
+        self.stepping = False  # whether training has begun; before, a signal ends the run at once
 
     def __call__(self, step):
         if jax.distributed.is_initialized():  # JAX handles SIGTERM, and chooses a step for all processes
