@@ -136,7 +136,7 @@ def shard_map_batch(f, x, *shared):
 
 
 def activation_spec(names, shape, mesh_shape):
-    """Returns the PartitionSpec of an activation with a name for each dimension. A mesh axis cuts one of them at most."""
+    """Returns the PartitionSpec of an activation with a name for each dimension. A mesh axis cuts at most one."""
     spec, free = [], set(MESH_AXES)
     for name, size in zip(names, shape, strict=True):
         axes = ACTIVATION_AXES[name] if name is not None else None
@@ -159,10 +159,10 @@ def _dividing(axes, size, mesh_shape, least=1):
 
 
 def all_gather_params(params, dtype):
-    """Returns a layer's kernels and embeddings, cast to `dtype` and then gathered along `fsdp`. One device casts nothing.
+    """Returns a layer's parameters, gathered along `fsdp`. On one device it returns `params` itself.
 
-    The cast comes first, so that bfloat16 sends half the bytes of float32. Without this XLA would send activations to
-    the devices that hold the parts of a kernel, which is more traffic. The gradients are reduced to the same parts.
+    Kernels and embeddings are cast to `dtype` first, so that bfloat16 sends half the bytes of float32. Without this XLA
+    would send activations to the devices that hold the parts of a kernel, which is more traffic.
     """
     mesh = _current_mesh()
     if mesh is None:
@@ -206,28 +206,24 @@ def named_leaves(tree):
 
 def parameter_spec(name, shape, mesh_shape):
     """Returns the PartitionSpec of the parameter at path `name`, without axes that do not divide their dimension."""
-    axes = _axes(name, shape)
+    _, axes = _rule(name, shape)
     return P(*(_dividing((a,) if a else None, s, mesh_shape) for a, s in zip(axes, shape, strict=True)))
 
 
-def _axes(name, shape):
-    """Returns for each dimension of a parameter the mesh axis that PARAMETER_RULES name, or None."""
-    padded = (None,) * len(shape) + _rule(name)[1]
-    return padded[len(padded) - len(shape) :]
-
-
-def _rule(name):
-    return next(rule for rule in PARAMETER_RULES if re.search(rule[0], name))
+def _rule(name, shape):
+    """Returns (pattern of the rule for a parameter, its mesh axis or None for each dimension)."""
+    pattern, axes = next(rule for rule in PARAMETER_RULES if re.search(rule[0], name))
+    padded = (None,) * len(shape) + axes
+    return pattern, padded[len(padded) - len(shape) :]
 
 
 def table(params, mesh_shape):
     """Returns lines that show how PARAMETER_RULES split `params`: for each rule the arrays, axes and parameters."""
     found = {}
     for name, x in named_leaves(params).items():
-        split = [a or "-" for a in _axes(name, x.shape)]
         spec = parameter_spec(name, x.shape, mesh_shape)
-        kept = " ".join(a if s else "-" for a, s in zip(split, spec)) or "-"
-        found.setdefault((_rule(name)[0], kept), []).append(math.prod(x.shape))
+        kept = " ".join(axis or "-" for axis in spec) or "-"
+        found.setdefault((_rule(name, x.shape)[0], kept), []).append(math.prod(x.shape))
     rows = sorted(found.items(), key=lambda row: -sum(row[1]))
     return [f"{len(n):>5} x {kept:<24} {sum(n) / 1e6:>10.3f} M  {rule}" for (rule, kept), n in rows]
 
@@ -301,7 +297,7 @@ def check_axes(mesh, params, activations):
     activations: {name for the message: (shape, names of the dimensions)}.
     """
     ways = mesh.shape["tensor"]
-    cuts = {name: dict(zip(_axes(name, leaf.shape), leaf.shape)) for name, leaf in named_leaves(params).items()}
+    cuts = {name: dict(zip(_rule(name, leaf.shape)[1], leaf.shape)) for name, leaf in named_leaves(params).items()}
     sizes = {name: cut["tensor"] for name, cut in cuts.items() if "tensor" in cut}
     if bad := [name for name, size in sizes.items() if size % ways]:
         fits = _divisors(math.gcd(*sizes.values()))

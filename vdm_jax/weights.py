@@ -34,7 +34,10 @@ USAGE = (
 def main(argv):
     options = flags.FLAGS
     if argv[1:] == ["export"] and options.workdir and options.out:
-        return export(folder.load(options.workdir, build), storage.given(options.out))
+        weights, out = folder.load(options.workdir, build), storage.given(options.out)
+        folder.write_exported(out, weights)
+        size = sum((out / f"{stage}.safetensors").stat().length for stage in weights.steps)
+        return print(f"wrote {out}: {size / 1e6:.2f} MB of weights")
     if argv[1:2] == ["verify"] and len(argv) == 3:
         return verify(storage.given(argv[2]), options.unverified)
     if argv[1:] == ["import"] and options.weights and options.workdir:
@@ -47,28 +50,22 @@ def main(argv):
     raise UserError(USAGE)
 
 
-def export(weights, out):
-    folder.write_exported(out, weights)
-    size = sum((out / f"{stage}.safetensors").stat().length for stage in weights.steps)
-    print(f"wrote {out}: {size / 1e6:.2f} MB of weights")
-
-
 def verify(directory, unverified=False):
     """Checks every checkpoint and all exported weights in `directory`, and prints a line for each.
 
-    unverified: accepts those without checksums.
-
-    Raises UserError when one is damaged, or when there is nothing to check.
+    Raises UserError when one is damaged or, unless `unverified`, has no checksums, or when there is nothing to check.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a folder: give a run, a checkpoint or exported weights")
-    paths = map(epath.Path, checksums.files(directory))
-    paths = [p for p in paths if {"damaged", checkpoint.SUPERSEDED}.isdisjoint(p.parts)]
     marks = (checksums.NAME, "_CHECKPOINT_METADATA")
+    paths = [p for p in map(epath.Path, checksums.files(directory)) if p.name in marks or p.suffix == ".safetensors"]
+    left_out = {"damaged", checkpoint.SUPERSEDED}
+    folders = sorted({directory / p.parent for p in paths if left_out.isdisjoint(p.parts)})
+    if not folders:
+        raise UserError(f"{directory} holds neither checkpoints nor exported weights")
     faults = []
     read = 0  # bytes
     began = time.perf_counter()
-    folders = sorted({directory / p.parent for p in paths if p.name in marks or p.suffix == ".safetensors"})
     for checked in folders:
         try:
             read += checksums.check(checked)
@@ -83,8 +80,6 @@ def verify(directory, unverified=False):
     print(f"read {read / 1e9:.3f} GB at {read / 1e9 / seconds:.2f} GB/s")
     if faults:
         raise UserError(f"{faults[0]}" + (f", and {len(faults) - 1} more are damaged" if len(faults) > 1 else ""))
-    if not folders:
-        raise UserError(f"{directory} holds neither checkpoints nor exported weights")
 
 
 def add_missing_params(weights, config):

@@ -1,8 +1,7 @@
 """Checksums of the files in a folder: a changed or missing file is found before it is used.
 
 Each line of `checksums.txt` is `crc32 bytes path` for one file of the folder. The first line is the CRC-32 of all later
-lines. A CRC-32 detects every change of a single bit, and misses one in 4 billion other changes. It does not protect
-against forgery.
+lines. A CRC-32 detects every change of a single bit, and misses one in 4 billion other changes.
 """
 
 import zlib

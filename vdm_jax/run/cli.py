@@ -65,8 +65,6 @@ def call(script, *options):
 
     script: a module with `define_flags` and `main`.
     options: strings such as "--seed=1".
-
-    Raises UserError.
     """
     _log()
     known, before = set(flags.FLAGS), sys.argv

@@ -87,10 +87,7 @@ def newest_step(workdir, stage):
 
 
 def read_config(folder):
-    """Returns the config of a run or of exported weights: a locked ConfigDict. Lists come back as tuples.
-
-    Raises UserError when config.json is missing or damaged.
-    """
+    """Returns the config of a run or of exported weights, locked. Lists come back as tuples. Raises UserError."""
     path = folder / "config.json"
     if not path.exists():
         if folder == REFERENCE:

@@ -5,8 +5,7 @@ Each process of a job runs the same command. Slurm, GKE or a TPU VM tells it whe
     python -m vdm_jax.train ... --coordinator=HOST:PORT --processes=2 --process=0    # and --process=1 on the other host
 
 When a process dies, or makes no progress for config.watchdog_seconds, the others end, too. A process that notices the
-loss ends with exit code 75. JAX itself aborts a process whose coordinator is lost. A scheduler should then start the
-job again. It continues from the newest checkpoint.
+loss ends with exit code 75. A scheduler should then start the job again. It continues from the newest checkpoint.
 """
 
 import contextlib

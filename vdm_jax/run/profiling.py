@@ -34,9 +34,7 @@ def span(text):
 def tracer(steps, folder):
     """Returns trace(number, result=None). Call trace(done) before the first step and trace(number, result) after each.
 
-    steps: (first, last) step to trace, from 1; None for no trace. Steps that are done already are left out.
-    folder: gets the trace.
-
+    steps: (first, last) step to trace into `folder`, from 1; None for no trace.
     number: how many steps are done. result: an output of the last step.
     """
     active = False
