@@ -57,12 +57,7 @@ PARAMETER_RULES = (
 
 
 def make_mesh(sizes, devices=None):
-    """Returns a mesh of all devices, or of `devices`.
-
-    sizes: {axis: size}. One size may be -1: it becomes what fills the devices.
-
-    Raises UserError when the sizes do not fill the devices.
-    """
+    """Returns a mesh of all devices, or of `devices`, for {axis: size}; see `mesh_shape`. Raises UserError."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
     # Allows an axis that is only a part of one side of a TPU slice, such as 16 devices in a slice of 8 x 8.
@@ -77,13 +72,15 @@ def _current_mesh():
 
 
 def mesh_shape(sizes, count):
-    """Returns {axis: size} for `count` devices, from sizes of which one may be -1. Raises UserError."""
+    """Returns {axis: size} for `count` devices. One of `sizes` may be -1: it becomes what fills the devices.
+
+    Raises UserError when the sizes do not fill the devices.
+    """
     shape = [sizes[axis] for axis in MESH_AXES]
     fixed = math.prod(size for size in shape if size != -1)
-    sound = all(size > 0 or size == -1 for size in shape)
-    if sound and shape.count(-1) == 1 and count % fixed == 0:
+    if shape.count(-1) == 1 and fixed > 0:
         shape[shape.index(-1)] = count // fixed
-    elif not sound or shape.count(-1) > 0 or fixed != count:
+    if min(shape) < 1 or math.prod(shape) != count:
         given = ", ".join(f"{a}={sizes[a]}" for a in MESH_AXES)
         raise UserError(
             f"mesh {given} does not fill {count} device(s): the sizes must multiply to {count}, "
@@ -139,8 +136,8 @@ def activation_spec(names, shape, mesh_shape):
     """Returns the PartitionSpec of an activation with a name for each dimension. A mesh axis cuts at most one."""
     spec, free = [], set(MESH_AXES)
     for name, size in zip(names, shape, strict=True):
-        axes = ACTIVATION_AXES[name] if name is not None else None
-        taken = _dividing([a for a in axes or () if a in free], size, mesh_shape, MIN_SHARD.get(name, 1))
+        axes = [a for a in ACTIVATION_AXES.get(name) or () if a in free]
+        taken = _dividing(axes, size, mesh_shape, MIN_SHARD.get(name, 1))
         spec.append(taken)
         free -= set(taken or ())
     return P(*spec)
@@ -218,7 +215,7 @@ def _rule(name, shape):
 
 
 def table(params, mesh_shape):
-    """Returns lines that show how PARAMETER_RULES split `params`: for each rule the arrays, axes and parameters."""
+    """Returns a line for each rule of PARAMETER_RULES: its arrays, their axes and the number of their parameters."""
     found = {}
     for name, x in named_leaves(params).items():
         spec = parameter_spec(name, x.shape, mesh_shape)

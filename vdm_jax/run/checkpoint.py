@@ -155,9 +155,7 @@ def quarantine_damaged(directory):
 
 
 def restore(checkpoints, abstract_state):
-    """Returns the newest state, or None when the manager `checkpoints` holds none.
-
-    abstract_state: the state as ShapeDtypeStructs, with the shardings that the result gets.
+    """Returns the newest state in the shardings of `abstract_state`, or None when there is none.
 
     Raises UserError when the stored state is that of another model, and names the first difference.
     """
@@ -169,9 +167,7 @@ def restore(checkpoints, abstract_state):
 
 
 def read(checkpoint, expected):
-    """Returns parts of the checkpoint in one folder as NumPy arrays.
-
-    expected: {name of a part, such as 'ema': tree of ShapeDtypeStruct}.
+    """Returns parts of the checkpoint in one folder as NumPy arrays: of 'ema' for `expected` = {'ema': tree}.
 
     Raises UserError when the files are damaged, or the parts are those of another model.
     """

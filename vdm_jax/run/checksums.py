@@ -31,7 +31,7 @@ def write(folder):
     folder = epath.Path(folder)
     paths = [p for p in sorted(files(folder)) if p not in (NAME, *LATER)]
     with ThreadPoolExecutor() as threads:
-        lines = "".join(threads.map(lambda path: _line(folder, path)[0] + "\n", paths))
+        lines = "".join(threads.map(lambda path: _line(folder, path), paths))
     (folder / NAME).write_text(_sealed(lines))
 
 
@@ -42,8 +42,7 @@ def add_later(folder):
     known = {line.split(" ", 2)[2] for line in lines.split("\n")[:-1]}
     more = [name for name in LATER if name not in known and (folder / name).exists()]
     if more:
-        lines += "".join(_line(folder, name)[0] + "\n" for name in more)
-        storage.replace(folder / NAME, _sealed(lines))
+        storage.replace(folder / NAME, _sealed(lines + "".join(_line(folder, name) for name in more)))
 
 
 def check(folder):
@@ -55,16 +54,16 @@ def check(folder):
     lines = _read_lines(folder)
 
     def read(line):
-        path = line.split(" ", 2)[2]
+        _, size, path = line.split(" ", 2)
         try:
-            found, count = _line(folder, path)
+            found = _line(folder, path)
         except FileNotFoundError:
             raise Damaged(f"{folder / path} is missing") from None
         except OSError as error:
             raise Damaged(f"{folder / path} cannot be read: {error.strerror or error}") from None
-        if found != line:
+        if found != line + "\n":
             raise Damaged(f"{folder / path} is damaged: it differs from its checksum")
-        return count
+        return int(size)
 
     with ThreadPoolExecutor() as threads:
         return sum(threads.map(read, lines.split("\n")[:-1]))
@@ -95,10 +94,10 @@ def files(folder, above=""):
 
 
 def _line(folder, path):
-    """Returns (the line of `checksums.txt` for one file, its size in bytes)."""
+    """Returns the line of `checksums.txt` for one file."""
     crc, count = 0, 0
     with (folder / path).open("rb") as file:
         while chunk := file.read(CHUNK):
             crc = zlib.crc32(chunk, crc)
             count += len(chunk)
-    return f"{crc:08x} {count} {path}", count
+    return f"{crc:08x} {count} {path}\n"

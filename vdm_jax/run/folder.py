@@ -121,9 +121,8 @@ def write_config(workdir, config, stages):
     if path.exists():
         before = read_config(workdir)
         for stage in stages:
-            if newest_step(workdir, stage) is None or stage not in before:
-                continue
-            if json.loads(before[stage].model.to_json()) != json.loads(config[stage].model.to_json()):
+            started = newest_step(workdir, stage) is not None and stage in before
+            if started and json.loads(before[stage].model.to_json()) != json.loads(config[stage].model.to_json()):
                 raise UserError(
                     f"{workdir} was started with another {stage}.model: use another --workdir, or its config"
                 )
@@ -131,13 +130,11 @@ def write_config(workdir, config, stages):
             if key in before.data and before.data[key] != config.data[key]:
                 raise UserError(f"{workdir} was started with data.{key}={before.data[key]}: use another --workdir")
     hosts.broadcast_from_primary(True)  # the file is written only after every process has read the old one
-    if not hosts.is_primary():
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(config.to_json_best_effort(indent=1, sort_keys=True) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
+    if hosts.is_primary():
+        try:
+            storage.replace(path, config.to_json_best_effort(indent=1, sort_keys=True) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- statistics.json
@@ -211,10 +208,7 @@ def load(source, build, stages=None, unverified=False):
 
 
 def read_params(workdir, stage, expected):
-    """Returns (the EMA parameters in the newest checkpoint of one stage, as NumPy arrays; the step of the checkpoint).
-
-    Raises UserError when the stage has no checkpoint, or a damaged one, or one of another model.
-    """
+    """Returns (the EMA parameters in the newest checkpoint of a stage, as NumPy arrays; its step). Raises UserError."""
     step = newest_step(workdir, stage)
     if step is None:
         raise UserError(
@@ -236,16 +230,13 @@ def write_exported(folder, weights):
 
 
 def write_safetensors(path, params, step):
-    """Writes a tree of parameters under flat names 'a/b/c', and the step that they are from as metadata."""
+    """Writes parameters in half precision under flat names 'a/b/c', and the step that they are from as metadata."""
     flat = {name: np.asarray(x, np.float16) for name, x in named_leaves(params).items()}
     epath.Path(path).write_bytes(safetensors.numpy.save(flat, metadata={"step": str(step)}))
 
 
 def read_safetensors(path, expected):
-    """Returns (a tree like `expected`, in its shapes and dtypes; the step that it is from).
-
-    Raises UserError when the file is missing or damaged, or belongs to another model.
-    """
+    """Returns (a tree like `expected`, in its dtypes; the step that it is from). Raises UserError."""
     try:
         stored = epath.Path(path).read_bytes()
         flat = safetensors.numpy.load(stored)

@@ -263,13 +263,10 @@ def good_lines(stored, step):
     """
     good, last, skipped = [], 0, 0
     for line in stored.splitlines():
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             values = json.loads(line.decode())
             number, more = values["step"], values.get("skipped", 0)
-            if not last < number <= step:
-                continue
-            last, skipped = number, skipped + more
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-        good.append(line.rstrip() + b"\n")
+            if last < number <= step:
+                last, skipped = number, skipped + more
+                good.append(line.rstrip() + b"\n")
     return b"".join(good), skipped
