@@ -74,8 +74,6 @@ def _delete_superseded(directory):
 def save(checkpoints, state, loss=math.inf):
     """Starts to save a state that has its number of steps under 'step'. The caller may donate it when this returns.
 
-    loss: checkpoints of low loss are kept; nan counts as infinite.
-
     Raises UserError when this save or the save before it fails, or when this step or a later one exists already.
     """
     step = int(state["step"])
@@ -186,10 +184,7 @@ def read(checkpoint, expected):
 
 @contextlib.contextmanager
 def _readable(folder, expected, partial=False):
-    """Checks that the arrays in `folder` are the expected ones, and explains what fails while they are read.
-
-    partial: other parts of the state do not count.
-    """
+    """Checks that the arrays in `folder`, or in the expected parts of it, are as expected, and explains all faults."""
     expected = _flat(expected)
     parts = {name.partition("/")[0] for name in expected}
     try:

@@ -43,10 +43,7 @@ DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 @contextlib.contextmanager
 def exclusive_lock(workdir):
-    """Makes the folder of a run, and locks it against other trainings until the context ends. Raises UserError.
-
-    A bucket has no locks: its launcher must start a run only once.
-    """
+    """Makes the folder of a run, and locks it against other trainings. A bucket has no locks. Raises UserError."""
     if not hosts.is_primary() or storage.in_bucket(workdir):
         yield
         return

@@ -1,7 +1,4 @@
-"""What a training run reports while it runs: metrics.jsonl, TensorBoard events, a progress line, a heartbeat.
-
-`RunLog` is what the training loop calls. The other names in this file are its parts.
-"""
+"""What a training run reports while it runs: metrics.jsonl, TensorBoard events, a progress line, a heartbeat."""
 
 import contextlib
 import dataclasses
@@ -130,10 +127,7 @@ class RunLog:
         self.saved, self.losses = number, []
 
     def heartbeat(self, number, last=False):
-        """Writes heartbeat.json, at most every `heartbeat_every` seconds, and at the `last` step.
-
-        Its age shows from outside whether the run is alive.
-        """
+        """Writes heartbeat.json, at most every `heartbeat_every` seconds, and at the `last` step."""
         if self.metrics and (last or time.monotonic() - self.last_beat > self.heartbeat_every):
             self.last_beat = time.monotonic()
             beat = dict(
@@ -174,10 +168,7 @@ def summarize(history, first):
 
 
 class Watch:
-    """Measures where the wall time of a stage goes.
-
-    `with watch(what):` marks time that is not spent in steps: "data", "compiling", "saving" or "preview".
-    """
+    """Measures where wall time goes. `with watch(what):` marks "data", "compiling", "saving" or "preview"."""
 
     def __init__(self):
         self.began = time.perf_counter()
@@ -196,7 +187,7 @@ class Watch:
         self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - began
 
     def lap(self, steps):
-        """Ends a lap, in which `steps` steps were done, and begins the next lap. Returns the figures of the lap:
+        """Ends a lap of this many steps, and begins the next lap. Returns the figures of the lap:
 
         'step_seconds': seconds a step, without saves and previews.
         'data_wait_share': share of this time that the loop waited for data.

@@ -32,10 +32,7 @@ class Stop:
 
 @contextlib.contextmanager
 def watching():
-    """Yields a Stop, and handles the signals until the context ends.
-
-    It must run in the main thread. With several processes it must run after jax.distributed.initialize.
-    """
+    """Yields a Stop, and handles the signals until the context ends. It runs after jax.distributed.initialize."""
     stop = Stop()
     distributed = jax.distributed.is_initialized()
     handled = SIGNALS[distributed:]  # all but SIGTERM, when JAX handles that

@@ -61,7 +61,6 @@ def compiling(what, key=""):
     The seconds are in compile_seconds.json in $XDG_CACHE_HOME/vdm_jax, or ~/.cache/vdm_jax. A file that cannot be read
     or written is no error.
 
-    what: such as "the training step of clip".
     key: tells programs of the same name apart, such as the number of parameters.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

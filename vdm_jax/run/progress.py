@@ -16,9 +16,6 @@ def progress(what, total, unit):
 
     On a terminal, advance moves a bar, which disappears at the end. Elsewhere advance logs a line, unless the first
     call does all units. With several processes only the first process shows anything.
-
-    what: name of the step, such as "sampling".
-    unit: name of a unit, such as "clip".
     """
     primary = hosts.is_primary()
     hidden = None if primary else True  # None: hidden where stderr is no terminal

@@ -13,10 +13,7 @@ def in_bucket(path):
 
 
 def given(path):
-    """Returns the epath.Path of a path that the user typed.
-
-    Raises UserError for a bucket of an unknown kind, and for one that needs a package that is not installed.
-    """
+    """Returns the epath.Path of a path that the user typed. Raises UserError for a bucket that no package can read."""
     if in_bucket(path):
         try:
             fsspec.get_filesystem_class(fsspec.utils.get_protocol(os.fspath(path)))
