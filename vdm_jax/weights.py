@@ -37,17 +37,18 @@ def main(argv):
         weights, out = folder.load(options.workdir, build), storage.given(options.out)
         folder.write_exported(out, weights)
         size = sum((out / f"{stage}.safetensors").stat().length for stage in weights.steps)
-        return print(f"wrote {out}: {size / 1e6:.2f} MB of weights")
-    if argv[1:2] == ["verify"] and len(argv) == 3:
-        return verify(storage.given(argv[2]), options.unverified)
-    if argv[1:] == ["import"] and options.weights and options.workdir:
+        print(f"wrote {out}: {size / 1e6:.2f} MB of weights")
+    elif argv[1:2] == ["verify"] and len(argv) == 3:
+        verify(storage.given(argv[2]), options.unverified)
+    elif argv[1:] == ["import"] and options.weights and options.workdir:
         source = None if options.weights == "reference" else options.weights
         weights = folder.load(source, build, unverified=options.unverified)
         if options.config is not None:
             weights = add_missing_params(weights, options.config)
         weights = weights._replace(steps=weights.steps | dict.fromkeys(options.restart, 0))
-        return import_weights(weights, storage.given(options.workdir))
-    raise UserError(USAGE)
+        import_weights(weights, storage.given(options.workdir))
+    else:
+        raise UserError(USAGE)
 
 
 def verify(directory, unverified=False):
