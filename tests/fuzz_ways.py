@@ -354,17 +354,13 @@ def stored(draw, folder):
 def exported(draw, folder):
     """Exported weights with a changed file, and half of the time with a changed value in config.json."""
     seal = draw.choice(("", "out"))
-    expected = place(folder, "out", draw, seal)
-    spoiled = draw.random() < 0.5
-    if spoiled:
+    place(folder, "out", draw, seal)
+    if draw.random() < 0.5:
         config = json.loads(run_files()[0][PurePath("out/config.json")])
         spoil(draw, config)
         (folder / "out" / "config.json").write_text(json.dumps(config))
         checksums.write(folder / "out")
-    config = run_folder.read_config(folder / "out")
-    if spoiled:
-        expected = run_folder.checked_build(folder / "out", config, build).params
-    run_folder.read_exported(folder / "out", expected, unverified=not seal)
+    run_folder.load(folder / "out", build, unverified=not seal)
 
 
 def spoil(draw, settings):

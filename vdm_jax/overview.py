@@ -6,7 +6,6 @@
 parameters that match each rule of sharding.PARAMETER_RULES.
 """
 
-import jax
 from absl import flags
 
 from vdm_jax import sharding
@@ -36,10 +35,9 @@ def main(argv):
 
 def show_parameters(name, params, mesh):
     """Prints each parameter of a stage: its size, shape, split and path. mesh: {axis: size}, or None for no split."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    print(f"\n{name}: {sum(x.size for _, x in leaves) / 1e6:.3f} M parameters")
-    for path, x in leaves:
-        path = sharding.path_name(path)
+    leaves = sharding.named_leaves(params)
+    print(f"\n{name}: {sum(x.size for x in leaves.values()) / 1e6:.3f} M parameters")
+    for path, x in leaves.items():
         spec = sharding.parameter_spec(path, x.shape, mesh) if mesh else ()
         split = f"{' '.join(axis or '-' for axis in spec) or '-':<24} " if mesh else ""
         print(f"  {x.size:>10,}  {str(x.shape):<24} {split}{path}")

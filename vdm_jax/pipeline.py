@@ -61,11 +61,8 @@ def load(path=None, *, stages=STAGES):
     stages: the stages whose parameters are read. A Pipeline that samples needs all of them.
     Raises UserError where something is missing or damaged.
     """
-    source = folder.REFERENCE if path is None else path
-    config = folder.read_config(source)
-    system = folder.checked_build(source, config, build)
-    params, _ = folder.read_weights(source, {name: system.params[name] for name in stages})
-    return Pipeline(system, params)
+    weights = folder.load(path, build, stages)
+    return Pipeline(weights.system, weights.params)
 
 
 class Pipeline:
