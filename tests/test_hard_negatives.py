@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.gaussian import prediction_of
 from tests.test_diffusion import latents, make_config
 from vdm_jax import diffusion
 from vdm_jax.system import hard_negatives
@@ -47,7 +48,7 @@ def test_loss_by_hand(target):
         assert cond["off"].shape == (8,)
         seen["log_snr"] = log_snr
         x = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), z)
-        exact = diffusion.to_target(x, diffusion.to_eps(x, z_t, log_snr, "x0"), log_snr, target)
+        exact = prediction_of(x, z_t, log_snr, target)
         off = cond["off"][:, None] / jnp.sqrt(diffusion.eps_error_factor(log_snr["video"], target))
         return exact | {"video": exact["video"] + diffusion.broadcast_to_latent(off, exact["video"])}
 
