@@ -199,11 +199,14 @@ def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
     """
     low, high = interval
 
+    def concatenate(first, *others):  # a view of batch size 1 is repeated
+        return jnp.concatenate([first, *(jnp.broadcast_to(x, first.shape) for x in others)])
+
     def guided_fn(z, log_snr, cond):
         views = [(z, log_snr, cond)]  # inputs of the network, first those of the unguided prediction
         for term in terms:
             views += [view(z, log_snr, cond) for view in (term.more, term.less) if view is not None]
-        predictions = denoise_fn(*(jax.tree.map(_concatenate, *trees) for trees in zip(*views)))
+        predictions = denoise_fn(*jax.tree.map(concatenate, *views))
 
         def combine(name):
             inside = (low <= log_snr[name]) & (log_snr[name] <= high)  # [B, T]
@@ -225,11 +228,6 @@ def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
         return {name: combine(name) for name in z}
 
     return guided_fn
-
-
-def _concatenate(first, *others):
-    """One batch of all views; a view of batch size 1 is repeated."""
-    return jnp.concatenate([first, *(jnp.broadcast_to(x, first.shape) for x in others)])
 
 
 # A weight of 1 adds nothing. Above 1, what guides counts more than in training. `noise` is standard normal, like z.
