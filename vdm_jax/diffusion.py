@@ -1,6 +1,6 @@
 """The maths of diffusion: noise schedules, noising, prediction targets, loss weights, training patterns, the loss.
 
-Everything here is a pure function of arrays, keys and a config. No function knows a network.
+All are pure functions of arrays, keys and a config (configs/common.py explains its keys). None knows a network.
 
 The process is variance preserving. Its noise level is the natural logarithm of the signal-to-noise ratio:
 
@@ -12,7 +12,7 @@ The noise level is an array. Every latent frame of each modality has its own:
     log_snr = {"video": [B, T],          "audio": [B, T]}
 
 Functions of latents take one array or a dict of arrays by modality; the loss and `noise_like` take only dicts. Time t
-is in [0, 1]: 0 is clean, 1 is pure noise. The keys of the config are explained in configs/common.py.
+is in [0, 1]: 0 is clean, 1 is pure noise.
 """
 
 from typing import NamedTuple
@@ -38,12 +38,11 @@ def log_snr_at(t, config):
     """Returns log_snr at times t in [0, 1], an array like t. It falls as t rises.
 
     'cosine' and 'sigmoid' fall from log_snr_max at t = 0 to log_snr_min at t = 1. 'linear_beta' has the 1000 noise
-    levels of DDPM: step n = 0..999 of DDPM is t = (n + 1) / 1000, exactly so if shift is 1, log_snr_min <= -10.13 and
-    log_snr_max >= 9.22.
+    levels of DDPM: its step n = 0..999 is t = (n + 1) / 1000, exact if shift is 1, log_snr_min <= -10.13 and
+    log_snr_max >= 9.22. The shift multiplies alpha / sigma of the whole curve, before the curve is fitted to its ends.
+    A shift below 1 gives more noise at every t between. Use it for larger or more redundant latents
+    (arXiv:2301.11093, section 3.1: 64 / d for images of d x d pixels).
 
-    config: schedule, log_snr_min, log_snr_max and shift. The shift multiplies alpha / sigma of the whole curve,
-        before the curve is fitted to its ends. A shift below 1 gives more noise at every t between. Use it for larger
-        or more redundant latents (arXiv:2301.11093, section 3.1: 64 / d for images of d x d pixels).
     Raises UserError for an unknown schedule, an empty range or a shift that is not positive.
     """
     low, high = config["log_snr_min"], config["log_snr_max"]
@@ -101,7 +100,7 @@ def _linear_beta(t, low, high, offset):
 SCHEDULES = {"cosine": _cosine, "sigmoid": _sigmoid, "linear_beta": _linear_beta}
 
 
-# --------------------------------------------------------------------------------------------- noising and targets
+# ---------------------------------------------------------------------------------- noising, targets, loss weights
 
 
 def alpha_sigma(log_snr):
@@ -121,28 +120,28 @@ def broadcast_to_latent(per_frame, latent):
     return tokens.reshape(tokens.shape + (1,) * (latent.ndim - 2))
 
 
+def _by_modality(formula, log_snr, *latents):
+    """formula(alpha, sigma, *arrays) for the arrays of each modality."""
+
+    def leaf(log_snr, *arrays):
+        return formula(*alpha_sigma(broadcast_to_latent(log_snr, arrays[0])), *arrays)
+
+    return jax.tree.map(leaf, log_snr, *latents)
+
+
 def add_noise(x, eps, log_snr):
     """Returns z_t = alpha x + sigma eps, latents like x: arXiv:2107.00630, eq. 1."""
-
-    def leaf(log_snr, x, eps):
-        alpha, sigma = alpha_sigma(broadcast_to_latent(log_snr, x))
-        return alpha * x + sigma * eps
-
-    return jax.tree.map(leaf, log_snr, x, eps)
+    return _by_modality(lambda alpha, sigma, x, eps: alpha * x + sigma * eps, log_snr, x, eps)
 
 
 def to_target(x, eps, log_snr, target):
-    """Returns what a network should predict, latents like x.
-
-    target: one of TARGETS; v as in arXiv:2202.00512, appendix D.
-    """
-    one_of("target", target, TARGETS)
-
-    def leaf(log_snr, x, eps):
-        alpha, sigma = alpha_sigma(broadcast_to_latent(log_snr, x))
-        return {"noise": eps, "x0": x, "v": alpha * eps - sigma * x}[target]
-
-    return jax.tree.map(leaf, log_snr, x, eps)
+    """Returns what a network should predict, latents like x. v is that of arXiv:2202.00512, appendix D."""
+    formulas = {
+        "noise": lambda alpha, sigma, x, eps: eps,
+        "x0": lambda alpha, sigma, x, eps: x,
+        "v": lambda alpha, sigma, x, eps: alpha * eps - sigma * x,
+    }
+    return _by_modality(formulas[one_of("target", target, TARGETS)], log_snr, x, eps)
 
 
 def to_x0(prediction, z, log_snr, target):
@@ -150,20 +149,12 @@ def to_x0(prediction, z, log_snr, target):
 
     With 'noise', the rounding error grows as exp(-log_snr / 2).
     """
-    one_of("target", target, TARGETS)
-
-    def leaf(log_snr, prediction, z):
-        alpha, sigma = alpha_sigma(broadcast_to_latent(log_snr, z))
-        return {
-            "x0": prediction,
-            "noise": (z - sigma * prediction) / alpha,
-            "v": alpha * z - sigma * prediction,  # arXiv:2202.00512, appendix D
-        }[target]
-
-    return jax.tree.map(leaf, log_snr, prediction, z)
-
-
-# ---------------------------------------------------------------------------------------------------- loss weights
+    formulas = {
+        "noise": lambda alpha, sigma, z, eps: (z - sigma * eps) / alpha,
+        "x0": lambda alpha, sigma, z, x: x,
+        "v": lambda alpha, sigma, z, v: alpha * z - sigma * v,  # arXiv:2202.00512, appendix D
+    }
+    return _by_modality(formulas[one_of("target", target, TARGETS)], log_snr, z, prediction)
 
 
 def eps_error_factor(log_snr, target):
@@ -178,15 +169,12 @@ def eps_error_factor(log_snr, target):
 def loss_weight(log_snr, slope, config):
     """Returns the weight on the squared error of config.target, an array like log_snr.
 
-    The weight is adapted to the target, so that the same error of x0 costs the same for every target. The weightings,
-    as factors of |eps error|^2:
+    The same error of x0 costs the same for every target. The weightings, as factors of |eps error|^2:
       'uniform'  1, the simple loss: arXiv:2006.11239, eq. 14
       'min_snr'  min(1, gamma / snr), which is min(snr, gamma) for x0: arXiv:2303.09556, section 3.4
-      'sigmoid'  sigmoid(bias - log_snr) * slope: the weighted loss of arXiv:2303.00848, section 2, with the w of
-                 arXiv:2410.19324. The slope makes the expected loss an integral over log_snr, so its value does
-                 not depend on the schedule. This is exact for every pattern but 'rollout', whose t is not uniform.
-
-    slope: -d log_snr / dt, at least 0, of the same shape.
+      'sigmoid'  sigmoid(bias - log_snr) * slope, slope = -d log_snr / dt: arXiv:2303.00848, section 2, with the w
+                 of arXiv:2410.19324. The slope makes the expected loss an integral over log_snr, the same for every
+                 schedule. This is exact for every pattern but 'rollout', whose t is not uniform.
     """
     name = one_of("weighting", config["weighting"], WEIGHTINGS)
     if name == "uniform":
@@ -245,9 +233,7 @@ def sample_times(key, shape, patterns):
 
     Each example follows one pattern. Times are 0 in context frames.
 
-    shape: (B, T).
-    patterns: {name of PATTERNS: share}. Shares are at least 0 and may have any sum. The number of examples of a pattern
-        is its share of the batch, rounded up or down.
+    patterns: {name of PATTERNS: share of any sum}. A pattern gets its share of the batch, rounded up or down.
     Raises UserError for an unknown pattern, a negative share, or no share above 0.
     """
     for name in patterns:
@@ -264,8 +250,7 @@ def sample_times(key, shape, patterns):
     chosen = jnp.searchsorted(edges, u["pattern"][:, 0], side="right")  # [B]
     drawn = _patterns(u, T)
 
-    def of_chosen(i):
-        """Value i of the pattern of each example."""
+    def of_chosen(i):  # value i of the pattern of each example
         stack = jnp.stack([jnp.broadcast_to(drawn[name][i], shape) for name in names])  # [patterns, B, T]
         return stack[chosen, jnp.arange(batch)]  # [B, T]
 
@@ -282,8 +267,7 @@ def noise_like(key, z):
 
     def draw(name, x):
         key_of_name = jax.random.fold_in(key, MODALITIES.index(name))
-        # For a CPU, XLA needs half a minute to compile a draw with five axes. A draw with two axes, reshaped, gives the
-        # same numbers.
+        # Two axes, reshaped, give the same numbers as five, which take XLA half a minute to compile for a CPU.
         return jax.random.normal(key_of_name, (x.shape[0], x[0].size), x.dtype).reshape(x.shape)
 
     return {name: draw(name, x) for name, x in z.items()}
@@ -337,9 +321,8 @@ def weighted_error(prediction, noised, config):
     """Returns the loss of a prediction: (float32 scalar, metrics). The second half of `loss`, after the network.
 
     The loss of a modality is the mean of the weighted squared error over all elements but the context frames. The
-    total is the mean of the modalities, weighted by config.loss_weights.
-    The metrics are `loss_<modality>` and `eps_mse_<modality>_<i>`, the mean squared error of eps in the i-th of
-    NOISE_BINS equal bins of t, which is nan if the batch has no frame in that bin.
+    total is the mean of the modalities, weighted by config.loss_weights. The metrics are `loss_<modality>` and
+    `eps_mse_<modality>_<i>`, the mean squared error of eps in the i-th of NOISE_BINS equal bins of t, or nan.
     """
     chex.assert_trees_all_equal_shapes(prediction, noised.target)  # other shapes would broadcast without an error
     total, total_weight, metrics = 0.0, 0.0, {}

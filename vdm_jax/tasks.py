@@ -1,7 +1,5 @@
 """A task: which latent frames are context, and in which order and in how many steps the other frames are denoised.
 
-A `Context` holds the context frames, which are an input. `scheduling_matrix` makes the order of the others.
-
 Later frames do not change earlier latents, because the autoencoders are causal. So the frames and the sound after the
 context may hold anything when it is encoded, and are called filler. In `between`, filler also lies before the last
 context frames and influences them a little, so there it repeats the nearest frames.
@@ -42,20 +40,13 @@ def image(picture, layout):
 
 
 def foley(frames, layout):
-    """Returns the Context for a video, uint8 [n, H, W, 3], that gets a sound: the video is context.
-
-    If n is less than the clip's length, only the latent frames that the video fills are context.
-    """
+    """Returns the Context for a video, uint8 [n, H, W, 3], that gets a sound: what it fills is context."""
     count = _latent_frames(len(frames), layout)
-    video = _fit(frames[None], layout.frames, "edge")
-    return Context(video, None, _first_frames(layout, video=count, audio=0))
+    return Context(_fit(frames[None], layout.frames, "edge"), None, _first_frames(layout, video=count, audio=0))
 
 
 def audio(samples, layout):
-    """Returns the Context for a sound, float32 [n], that gets a video: the audio is context.
-
-    Silence follows a sound that is shorter than the clip, and is context too.
-    """
+    """Returns the Context for a sound, float32 [n], that gets a video: it and silence after it are context."""
     masks = _first_frames(layout, video=0, audio=layout.latent_frames)
     return Context(None, _fit(samples[None], layout.samples), masks)
 
@@ -63,8 +54,7 @@ def audio(samples, layout):
 def continue_(frames, samples, layout):
     """Returns the Context for clips that go on: the first frames and their sound are context.
 
-    frames: uint8 [P, n, H, W, 3]. Only the last frames that fill whole latent frames are used: 1 + f_t * m of them,
-        with the largest m that n and the clip allow.
+    frames: uint8 [P, n, H, W, 3]. Only the last 1 + f_t * m are used, with the largest m that n and the clip allow.
     samples: float32 [P, n * samples_per_frame].
     """
     count = _latent_frames(frames.shape[1], layout)
@@ -78,8 +68,8 @@ def between(start, end, layout, latents):
     """Returns the Context for a clip that leads from the end of one clip to the beginning of another.
 
     start, end: the two clips, (frames uint8 [n, H, W, 3], samples float32 [n * samples_per_frame]).
-    latents: the number of latent frames that are context at each end: the last 1 + f_t * (latents - 1) frames of
-        `start` and the first f_t * latents of `end`.
+    latents: latent frames of context at each end: the last 1 + f_t * (latents - 1) frames of `start`, and the first
+        f_t * latents of `end`.
     """
     head = 1 + layout.f_t * (latents - 1)
     tail = layout.f_t * latents
@@ -121,18 +111,15 @@ def scheduling_matrix(steps, frames, config, masks=None, lag=0, spacing="time", 
 
     steps: denoising steps of each frame.
     frames: T, latent frames.
-    masks: {"video", "audio"}: bool [T], True in context frames, whose level is the same in all rows. A modality that is
-        left out has no context frames.
-    lag: steps by which each generated frame is behind the one before. With 0 all frames lose their noise together. More
-        is a pyramid: later frames are noisier.
+    masks: {"video", "audio"}: bool [T], True in context frames. A modality that is left out has none.
+    lag: steps by which each generated frame is behind the one before; more than 0 is a pyramid.
     spacing: what is evenly spaced over the steps: 'time' t, 'log_snr', or (sigma / alpha)^(1 / 7) with 'karras'.
-    context_noise: time t in [0, 1] to which context frames are noised (arXiv:2502.06764); 0 leaves them clean. A
-        modality that is context as a whole always stays clean.
+    context_noise: time t in [0, 1] to which context frames are noised (arXiv:2502.06764). A modality that is context as
+        a whole always stays clean.
     first_step_times: times t in [0, 1] that the first generated frame, the second, and so on reach in their first step.
-        Frames past the end of the list have steps of the usual size. A small time is a long first step, which puts the
-        frame near the mean of all frames that may follow. The expected squared error of the mean is half that of a
-        random sample. Use it if the context leaves little open. Do not use it if several futures are likely: the mean
-        is then blurred.
+        Other frames have steps of the usual size. A small time puts the frame near the mean of all frames that may
+        follow, whose expected squared error is half that of a random sample. Use it if the context leaves little open.
+        If several futures are likely, the mean is blurred.
     Raises UserError for an unknown spacing, too few steps, a negative lag or a mask of another length.
     """
     one_of("spacing", spacing, SPACINGS)

@@ -35,7 +35,7 @@ def make_models(config, layout):
 def remat_modes(config, stage):
     """Which activations the backward pass of a stage computes again: (mode,), or one mode for each resolution.
 
-    Raises UserError for an unknown mode, or for another number of modes.
+    Raises UserError for an unknown mode or a wrong number of modes.
     """
     modes = tuple(one_of(f"{stage}.remat", mode, REMAT) for mode in config[stage].remat.split(","))
     by_resolution = "cross_modal" in config[stage].model  # only the U-Net has a mode for each resolution

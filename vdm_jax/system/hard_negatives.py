@@ -55,20 +55,15 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(key, z, right, wrong, target, config):
-    """Returns the Pairs of one clip of each config.every: the first half of the loss, before the network.
+    """Returns the Pairs of P = B / config.every of the clips: the first half of the loss, before the network.
 
     Both rows of a clip have the same noise and the same noise level, which is one number for all of the clip. The noise
     levels of the clips are evenly spaced over config.log_snr.
 
-    z: clean latents of B clips; P = B / config.every.
     right, wrong: conditions, trees of arrays [B, ...]: the captions and their hard negatives.
-    target: what the network predicts, one of diffusion.TARGETS.
     """
-
-    def first_of_every(x):
-        return x.reshape(-1, config["every"], *x.shape[1:])[:, 0]  # [P, ...]
-
-    z, right, wrong = jax.tree.map(first_of_every, (z, right, wrong))
+    every = config["every"]
+    z, right, wrong = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:])[:, 0], (z, right, wrong))  # [P, ...]
     level_key, noise_key = jax.random.split(key)
     count, frames = z["video"].shape[:2]
     low, high = config["log_snr"]
@@ -80,19 +75,18 @@ def make_pairs(key, z, right, wrong, target, config):
     z_t = diffusion.add_noise(x, eps, log_snr)
     leaves = zip(jax.tree.leaves(right), jax.tree.leaves(wrong))
     differ = [jnp.any((a != b).reshape(count, -1), 1) for a, b in leaves]  # bool [P] per array of the condition
+
+    def interleave(a, b):  # the rows of a clip are neighbors, so that on a mesh one device has both
+        return jax.tree.map(lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]), a, b)
+
     return Pairs(
-        z_t=jax.tree.map(_interleave, z_t, z_t),
-        log_snr=jax.tree.map(_interleave, log_snr, log_snr),
-        cond=jax.tree.map(_interleave, right, wrong),
+        z_t=interleave(z_t, z_t),
+        log_snr=interleave(log_snr, log_snr),
+        cond=interleave(right, wrong),
         target=diffusion.to_target(x, eps, log_snr, target)["video"],
         error_factor=diffusion.eps_error_factor(level, target),
         differ=jnp.any(jnp.stack(differ), 0),
     )
-
-
-def _interleave(a, b):
-    """[P, ...] twice -> [2 P, ...]. The rows of a clip are neighbors, so that on a mesh one device has both."""
-    return jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])
 
 
 def classification_loss(prediction, pairs, config):
@@ -105,8 +99,6 @@ def classification_loss(prediction, pairs, config):
 
     The first mean is over the clips whose captions differ. The metrics are `hard_negative_loss`, the first mean, and
     `hard_negative_accuracy`, the share of the same clips with logit > 0. Both are nan if no captions differ.
-
-    prediction: the network's output for the 2 P rows of `pairs`.
     """
     chex.assert_equal_shape([prediction["video"], pairs.z_t["video"]])
     differ = pairs.differ
@@ -126,8 +118,6 @@ def call_together(denoise_fn, rows_a, rows_b):
 
     A program with two calls takes twice as long to compile. The call takes the rows of both batches in turns, for
     example 3 rows of a, 2 of b, 3 of a, 2 of b. On a mesh that splits rows, each device then keeps its share of either.
-
-    rows_a, rows_b: the arguments of denoise_fn, trees of arrays with rows as first axis, of any number each.
     """
     count_a, count_b = (len(jax.tree.leaves(rows)[0]) for rows in (rows_a, rows_b))
     turns = math.gcd(count_a, count_b)

@@ -25,11 +25,10 @@ ENCODING_SECONDS = 24 * 3600  # longest wait for the slowest process to encode i
 
 
 def prepare(system, workdir, examples, mesh):
-    """-> (encoder_params, items) for training the denoiser on data/batches.Examples.
+    """-> (encoder_params on the mesh, items) for training the denoiser on data/batches.Examples.
 
-    encoder_params: {stage: EMA parameters of the three earlier stages, 'statistics': ...}, on the mesh.
-    items: `examples` itself, or with config.denoiser.cached_clips > 0 a source of that many encoded clips, kept in the
-        run's folder.
+    The items are `examples` itself, or with config.denoiser.cached_clips > 0 that many clips as `Encoded`, kept in the
+    run's folder.
     Raises UserError where an earlier stage has no checkpoint.
     """
     encoders = [name for name in system.stages["denoiser"].encoder_params if name != "statistics"]
@@ -47,9 +46,9 @@ def prepare(system, workdir, examples, mesh):
 
 
 def measure(system, params, examples):
-    """The statistics of training clips by channel, {modality: {'mean' float32 [C], 'std' float32 [C]}}.
+    """The statistics of config.denoiser.statistics_clips training clips or a few more, to fill the last batch.
 
-    It measures config.denoiser.statistics_clips clips, and more where these do not fill batches of ENCODE_BATCH.
+    -> {modality: {'mean' float32 [C], 'std' float32 [C]}}.
     """
     count = system.config.denoiser.statistics_clips
     logger.info("measuring latent statistics on %d clips", count)

@@ -38,12 +38,11 @@ def make_stages(codec):
     for name in STAGES:
         remat_modes(config, name)
 
-    def stage(name, loss, axes, length, preview=None, encoder_params=None):
+    def stage(name, loss, axes, length, preview, encoders):
         settings = config[name]
         side, latent_side = config.data.size, layout.video[0]
         negatives = settings.get("hard_negatives", {})
         words = negatives.get("words", ())
-        encoders = encoder_params or {}
         rows = settings.batch_size
         tokens = jax.ShapeDtypeStruct((rows, config.data.text_length), jnp.int32)
         batch = {
@@ -74,15 +73,12 @@ def make_stages(codec):
     remade = {m: previews.reconstruction(codec, m) for m in ("video", "audio")}
     samples = previews.samples(codec)
     stages = (
-        ("video_autoencoder", video_autoencoder_loss, VIDEO_AXES, layout.frames, remade["video"]),
-        ("audio_autoencoder", audio_autoencoder_loss, AUDIO_AXES, audio_tokens, remade["audio"]),
-        ("clip", clip_loss, VIDEO_AXES, layout.frames),
+        ("video_autoencoder", video_autoencoder_loss, VIDEO_AXES, layout.frames, remade["video"], {}),
+        ("audio_autoencoder", audio_autoencoder_loss, AUDIO_AXES, audio_tokens, remade["audio"], {}),
+        ("clip", clip_loss, VIDEO_AXES, layout.frames, None, {}),
         ("denoiser", denoiser_loss, VIDEO_AXES, layout.latent_frames, samples, encoders),
     )
     return {name: stage(name, *rest) for name, *rest in stages}
-
-
-# ---------------------------------------------------------------------------------------------------- autoencoders
 
 
 def video_autoencoder_loss(codec, params, key, batch, encoder_params):
@@ -136,9 +132,6 @@ def _magnitudes(audio, window):
     return jnp.sqrt(power + 1e-12) * (2 / hann.sum())  # a sine of full scale has magnitude 1
 
 
-# ------------------------------------------------------------------------------------------------------------ text
-
-
 def clip_loss(codec, params, key, batch, encoder_params):
     """Contrastive loss of captions and clips (arXiv:2103.00020, fig. 3). -> (scalar, metrics).
 
@@ -164,19 +157,13 @@ def clip_loss(codec, params, key, batch, encoder_params):
 
 
 def drop_text(key, words, null, share):
-    """The text, replaced by the null text (of batch size 1) in a share of the rows, for guidance by the text.
-
-    words, null: as Codec.encode_text gives them.
-    """
+    """The text, replaced in a share of the rows by the null text, of batch size 1. Guidance by the text needs both."""
     dropped = jax.random.uniform(key, words["pooled"].shape[:1]) < share  # [B]
 
     def choose(empty, full):
         return jnp.where(dropped.reshape(-1, *(1,) * (full.ndim - 1)), empty, full)
 
     return jax.tree.map(choose, null, words)
-
-
-# -------------------------------------------------------------------------------------------------------- denoiser
 
 
 def encode_batch(codec, encoder_params, batch):

@@ -22,8 +22,8 @@ BATCH = 8  # prompts sampled at once
 class Sampler:
     """Samples with the models of a Codec; compiles once for each shape and each set of static arguments.
 
-    `program` is the jitted function. Compiled programs are kept, so a second call of the same shape starts at once.
-    If a mesh is set, clips are split over its axes `data` and `fsdp`, and every process gets all clips.
+    `program` is the jitted function. If a mesh is set, clips are split over its axes `data` and `fsdp`, and every
+    process gets all clips.
     """
 
     def __init__(self, codec):
@@ -37,8 +37,8 @@ class Sampler:
     def __call__(self, params, prompts, *, seed=0, window=0, frames=None, context=None, **options):
         """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]) for P prompts, as NumPy arrays.
 
-        params: parameters of all stages, and 'statistics'.
-        prompts: P texts. Prompt i draws its noise from (seed, window, i), whatever the batch.
+        Prompt i draws its noise from (seed, window, i), whatever the batch.
+
         window: number of the window of a long clip.
         frames: video frames, 1 + f_t * n; None: as in training.
         context: tasks.Context of clips of that length; None: no context. Context frames in the result are the
@@ -62,11 +62,9 @@ class Sampler:
         made = []
         with progress("sampling", len(prompts), "clip") as advance:
             for start in range(0, len(prompts), batch):
-                video, audio = program(params, **rows(start))
-                keep = min(batch, len(prompts) - start)
-                made.append((np.asarray(video)[:keep], np.asarray(audio)[:keep]))
-                advance(keep)
-        return tuple(np.concatenate(parts) for parts in zip(*made, strict=True))
+                made.append(jax.tree.map(np.asarray, program(params, **rows(start))))
+                advance(min(batch, len(prompts) - start))
+        return tuple(np.concatenate(parts)[: len(prompts)] for parts in zip(*made, strict=True))
 
     def _compile(self, params, arrays, static):
         """`program`, compiled for these shapes and static arguments, or the compiled program of an earlier call."""
@@ -92,17 +90,10 @@ class Sampler:
         clean = self._context_latents(params, context, layout)
         guidance = settings["guidance"]
         continued = all(mask[:2].all() for mask in masks.values())  # two frames of both show what moves
-        text_weight = guidance["text"]
-        if continued:
-            text_weight = guidance["text_continue"]
-        elif any(mask.all() for mask in masks.values()):
-            text_weight = guidance["text_cross_modal"]
-        weights = {
-            "text": text_weight,
-            "history": guidance["history"],
-            "modality": guidance["modality"],
-            "rescale": settings["rescale"],
-        }
+        cross_modal = any(mask.all() for mask in masks.values())
+        text_weight = guidance["text_continue" if continued else "text_cross_modal" if cross_modal else "text"]
+        weights = {"text": text_weight, "rescale": settings["rescale"]}
+        weights |= {name: guidance[name] for name in ("history", "modality")}
         levels = tasks.scheduling_matrix(
             settings["steps"],
             layout.latent_frames,
@@ -168,12 +159,10 @@ def sample(
     """-> (video uint8 [B, F, H, W, 3], audio float32 [B, N]). Pure; to be jitted.
 
     numbers: int [B]; the noise of row i is drawn from (key, numbers[i]).
-    tokens: int32 [B, L].
     clean: latents of the context frames, {modality: [B or 1, ...]}.
     masks: {modality: bool [T]}, True in context frames.
     levels: scheduling matrix {modality: [N+1, T]}, log SNR.
     weights: of guidance, {'text', 'history', 'modality'}, and 'rescale'.
-    method, interval, history_noise: as in config.sample.
     guides: three bools: whether the text, the context frames and the other modality guide.
     """
     noise_key, sampler_key = jax.random.split(key)
@@ -187,8 +176,8 @@ def sample(
     start = {name: jnp.broadcast_to(levels[name][:1], (len(numbers), levels[name].shape[1])) for name in shapes}
     is_clean = {name: broadcast_to_latent(start[name] >= settings.log_snr_max, clean[name]) for name in shapes}
     noised = add_noise(clean, second_noise, start)
-    context = {name: jnp.where(is_clean[name], clean[name], noised[name]) for name in shapes}
-    z = {name: jnp.where(is_context[name], context[name], noise[name]) for name in shapes}
+    where = functools.partial(jax.tree.map, jnp.where)
+    z = where(is_context, where(is_clean, clean, noised), noise)
     z = {"video": constrain(z["video"], *VIDEO_AXES), "audio": constrain(z["audio"], *AUDIO_AXES)}
 
     # 2. The denoiser, guided.
@@ -208,7 +197,7 @@ def sample(
     # always has the same first number and the same row. So the noise that ddpm adds depends only on (key, number), too.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
-    z = {name: jnp.where(is_context[name], clean[name], z[name]) for name in z}
+    z = where(is_context, clean, z)
     return sharding.replicate(codec.decode(params, z))
 
 
