@@ -48,25 +48,19 @@ def remat_modes(config, stage):
 
 def init_fns(models, config, layout):
     """{stage: init(key) -> params}. Call them inside jit or eval_shape: the forward pass is traced, never executed."""
-    frames, side, length = layout.frames, config.data.size, config.data.text_length
-    width = config.clip.model.text.width
+    side, length, width = config.data.size, config.data.text_length, config.clip.model.text.width
     tokens = jnp.zeros((1, length), jnp.int32)
-    video = jnp.zeros((1, frames, side, side, 3))
+    video = jnp.zeros((1, layout.frames, side, side, 3))
     sound = jnp.zeros((1, layout.latent_frames * layout.f_t * layout.samples_per_frame))
-    words = {
-        "states": jnp.zeros((1, length, width)),
-        "mask": jnp.ones((1, length), bool),
-        "pooled": jnp.zeros((1, width)),
-    }
+    latents = {name: jnp.zeros((1, *shape)) for name, shape in layout.latent_shapes.items()}
+    log_snr = {name: jnp.zeros((1, layout.latent_frames)) for name in latents}
+    states, pooled = jnp.zeros((1, length, width)), jnp.zeros((1, width))
+    cond = {"states": states, "mask": jnp.ones((1, length), bool), "pooled": pooled}
     arguments = {
         "video_autoencoder": (video, jax.random.key(0)),
         "audio_autoencoder": (sound, jax.random.key(0)),
         "clip": (tokens, tokens == 0, video),
-        "denoiser": (
-            {name: jnp.zeros((1, *shape)) for name, shape in layout.latent_shapes.items()},
-            {name: jnp.zeros((1, layout.latent_frames)) for name in layout.latent_shapes},
-            words,
-        ),
+        "denoiser": (latents, log_snr, cond),
     }
     return {name: lambda key, name=name: models[name].init(key, *arguments[name])["params"] for name in STAGES}
 

@@ -73,8 +73,7 @@ def make_pairs(key, z, right, wrong, target, config):
     x = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), z)
     eps = diffusion.noise_like(noise_key, x)
     z_t = diffusion.add_noise(x, eps, log_snr)
-    leaves = zip(jax.tree.leaves(right), jax.tree.leaves(wrong))
-    differ = [jnp.any((a != b).reshape(count, -1), 1) for a, b in leaves]  # bool [P] per array of the condition
+    differ = jax.tree.map(lambda a, b: jnp.any((a != b).reshape(count, -1), 1), right, wrong)  # bool [P] per array
 
     def interleave(a, b):  # the rows of a clip are neighbors, so that on a mesh one device has both
         return jax.tree.map(lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]), a, b)
@@ -85,7 +84,7 @@ def make_pairs(key, z, right, wrong, target, config):
         cond=interleave(right, wrong),
         target=diffusion.to_target(x, eps, log_snr, target)["video"],
         error_factor=diffusion.eps_error_factor(level, target),
-        differ=jnp.any(jnp.stack(differ), 0),
+        differ=jnp.any(jnp.stack(jax.tree.leaves(differ)), 0),
     )
 
 

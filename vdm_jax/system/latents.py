@@ -46,10 +46,7 @@ def prepare(system, workdir, examples, mesh):
 
 
 def measure(system, params, examples):
-    """The statistics of config.denoiser.statistics_clips training clips or a few more, to fill the last batch.
-
-    -> {modality: {'mean' float32 [C], 'std' float32 [C]}}.
-    """
+    """{modality: {'mean', 'std'}}, float32 [C], of the latents of at least config.denoiser.statistics_clips clips."""
     count = system.config.denoiser.statistics_clips
     logger.info("measuring latent statistics on %d clips", count)
     sums = {}
@@ -134,7 +131,7 @@ def _record(wanted):
 
 
 def _cached(system, params, examples, directory):
-    """The Encoded clips in `directory`, in half precision. If other parameters or data made them, they are made again.
+    """The Encoded clips in `directory`. If other parameters or data made them, they are made again.
 
     Each process makes some of the files. A file appears when it is whole: the next run makes the missing ones.
     """

@@ -130,7 +130,7 @@ class Sampler:
 
 
 def resolve(defaults, options):
-    """config.sample with `options` in place of its values; None leaves a value, a number for guidance is the text's.
+    """config.sample with `options` in place of its values. None leaves a value; a number for guidance is the text's.
 
     Raises UserError for an unknown name or a bad value.
     """
@@ -160,8 +160,7 @@ def sample(
 
     numbers: int [B]; the noise of row i is drawn from (key, numbers[i]).
     clean: latents of the context frames, {modality: [B or 1, ...]}.
-    masks: {modality: bool [T]}, True in context frames.
-    levels: scheduling matrix {modality: [N+1, T]}, log SNR.
+    masks, levels: bool [T] and log_snr [N+1, T] per modality; see tasks.py.
     weights: of guidance, {'text', 'history', 'modality'}, and 'rescale'.
     guides: three bools: whether the text, the context frames and the other modality guide.
     """
