@@ -1,6 +1,6 @@
 """Operations for TPUs and GPUs: XLA's own, arranged so that few bytes go through memory.
 
-`ops/__init__.py` says what each function takes and returns. `cpu.py` computes the same values and gradients for CPUs.
+`dtype` is the type in which products are computed. Space is any number of dimensions, of which time is the first.
 """
 
 import functools
@@ -14,12 +14,12 @@ from vdm_jax.sharding import shard_map_batch, split
 
 
 def activation_dtype(dtype):
-    """Arrays between layers have the type in which products are computed."""
+    """The type of arrays between layers."""
     return dtype
 
 
 def dense(x, kernel, bias, dtype):
-    """x [..., K] @ kernel [K, N] + bias [N]; bias may be None."""
+    """x [..., K] @ kernel [K, N] + bias [N], in `dtype`; bias may be None."""
     out = x.astype(dtype) @ kernel.astype(dtype)
     return out if bias is None else out + bias.astype(dtype)
 
@@ -37,12 +37,10 @@ def affine(x, scale, bias):
 
 
 def attention(query, key, value, mask, bounded=False):
-    """Softmax attention (arXiv:1706.03762, eq. 1) that holds all scores [..., heads, N, M] in memory.
+    """Softmax attention (arXiv:1706.03762, eq. 1) of query [..., N, heads, d] to key and value [..., M, heads, d].
 
-    query: [..., N, heads, d]
-    key, value: [..., M, heads, d]
     mask: bool [..., M], True = may be read, or None
-    bounded: not used here; see cpu.attention
+    bounded: whether queries and keys are normalized, so that no score is large; only `cpu.attention` uses it
     """
     scores = jnp.einsum("...nhd,...mhd->...hnm", query, key) / math.sqrt(query.shape[-1])
     scores = scores.astype(jnp.float32)
@@ -52,11 +50,12 @@ def attention(query, key, value, mask, bounded=False):
     return jnp.einsum("...hnm,...mhd->...nhd", weights, value)
 
 
-# --------------------------------------------------------------------------------------------------------- convolutions
-
-
 def conv(x, kernel, bias, strides, padding, dtype):
-    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out] and adds the bias; the result is in `dtype`."""
+    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out] and adds the bias, in `dtype`.
+
+    strides: one for each space dimension
+    padding: a pair (before, after) for each space dimension
+    """
     x, kernel, bias = x.astype(dtype), kernel.astype(dtype), bias.astype(dtype)
     if split("sequence"):
         # XLA may choose a split along time that is finer than sharding.MIN_SHARD allows, and then computes wrong
@@ -71,8 +70,8 @@ def _conv_video(x, kernel, bias, strides, padding):
     """The convolution of a video in as few dimensions as its window has.
 
     With fewer than eight clips on a device, XLA for TPUs cuts the frames of a 3-D convolution into pieces with halos,
-    which costs up to 1.5 times the FLOPs. The forms below avoid this. All of them keep the frames outermost in memory,
-    so that no array is rearranged between one form and the next.
+    which costs up to 1.5 times the FLOPs. All forms keep the frames outermost in memory, so no array is rearranged
+    between them.
     """
 
     def space(x, kernel, bias):  # a 2-D convolution, whose batch is all frames of all clips
@@ -110,29 +109,22 @@ def _xla_conv(x, kernel, strides, padding, layout=None):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dimensions)
 
 
-# -------------------------------------------------------------------------------------------------------- normalization
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def norm_act(coefficients, activation, dtype, x, parameters):
     """activation(x * a + b), where a, b [B, frames, C] = coefficients(sum of x, sum of x^2, parameters).
 
     x is [B, frames, *space, C], and the sums run over space. All is computed in float32; the result is in `dtype`.
 
-    Memory traffic limits the speed of these layers. With XLA's own gradient, XLA for TPUs stores x and the gradient in
-    float32 between the two passes of the backward computation. Here each pass reads both in the types that they already
-    have; in bfloat16 that is half the bytes.
+    Memory traffic limits the speed. With its own gradient, XLA for TPUs stores x and the gradient in float32 between
+    the two passes of the backward computation. Here each pass reads both in the types that they already have.
     """
     x = jax.lax.optimization_barrier(x)  # without it the convolution that makes x would write float32
     return _norm_act_forward(coefficients, activation, dtype, x, parameters)[0]
 
 
-def _space_axes(x):
-    return tuple(range(2, x.ndim - 1))  # height and width stay apart: XLA for TPUs would copy x to merge them
-
-
 def _norm_act_forward(coefficients, activation, dtype, x, parameters):
-    space, y = _space_axes(x), x.astype(jnp.float32)
+    space = tuple(range(2, x.ndim - 1))  # height and width stay apart: XLA for TPUs would copy x to merge them
+    y = x.astype(jnp.float32)
     (a, b), pull = jax.vjp(coefficients, y.sum(space), jnp.square(y).sum(space), parameters)
     out = activation(y * jnp.expand_dims(a, space) + jnp.expand_dims(b, space)).astype(dtype)
     return out, (x, a, b, pull)
@@ -140,7 +132,7 @@ def _norm_act_forward(coefficients, activation, dtype, x, parameters):
 
 def _norm_act_backward(coefficients, activation, dtype, saved, grad):
     x, a, b, pull = saved
-    space = _space_axes(x)
+    space = tuple(range(2, x.ndim - 1))
 
     def before_activation(x, grad):
         """-> (x, the gradient of x * a + b), float32."""
