@@ -60,10 +60,10 @@ def conv(x, kernel, bias, strides, padding, dtype):
     if split("sequence"):
         # XLA may choose a split along time that is finer than sharding.MIN_SHARD allows, and then computes wrong
         # values. Constraints on input and output prevent this, also for the gradients.
-        return constrain_clips(_xla_conv(constrain_clips(x), kernel, strides, padding) + bias)
+        return constrain_clips(xla_conv(constrain_clips(x), kernel, strides, padding) + bias)
     if kernel.ndim == 5:
         return _conv_video(x, kernel, bias, strides, padding)
-    return _xla_conv(x, kernel, strides, padding) + bias
+    return xla_conv(x, kernel, strides, padding) + bias
 
 
 def _conv_video(x, kernel, bias, strides, padding):
@@ -77,22 +77,22 @@ def _conv_video(x, kernel, bias, strides, padding):
     def space(x, kernel, bias):  # a 2-D convolution, whose batch is all frames of all clips
         b, t = x.shape[:2]
         x = x.swapaxes(0, 1).reshape(t * b, *x.shape[2:])  # [T*B, H, W, C]
-        out = _xla_conv(x, kernel[0], strides[1:], padding[1:]) + bias
+        out = xla_conv(x, kernel[0], strides[1:], padding[1:]) + bias
         return out.reshape(t, b, *out.shape[1:]).swapaxes(0, 1)
 
     def time(x, kernel, bias):  # a 1-D convolution, whose batch is all pixels of all clips
         b, t, h, w, c = x.shape
         x = x.swapaxes(0, 1).reshape(t, b * h * w, c)  # [T, B*H*W, C]
-        out = _xla_conv(x, kernel[:, 0, 0], strides[:1], padding[:1], "WNC") + bias
+        out = xla_conv(x, kernel[:, 0, 0], strides[:1], padding[:1], "WNC") + bias
         return out.reshape(-1, b, h, w, out.shape[-1]).swapaxes(0, 1)
 
     def full(x, kernel, bias):  # a sum of 2-D convolutions, one for each frame of the window
         b, t = x.shape[:2]
         if b >= 8 or strides[0] > 1:
-            return _xla_conv(x, kernel, strides, padding) + bias
+            return xla_conv(x, kernel, strides, padding) + bias
         x = jnp.pad(x.swapaxes(0, 1), (padding[0], *[(0, 0)] * 4))  # [T + padding, B, H, W, C]
         shifted = (x[i : i + t].reshape(t * b, *x.shape[2:]) for i in range(kernel.shape[0]))
-        out = sum(_xla_conv(frames, tap, strides[1:], padding[1:]) for frames, tap in zip(shifted, kernel)) + bias
+        out = sum(xla_conv(frames, tap, strides[1:], padding[1:]) for frames, tap in zip(shifted, kernel)) + bias
         return out.reshape(t, b, *out.shape[1:]).swapaxes(0, 1)
 
     if kernel.shape[0] == strides[0] == 1:
@@ -102,7 +102,7 @@ def _conv_video(x, kernel, bias, strides, padding):
     return shard_map_batch(full, x, kernel, bias)
 
 
-def _xla_conv(x, kernel, strides, padding, layout=None):
+def xla_conv(x, kernel, strides, padding, layout=None):
     space = "DHW"[-len(strides) :]
     layout = layout or f"N{space}C"
     dimensions = (layout, f"{space}IO", layout)
