@@ -23,7 +23,6 @@ class AudioAutoencoder(layers.Autoencoder):
     blocks: tuple[int, ...]  # residual blocks in the encoder, and as many in the decoder
     latent_channels: int
     groups: int = 8  # of GroupNorm
-    dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         block = functools.partial(layers.ResidualBlock, time_padding="causal", groups=self.groups, dtype=self.dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vdm_jax.models import layers
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(layers.Layer):
     """Pre-norm transformer over byte tokens.
 
     Returns (states [B, L, width], pooled [B, width]). `pooled` is the mean of all states but those of padding.
@@ -23,11 +23,10 @@ class TextEncoder(nn.Module):
     width: int  # channels of a token
     layers: int
     heads: int
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, tokens, mask):
-        embed = functools.partial(nn.Embed, features=self.width, dtype=layers.activation_dtype(self.dtype))
+        embed = functools.partial(nn.Embed, features=self.width, dtype=self.activation_dtype)
         x = embed(self.vocabulary, name="tokens")(tokens)
         x = x + embed(self.length, name="positions")(jnp.arange(tokens.shape[1]))
         for i in range(self.layers):
@@ -37,13 +36,12 @@ class TextEncoder(nn.Module):
         return states, (states * weights).sum(1) / weights.sum(1)
 
 
-class VideoTower(nn.Module):
+class VideoTower(layers.Layer):
     """Residual convolutions: video [B, F, H, W, 3] in [-1, 1] -> [B, channels[-1]]."""
 
     patch: int  # patch x patch pixels become the channels of one place
     channels: tuple[int, ...]  # one value for each resolution, the highest first; space and time halve in between
     groups: int = 8  # of GroupNorm
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, video):
@@ -60,13 +58,12 @@ class VideoTower(nn.Module):
         return layers.Dense(c, dtype=self.dtype, name="summary")(x.mean(1).reshape(b, h * w * c))
 
 
-class Clip(nn.Module):
+class Clip(layers.Layer):
     """Both encoders and the learned temperature. Embeddings are unit vectors [B, embedding]."""
 
     text: dict  # settings of the TextEncoder
     video: dict  # settings of the VideoTower
     embedding: int  # size of the embeddings of texts and videos
-    dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         self.text_encoder = TextEncoder(**self.text, dtype=self.dtype)

@@ -1,10 +1,7 @@
 """The layers that all models share: convolutions, normalization, embeddings, attention, residual blocks.
 
-Arrays are channels last. A video is [B, T, H, W, C]; a sound is [B, N, C].
-
-`dtype` of a layer is the type in which its products are computed. On accelerators the arrays between layers have that
-type too; on a CPU they are float32. `ops/` holds the implementations for both, and `ops.current()` picks one.
-`zero` tells whether the last kernel of a layer is zero at first, so that the layer adds nothing.
+Arrays are channels last. A video is [B, T, H, W, C]; a sound is [B, N, C]. `zero` tells whether the last kernel of a
+layer is zero at first, so that the layer adds nothing. `ops.current()` picks the implementations for the device.
 """
 
 import functools
@@ -40,24 +37,29 @@ def apply_remat(call, mode):
     return transform(call, policy=jax.checkpoint_policies.save_only_these_names(*names))
 
 
-def activation_dtype(dtype):
-    """The type of the arrays between layers, in a model whose products are computed in `dtype`."""
-    return ops.current().activation_dtype(dtype)
-
-
 def constrain_activation(x):
     """x, the output of a block, split over the mesh and named for `apply_remat`."""
     return checkpoint_name(constrain_clips(x), ACTIVATION)
 
 
-class Dense(nn.Module):
+class Layer(nn.Module, kw_only=True):
+    """A module whose products are computed in `dtype`."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def activation_dtype(self):
+        """The type of the arrays between layers: `dtype` on accelerators, float32 on a CPU."""
+        return ops.current().activation_dtype(self.dtype)
+
+
+class Dense(Layer):
     """A linear layer from the last `axes` dimensions of x to `features`."""
 
     features: int | tuple[int, ...]  # size of the output, or one size for each of several dimensions
     axes: int = 1  # number of trailing dimensions of x that are inputs
     use_bias: bool = True
     zero: bool = False
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -72,7 +74,7 @@ class Dense(nn.Module):
         return out.reshape(*x.shape[:-1], *features)
 
 
-class Conv(nn.Module):
+class Conv(Layer):
     """A convolution over [B, *space, C]; time is the first space dimension."""
 
     features: int  # output channels
@@ -80,7 +82,6 @@ class Conv(nn.Module):
     strides: tuple[int, ...] | None = None  # one for each space dimension; None is 1 everywhere
     time_padding: str = "same"  # as in all other dimensions, or "causal", with all padding before the first frame
     zero: bool = False
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -96,14 +97,13 @@ class Conv(nn.Module):
         return constrain_activation(x) if self.strides else x
 
 
-class FactorizedConv(nn.Module):
+class FactorizedConv(Layer):
     """A 3-D convolution of a video, full (3x3x3) or factorized (1x3x3, then 3x1x1); of a sound, one of width 3."""
 
     features: int  # output channels
     factorized: bool = True
     time_padding: str = "same"  # see Conv
     zero: bool = False
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -135,7 +135,7 @@ def depth_to_space(x, patch, time=1):
     return x.reshape(b, t * time, h * patch, w * patch, -1)
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(Layer):
     """Group normalization (arXiv:1803.08494) of each frame on its own, then `activation`.
 
     A frame's statistics are over its space and the channels of a group. Frames are never mixed, so that a causal model
@@ -150,7 +150,6 @@ class GroupNorm(nn.Module):
     frames: int = 0  # equal parts of the time axis, each with statistics of its own; 0 is one part for each time step
     eps: float = 1e-5  # is added to the variance
     activation: Callable = lambda x: x  # a pointwise function
-    dtype: jnp.dtype = jnp.float32  # of the result, on accelerators
 
     @nn.compact
     def __call__(self, x, offset=None, film=None):
@@ -186,11 +185,10 @@ class GroupNorm(nn.Module):
         return ops.current().norm_act(coefficients, self.activation, self.dtype, x, parameters).reshape(shape)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Layer):
     """Layer normalization (arXiv:1607.06450) of the last dimension."""
 
     eps: float = 1e-6  # is added to the variance
-    dtype: jnp.dtype = jnp.float32  # of the result, on accelerators
 
     @nn.compact
     def __call__(self, x):
@@ -200,7 +198,7 @@ class LayerNorm(nn.Module):
         mean = x.mean(-1, keepdims=True)
         variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
         y = (x - mean) * jax.lax.rsqrt(variance + self.eps)
-        return ops.current().affine(y, scale, bias).astype(activation_dtype(self.dtype))
+        return ops.current().affine(y, scale, bias).astype(self.activation_dtype)
 
 
 class RMSNorm(nn.Module):
@@ -237,7 +235,7 @@ def rotary(x, positions, max_period=100.0):
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Multi-head attention, zero at first; the residual connection is left to the caller.
 
     x: [B, N, C]
@@ -249,7 +247,6 @@ class Attention(nn.Module):
     head_dim: int  # channels of a head
     heads: int = 0  # 0: as many as have room in the channels of x, but at least one
     plain: bool = False  # as in arXiv:1706.03762: no RMSNorm of queries and keys, and no bias but that of the output
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, context=None, mask=None, positions=None, context_positions=None):
@@ -281,7 +278,7 @@ def transformer_layer(x, mask, heads, index, positions=None, zero=False, dtype=j
     return x + Dense(channels, zero=zero, dtype=dtype, name=f"contract_{index}")(h)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Layer):
     """GroupNorm, SiLU, conv, GroupNorm with FiLM, SiLU, conv, plus the input (through a linear layer if sizes differ).
 
     x: [B, T, H, W, C] or [B, K*T, C]
@@ -292,7 +289,6 @@ class ResidualBlock(nn.Module):
     factorized: bool = True  # see FactorizedConv
     time_padding: str = "same"  # see Conv
     groups: int = 8  # see GroupNorm
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, embedding=None):
@@ -310,7 +306,7 @@ class ResidualBlock(nn.Module):
         return constrain_activation(x + h)
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(Layer):
     """What both variational autoencoders (arXiv:1312.6114) share. They have the methods `encode` and `decode`."""
 
     def __call__(self, x, key):

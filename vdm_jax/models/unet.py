@@ -16,7 +16,7 @@ from vdm_jax.models import layers
 WINDOW = {"video": (1, 3, 3), "audio": (3,)}  # of the convolutions outside residual blocks
 
 
-class NoiseEmbedding(nn.Module):
+class NoiseEmbedding(layers.Layer):
     """The embedding [B, T, E] of one modality, one vector per frame, that goes into every residual block.
 
     log_snr: [B, T]
@@ -25,7 +25,6 @@ class NoiseEmbedding(nn.Module):
 
     features: int  # E
     latent_fps: float  # latent frames per second
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, log_snr, pooled):
@@ -39,7 +38,7 @@ class NoiseEmbedding(nn.Module):
         return nn.silu(x + dense(name="text")(pooled)[:, None])
 
 
-class SpaceTimeAttention(nn.Module):
+class SpaceTimeAttention(layers.Layer):
     """Self-attention over all tokens of one stream, then cross-attention to the text; both are residual.
 
     x: [B, T, h, w, C] or [B, K*T, C]
@@ -48,7 +47,6 @@ class SpaceTimeAttention(nn.Module):
     """
 
     head_dim: int  # channels of a head
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, seconds, cond):
@@ -62,12 +60,12 @@ class SpaceTimeAttention(nn.Module):
         attention = functools.partial(layers.Attention, self.head_dim, dtype=self.dtype)
         norm = functools.partial(layers.LayerNorm, dtype=self.dtype)
         tokens = tokens + attention(name="self")(norm(name="norm_self")(tokens) + pos_embed, positions=seconds)
-        words = cond["states"].astype(layers.activation_dtype(self.dtype))
+        words = cond["states"].astype(self.activation_dtype)
         tokens = tokens + attention(name="cross")(norm(name="norm_cross")(tokens), words, cond["mask"])
         return layers.constrain_activation(tokens.reshape(x.shape))
 
 
-class CrossModalAttention(nn.Module):
+class CrossModalAttention(layers.Layer):
     """Video tokens attend to sound tokens, and sound tokens to video tokens; both read the state before this layer.
 
     The rotary positions of both are in seconds. The outputs are zero at first, so the streams start independent.
@@ -78,7 +76,6 @@ class CrossModalAttention(nn.Module):
     """
 
     head_dim: int  # channels of a head
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, video, audio, video_seconds, audio_seconds):
@@ -91,7 +88,7 @@ class CrossModalAttention(nn.Module):
         return (tokens + to_video).reshape(video.shape), audio + to_audio
 
 
-class TextRefiner(nn.Module):
+class TextRefiner(layers.Layer):
     """Transformer layers on the text states [B, L, D], trained with the denoiser.
 
     A contrastive text encoder represents which words a text has, but hardly which color belongs to which shape
@@ -101,11 +98,10 @@ class TextRefiner(nn.Module):
 
     layers: int
     head_dim: int  # channels of a head
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, states, mask):
-        x = states.astype(layers.activation_dtype(self.dtype))
+        x = states.astype(self.activation_dtype)
         heads = max(1, x.shape[-1] // self.head_dim)
         positions = jnp.arange(x.shape[1]) / 20  # bytes; rotary periods of 1 to 100 units are 20 to 2,000 bytes here
         for i in range(self.layers):
@@ -113,7 +109,7 @@ class TextRefiner(nn.Module):
         return x
 
 
-class UNet(nn.Module):
+class UNet(layers.Layer):
     """Audio-video 3-D U-Net (video: arXiv:2204.03458; one noise level per frame: arXiv:2407.01392).
 
     Returns a prediction like z, float32.
@@ -141,7 +137,6 @@ class UNet(nn.Module):
     groups: int  # of GroupNorm
     latent_fps: float  # latent frames per second
     remat: tuple[str, ...] = ()  # a mode of layers.apply_remat per resolution, or (); the bottleneck has the last one
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, z, log_snr, cond):
@@ -149,7 +144,7 @@ class UNet(nn.Module):
         z, log_snr = _pad_frames(z, log_snr, math.prod(self.time_strides))
         frames = z["video"].shape[1]
         channels = {"video": self.channels, "audio": self.audio_channels or self.channels}
-        refine = TextRefiner(self.text_layers, self.head_dim, self.dtype, name="text")
+        refine = TextRefiner(self.text_layers, self.head_dim, dtype=self.dtype, name="text")
         cond = {**cond, "states": refine(cond["states"], cond["mask"])}
         embed = functools.partial(NoiseEmbedding, self.embedding, self.latent_fps, dtype=self.dtype)
         embedding = {m: embed(name=f"embedding_{m}")(log_snr[m], cond["pooled"]) for m in ("video", "audio")}
@@ -173,11 +168,11 @@ class UNet(nn.Module):
         def attend(x, resolution, name, attention, cross_modal):
             time = seconds(x)
             if attention:
-                module = at(resolution, SpaceTimeAttention)
-                x = {m: module(self.head_dim, self.dtype, name=f"{name}_attention_{m}")(x[m], time[m], cond) for m in x}
+                module = functools.partial(at(resolution, SpaceTimeAttention), self.head_dim, dtype=self.dtype)
+                x = {m: module(name=f"{name}_attention_{m}")(x[m], time[m], cond) for m in x}
             if cross_modal:
-                module = at(resolution, CrossModalAttention)(self.head_dim, self.dtype, name=f"{name}_cross_modal")
-                video, audio = module(x["video"], x["audio"], time["video"], time["audio"])
+                module = functools.partial(at(resolution, CrossModalAttention), self.head_dim, dtype=self.dtype)
+                video, audio = module(name=f"{name}_cross_modal")(x["video"], x["audio"], time["video"], time["audio"])
                 x = {"video": layers.constrain_activation(video), "audio": layers.constrain_activation(audio)}
             return x
 

@@ -30,7 +30,6 @@ class VideoAutoencoder(layers.Autoencoder):
     middle_blocks: int  # residual blocks between the lowest resolution and the latents, in each direction
     latent_channels: int
     groups: int = 8  # of GroupNorm
-    dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         block = functools.partial(layers.ResidualBlock, time_padding="causal", groups=self.groups, dtype=self.dtype)

@@ -27,12 +27,11 @@ MODELSCOPE = dict(  # damo-vilab/text-to-video-ms-1.7b and cerspense/zeroscope_v
 )
 
 
-class FrameBlock(nn.Module):
-    """Residual block of two 3x3 convolutions in each frame; the embedding [B, E] of the noise level is added between."""
+class FrameBlock(layers.Layer):
+    """Residual block of two 3x3 convolutions in each frame; the noise level's embedding [B, E] is added between."""
 
     features: int  # output channels
     groups: int  # of GroupNorm
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, embedding):
@@ -47,11 +46,10 @@ class FrameBlock(nn.Module):
         return x + h
 
 
-class TimeBlock(nn.Module):
+class TimeBlock(layers.Layer):
     """Residual block of four convolutions over time; the statistics of GroupNorm are over all frames."""
 
     groups: int  # of GroupNorm
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -62,7 +60,7 @@ class TimeBlock(nn.Module):
         return x + h
 
 
-class Transformer(nn.Module):
+class Transformer(layers.Layer):
     """One pre-norm transformer block, residual.
 
     x: [B, T, h, w, C]
@@ -73,7 +71,6 @@ class Transformer(nn.Module):
     heads: int
     head_dim: int  # channels of a head
     groups: int  # of GroupNorm
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, text=None):
@@ -102,28 +99,27 @@ class Transformer(nn.Module):
         return x + tokens.reshape(x.shape)
 
 
-class Block(nn.Module):
+class Block(layers.Layer):
     """FrameBlock, TimeBlock and, with `attend`, a Transformer over each frame and one over time."""
 
     features: int  # output channels
     attend: bool
     head_dim: int  # channels of an attention head
     groups: int  # of GroupNorm
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, embedding, text):
-        x = FrameBlock(self.features, self.groups, self.dtype, name="frame")(x, embedding)
-        x = TimeBlock(self.groups, self.dtype, name="time")(x)
+        x = FrameBlock(self.features, self.groups, dtype=self.dtype, name="frame")(x, embedding)
+        x = TimeBlock(self.groups, dtype=self.dtype, name="time")(x)
         if self.attend:
             heads = self.features // self.head_dim
-            transformer = functools.partial(Transformer, heads, self.head_dim, self.groups, self.dtype)
+            transformer = functools.partial(Transformer, heads, self.head_dim, self.groups, dtype=self.dtype)
             x = transformer(name="attend_frame")(x, text)
             x = transformer(name="attend_time")(x)
         return layers.constrain_activation(x)
 
 
-class UNet3DCondition(nn.Module):
+class UNet3DCondition(layers.Layer):
     """Returns a prediction [B, T, h, w, out_channels], float32.
 
     video: [B, T, h, w, in_channels]
@@ -142,7 +138,6 @@ class UNet3DCondition(nn.Module):
     in_channels: int
     out_channels: int
     text_width: int  # channels of the text states
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, video, timesteps, text):
@@ -154,10 +149,10 @@ class UNet3DCondition(nn.Module):
 
         noise_level = layers.fourier_features(timesteps, first, max_period=10000.0)
         embedding = nn.silu(dense(name="noise_out")(nn.silu(dense(name="noise_in")(noise_level))))  # [B, E]
-        text = text.astype(layers.activation_dtype(self.dtype))
+        text = text.astype(self.activation_dtype)
 
         x = conv(first, name="stem")(video)
-        x = Transformer(8, self.head_dim, self.groups, self.dtype, name="attend_stem")(x)
+        x = Transformer(8, self.head_dim, self.groups, dtype=self.dtype, name="attend_stem")(x)
 
         # Down
         skips = [x]
@@ -201,8 +196,7 @@ _NAMES = (
     (r"^attend_stem\b", "transformer_in"),
     (r"^norm_out\b", "conv_norm_out"),
     (r"^head\b", "conv_out"),
-    (r"^downsample_(\d+)", r"down_blocks.\1.downsamplers.0.conv"),
-    (r"^upsample_(\d+)", r"up_blocks.\1.upsamplers.0.conv"),
+    (r"^(down|up)sample_(\d+)", r"\1_blocks.\2.\1samplers.0.conv"),
     (r"^(down|up)_(\d+)_(\d+)\.(\w+)", r"\1_blocks.\2.\4.\3"),
     (r"^middle_(\d)\.(\w+)", r"mid_block.\2.\1"),
     (r"\.frame\.(\d+)", r".resnets.\1"),
@@ -275,13 +269,13 @@ def _shape(path, shape):
     layer, kind = path[-2].key, path[-1].key
     if kind != "kernel":
         return shape
-    if layer in ("query", "key", "value"):  # [input, heads, d]
-        return (shape[1] * shape[2], shape[0])
-    if layer == "out":  # [heads, d, output]
-        return (shape[2], shape[0] * shape[1])
+    if layer in ("query", "key", "value"):
+        inputs, heads, head_dim = shape
+        return (heads * head_dim, inputs)
+    if layer == "out":
+        heads, head_dim, outputs = shape
+        return (outputs, heads * head_dim)
     *window, inputs, outputs = shape
-    if layer == "skip":  # a convolution of one pixel
-        window = [1, 1]
-    elif window and window[0] == 1:  # within a frame
+    if window[:1] == [1]:  # within a frame
         window = window[1:]
-    return (outputs, inputs, *window)
+    return (outputs, inputs, *((1, 1) if layer == "skip" else window))  # a skip is a convolution of one pixel
