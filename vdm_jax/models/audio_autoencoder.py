@@ -27,15 +27,14 @@ class AudioAutoencoder(layers.Autoencoder):
     def setup(self):
         block = functools.partial(layers.ResidualBlock, time_padding="causal", groups=self.groups, dtype=self.dtype)
         conv = functools.partial(layers.Conv, time_padding="causal", dtype=self.dtype)
-        resolutions = range(len(self.channels))
         self.stem = conv(self.channels[0], (3,))
-        self.down = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
-        self.downsample = [layers.Dense(self.channels[i + 1], dtype=self.dtype) for i in resolutions[:-1]]
+        self.down = [[block(c) for _ in range(n)] for c, n in zip(self.channels, self.blocks)]
+        self.downsample = [layers.Dense(c, dtype=self.dtype) for c in self.channels[1:]]
         self.norm_latent = layers.GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype)
         self.to_latent = layers.Dense(2 * self.latent_channels, dtype=self.dtype)
         self.from_latent = conv(self.channels[-1], (3,))
-        self.up = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
-        self.upsample = [layers.Dense(self.channels[i] * self.strides[i], dtype=self.dtype) for i in resolutions[:-1]]
+        self.up = [[block(c) for _ in range(n)] for c, n in zip(self.channels, self.blocks)]
+        self.upsample = [layers.Dense(c * s, dtype=self.dtype) for c, s in zip(self.channels, self.strides)]
         self.norm_samples = layers.GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype)
         self.to_samples = conv(self.patch, (3,))
 

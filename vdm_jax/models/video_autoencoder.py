@@ -34,16 +34,15 @@ class VideoAutoencoder(layers.Autoencoder):
     def setup(self):
         block = functools.partial(layers.ResidualBlock, time_padding="causal", groups=self.groups, dtype=self.dtype)
         conv = functools.partial(layers.Conv, time_padding="causal", dtype=self.dtype)
-        resolutions = range(len(self.channels))
         self.stem = conv(self.channels[0], (1, 3, 3))
-        self.down = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
+        self.down = [[block(c) for _ in range(n)] for c, n in zip(self.channels, self.blocks)]
         strides = list(zip(self.channels, self.time_strides, self.space_strides))  # no stride for the last channels
         self.downsample = [conv(c, (2 * t - 1, s, s), strides=(t, s, s)) for c, t, s in strides]
         self.middle = [block(self.channels[-1]) for _ in range(self.middle_blocks)]
         self.to_latent = conv(2 * self.latent_channels, (1, 1, 1))
         self.from_latent = layers.FactorizedConv(self.channels[-1], time_padding="causal", dtype=self.dtype)
         self.middle_up = [block(self.channels[-1]) for _ in range(self.middle_blocks)]
-        self.up = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
+        self.up = [[block(c) for _ in range(n)] for c, n in zip(self.channels, self.blocks)]
         self.upsample = [conv(t * s * s * c, (1, 3, 3)) for c, t, s in strides]
         self.to_pixels = conv(3 * self.patch**2, (1, 3, 3))
 

@@ -67,11 +67,10 @@ def conv(x, kernel, bias, strides, padding, dtype):
 
 
 def _conv_video(x, kernel, bias, strides, padding):
-    """The convolution of a video in as few dimensions as its window has.
+    """The convolution of a video in as few dimensions as its window has, with the frames outermost in memory.
 
     With fewer than eight clips on a device, XLA for TPUs cuts the frames of a 3-D convolution into pieces with halos,
-    which costs up to 1.5 times the FLOPs. All forms keep the frames outermost in memory, so no array is rearranged
-    between them.
+    which costs up to 1.5 times the FLOPs.
     """
 
     def space(x, kernel, bias):  # a 2-D convolution, whose batch is all frames of all clips
