@@ -102,6 +102,7 @@ def _conv_video(x, kernel, bias, strides, padding):
 
 
 def xla_conv(x, kernel, strides, padding, layout=None):
+    """XLA's own convolution. layout: of the dimensions of x and of the result; None for [N, *space, C]."""
     space = "DHW"[-len(strides) :]
     layout = layout or f"N{space}C"
     dimensions = (layout, f"{space}IO", layout)

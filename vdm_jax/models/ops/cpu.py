@@ -293,10 +293,7 @@ def _norm_act_backward(coefficients, activation, saved, grad):
 _norm_act.defvjp(_norm_act_forward, _norm_act_backward)
 
 
-@jax.custom_vjp
-def affine(x, scale, bias):
-    """x [..., C] * scale [C] + bias [C]; bias may be None."""
-    return x * scale if bias is None else x * scale + bias
+affine = jax.custom_vjp(accelerator.affine)
 
 
 def _affine_backward(saved, grad):
@@ -307,10 +304,7 @@ def _affine_backward(saved, grad):
 affine.defvjp(lambda x, scale, bias: (affine(x, scale, bias), (x, scale, bias)), _affine_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def upsample(x, factors):
-    """Nearest-neighbor upsampling of x [B, *space, C] by a tuple of factors."""
-    return accelerator.upsample(x, factors)
+upsample = jax.custom_vjp(accelerator.upsample, nondiff_argnums=(1,))
 
 
 def _upsample_backward(factors, _, grad):
