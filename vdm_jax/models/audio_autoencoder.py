@@ -3,15 +3,12 @@
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from vdm_jax.models.layers import Conv, Dense, GroupNorm, ResidualBlock
-
-INITIAL_LOG_VARIANCE = -8.0  # of the latents: training starts with almost no noise
+from vdm_jax.models import layers
 
 
-class AudioAutoencoder(nn.Module):
+class AudioAutoencoder(layers.Autoencoder):
     """Waveform autoencoder like SoundStream (arXiv:2107.03312), but variational and without quantization.
 
     Audio [B, N] in [-1, 1] <-> latents [B, N / hop, latent_channels], where hop = patch * product of strides. A token
@@ -26,21 +23,19 @@ class AudioAutoencoder(nn.Module):
     blocks: tuple[int, ...]  # residual blocks in the encoder, and as many in the decoder
     latent_channels: int
     groups: int = 8  # of GroupNorm
-    dtype: jnp.dtype = jnp.float32  # of the products
 
     def setup(self):
-        block = functools.partial(ResidualBlock, time_padding="causal", groups=self.groups, dtype=self.dtype)
-        conv = functools.partial(Conv, time_padding="causal", dtype=self.dtype)
-        resolutions = range(len(self.channels))
+        block = functools.partial(layers.ResidualBlock, time_padding="causal", groups=self.groups, dtype=self.dtype)
+        conv = functools.partial(layers.Conv, time_padding="causal", dtype=self.dtype)
         self.stem = conv(self.channels[0], (3,))
-        self.down = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
-        self.downsample = [Dense(self.channels[i + 1], dtype=self.dtype) for i in resolutions[:-1]]
-        self.norm_latent = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype)
-        self.to_latent = Dense(2 * self.latent_channels, dtype=self.dtype)
+        self.down = [[block(c) for _ in range(n)] for c, n in zip(self.channels, self.blocks)]
+        self.downsample = [layers.Dense(c, dtype=self.dtype) for c in self.channels[1:]]
+        self.norm_latent = layers.GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype)
+        self.to_latent = layers.Dense(2 * self.latent_channels, dtype=self.dtype)
         self.from_latent = conv(self.channels[-1], (3,))
-        self.up = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
-        self.upsample = [Dense(self.channels[i] * self.strides[i], dtype=self.dtype) for i in resolutions[:-1]]
-        self.norm_samples = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype)
+        self.up = [[block(c) for _ in range(n)] for c, n in zip(self.channels, self.blocks)]
+        self.upsample = [layers.Dense(c * s, dtype=self.dtype) for c, s in zip(self.channels, self.strides)]
+        self.norm_samples = layers.GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype)
         self.to_samples = conv(self.patch, (3,))
 
     def encode(self, audio):
@@ -51,10 +46,7 @@ class AudioAutoencoder(nn.Module):
                 x = block(x)
             if i < len(self.downsample):  # a convolution whose window and stride are equal
                 x = self.downsample[i](x.reshape(x.shape[0], x.shape[1] // self.strides[i], -1))
-        x = self.to_latent(self.norm_latent(x)).astype(jnp.float32)
-        mean, log_variance = jnp.split(x, 2, -1)
-        log_variance = log_variance + INITIAL_LOG_VARIANCE
-        return mean, jnp.clip(log_variance, -20.0, 10.0)
+        return self.split_latent(self.to_latent(self.norm_latent(x)))
 
     def decode(self, z):
         """Latents [B, M, latent_channels] -> audio [B, M * hop] float32, about [-1, 1]."""
@@ -67,9 +59,3 @@ class AudioAutoencoder(nn.Module):
                 x = block(x)
         x = self.to_samples(self.norm_samples(x))
         return x.reshape(x.shape[0], -1).astype(jnp.float32)
-
-    def __call__(self, audio, key):
-        """-> (reconstruction, mean, log variance); `key` draws the latent."""
-        mean, log_variance = self.encode(audio)
-        noise = jax.random.normal(key, (mean.shape[0], mean[0].size)).reshape(mean.shape)  # flat: compiles faster
-        return self.decode(mean + jnp.exp(0.5 * log_variance) * noise), mean, log_variance

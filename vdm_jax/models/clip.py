@@ -1,22 +1,15 @@
 """A text encoder over bytes and a video encoder, trained to agree on matching pairs (CLIP, arXiv:2103.00020)."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vdm_jax.models.layers import (
-    Conv,
-    Dense,
-    GroupNorm,
-    LayerNorm,
-    ResidualBlock,
-    activation_dtype,
-    space_to_depth,
-    transformer_layer,
-)
+from vdm_jax.models import layers
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(layers.Layer):
     """Pre-norm transformer over byte tokens.
 
     Returns (states [B, L, width], pooled [B, width]). `pooled` is the mean of all states but those of padding.
@@ -30,57 +23,53 @@ class TextEncoder(nn.Module):
     width: int  # channels of a token
     layers: int
     heads: int
-    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, tokens, mask):
-        x = nn.Embed(self.vocabulary, self.width, dtype=activation_dtype(self.dtype), name="tokens")(tokens)
-        positions = nn.Embed(self.length, self.width, dtype=activation_dtype(self.dtype), name="positions")
-        x = x + positions(jnp.arange(tokens.shape[1]))
+        embed = functools.partial(nn.Embed, features=self.width, dtype=self.activation_dtype)
+        x = embed(self.vocabulary, name="tokens")(tokens)
+        x = x + embed(self.length, name="positions")(jnp.arange(tokens.shape[1]))
         for i in range(self.layers):
-            x = transformer_layer(x, mask, self.heads, i, dtype=self.dtype)
-        states = LayerNorm(dtype=self.dtype, name="norm_out")(x)
+            x = layers.transformer_layer(x, mask, self.heads, i, dtype=self.dtype)
+        states = layers.LayerNorm(dtype=self.dtype, name="norm_out")(x)
         weights = mask[..., None].astype(states.dtype)
-        pooled = (states * weights).sum(1) / weights.sum(1)
-        return states, pooled
+        return states, (states * weights).sum(1) / weights.sum(1)
 
 
-class VideoTower(nn.Module):
+class VideoTower(layers.Layer):
     """Residual convolutions: video [B, F, H, W, 3] in [-1, 1] -> [B, channels[-1]]."""
 
     patch: int  # patch x patch pixels become the channels of one place
     channels: tuple[int, ...]  # one value for each resolution, the highest first; space and time halve in between
     groups: int = 8  # of GroupNorm
-    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, video):
-        x = Conv(self.channels[0], (1, 3, 3), dtype=self.dtype, name="stem")(space_to_depth(video, self.patch))
+        conv = functools.partial(layers.Conv, dtype=self.dtype)
+        x = conv(self.channels[0], (1, 3, 3), name="stem")(layers.space_to_depth(video, self.patch))
         for i, channels in enumerate(self.channels):
-            x = ResidualBlock(channels, groups=self.groups, dtype=self.dtype, name=f"block_{i}")(x)
+            x = layers.ResidualBlock(channels, groups=self.groups, dtype=self.dtype, name=f"block_{i}")(x)
             if i < len(self.channels) - 1:
                 stride = tuple(2 if size > 1 else 1 for size in x.shape[1:4])
-                x = Conv(channels, (3, 2, 2), strides=stride, dtype=self.dtype, name=f"downsample_{i}")(x)
-        x = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype, name="norm")(x)
-        b, t, h, w, c = x.shape
+                x = conv(channels, (3, 2, 2), strides=stride, name=f"downsample_{i}")(x)
+        x = layers.GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype, name="norm")(x)
+        b, _, h, w, c = x.shape
         # Words of direction need positions, so the mean is over time only. A linear layer summarizes space.
-        x = Dense(c, dtype=self.dtype, name="summary")(x.mean(1).reshape(b, h * w * c))
-        return x
+        return layers.Dense(c, dtype=self.dtype, name="summary")(x.mean(1).reshape(b, h * w * c))
 
 
-class Clip(nn.Module):
+class Clip(layers.Layer):
     """Both encoders and the learned temperature. Embeddings are unit vectors [B, embedding]."""
 
     text: dict  # settings of the TextEncoder
     video: dict  # settings of the VideoTower
     embedding: int  # size of the embeddings of texts and videos
-    dtype: jnp.dtype = jnp.float32  # of the products
 
     def setup(self):
         self.text_encoder = TextEncoder(**self.text, dtype=self.dtype)
         self.video_tower = VideoTower(**self.video, dtype=self.dtype)
-        self.text_out = Dense(self.embedding, use_bias=False, dtype=self.dtype)
-        self.video_out = Dense(self.embedding, use_bias=False, dtype=self.dtype)
+        self.text_out = layers.Dense(self.embedding, use_bias=False, dtype=self.dtype)
+        self.video_out = layers.Dense(self.embedding, use_bias=False, dtype=self.dtype)
         self.log_temperature = self.param("log_temperature", nn.initializers.constant(jnp.log(1 / 0.07)), ())
 
     def encode_text(self, tokens, mask):

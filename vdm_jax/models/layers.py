@@ -1,9 +1,7 @@
 """The layers that all models share: convolutions, normalization, embeddings, attention, residual blocks.
 
-Arrays are channels last. A video is [B, T, H, W, C]; a sound is [B, N, C].
-
-`dtype` of a layer is the type in which its products are computed. On accelerators the arrays between layers have that
-type too; on a CPU they are float32. `ops/` holds the implementations for both, and `ops.current()` picks one.
+Arrays are channels last. A video is [B, T, H, W, C]; a sound is [B, N, C]. `zero` tells whether the last kernel of a
+layer is zero at first, so that the layer adds nothing. `ops.current()` picks the implementations for the device.
 """
 
 import functools
@@ -17,15 +15,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vdm_jax.models import ops
 from vdm_jax.models.ops.placement import constrain_clips
-
-
-def activation_dtype(dtype):
-    """The type of the arrays between layers, in a model whose products are computed in `dtype`."""
-    return ops.current().activation_dtype(dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------- remat
-
 
 # Names of arrays that the backward pass may keep: outputs of blocks, and outputs of products and attention.
 ACTIVATION, PRODUCT = "activation", "product"
@@ -49,93 +38,72 @@ def apply_remat(call, mode):
 
 
 def constrain_activation(x):
-    """x [B, T, H, W, C] or [B, N, C], the output of a block, split over the mesh and named for `apply_remat`."""
+    """x, the output of a block, split over the mesh and named for `apply_remat`."""
     return checkpoint_name(constrain_clips(x), ACTIVATION)
 
 
-# ------------------------------------------------------------------------------------------------------------- products
+class Layer(nn.Module, kw_only=True):
+    """A module whose products are computed in `dtype`."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def activation_dtype(self):
+        """The type of the arrays between layers: `dtype` on accelerators, float32 on a CPU."""
+        return ops.current().activation_dtype(self.dtype)
 
 
-def dense(x, kernel, bias, dtype):
-    """x [..., K] @ kernel [K, N] + bias [N]; bias may be None."""
-    return checkpoint_name(ops.current().dense(x, kernel, bias, dtype), PRODUCT)
-
-
-class Dense(nn.Module):
+class Dense(Layer):
     """A linear layer from the last `axes` dimensions of x to `features`."""
 
     features: int | tuple[int, ...]  # size of the output, or one size for each of several dimensions
     axes: int = 1  # number of trailing dimensions of x that are inputs
     use_bias: bool = True
-    zero: bool = False  # whether the kernel is zero at first, so that the layer adds nothing
-    dtype: jnp.dtype = jnp.float32  # of the products
+    zero: bool = False
 
     @nn.compact
     def __call__(self, x):
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
-        inputs = x.shape[-self.axes :]
-        outputs = math.prod(features)
-
-        def init(key, shape):
-            draw = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
-            return draw(key, (math.prod(inputs), outputs)).reshape(shape)
-
-        kernel = self.param("kernel", init, (*inputs, *features)).reshape(-1, outputs)
+        shape = (*x.shape[-self.axes :], *features)
+        draw = nn.initializers.lecun_normal(range(self.axes), range(self.axes, len(shape)))
+        kernel = self.param("kernel", nn.initializers.zeros if self.zero else draw, shape)
+        kernel = kernel.reshape(-1, math.prod(features))  # [K, N]
         bias = self.param("bias", nn.initializers.zeros, features).reshape(-1) if self.use_bias else None
         x = x.reshape(*x.shape[: -self.axes], -1)  # [..., K]
-        return dense(x, kernel, bias, self.dtype).reshape(*x.shape[:-1], *features)
+        out = checkpoint_name(ops.current().dense(x, kernel, bias, self.dtype), PRODUCT)
+        return out.reshape(*x.shape[:-1], *features)
 
 
-# ---------------------------------------------------------------------------------------------------- convolutions
-
-
-def conv(x, kernel, bias, strides=None, time_padding="same", dtype=jnp.float32):
-    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out] and adds the bias [C_out].
-
-    The number of space dimensions is free, and time is the first of them.
-
-    strides: one for each space dimension; None is 1 everywhere
-    time_padding: "same", as in all other dimensions, or "causal", with all padding before the first frame
-    dtype: the type in which products are computed
-    """
-    window = kernel.shape[:-2]
-    strides = tuple(strides or (1,) * len(window))
-    padding = [((k - 1) // 2, k // 2) for k in window]
-    if time_padding == "causal":
-        padding[0] = (window[0] - 1, 0)
-    return checkpoint_name(ops.current().conv(x, kernel, bias, strides, tuple(padding), dtype), PRODUCT)
-
-
-class Conv(nn.Module):
-    """A convolution over [B, *space, C], after nearest-neighbor upsampling where `upsample` is given."""
+class Conv(Layer):
+    """A convolution over [B, *space, C]; time is the first space dimension."""
 
     features: int  # output channels
-    window: tuple[int, ...]  # one size for each space dimension, time first
-    strides: tuple[int, ...] | None = None  # one for each space dimension
-    time_padding: str = "same"  # or "causal"
-    upsample: tuple[int, ...] | None = None  # one factor for each space dimension
-    zero: bool = False  # whether the kernel is zero at first, so that the layer adds nothing
-    dtype: jnp.dtype = jnp.float32  # of the products
+    window: tuple[int, ...]  # one size for each space dimension
+    strides: tuple[int, ...] | None = None  # one for each space dimension; None is 1 everywhere
+    time_padding: str = "same"  # as in all other dimensions, or "causal", with all padding before the first frame
+    zero: bool = False
 
     @nn.compact
     def __call__(self, x):
         init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (*self.window, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x = upsample(x, self.upsample) if self.upsample else x
-        x = conv(x, kernel, bias, self.strides, self.time_padding, self.dtype)
+        strides = tuple(self.strides or (1,) * len(self.window))
+        padding = [((k - 1) // 2, k // 2) for k in self.window]
+        if self.time_padding == "causal":
+            padding[0] = (self.window[0] - 1, 0)
+        x = checkpoint_name(ops.current().conv(x, kernel, bias, strides, tuple(padding), self.dtype), PRODUCT)
         # Strides make dimensions smaller, so that the mesh may split them over fewer devices.
         return constrain_activation(x) if self.strides else x
 
 
-class FactorizedConv(nn.Module):
+class FactorizedConv(Layer):
     """A 3-D convolution of a video, full (3x3x3) or factorized (1x3x3, then 3x1x1); of a sound, one of width 3."""
 
     features: int  # output channels
     factorized: bool = True
-    time_padding: str = "same"  # or "causal"
-    zero: bool = False  # whether the last kernel is zero at first, so that the layer adds nothing
-    dtype: jnp.dtype = jnp.float32  # of the products
+    time_padding: str = "same"  # see Conv
+    zero: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -162,20 +130,12 @@ def space_to_depth(x, patch):
 
 def depth_to_space(x, patch, time=1):
     """[B, T, h, w, t*p*p*C] -> [B, T*t, h*p, w*p, C]."""
-    b, t, h, w, c = x.shape
-    c //= time * patch**2
-    x = x.reshape(b, t, h, w, time, patch, patch, c).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-    return x.reshape(b, t * time, h * patch, w * patch, c)
+    b, t, h, w, _ = x.shape
+    x = x.reshape(b, t, h, w, time, patch, patch, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(b, t * time, h * patch, w * patch, -1)
 
 
-# -------------------------------------------------------------------------------------------------------- normalization
-
-
-def _identity(x):
-    return x
-
-
-class GroupNorm(nn.Module):
+class GroupNorm(Layer):
     """Group normalization (arXiv:1803.08494) of each frame on its own, then `activation`.
 
     A frame's statistics are over its space and the channels of a group. Frames are never mixed, so that a causal model
@@ -183,23 +143,20 @@ class GroupNorm(nn.Module):
 
     x: [B, T, H, W, C] or [B, N, C]
     offset: [B, frames or 1, C], is added to x before the normalization (used by published/unet3d_condition.py only)
-    film: (scale, shift), each [B, frames or 1, C]: y -> y * (1 + scale) + shift after the normalization
-        (FiLM, arXiv:1709.07871)
+    film: (scale, shift), each [B, frames or 1, C]; y -> y * (1 + scale) + shift afterwards (FiLM, arXiv:1709.07871)
     """
 
     groups: int = 8  # upper limit: the number of groups is its greatest common divisor with the channels
     frames: int = 0  # equal parts of the time axis, each with statistics of its own; 0 is one part for each time step
     eps: float = 1e-5  # is added to the variance
-    activation: Callable = _identity  # a pointwise function
-    dtype: jnp.dtype = jnp.float32  # of the result, on accelerators
+    activation: Callable = lambda x: x  # a pointwise function
 
     @nn.compact
     def __call__(self, x, offset=None, film=None):
-        channels = x.shape[-1]
+        shape, channels = x.shape, x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         groups = math.gcd(self.groups, channels)
-        shape = x.shape
         frames = self.frames or shape[1]
         x = x.reshape(shape[0], frames, shape[1] // frames, *shape[2:])  # [B, frames, ..., C]
         pixels = math.prod(x.shape[2:-1])
@@ -228,11 +185,10 @@ class GroupNorm(nn.Module):
         return ops.current().norm_act(coefficients, self.activation, self.dtype, x, parameters).reshape(shape)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Layer):
     """Layer normalization (arXiv:1607.06450) of the last dimension."""
 
     eps: float = 1e-6  # is added to the variance
-    dtype: jnp.dtype = jnp.float32  # of the result, on accelerators
 
     @nn.compact
     def __call__(self, x):
@@ -242,7 +198,7 @@ class LayerNorm(nn.Module):
         mean = x.mean(-1, keepdims=True)
         variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
         y = (x - mean) * jax.lax.rsqrt(variance + self.eps)
-        return ops.current().affine(y, scale, bias).astype(activation_dtype(self.dtype))
+        return ops.current().affine(y, scale, bias).astype(self.activation_dtype)
 
 
 class RMSNorm(nn.Module):
@@ -255,13 +211,10 @@ class RMSNorm(nn.Module):
         return ops.current().affine(x * jax.lax.rsqrt(mean_square + 1e-6), scale, None).astype(x.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------ embeddings
-
-
 def fourier_features(x, features, max_period):
-    """Sinusoidal features of x [...] -> [..., features], with periods from 2 pi to 2 pi * max_period.
+    """Sinusoidal features (arXiv:1706.03762, section 3.5) of x [...] -> [..., features].
 
-    Source: arXiv:1706.03762, section 3.5.
+    max_period: the periods go from 2 pi to 2 pi * max_period
     """
     half = features // 2
     frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half) / half)
@@ -282,56 +235,42 @@ def rotary(x, positions, max_period=100.0):
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-# ------------------------------------------------------------------------------------------------------- attention
-
-
-def attention(query, key, value, mask=None, bounded=False):
-    """Softmax attention of query [B, N, heads, d] to key and value [B, M, heads, d].
-
-    mask: bool [B, M], True = may be read
-    bounded: whether queries and keys are normalized, so that no score is large
-    """
-    return checkpoint_name(ops.current().attention(query, key, value, mask, bounded), PRODUCT)
-
-
-class Attention(nn.Module):
-    """Multi-head attention with normalized queries and keys; the residual connection is left to the caller.
+class Attention(Layer):
+    """Multi-head attention, zero at first; the residual connection is left to the caller.
 
     x: [B, N, C]
     context: [B, M, D], what x attends to; None is x itself
     mask: bool [B, M], True = may be read
-    positions, context_positions: [N] and [M], in seconds, rotate queries and keys; None rotates nothing
+    positions, context_positions: [N] and [M], rotate queries and keys; None rotates nothing
     """
 
-    heads: int
     head_dim: int  # channels of a head
-    zero: bool = True  # whether the output is zero at first
-    dtype: jnp.dtype = jnp.float32  # of the products
+    heads: int = 0  # 0: as many as have room in the channels of x, but at least one
+    plain: bool = False  # as in arXiv:1706.03762: no RMSNorm of queries and keys, and no bias but that of the output
 
     @nn.compact
     def __call__(self, x, context=None, mask=None, positions=None, context_positions=None):
         context = x if context is None else context
         context_positions = positions if context_positions is None else context_positions
-        dense = functools.partial(Dense, (self.heads, self.head_dim), dtype=self.dtype)
+        heads = self.heads or max(1, x.shape[-1] // self.head_dim)
+        dense = functools.partial(Dense, (heads, self.head_dim), use_bias=not self.plain, dtype=self.dtype)
         query, key, value = dense(name="query")(x), dense(name="key")(context), dense(name="value")(context)
-        query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
+        if not self.plain:
+            query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
         if positions is not None:
             query, key = rotary(query, positions), rotary(key, context_positions)
-        out = attention(query, key, value, mask, bounded=True)
-        out = Dense(x.shape[-1], axes=2, zero=self.zero, dtype=self.dtype, name="out")(out)
-        return constrain_activation(out)
+        out = checkpoint_name(ops.current().attention(query, key, value, mask, not self.plain), PRODUCT)
+        return constrain_activation(Dense(x.shape[-1], axes=2, zero=True, dtype=self.dtype, name="out")(out))
 
 
 def transformer_layer(x, mask, heads, index, positions=None, zero=False, dtype=jnp.float32):
     """One layer of a pre-norm transformer over tokens x [B, L, C]; for use inside a compact module.
 
-    mask: bool [B, L], True = may be read
     index: number of the layer; it is part of the parameters' names
     positions: [L], for rotary embeddings
-    zero: whether the layer adds nothing at first
     """
     channels = x.shape[-1]
-    attention = Attention(heads, channels // heads, dtype=dtype, name=f"attention_{index}")
+    attention = Attention(channels // heads, heads, dtype=dtype, name=f"attention_{index}")
     h = LayerNorm(dtype=dtype, name=f"norm_attention_{index}")(x)
     x = x + attention(h, mask=mask, positions=positions)
     h = LayerNorm(dtype=dtype, name=f"norm_mlp_{index}")(x)
@@ -339,22 +278,17 @@ def transformer_layer(x, mask, heads, index, positions=None, zero=False, dtype=j
     return x + Dense(channels, zero=zero, dtype=dtype, name=f"contract_{index}")(h)
 
 
-# ------------------------------------------------------------------------------------------------- residual blocks
-
-
-class ResidualBlock(nn.Module):
+class ResidualBlock(Layer):
     """GroupNorm, SiLU, conv, GroupNorm with FiLM, SiLU, conv, plus the input (through a linear layer if sizes differ).
 
     x: [B, T, H, W, C] or [B, K*T, C]
-    embedding: [B, T, E] or None. Each frame's vector gives the scale and shift (FiLM, arXiv:1709.07871) of that frame,
-        or of the frame's K sound tokens.
+    embedding: [B, T, E] or None; gives scale and shift (FiLM) of each frame, or of a frame's K sound tokens
     """
 
     features: int  # output channels
     factorized: bool = True  # see FactorizedConv
-    time_padding: str = "same"  # or "causal"
+    time_padding: str = "same"  # see Conv
     groups: int = 8  # see GroupNorm
-    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x, embedding=None):
@@ -370,3 +304,18 @@ class ResidualBlock(nn.Module):
         if x.shape[-1] != self.features:
             x = Dense(self.features, dtype=self.dtype, name="skip")(x)
         return constrain_activation(x + h)
+
+
+class Autoencoder(Layer):
+    """What both variational autoencoders (arXiv:1312.6114) share. They have the methods `encode` and `decode`."""
+
+    def __call__(self, x, key):
+        """-> (reconstruction, mean, log variance); `key` draws the latent."""
+        mean, log_variance = self.encode(x)
+        noise = jax.random.normal(key, (mean.shape[0], mean[0].size)).reshape(mean.shape)  # flat: compiles faster
+        return self.decode(mean + jnp.exp(0.5 * log_variance) * noise), mean, log_variance
+
+    def split_latent(self, x):
+        """[..., 2 C] -> (mean, log variance), float32. The log variance starts at -8: training has almost no noise."""
+        mean, log_variance = jnp.split(x.astype(jnp.float32), 2, -1)
+        return mean, jnp.clip(log_variance + -8.0, -20.0, 10.0)

@@ -8,50 +8,37 @@ import functools
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-from vdm_jax.models.layers import (
-    Attention,
-    Conv,
-    Dense,
-    GroupNorm,
-    LayerNorm,
-    ResidualBlock,
-    activation_dtype,
-    apply_remat,
-    constrain_activation,
-    depth_to_space,
-    fourier_features,
-    space_to_depth,
-    transformer_layer,
-)
+from vdm_jax.models import layers
+
+WINDOW = {"video": (1, 3, 3), "audio": (3,)}  # of the convolutions outside residual blocks
 
 
-class NoiseEmbedding(nn.Module):
+class NoiseEmbedding(layers.Layer):
     """The embedding [B, T, E] of one modality, one vector per frame, that goes into every residual block.
 
-    log_snr: [B, T], the noise level of each latent frame
+    log_snr: [B, T]
     pooled: [B, D_text], the text in one vector
     """
 
     features: int  # E
     latent_fps: float  # latent frames per second
-    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, log_snr, pooled):
-        dense = functools.partial(Dense, self.features, dtype=self.dtype)
+        dense = functools.partial(layers.Dense, self.features, dtype=self.dtype)
         # log_snr is in about [-12, 12]; times are in seconds. The factor 10 lets the sinusoids resolve steps of 0.01.
-        noise_level = fourier_features(log_snr * 10.0, self.features, max_period=1000.0)
+        noise_level = layers.fourier_features(log_snr * 10.0, self.features, max_period=1000.0)
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
-        time = fourier_features(seconds * 10.0, self.features, max_period=1000.0)
-        x = dense(name="noise_in")(noise_level)
-        x = dense(name="noise_out")(nn.silu(x)) + dense(name="pos_embed")(time)[None]
-        x = x + dense(name="text")(pooled)[:, None]
-        return nn.silu(x)
+        time = layers.fourier_features(seconds * 10.0, self.features, max_period=1000.0)
+        x = nn.silu(dense(name="noise_in")(noise_level))
+        x = dense(name="noise_out")(x) + dense(name="pos_embed")(time)[None]
+        return nn.silu(x + dense(name="text")(pooled)[:, None])
 
 
-class SpaceTimeAttention(nn.Module):
+class SpaceTimeAttention(layers.Layer):
     """Self-attention over all tokens of one stream, then cross-attention to the text; both are residual.
 
     x: [B, T, h, w, C] or [B, K*T, C]
@@ -60,7 +47,6 @@ class SpaceTimeAttention(nn.Module):
     """
 
     head_dim: int  # channels of a head
-    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, x, seconds, cond):
@@ -71,15 +57,15 @@ class SpaceTimeAttention(nn.Module):
             shape = (1, *x.shape[2:4], channels)
             pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), shape)
             pos_embed = jnp.broadcast_to(pos_embed, (x.shape[1], *shape[1:])).reshape(1, -1, channels)  # [1, T*h*w, C]
-        attention = functools.partial(Attention, max(1, channels // self.head_dim), self.head_dim, dtype=self.dtype)
-        norm = functools.partial(LayerNorm, dtype=self.dtype)
+        attention = functools.partial(layers.Attention, self.head_dim, dtype=self.dtype)
+        norm = functools.partial(layers.LayerNorm, dtype=self.dtype)
         tokens = tokens + attention(name="self")(norm(name="norm_self")(tokens) + pos_embed, positions=seconds)
-        words = cond["states"].astype(activation_dtype(self.dtype))
+        words = cond["states"].astype(self.activation_dtype)
         tokens = tokens + attention(name="cross")(norm(name="norm_cross")(tokens), words, cond["mask"])
-        return constrain_activation(tokens.reshape(x.shape))
+        return layers.constrain_activation(tokens.reshape(x.shape))
 
 
-class CrossModalAttention(nn.Module):
+class CrossModalAttention(layers.Layer):
     """Video tokens attend to sound tokens, and sound tokens to video tokens; both read the state before this layer.
 
     The rotary positions of both are in seconds. The outputs are zero at first, so the streams start independent.
@@ -90,24 +76,19 @@ class CrossModalAttention(nn.Module):
     """
 
     head_dim: int  # channels of a head
-    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, video, audio, video_seconds, audio_seconds):
         tokens = video.reshape(video.shape[0], -1, video.shape[-1])  # [B, T*h*w, C]
-        norm = functools.partial(LayerNorm, dtype=self.dtype)
+        norm = functools.partial(layers.LayerNorm, dtype=self.dtype)
         v, a = norm(name="norm_video")(tokens), norm(name="norm_audio")(audio)
-        attention = functools.partial(Attention, head_dim=self.head_dim, dtype=self.dtype)
-
-        def heads(x):
-            return max(1, x.shape[-1] // self.head_dim)
-
-        to_video = attention(heads(v), name="to_video")(v, a, positions=video_seconds, context_positions=audio_seconds)
-        to_audio = attention(heads(a), name="to_audio")(a, v, positions=audio_seconds, context_positions=video_seconds)
+        attention = functools.partial(layers.Attention, self.head_dim, dtype=self.dtype)
+        to_video = attention(name="to_video")(v, a, positions=video_seconds, context_positions=audio_seconds)
+        to_audio = attention(name="to_audio")(a, v, positions=audio_seconds, context_positions=video_seconds)
         return (tokens + to_video).reshape(video.shape), audio + to_audio
 
 
-class TextRefiner(nn.Module):
+class TextRefiner(layers.Layer):
     """Transformer layers on the text states [B, L, D], trained with the denoiser.
 
     A contrastive text encoder represents which words a text has, but hardly which color belongs to which shape
@@ -117,19 +98,18 @@ class TextRefiner(nn.Module):
 
     layers: int
     head_dim: int  # channels of a head
-    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, states, mask):
-        x = states.astype(activation_dtype(self.dtype))
+        x = states.astype(self.activation_dtype)
         heads = max(1, x.shape[-1] // self.head_dim)
         positions = jnp.arange(x.shape[1]) / 20  # bytes; rotary periods of 1 to 100 units are 20 to 2,000 bytes here
         for i in range(self.layers):
-            x = transformer_layer(x, mask, heads, i, positions, zero=True, dtype=self.dtype)
+            x = layers.transformer_layer(x, mask, heads, i, positions, zero=True, dtype=self.dtype)
         return x
 
 
-class UNet(nn.Module):
+class UNet(layers.Layer):
     """Audio-video 3-D U-Net (video: arXiv:2204.03458; one noise level per frame: arXiv:2407.01392).
 
     Returns a prediction like z, float32.
@@ -157,7 +137,6 @@ class UNet(nn.Module):
     groups: int  # of GroupNorm
     latent_fps: float  # latent frames per second
     remat: tuple[str, ...] = ()  # a mode of layers.apply_remat per resolution, or (); the bottleneck has the last one
-    dtype: jnp.dtype = jnp.float32  # of matrix products and convolutions
 
     @nn.compact
     def __call__(self, z, log_snr, cond):
@@ -165,45 +144,41 @@ class UNet(nn.Module):
         z, log_snr = _pad_frames(z, log_snr, math.prod(self.time_strides))
         frames = z["video"].shape[1]
         channels = {"video": self.channels, "audio": self.audio_channels or self.channels}
-        refine = TextRefiner(self.text_layers, self.head_dim, self.dtype, name="text")
+        refine = TextRefiner(self.text_layers, self.head_dim, dtype=self.dtype, name="text")
         cond = {**cond, "states": refine(cond["states"], cond["mask"])}
         embed = functools.partial(NoiseEmbedding, self.embedding, self.latent_fps, dtype=self.dtype)
         embedding = {m: embed(name=f"embedding_{m}")(log_snr[m], cond["pooled"]) for m in ("video", "audio")}
         block = dict(factorized=self.factorized, groups=self.groups, dtype=self.dtype)
-        conv = functools.partial(Conv, dtype=self.dtype)
+        conv = functools.partial(layers.Conv, dtype=self.dtype)
 
         def seconds(x):
             """The time of the centre of every token of x, in seconds. Latent frame t is centred on t / latent_fps."""
-            steps = x["video"].shape[1]
-            t = ((jnp.arange(steps) + 0.5) * (frames / steps) - 0.5) / self.latent_fps
-            n = x["audio"].shape[1]
-            a = ((jnp.arange(n) + 0.5) * (frames / n) - 0.5) / self.latent_fps
-            return {"video": jnp.repeat(t, x["video"].shape[2] * x["video"].shape[3]), "audio": a}
+            steps = {m: x[m].shape[1] for m in x}
+            times = {m: ((jnp.arange(n) + 0.5) * (frames / n) - 0.5) / self.latent_fps for m, n in steps.items()}
+            return {**times, "video": jnp.repeat(times["video"], math.prod(x["video"].shape[2:4]))}
 
         def at(resolution, module):
-            return apply_remat(module, self.remat[resolution]) if self.remat else module
+            return layers.apply_remat(module, self.remat[resolution]) if self.remat else module
 
         def residual(x, resolution, name):
             merged = {m: _merge_frames(e, x["video"].shape[1]) for m, e in embedding.items()}
-            module = at(resolution, ResidualBlock)
+            module = at(resolution, layers.ResidualBlock)
             return {m: module(channels[m][resolution], **block, name=f"{name}_{m}")(x[m], merged[m]) for m in x}
 
         def attend(x, resolution, name, attention, cross_modal):
             time = seconds(x)
             if attention:
-                module = functools.partial(at(resolution, SpaceTimeAttention), self.head_dim, self.dtype)
+                module = functools.partial(at(resolution, SpaceTimeAttention), self.head_dim, dtype=self.dtype)
                 x = {m: module(name=f"{name}_attention_{m}")(x[m], time[m], cond) for m in x}
             if cross_modal:
-                module = at(resolution, CrossModalAttention)(self.head_dim, self.dtype, name=f"{name}_cross_modal")
-                video, audio = module(x["video"], x["audio"], time["video"], time["audio"])
-                x = {"video": constrain_activation(video), "audio": constrain_activation(audio)}
+                module = functools.partial(at(resolution, CrossModalAttention), self.head_dim, dtype=self.dtype)
+                video, audio = module(name=f"{name}_cross_modal")(x["video"], x["audio"], time["video"], time["audio"])
+                x = {"video": layers.constrain_activation(video), "audio": layers.constrain_activation(audio)}
             return x
 
         # Down
-        x = {
-            "video": conv(channels["video"][0], (1, 3, 3), name="stem_video")(space_to_depth(z["video"], self.patch)),
-            "audio": conv(channels["audio"][0], (3,), name="stem_audio")(z["audio"]),
-        }
+        x = {"video": layers.space_to_depth(z["video"], self.patch), "audio": z["audio"]}
+        x = {m: conv(channels[m][0], WINDOW[m], name=f"stem_{m}")(x[m]) for m in x}
         skips = []
         resolutions = range(len(self.channels))
         for i in resolutions:
@@ -213,10 +188,8 @@ class UNet(nn.Module):
                     x = attend(x, i, f"down_{i}", self.attention[i], self.cross_modal[i])
                 skips.append(x)
             if i < len(self.channels) - 1:
-                strides = {"video": (self.time_strides[i], 2, 2), "audio": (2,)}
-                x = {
-                    m: conv(channels[m][i], s, strides=s, name=f"downsample_{i}_{m}")(x[m]) for m, s in strides.items()
-                }
+                s = {"video": (self.time_strides[i], 2, 2), "audio": (2,)}
+                x = {m: conv(channels[m][i], s[m], strides=s[m], name=f"downsample_{i}_{m}")(x[m]) for m in x}
 
         # Bottleneck
         x = residual(x, -1, "middle_in")
@@ -227,43 +200,32 @@ class UNet(nn.Module):
         for i in reversed(resolutions):
             for j in range(self.blocks[i]):
                 skip = skips.pop()
-                x = {m: jnp.concatenate([x[m], skip[m]], -1) for m in x}
-                x = residual(x, i, f"up_{i}_{j}")
+                x = residual({m: jnp.concatenate([x[m], skip[m]], -1) for m in x}, i, f"up_{i}_{j}")
             x = attend(x, i, f"up_{i}", self.attention[i], self.cross_modal[i])
             if i:
-                window = {"video": (1, 3, 3), "audio": (3,)}
                 factors = {"video": (self.time_strides[i - 1], 2, 2), "audio": (2,)}
-                x = {
-                    m: conv(channels[m][i - 1], window[m], upsample=factors[m], name=f"upsample_{i}_{m}")(x[m])
-                    for m in ("video", "audio")
-                }
+                x = {m: layers.upsample(x[m], factors[m]) for m in x}
+                x = {m: conv(channels[m][i - 1], WINDOW[m], name=f"upsample_{i}_{m}")(x[m]) for m in x}
 
         # Head
-        norm = functools.partial(GroupNorm, self.groups, activation=nn.silu, dtype=self.dtype)
-        video = norm(name="norm_video")(x["video"])
-        audio = norm(frames=frames, name="norm_audio")(x["audio"])  # statistics per latent frame, as for the video
-        video = conv(z["video"].shape[-1] * self.patch**2, (1, 3, 3), zero=True, name="head_video")(video)
-        video = depth_to_space(video, self.patch)
-        audio = conv(z["audio"].shape[-1], (3,), zero=True, name="head_audio")(audio)
-        return {
-            "video": video[:, : output_length["video"]].astype(jnp.float32),
-            "audio": audio[:, : output_length["audio"]].astype(jnp.float32),
-        }
+        norm = functools.partial(layers.GroupNorm, self.groups, frames, activation=nn.silu, dtype=self.dtype)
+        x = {m: norm(name=f"norm_{m}")(x[m]) for m in x}  # statistics per latent frame, of both modalities
+        features = {"video": z["video"].shape[-1] * self.patch**2, "audio": z["audio"].shape[-1]}
+        x = {m: conv(features[m], WINDOW[m], zero=True, name=f"head_{m}")(x[m]) for m in x}
+        x = {**x, "video": layers.depth_to_space(x["video"], self.patch)}
+        return {m: x[m][:, : output_length[m]].astype(jnp.float32) for m in x}
 
 
 def _pad_frames(z, log_snr, multiple):
     """Repeats the last latent frame, with its noise level, until the number of frames is a multiple of `multiple`."""
     frames = z["video"].shape[1]
     extra = -frames % multiple
-    if not extra:
-        return z, log_snr
-    per_frame = z["audio"].shape[1] // frames  # K
-    last = z["audio"][:, -per_frame:]
-    z = {
-        "video": jnp.concatenate([z["video"]] + [z["video"][:, -1:]] * extra, 1),
-        "audio": jnp.concatenate([z["audio"]] + [last] * extra, 1),
-    }
-    return z, {m: jnp.concatenate([x] + [x[:, -1:]] * extra, 1) for m, x in log_snr.items()}
+
+    def pad(x):
+        last = x[:, -(x.shape[1] // frames) :]  # one latent frame, or its K sound tokens
+        return jnp.concatenate([x] + [last] * extra, 1)
+
+    return jax.tree.map(pad, (z, log_snr)) if extra else (z, log_snr)
 
 
 def _merge_frames(embedding, frames):

@@ -5,23 +5,12 @@ The first latent frame holds frame 0 alone, and each later one holds f_t frames.
 
 import functools
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from vdm_jax.models.layers import (
-    Conv,
-    FactorizedConv,
-    ResidualBlock,
-    constrain_activation,
-    depth_to_space,
-    space_to_depth,
-)
-
-INITIAL_LOG_VARIANCE = -8.0  # of the latents: training starts with almost no noise
+from vdm_jax.models import layers
 
 
-class VideoAutoencoder(nn.Module):
+class VideoAutoencoder(layers.Autoencoder):
     """Variational autoencoder (arXiv:1312.6114) with causal time, as in MAGVIT-v2 (arXiv:2310.05737).
 
     Video [B, 1 + f_t*(T-1), H, W, 3] in [-1, 1] <-> latents [B, T, h, w, latent_channels], where f_t is the product of
@@ -41,43 +30,33 @@ class VideoAutoencoder(nn.Module):
     middle_blocks: int  # residual blocks between the lowest resolution and the latents, in each direction
     latent_channels: int
     groups: int = 8  # of GroupNorm
-    dtype: jnp.dtype = jnp.float32  # of the products
 
     def setup(self):
-        block = functools.partial(ResidualBlock, time_padding="causal", groups=self.groups, dtype=self.dtype)
-        conv = functools.partial(Conv, time_padding="causal", dtype=self.dtype)
-        resolutions = range(len(self.channels))
+        block = functools.partial(layers.ResidualBlock, time_padding="causal", groups=self.groups, dtype=self.dtype)
+        conv = functools.partial(layers.Conv, time_padding="causal", dtype=self.dtype)
         self.stem = conv(self.channels[0], (1, 3, 3))
-        self.down = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
-        self.downsample = [
-            conv(self.channels[i], (2 * t - 1, s, s), strides=(t, s, s))
-            for i, (t, s) in enumerate(zip(self.time_strides, self.space_strides, strict=True))
-        ]
+        self.down = [[block(c) for _ in range(n)] for c, n in zip(self.channels, self.blocks)]
+        strides = list(zip(self.channels, self.time_strides, self.space_strides))  # no stride for the last channels
+        self.downsample = [conv(c, (2 * t - 1, s, s), strides=(t, s, s)) for c, t, s in strides]
         self.middle = [block(self.channels[-1]) for _ in range(self.middle_blocks)]
         self.to_latent = conv(2 * self.latent_channels, (1, 1, 1))
-        self.from_latent = FactorizedConv(self.channels[-1], time_padding="causal", dtype=self.dtype)
+        self.from_latent = layers.FactorizedConv(self.channels[-1], time_padding="causal", dtype=self.dtype)
         self.middle_up = [block(self.channels[-1]) for _ in range(self.middle_blocks)]
-        self.up = [[block(self.channels[i]) for _ in range(self.blocks[i])] for i in resolutions]
-        self.upsample = [
-            conv(t * s * s * self.channels[i], (1, 3, 3))
-            for i, (t, s) in enumerate(zip(self.time_strides, self.space_strides, strict=True))
-        ]
+        self.up = [[block(c) for _ in range(n)] for c, n in zip(self.channels, self.blocks)]
+        self.upsample = [conv(t * s * s * c, (1, 3, 3)) for c, t, s in strides]
         self.to_pixels = conv(3 * self.patch**2, (1, 3, 3))
 
     def encode(self, video):
         """Video [B, F, H, W, 3] in [-1, 1] -> (mean, log variance), each [B, T, h, w, latent_channels] float32."""
-        x = self.stem(space_to_depth(video, self.patch))
+        x = self.stem(layers.space_to_depth(video, self.patch))
         for i, blocks in enumerate(self.down):
             for block in blocks:
                 x = block(x)
             if i < len(self.downsample):
-                x = constrain_activation(self.downsample[i](x))
+                x = layers.constrain_activation(self.downsample[i](x))
         for block in self.middle:
             x = block(x)
-        x = self.to_latent(x).astype(jnp.float32)
-        mean, log_variance = jnp.split(x, 2, -1)
-        log_variance = log_variance + INITIAL_LOG_VARIANCE
-        return mean, jnp.clip(log_variance, -20.0, 10.0)
+        return self.split_latent(self.to_latent(x))
 
     def decode(self, z):
         """Latents [B, T, h, w, latent_channels] -> video [B, 1 + f_t*(T-1), H, W, 3] float32, about [-1, 1]."""
@@ -89,13 +68,6 @@ class VideoAutoencoder(nn.Module):
                 x = block(x)
             if i:
                 t, s = self.time_strides[i - 1], self.space_strides[i - 1]
-                x = depth_to_space(self.upsample[i - 1](x), s, t)
-                x = constrain_activation(x[:, t - 1 :])  # the first latent frame holds one frame, not t
-        x = self.to_pixels(x)
-        return depth_to_space(x, self.patch).astype(jnp.float32)
-
-    def __call__(self, video, key):
-        """-> (reconstruction, mean, log variance); `key` draws the latent."""
-        mean, log_variance = self.encode(video)
-        noise = jax.random.normal(key, (mean.shape[0], mean[0].size)).reshape(mean.shape)  # flat: compiles faster
-        return self.decode(mean + jnp.exp(0.5 * log_variance) * noise), mean, log_variance
+                x = layers.depth_to_space(self.upsample[i - 1](x), s, t)
+                x = layers.constrain_activation(x[:, t - 1 :])  # the first latent frame holds one frame, not t
+        return layers.depth_to_space(self.to_pixels(x), self.patch).astype(jnp.float32)

@@ -1,39 +1,16 @@
-"""The operations that CPUs and accelerators compute in different ways, behind one table.
+"""The operations that CPUs and accelerators compute in different ways.
 
-Both tables give the same values and gradients up to rounding. `layers.py` asks `current()` for the table and never asks
-which device it runs on.
+The modules `cpu` and `accelerator` are two tables with the same functions, which give the same values and gradients up
+to rounding; `accelerator` says what each function takes and returns. `layers.py` asks `current()` for the table and
+never asks which device it runs on.
 """
 
 import contextlib
 import contextvars
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 
 from vdm_jax.models.ops import accelerator, cpu
-
-
-class Ops(NamedTuple):
-    """One table. Arrays are channels last, and `dtype` is the type in which products are computed.
-
-    Sizes: space is any number of dimensions, of which time is the first; N queries read M keys.
-    """
-
-    activation_dtype: Callable  # (dtype) -> the type of arrays between layers
-    dense: Callable  # (x [..., K], kernel [K, N], bias [N] or None, dtype) -> [..., N]
-    conv: Callable  # (x [B, *space, C_in], kernel [*window, C_in, C_out], bias, strides, padding, dtype) -> like x
-    upsample: Callable  # (x [B, *space, C], factors) -> like x
-    norm_act: Callable  # (coefficients, activation, dtype, x [B, frames, *space, C], parameters) -> like x
-    affine: Callable  # (x [..., C], scale [C], bias [C] or None) -> like x
-    attention: Callable  # (query [B, N, heads, d], key, value [B, M, heads, d], mask [B, M], bounded) -> like query
-
-
-def _table(module):
-    return Ops(*(getattr(module, name) for name in Ops._fields))
-
-
-CPU, ACCELERATOR = _table(cpu), _table(accelerator)
 
 _platform = contextvars.ContextVar("platform", default=None)
 
@@ -55,4 +32,4 @@ def backend(platform):
 def current():
     """The table of the platform that is being traced for: that of `backend`, or else JAX's default backend."""
     platform = _platform.get() or jax.default_backend()
-    return CPU if platform == "cpu" else ACCELERATOR
+    return cpu if platform == "cpu" else accelerator

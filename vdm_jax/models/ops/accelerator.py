@@ -1,6 +1,6 @@
 """Operations for TPUs and GPUs: XLA's own, arranged so that few bytes go through memory.
 
-`ops/__init__.py` says what each function takes and returns. `cpu.py` computes the same values and gradients for CPUs.
+`dtype` is the type in which products are computed. Space is any number of dimensions, of which time is the first.
 """
 
 import functools
@@ -14,12 +14,12 @@ from vdm_jax.sharding import shard_map_batch, split
 
 
 def activation_dtype(dtype):
-    """Arrays between layers have the type in which products are computed."""
+    """The type of arrays between layers."""
     return dtype
 
 
 def dense(x, kernel, bias, dtype):
-    """x [..., K] @ kernel [K, N] + bias [N]; bias may be None."""
+    """x [..., K] @ kernel [K, N] + bias [N], in `dtype`; bias may be None."""
     out = x.astype(dtype) @ kernel.astype(dtype)
     return out if bias is None else out + bias.astype(dtype)
 
@@ -37,12 +37,10 @@ def affine(x, scale, bias):
 
 
 def attention(query, key, value, mask, bounded=False):
-    """Softmax attention (arXiv:1706.03762, eq. 1) that holds all scores [..., heads, N, M] in memory.
+    """Softmax attention (arXiv:1706.03762, eq. 1) of query [..., N, heads, d] to key and value [..., M, heads, d].
 
-    query: [..., N, heads, d]
-    key, value: [..., M, heads, d]
     mask: bool [..., M], True = may be read, or None
-    bounded: not used here; see cpu.attention
+    bounded: whether queries and keys are normalized, so that no score is large; only `cpu.attention` uses it
     """
     scores = jnp.einsum("...nhd,...mhd->...hnm", query, key) / math.sqrt(query.shape[-1])
     scores = scores.astype(jnp.float32)
@@ -52,48 +50,48 @@ def attention(query, key, value, mask, bounded=False):
     return jnp.einsum("...hnm,...mhd->...nhd", weights, value)
 
 
-# --------------------------------------------------------------------------------------------------------- convolutions
-
-
 def conv(x, kernel, bias, strides, padding, dtype):
-    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out] and adds the bias; the result is in `dtype`."""
+    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out] and adds the bias, in `dtype`.
+
+    strides: one for each space dimension
+    padding: a pair (before, after) for each space dimension
+    """
     x, kernel, bias = x.astype(dtype), kernel.astype(dtype), bias.astype(dtype)
     if split("sequence"):
         # XLA may choose a split along time that is finer than sharding.MIN_SHARD allows, and then computes wrong
         # values. Constraints on input and output prevent this, also for the gradients.
-        return constrain_clips(_xla_conv(constrain_clips(x), kernel, strides, padding) + bias)
+        return constrain_clips(xla_conv(constrain_clips(x), kernel, strides, padding) + bias)
     if kernel.ndim == 5:
         return _conv_video(x, kernel, bias, strides, padding)
-    return _xla_conv(x, kernel, strides, padding) + bias
+    return xla_conv(x, kernel, strides, padding) + bias
 
 
 def _conv_video(x, kernel, bias, strides, padding):
-    """The convolution of a video in as few dimensions as its window has.
+    """The convolution of a video in as few dimensions as its window has, with the frames outermost in memory.
 
     With fewer than eight clips on a device, XLA for TPUs cuts the frames of a 3-D convolution into pieces with halos,
-    which costs up to 1.5 times the FLOPs. The forms below avoid this. All of them keep the frames outermost in memory,
-    so that no array is rearranged between one form and the next.
+    which costs up to 1.5 times the FLOPs.
     """
 
     def space(x, kernel, bias):  # a 2-D convolution, whose batch is all frames of all clips
         b, t = x.shape[:2]
         x = x.swapaxes(0, 1).reshape(t * b, *x.shape[2:])  # [T*B, H, W, C]
-        out = _xla_conv(x, kernel[0], strides[1:], padding[1:]) + bias
+        out = xla_conv(x, kernel[0], strides[1:], padding[1:]) + bias
         return out.reshape(t, b, *out.shape[1:]).swapaxes(0, 1)
 
     def time(x, kernel, bias):  # a 1-D convolution, whose batch is all pixels of all clips
         b, t, h, w, c = x.shape
         x = x.swapaxes(0, 1).reshape(t, b * h * w, c)  # [T, B*H*W, C]
-        out = _xla_conv(x, kernel[:, 0, 0], strides[:1], padding[:1], "WNC") + bias
+        out = xla_conv(x, kernel[:, 0, 0], strides[:1], padding[:1], "WNC") + bias
         return out.reshape(-1, b, h, w, out.shape[-1]).swapaxes(0, 1)
 
     def full(x, kernel, bias):  # a sum of 2-D convolutions, one for each frame of the window
         b, t = x.shape[:2]
         if b >= 8 or strides[0] > 1:
-            return _xla_conv(x, kernel, strides, padding) + bias
+            return xla_conv(x, kernel, strides, padding) + bias
         x = jnp.pad(x.swapaxes(0, 1), (padding[0], *[(0, 0)] * 4))  # [T + padding, B, H, W, C]
         shifted = (x[i : i + t].reshape(t * b, *x.shape[2:]) for i in range(kernel.shape[0]))
-        out = sum(_xla_conv(frames, tap, strides[1:], padding[1:]) for frames, tap in zip(shifted, kernel)) + bias
+        out = sum(xla_conv(frames, tap, strides[1:], padding[1:]) for frames, tap in zip(shifted, kernel)) + bias
         return out.reshape(t, b, *out.shape[1:]).swapaxes(0, 1)
 
     if kernel.shape[0] == strides[0] == 1:
@@ -103,14 +101,12 @@ def _conv_video(x, kernel, bias, strides, padding):
     return shard_map_batch(full, x, kernel, bias)
 
 
-def _xla_conv(x, kernel, strides, padding, layout=None):
+def xla_conv(x, kernel, strides, padding, layout=None):
+    """XLA's own convolution. layout: of the dimensions of x and of the result; None for [N, *space, C]."""
     space = "DHW"[-len(strides) :]
     layout = layout or f"N{space}C"
     dimensions = (layout, f"{space}IO", layout)
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dimensions)
-
-
-# -------------------------------------------------------------------------------------------------------- normalization
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -119,20 +115,16 @@ def norm_act(coefficients, activation, dtype, x, parameters):
 
     x is [B, frames, *space, C], and the sums run over space. All is computed in float32; the result is in `dtype`.
 
-    Memory traffic limits the speed of these layers. With XLA's own gradient, XLA for TPUs stores x and the gradient in
-    float32 between the two passes of the backward computation. Here each pass reads both in the types that they already
-    have; in bfloat16 that is half the bytes.
+    Memory traffic limits the speed. With its own gradient, XLA for TPUs stores x and the gradient in float32 between
+    the two passes of the backward computation. Here each pass reads both in the types that they already have.
     """
     x = jax.lax.optimization_barrier(x)  # without it the convolution that makes x would write float32
     return _norm_act_forward(coefficients, activation, dtype, x, parameters)[0]
 
 
-def _space_axes(x):
-    return tuple(range(2, x.ndim - 1))  # height and width stay apart: XLA for TPUs would copy x to merge them
-
-
 def _norm_act_forward(coefficients, activation, dtype, x, parameters):
-    space, y = _space_axes(x), x.astype(jnp.float32)
+    space = tuple(range(2, x.ndim - 1))  # height and width stay apart: XLA for TPUs would copy x to merge them
+    y = x.astype(jnp.float32)
     (a, b), pull = jax.vjp(coefficients, y.sum(space), jnp.square(y).sum(space), parameters)
     out = activation(y * jnp.expand_dims(a, space) + jnp.expand_dims(b, space)).astype(dtype)
     return out, (x, a, b, pull)
@@ -140,7 +132,7 @@ def _norm_act_forward(coefficients, activation, dtype, x, parameters):
 
 def _norm_act_backward(coefficients, activation, dtype, saved, grad):
     x, a, b, pull = saved
-    space = _space_axes(x)
+    space = tuple(range(2, x.ndim - 1))
 
     def before_activation(x, grad):
         """-> (x, the gradient of x * a + b), float32."""

@@ -1,13 +1,11 @@
 """Operations for CPUs: the values and gradients of XLA's own operations, in forms that XLA's CPU backend runs faster.
 
-`ops/__init__.py` says what each function takes and returns. `accelerator.py` computes the same for TPUs and GPUs.
-
-The forward and backward pass of a residual block of the world_tiny denoiser (8 clips, float32, one core of an AMD EPYC
-with AVX-512) takes 1.8 times as long with XLA's own operations: `taskset -c 0 python -m tests.peers.forms`.
+`accelerator.py` says what each function takes and returns; here results are float32. A residual block of the world_tiny
+denoiser takes 1.8 times as long with XLA's own operations: `taskset -c 0 python -m tests.peers.forms`.
 
 What XLA's own operations do slowly on a CPU, and what these functions do instead:
-- Sums over all rows of an array, as in the gradient of a bias. XLA joins the sum with the operations that made the
-  array, and then does not vectorize it. Here the sum is a product with a row of ones.
+- Sums over all rows of an array. XLA joins the sum with the operations that made the array, and then does not vectorize
+  it. Here the sum is a product with a row of ones.
 - The weight gradient of a convolution. Here it is a product of matrices for each row of taps.
 - float32 convolutions. Where it pays, `winograd.py` replaces them by a few smaller products of matrices.
 - bfloat16. Processors with matrix units (AMX) multiply bfloat16 several times faster than float32 and sum in float32,
@@ -16,7 +14,6 @@ What XLA's own operations do slowly on a CPU, and what these functions do instea
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +21,13 @@ import numpy as np
 
 from vdm_jax.models.ops import accelerator, winograd
 
-# ------------------------------------------------------------------------------------------------------------ helpers
-
 
 def activation_dtype(dtype):
-    """Arrays between layers are float32, whatever the type of the products."""
+    """The type of arrays between layers, whatever the type of the products."""
     return jnp.float32
 
 
-def row_sum(x):
-    """Sum of x [..., M, C] over M, float32."""
+def _row_sum(x):  # [..., M, C] -> [..., C]
     return jnp.matmul(jnp.ones((*x.shape[:-2], 1, x.shape[-2]), x.dtype), x)[..., 0, :]
 
 
@@ -41,49 +35,47 @@ def _flat(x):
     return x.reshape(-1, x.shape[-1])  # [..., C] -> [M, C]
 
 
-def _pack(x):
-    """float32 [..., C] -> bfloat16 in pairs, as float32 words [..., C / 2]."""
-    x = x.astype(jnp.bfloat16)
+def _pack(x, dtype):
+    """x in `dtype`. bfloat16 channels become pairs, as float32 words [..., C / 2], if their number is even."""
+    x = x.astype(dtype)
+    if dtype != jnp.bfloat16 or x.shape[-1] % 2:
+        return x
     return jax.lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), jnp.float32)
 
 
-def _unpack(words):
-    """Words [..., C / 2] -> bfloat16 [..., C]."""
-    x = jax.lax.bitcast_convert_type(words, jnp.bfloat16)
+def _unpack(x, dtype):
+    if x.dtype == dtype:
+        return x
+    x = jax.lax.bitcast_convert_type(x, dtype)
     return x.reshape(*x.shape[:-2], -1)
 
 
-def _product(a, b):
-    """a [..., K] @ b [K, N] in the type of the operands, summed in float32."""
+def _product(a, b):  # in the type of the operands, summed in float32
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 def _transpose_apart(x):
-    """x [M, N] -> [N, M]. The barrier keeps XLA from merging the transposition with the product that made x.
-
-    XLA would otherwise choose a slow form of that product.
-    """
+    """x.T, which XLA does not merge with the product that made x: it would choose a slow form of that product."""
     return jax.lax.optimization_barrier(x).T
 
 
 def _transpose_to_bfloat16(x):
-    """x float32 [M, C] -> bfloat16 [C, M], by a product with the identity.
-
-    XLA would merge a plain transposition with the product that reads it, and its fast products do not accept that form.
-    """
+    """x.T, by a product with the identity: XLA would make the product that reads a plain transposition a slow one."""
     identity = jnp.eye(x.shape[1], dtype=jnp.bfloat16)
-    product = jax.lax.dot_general(
-        identity, x.astype(jnp.bfloat16), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    rows = (((1,), (1,)), ((), ()))
+    product = jax.lax.dot_general(identity, x.astype(jnp.bfloat16), rows, preferred_element_type=jnp.float32)
     return product.astype(jnp.bfloat16)
 
 
-# ------------------------------------------------------------------------------------------------------------- products
+def _places(tap, size, strides=None):
+    """Indexes, in [B, *space, ...], the `size` places from a tap on that are `strides` apart."""
+    strides = strides or (1,) * len(size)
+    return (slice(None), *(slice(i, i + (n - 1) * s + 1, s) for i, n, s in zip(tap, size, strides)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def dense(x, kernel, bias, dtype):
-    """x [..., K] @ kernel [K, N] + bias [N]; bias may be None. The operands are in `dtype`, the result is float32."""
+    """x [..., K] @ kernel [K, N] + bias [N]; bias may be None."""
     out = _product(x.astype(dtype), kernel.astype(dtype))
     return out if bias is None else out + bias
 
@@ -100,26 +92,19 @@ def _dense_backward(dtype, saved, grad):
         kernel_grad = _transpose_apart(_product(_transpose_to_bfloat16(_flat(grad)), _flat(x)))
     else:
         kernel_grad = _product(_flat(x).T, _flat(grad))
-    return x_grad, kernel_grad, None if bias is None else row_sum(_flat(grad))
+    return x_grad, kernel_grad, None if bias is None else _row_sum(_flat(grad))
 
 
 dense.defvjp(_dense_forward, _dense_backward)
 
-# --------------------------------------------------------------------------------------------------------- convolutions
-
 
 def conv(x, kernel, bias, strides, padding, dtype):
-    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out] and adds the bias; the result is float32.
-
-    strides: one for each space dimension
-    padding: a pair (before, after) for each space dimension
-    dtype: the type of the operands of products
-    """
+    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out] and adds the bias."""
     if max(strides) > 1:
         return _conv_strided(x, kernel, bias, strides, padding, dtype)
     if max(kernel.shape[:-2]) == 1:
         return dense(x, kernel.reshape(kernel.shape[-2:]), bias, dtype)
-    return conv_unit_strides(x, kernel, bias, tuple(padding), dtype)
+    return conv_unit_strides(x, kernel, bias, padding, dtype)
 
 
 def _conv_strided(x, kernel, bias, strides, padding, dtype):
@@ -128,30 +113,26 @@ def _conv_strided(x, kernel, bias, strides, padding, dtype):
     x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
     *window, _, c_out = kernel.shape
     size = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:-1], window, strides)]
-
-    def inputs(tap):
-        return x[(slice(None), *(slice(i, i + (n - 1) * s + 1, s) for i, n, s in zip(tap, size, strides)))]
-
-    columns = jnp.concatenate([inputs(tap) for tap in np.ndindex(*window)], -1)  # [B, *space, taps * C_in]
+    inputs = [x[_places(tap, size, strides)] for tap in np.ndindex(*window)]
+    columns = jnp.concatenate(inputs, -1)  # [B, *space, taps * C_in]
     return (dense(columns, kernel.reshape(-1, c_out), None, dtype) + bias).astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def conv_unit_strides(x, kernel, bias, padding, dtype):
-    """`conv` with unit strides; padding is a tuple of pairs."""
+    """`conv` with unit strides."""
     return _unit_form(x, kernel, dtype)(x, kernel, padding) + bias
 
 
 def _unit_form(x, kernel, dtype):
-    """The function (x, kernel, padding) -> output without bias that is fastest for these shapes."""
+    """The function (x, kernel, padding) -> output that is fastest for these shapes."""
     if dtype == jnp.bfloat16:
         return _conv_products
     return winograd.conv if winograd.suits(x.shape, kernel.shape) else _conv_direct
 
 
 def _conv_forward(x, kernel, bias, padding, dtype):
-    if dtype == jnp.bfloat16:
-        x = x.astype(dtype)
+    x = x.astype(dtype)
     return conv_unit_strides(x, kernel, bias, padding, dtype), (x, kernel)
 
 
@@ -159,20 +140,22 @@ def _conv_backward(padding, dtype, saved, grad):
     x, kernel = saved
     form = _unit_form(x, kernel, dtype)
     if form is winograd.conv:
-        return *winograd.gradients(x, kernel, grad, padding), row_sum(_flat(grad))
+        return *winograd.gradients(x, kernel, grad, padding), _row_sum(_flat(grad))
     window = kernel.shape[:-2]
     flipped = jnp.flip(kernel, range(len(window))).swapaxes(-1, -2)
     # The gradient of the input is a convolution too. Padding p before the input becomes k - 1 - p before the gradient.
     grad_padding = tuple((k - 1 - before, k - 1 - after) for k, (before, after) in zip(window, padding))
     x_grad = form(grad, flipped, grad_padding)
-    columns, slices = _side_by_side(x, window, padding, dtype)
+    columns = _side_by_side(x, window, padding, dtype)
+    size = [n - k + 1 for n, k in zip(columns.shape[1:-2], window)]
+    parts = (_unpack(columns[_places(tap, size)], dtype) for tap in np.ndindex(*window[:-1]))
     flat = _flat(grad)
     if dtype == jnp.bfloat16:
         flat = _transpose_to_bfloat16(flat)
-        taps = [_transpose_apart(_product(flat, _flat(part))) for part in slices(columns)]
+        taps = [_transpose_apart(_product(flat, _flat(part))) for part in parts]
     else:
-        taps = [_product(_flat(part).T, flat) for part in slices(columns)]
-    return x_grad, jnp.stack(taps).reshape(kernel.shape), row_sum(_flat(grad))
+        taps = [_product(_flat(part).T, flat) for part in parts]
+    return x_grad, jnp.stack(taps).reshape(kernel.shape), _row_sum(_flat(grad))
 
 
 conv_unit_strides.defvjp(_conv_forward, _conv_backward)
@@ -180,45 +163,25 @@ conv_unit_strides.defvjp(_conv_forward, _conv_backward)
 
 def _conv_direct(x, kernel, padding):
     """XLA's own 2-D convolution; other dimensions are folded into the batch, or summed over tap by tap."""
+    conv_2d = functools.partial(accelerator.xla_conv, strides=(1, 1))
     if x.ndim == 3:  # sound
-        return _conv_2d(x[:, :, None], kernel[:, None], (*padding, (0, 0)))[:, :, 0]
+        return conv_2d(x[:, :, None], kernel[:, None], padding=(*padding, (0, 0)))[:, :, 0]
     (b, t, h, w, _), (kt, kh, kw) = x.shape, kernel.shape[:3]
     if (kh, kw) == (1, 1):
-        out = _conv_2d(x.reshape(b, t, h * w, -1), kernel[:, 0], (padding[0], (0, 0)))  # [B, T, H*W, C]
+        out = conv_2d(x.reshape(b, t, h * w, -1), kernel[:, 0], padding=(padding[0], (0, 0)))  # [B, T, H*W, C]
         return out.reshape(b, -1, h, w, out.shape[-1])
     x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
     frames = x.shape[1] - kt + 1
-
-    def seen_by(tap):
-        return x[:, tap : tap + frames].reshape(-1, *x.shape[2:])  # [B*T, H, W, C]
-
-    out = sum(_conv_2d(seen_by(tap), kernel[tap], padding[1:]) for tap in range(kt))
+    shifted = (x[:, tap : tap + frames].reshape(-1, *x.shape[2:]) for tap in range(kt))  # [B*T, H, W, C]
+    out = sum(conv_2d(part, kernel[tap], padding=padding[1:]) for tap, part in enumerate(shifted))
     return out.reshape(b, frames, *out.shape[1:])
 
 
-def _conv_2d(x, kernel, padding):
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
 def _side_by_side(x, window, padding, dtype):
-    """Puts the inputs of the taps of the last window dimension side by side in the channels.
-
-    Returns (columns, slices). columns: the padded x, with k * C channels for a last window dimension of size k.
-    slices(columns): an iterator over the taps of the other window dimensions, in the order of the kernel. Each item is
-    the part of the columns that its tap multiplies.
-    """
-    packed = dtype == jnp.bfloat16 and x.shape[-1] % 2 == 0
-    x = _pack(x) if packed else x.astype(dtype)
-    x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
-    size = [n - k + 1 for n, k in zip(x.shape[1:-1], window)]
-    columns = jnp.concatenate([x[..., i : i + size[-1], :] for i in range(window[-1])], -1)
-
-    def slices(columns):
-        for tap in np.ndindex(*window[:-1]):
-            part = columns[(slice(None), *(slice(i, i + n) for i, n in zip(tap, size)))]
-            yield _unpack(part) if packed else part
-
-    return columns, slices
+    """The padded x, packed, with the inputs of the taps of the last window dimension side by side in the channels."""
+    x = jnp.pad(_pack(x, dtype), [(0, 0), *padding, (0, 0)])
+    places = x.shape[-2] - window[-1] + 1
+    return jnp.concatenate([x[..., i : i + places, :] for i in range(window[-1])], -1)
 
 
 def _conv_products(x, kernel, padding):
@@ -227,21 +190,13 @@ def _conv_products(x, kernel, padding):
     The taps of the last window dimension lie side by side in the input's channels, all others in the output's channels.
     """
     *outer, last, c_in, c_out = kernel.shape
-    window = kernel.shape[:-2]
-    columns, _ = _side_by_side(x, window, padding, jnp.bfloat16)
-    columns = _unpack(columns) if columns.dtype == jnp.float32 else columns
+    columns = _unpack(_side_by_side(x, kernel.shape[:-2], padding, jnp.bfloat16), jnp.bfloat16)
     kernel = kernel.astype(jnp.bfloat16).reshape(-1, last * c_in, c_out).swapaxes(0, 1)
     out = _product(columns, kernel.reshape(last * c_in, -1))
     out = out.reshape(*out.shape[:-1], -1, c_out)  # [B, *padded space, taps, C_out]
     size = [n - k + 1 for n, k in zip(columns.shape[1:-2], outer)]
-    parts = (
-        out[(slice(None), *(slice(i, i + n) for i, n in zip(tap, size)), ..., number, slice(None))]
-        for number, tap in enumerate(np.ndindex(*outer))
-    )
-    return sum(parts)
-
-
-# ------------------------------------------------------------------------------------------------------------ attention
+    taps = enumerate(np.ndindex(*outer))
+    return sum(out[(*_places(tap, size), ..., number, slice(None))] for number, tap in taps)
 
 
 ATTENTION_AT_ONCE = 2**16  # scores of a head, N * M, from which on attention takes one example after the other
@@ -249,11 +204,7 @@ BLOCK = 1024  # queries whose scores are in memory at the same time, in the larg
 
 
 def attention(query, key, value, mask, bounded=False):
-    """Softmax attention of query [B, N, heads, d] to key and value [B, M, heads, d].
-
-    mask: bool [B, M], True = may be read, or None
-    bounded: whether queries and keys are normalized. No score is large then, and the maximum is not searched for.
-    """
+    """Softmax attention. `bounded` scores are not large, so the maximum is not searched for."""
     if query.shape[1] * key.shape[1] < ATTENTION_AT_ONCE:
         return attention_at_once(query, key, value, mask, bounded)
     # The scores of all examples together would go through memory several times. One example's scores stay in the cache.
@@ -273,8 +224,7 @@ def _attention_in_blocks(query, key, value, mask):
 def attention_at_once(query, key, value, mask, bounded):
     """`attention` that holds all scores in memory.
 
-    The backward pass computes the sum in a softmax's gradient from the output (arXiv:2205.14135, appendix B.2), which
-    saves one pass over all scores.
+    The backward pass computes the sum in a softmax's gradient from the output (arXiv:2205.14135, appendix B.2).
     """
     return _attention_forward(query, key, value, mask, bounded)[0]
 
@@ -283,22 +233,21 @@ def _heads_first(x):
     return x.swapaxes(1, 2)  # [B, N, heads, d] <-> [B, heads, N, d]
 
 
-def _batched(a, b, contract):
-    """Products of a and b [B, heads, ...], over dimension contract[0] of a and contract[1] of b."""
-    axes = tuple((i,) for i in contract)
-    return jax.lax.dot_general(a, b, (axes, ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+def _batched(a, b, i, j):
+    """Products of a and b [B, heads, ...], over dimension i of a and dimension j of b."""
+    return jax.lax.dot_general(a, b, (((i,), (j,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
 def _attention_forward(query, key, value, mask, bounded):
     query, key, value = (_heads_first(x) for x in (query, key, value))
     query = query / np.float32(np.sqrt(query.shape[-1]))
-    scores = _batched(query, key, (3, 3))  # [B, heads, N, M]
+    scores = _batched(query, key, 3, 3)  # [B, heads, N, M]
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, -1e9)
     scores = jnp.minimum(scores, 60.0) if bounded else scores - scores.max(-1, keepdims=True)
     weights = jnp.exp(scores)  # not yet divided by their sum
     total = jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
-    out = _batched(weights, value, (3, 2)) / total
+    out = _batched(weights, value, 3, 2) / total
     return _heads_first(out), (query, key, value, weights, total, out)
 
 
@@ -307,25 +256,19 @@ def _attention_backward(bounded, saved, grad):
     grad = _heads_first(grad)
     softmax_sum = (grad * out).sum(-1, keepdims=True) / total
     grad = grad / total
-    scores_grad = weights * (_batched(grad, value, (3, 3)) - softmax_sum)
+    scores_grad = weights * (_batched(grad, value, 3, 3) - softmax_sum)
     weights_t, scores_grad_t = (jax.lax.optimization_barrier(x.swapaxes(2, 3)) for x in (weights, scores_grad))
-    query_grad = _batched(scores_grad, key, (3, 2)) / np.float32(np.sqrt(query.shape[-1]))
-    key_grad, value_grad = _batched(scores_grad_t, query, (3, 2)), _batched(weights_t, grad, (3, 2))
+    query_grad = _batched(scores_grad, key, 3, 2) / np.float32(np.sqrt(query.shape[-1]))
+    key_grad, value_grad = _batched(scores_grad_t, query, 3, 2), _batched(weights_t, grad, 3, 2)
     return (*map(_heads_first, (query_grad, key_grad, value_grad)), None)
 
 
 attention_at_once.defvjp(_attention_forward, _attention_backward)
 
-# -------------------------------------------------------------------------------------------------------- normalization
-
 
 def norm_act(coefficients, activation, dtype, x, parameters):
-    """activation(x * a + b), where a, b [B, frames, C] = coefficients(sum of x, sum of x^2, parameters).
-
-    x is [B, frames, *space, C], and the sums run over space. All is float32, whatever `dtype` is.
-    """
-    pixels = math.prod(x.shape[2:-1])
-    flat = x.astype(jnp.float32).reshape(*x.shape[:2], pixels, x.shape[-1])  # [B, frames, pixels, C]
+    """activation(x * a + b), where a, b [B, frames, C] = coefficients(sum of x, sum of x^2, parameters)."""
+    flat = x.astype(jnp.float32).reshape(*x.shape[:2], -1, x.shape[-1])  # [B, frames, pixels, C]
     return _norm_act(coefficients, activation, flat, parameters).reshape(x.shape)
 
 
@@ -336,41 +279,32 @@ def _norm_act(coefficients, activation, x, parameters):
 
 
 def _norm_act_forward(coefficients, activation, x, parameters):
-    sums = x.sum(-2), jnp.square(x).sum(-2)
-    (a, b), pull = jax.vjp(coefficients, *sums, parameters)
+    (a, b), pull = jax.vjp(coefficients, x.sum(-2), jnp.square(x).sum(-2), parameters)
     return activation(x * a[..., None, :] + b[..., None, :]), (x, a, b, pull)
 
 
 def _norm_act_backward(coefficients, activation, saved, grad):
     x, a, b, pull = saved
     grad = jax.vjp(activation, x * a[..., None, :] + b[..., None, :])[1](grad)[0]
-    sum_grad, squares_grad, parameters_grad = pull((row_sum(grad * x), row_sum(grad)))
+    sum_grad, squares_grad, parameters_grad = pull((_row_sum(grad * x), _row_sum(grad)))
     return grad * a[..., None, :] + sum_grad[..., None, :] + 2 * x * squares_grad[..., None, :], parameters_grad
 
 
 _norm_act.defvjp(_norm_act_forward, _norm_act_backward)
 
 
-@jax.custom_vjp
-def affine(x, scale, bias):
-    """x [..., C] * scale [C] + bias [C]; bias may be None."""
-    return x * scale if bias is None else x * scale + bias
+affine = jax.custom_vjp(accelerator.affine)
 
 
 def _affine_backward(saved, grad):
     x, scale, bias = saved
-    return grad * scale, row_sum(_flat(grad * x)), None if bias is None else row_sum(_flat(grad))
+    return grad * scale, _row_sum(_flat(grad * x)), None if bias is None else _row_sum(_flat(grad))
 
 
 affine.defvjp(lambda x, scale, bias: (affine(x, scale, bias), (x, scale, bias)), _affine_backward)
 
-# ----------------------------------------------------------------------------------------------------------- upsampling
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def upsample(x, factors):
-    """Nearest-neighbor upsampling of x [B, *space, C] by a tuple of factors, one for each space dimension."""
-    return accelerator.upsample(x, factors)
+upsample = jax.custom_vjp(accelerator.upsample, nondiff_argnums=(1,))
 
 
 def _upsample_backward(factors, _, grad):

@@ -2,12 +2,8 @@
 
 from vdm_jax.sharding import constrain
 
-_DIMENSIONS = {
-    5: ("batch", "time", "height", "width", "channel"),  # a video [B, T, H, W, C]
-    3: ("batch", "token", "channel"),  # a sound [B, N, C]
-}
-
 
 def constrain_clips(x):
     """Splits a video [B, T, H, W, C] or a sound [B, N, C] over the current mesh; the identity without a mesh."""
-    return constrain(x, *_DIMENSIONS[x.ndim])
+    places = ("time", "height", "width") if x.ndim == 5 else ("token",)
+    return constrain(x, "batch", *places, "channel")

@@ -20,10 +20,9 @@ import numpy as np
 
 
 def _factors(*squares):
-    """Returns three factors (b, g, a) of the paper's matrices: B^T = P b, G = P g and A^T = a P.
+    """Returns factors b [m + 2, m + 2], g [m + 2, 3] and a [m, m + 2] of the paper's B^T = P b, G = P g and A^T = a P.
 
     P is the function `_pairs` below: sums and differences of the two rows that belong to p and -p.
-    b is [m + 2, m + 2], g is [m + 2, 3] and a is [m, m + 2].
 
     squares: p^2 for each pair of points. The polynomials are evaluated at 0, at all p and -p, and at infinity.
     """
@@ -36,26 +35,21 @@ def _factors(*squares):
         kernel += [scale / (2 * square * others(p)) for scale in np.array([[1, 0, square], [0, p, 0]])]
         output += [np.where(np.arange(m) % 2 == odd, p ** np.arange(m), 0) for odd in (0, 1)]
     inputs, kernel, output = [*inputs, x * every], [*kernel, [0, 0, 1]], [*output, np.arange(m) == m - 1]
-    return (
-        np.stack([np.pad(row.coef, (0, m + 2 - len(row.coef))) for row in inputs]),
-        np.array(kernel),
-        np.array(output).T,
-    )
+    inputs = [np.pad(row.coef, (0, m + 2 - len(row.coef))) for row in inputs]
+    return np.stack(inputs), np.array(kernel), np.array(output).T
 
 
-# m -> factors. For m = 4 these points have the smallest rounding error. The paper's points, with squares 1 and 4, have
-# five times that error.
-FACTORS = {2: _factors(1.0), 4: _factors(0.5, 2.0)}
+# For m = 4 these points have the smallest rounding error. The paper's points, with squares 1 and 4, have five times
+# that error.
+_FACTORS = {2: _factors(1.0), 4: _factors(0.5, 2.0)}
+INPUT, KERNEL, OUTPUT = ({m: factors[i] for m, factors in _FACTORS.items()} for i in range(3))  # m -> b, g and a
 
 
 def suits(shape, kernel):
-    """Whether this method is faster than a direct convolution.
+    """Whether this method is faster than a direct convolution of x with `shape` and a kernel with shape `kernel`.
 
     It is slower with few channels, where the sums cost more than the products, and with few tiles, where transforming
     the kernel costs more than it saves.
-
-    shape: of x [B, *space, C_in]
-    kernel: shape of the kernel [*window, C_in, C_out]
     """
     *window, c_in, c_out = kernel
     tiles = math.prod(shape[:-1]) / 4 ** window.count(3)
@@ -64,14 +58,13 @@ def suits(shape, kernel):
 
 @functools.partial(jax.jit, static_argnames="padding")  # all layers of one shape share one trace
 def conv(x, kernel, padding):
-    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out].
+    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out], whose window sizes are 1 or 3.
 
-    Each window size is 1 or 3. padding: a tuple of pairs (before, after), one for each space dimension.
+    padding: a tuple of pairs (before, after), one for each space dimension
     """
-    size = _size(x, kernel, padding)
-    tiles = _tiles(size, kernel)
+    size, tiles = _tiling(x, kernel, padding)
     products = _matmul(_parts(x, tiles, padding), _kernels(kernel, tiles))
-    return _cropped(_contract(products, tiles, _output), [(0, n) for n in size])
+    return _cropped(_contract(products, tiles, OUTPUT), [(0, n) for n in size])
 
 
 @functools.partial(jax.jit, static_argnames="padding")
@@ -80,32 +73,26 @@ def gradients(x, kernel, grad, padding):
 
     grad: the gradient of conv(x, kernel, padding)
     """
-    tiles = _tiles(_size(x, kernel, padding), kernel)
+    _, tiles = _tiling(x, kernel, padding)
     # The padding fills the tiles, and is at least one place. XLA computes a padded array once; an array without padding
     # it would compute again for each operation that reads it.
     ends = {axis: -grad.shape[axis] % m for axis, m in tiles.items()}
     ends[min(tiles)] = ends[min(tiles)] or 1
     grad = jnp.pad(grad, [(0, ends.get(i, 0)) for i in range(grad.ndim)])
-    grads = _expand(grad, tiles, _output_transposed)
+    grads = _expand(grad, tiles, _transposed(OUTPUT))
 
     taps = jnp.einsum("nmc,nmd->ncd", _flat(_parts(x, tiles, padding)), _flat(grads))
     kernel_grad = jnp.tensordot(_kernel_matrix(tiles).T, taps, 1).reshape(kernel.shape)
 
-    x_grad = _contract(_matmul(grads, _kernels(kernel, tiles).swapaxes(1, 2)), tiles, _input_transposed)
+    x_grad = _contract(_matmul(grads, _kernels(kernel, tiles).swapaxes(1, 2)), tiles, _transposed(INPUT))
     return _cropped(x_grad, [(low, n) for n, (low, _) in zip(x.shape[1:], padding)]), kernel_grad
 
 
-def _size(x, kernel, padding):
-    return [n + low + high - k + 1 for n, k, (low, high) in zip(x.shape[1:], kernel.shape, padding)]
-
-
-def _tiles(size, kernel):
-    """{dimension of x: m}, for each dimension whose window is 3; of both m, the one that takes fewer products."""
-    return {
-        axis: min(FACTORS, key=lambda m: -(-n // m) * (m + 2))
-        for axis, (n, k) in enumerate(zip(size, kernel.shape), 1)
-        if k == 3
-    }
+def _tiling(x, kernel, padding):
+    """-> (size of the output's space, {dimension of x: m} for each dimension whose window is 3)."""
+    size = [n + low + high - k + 1 for n, k, (low, high) in zip(x.shape[1:], kernel.shape, padding)]
+    m = [min(_FACTORS, key=lambda m: -(-n // m) * (m + 2)) for n in size]  # of both, the one with fewer products
+    return size, {axis: m[axis - 1] for axis, k in enumerate(kernel.shape[:-2], 1) if k == 3}
 
 
 def _parts(x, tiles, padding):
@@ -114,7 +101,7 @@ def _parts(x, tiles, padding):
     for axis, m in tiles.items():
         low, high = ends[axis]
         ends[axis] = low, high + -(x.shape[axis] + low + high - 2) % m
-    return _expand(jnp.pad(x, ends), tiles, _input)
+    return _expand(jnp.pad(x, ends), tiles, INPUT)
 
 
 def _cropped(x, spans):
@@ -122,14 +109,17 @@ def _cropped(x, spans):
 
 
 def _kernels(kernel, tiles):
-    """[*window, C_in, C_out] -> [products of a tile, C_in, C_out]"""
+    """[*window, C_in, C_out] -> [products of a tile, C_in, C_out]."""
     return jnp.tensordot(_kernel_matrix(tiles), kernel.reshape(-1, *kernel.shape[-2:]), 1)
 
 
 def _kernel_matrix(tiles):
-    """[products of a tile, places of the window]"""
-    sides = (np.stack(_pairs(FACTORS[m][1])) for m in tiles.values())
-    return functools.reduce(np.kron, sides).astype(np.float32)
+    """[products of a tile, places of the window]."""
+    return functools.reduce(np.kron, (np.stack(_pairs(KERNEL[m])) for m in tiles.values())).astype(np.float32)
+
+
+def _transposed(matrices):
+    return {m: matrix.T for m, matrix in matrices.items()}
 
 
 def _flat(x):
@@ -137,7 +127,7 @@ def _flat(x):
 
 
 def _matmul(x, kernels):
-    """x [products of a tile, ..., K] @ kernels [products of a tile, K, N]"""
+    """x [products of a tile, ..., K] @ kernels [products of a tile, K, N]."""
     return jnp.matmul(_flat(x), kernels).reshape(*x.shape[:-1], -1)
 
 
@@ -145,28 +135,35 @@ def _matmul(x, kernels):
 # transformed one dimension after the other. That compiles in half the time of one transformation of all dimensions.
 
 
-def _expand(x, tiles, transform):
-    """x [B, *space, C] -> [products of a tile, B, *tiles, C].
-
-    transform(x, axis, m): -> the m + 2 arrays that one dimension becomes
-    """
+def _expand(x, tiles, matrices):
+    """x [B, *space, C] -> [products of a tile, B, *tiles, C]; matrices: m -> [m + 2, places that a tile reads]."""
     x = x[None]
     for axis, m in tiles.items():
-        x = jnp.stack(transform(x, axis + 1, m), 1)
+        places = matrices[m].shape[1]
+        last = (x.shape[axis + 1] - places) // m * m  # where the last tile starts
+        read = [jax.lax.slice_in_dim(x, i, i + last + 1, m, axis + 1) for i in range(places)]
+        x = jnp.stack(_pairs(_combined(matrices[m], read)), 1)
         x = x.reshape(-1, *x.shape[2:])
     return x
 
 
-def _contract(x, tiles, transform):
-    """[products of a tile, B, *tiles, C] -> [B, *space, C].
-
-    transform(arrays, axis, m): m + 2 arrays -> the arrays whose places alternate along the dimension
-    """
+def _contract(x, tiles, matrices):
+    """[products of a tile, B, *tiles, C] -> [B, *space, C], as the transpose of `_expand`; matrices: transposed too."""
     for axis, m in reversed(tiles.items()):
         x = x.reshape(-1, m + 2, *x.shape[1:])
-        x = jnp.stack(transform([x[:, i] for i in range(m + 2)], axis + 1, m), axis + 2)
+        parts = _combined(matrices[m], _pairs([x[:, i] for i in range(m + 2)]))
+        if len(parts) > m:  # each tile overlaps the next one by two places
+            pad = functools.partial(_pad, axis=axis + 1)
+            *inner, first, second = parts
+            inner = [pad(part, (0, 1)) for part in inner]
+            parts = [inner[0] + pad(first, (1, 0)), inner[1] + pad(second, (1, 0)), *inner[2:]]
+        x = jnp.stack(parts, axis + 2)
         x = x.reshape(*x.shape[: axis + 1], -1, *x.shape[axis + 3 :])
     return x[0]
+
+
+def _pad(x, ends, axis):
+    return jnp.pad(x, [ends if i == axis else (0, 0) for i in range(x.ndim)])
 
 
 def _pairs(arrays):
@@ -177,37 +174,14 @@ def _pairs(arrays):
 
 def _combined(matrix, arrays):
     """For each row of the matrix: the sum of the arrays, weighted by the row."""
-
-    def add(total, weighted):
-        weight, x = weighted
-        if total is None:
-            return x if weight == 1 else x * float(weight)
-        term = x if abs(weight) == 1 else x * abs(float(weight))
-        return total + term if weight > 0 else total - term
-
-    rows = (((w, a) for w, a in zip(row, arrays) if w) for row in matrix)
-    return [functools.reduce(add, row, None) for row in rows]
-
-
-def _strided(x, axis, starts, step, count):
-    return [jax.lax.slice_in_dim(x, i, i + step * (count - 1) + 1, step, axis) for i in range(starts)]
-
-
-def _input(x, axis, m):
-    return _pairs(_combined(FACTORS[m][0], _strided(x, axis, m + 2, m, (x.shape[axis] - 2) // m)))
-
-
-def _input_transposed(parts, axis, m):
-    *inner, first, second = _combined(FACTORS[m][0].T, _pairs(parts))
-    pad = lambda x, *ends: jnp.pad(x, [ends if i == axis else (0, 0) for i in range(x.ndim)])  # noqa: E731
-    inner = [pad(x, 0, 1) for x in inner]
-    # Each tile overlaps the next one by two places.
-    return [inner[0] + pad(first, 1, 0), inner[1] + pad(second, 1, 0), *inner[2:]]
-
-
-def _output(parts, axis, m):
-    return _combined(FACTORS[m][2], _pairs(parts))
-
-
-def _output_transposed(x, axis, m):
-    return _pairs(_combined(FACTORS[m][2].T, _strided(x, axis, m, m, x.shape[axis] // m)))
+    sums = []
+    for row in matrix:
+        total = None
+        for weight, x in zip(row, arrays):
+            if total is None and weight:
+                total = x if weight == 1 else x * float(weight)
+            elif weight:
+                term = x if abs(weight) == 1 else x * abs(float(weight))
+                total = total + term if weight > 0 else total - term
+        sums.append(total)
+    return sums

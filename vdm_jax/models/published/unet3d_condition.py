@@ -13,17 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdm_jax.errors import UserError
-from vdm_jax.models.layers import (
-    Conv,
-    Dense,
-    GroupNorm,
-    LayerNorm,
-    activation_dtype,
-    attention,
-    constrain_activation,
-    fourier_features,
-    upsample,
-)
+from vdm_jax.models import layers
 
 MODELSCOPE = dict(  # damo-vilab/text-to-video-ms-1.7b and cerspense/zeroscope_v2_576w, 1.41 B parameters
     channels=(320, 640, 1280, 1280),
@@ -36,24 +26,18 @@ MODELSCOPE = dict(  # damo-vilab/text-to-video-ms-1.7b and cerspense/zeroscope_v
     text_width=1024,
 )
 
-# ------------------------------------------------------------------------------------------------------------ model
 
-
-class FrameBlock(nn.Module):
-    """Residual block of two 3x3 convolutions in each frame; the embedding [B, E] of the noise level is added between.
-
-    The offset of GroupNorm adds the embedding.
-    """
+class FrameBlock(layers.Layer):
+    """Residual block of two 3x3 convolutions in each frame; the noise level's embedding [B, E] is added between."""
 
     features: int  # output channels
     groups: int  # of GroupNorm
-    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x, embedding):
-        norm = functools.partial(GroupNorm, self.groups, activation=nn.silu, dtype=self.dtype)
-        conv = functools.partial(Conv, self.features, (1, 3, 3), dtype=self.dtype)
-        dense = functools.partial(Dense, self.features, dtype=self.dtype)
+        norm = functools.partial(layers.GroupNorm, self.groups, activation=nn.silu, dtype=self.dtype)
+        conv = functools.partial(layers.Conv, self.features, (1, 3, 3), dtype=self.dtype)
+        dense = functools.partial(layers.Dense, self.features, dtype=self.dtype)
         h = conv(name="conv_in")(norm(name="norm_in")(x))
         h = norm(name="norm_out")(h, offset=dense(name="embedding")(embedding)[:, None])
         h = conv(name="conv_out")(h)
@@ -62,65 +46,42 @@ class FrameBlock(nn.Module):
         return x + h
 
 
-class TimeBlock(nn.Module):
+class TimeBlock(layers.Layer):
     """Residual block of four convolutions over time; the statistics of GroupNorm are over all frames."""
 
     groups: int  # of GroupNorm
-    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x):
         h = x
         for i in range(1, 5):
-            h = GroupNorm(self.groups, frames=1, activation=nn.silu, dtype=self.dtype, name=f"norm_{i}")(h)
-            h = Conv(x.shape[-1], (3, 1, 1), zero=i == 4, dtype=self.dtype, name=f"conv_{i}")(h)
+            h = layers.GroupNorm(self.groups, frames=1, activation=nn.silu, dtype=self.dtype, name=f"norm_{i}")(h)
+            h = layers.Conv(x.shape[-1], (3, 1, 1), zero=i == 4, dtype=self.dtype, name=f"conv_{i}")(h)
         return x + h
 
 
-class PlainAttention(nn.Module):
-    """Multi-head attention as in arXiv:1706.03762: nothing is normalized, and only the output has a bias.
-
-    x: [B, N, C]
-    context: [B, M, D], what x attends to; None is x itself
-    """
-
-    heads: int
-    head_dim: int  # channels of a head
-    dtype: jnp.dtype = jnp.float32  # of the products
-
-    @nn.compact
-    def __call__(self, x, context=None):
-        context = x if context is None else context
-        dense = functools.partial(Dense, (self.heads, self.head_dim), use_bias=False, dtype=self.dtype)
-        query, key, value = dense(name="query")(x), dense(name="key")(context), dense(name="value")(context)
-        out = attention(query, key, value)
-        out = Dense(x.shape[-1], axes=2, zero=True, dtype=self.dtype, name="out")(out)
-        return constrain_activation(out)
-
-
-class Transformer(nn.Module):
+class Transformer(layers.Layer):
     """One pre-norm transformer block, residual.
 
     x: [B, T, h, w, C]
-    text: [B, L, D] or None. With a text, the tokens of a frame attend to each other, then to the text. Without, the T
-        tokens of a pixel attend to each other twice.
+    text: [B, L, D]: the tokens of a frame attend to each other, then to it; or None: the T tokens of a pixel attend to
+        each other twice
     """
 
     heads: int
     head_dim: int  # channels of a head
     groups: int  # of GroupNorm
-    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x, text=None):
         b, t, h, w, c = x.shape
         width = self.heads * self.head_dim
-        dense = functools.partial(Dense, dtype=self.dtype)
-        norm = functools.partial(LayerNorm, eps=1e-5, dtype=self.dtype)
-        attention = functools.partial(PlainAttention, self.heads, self.head_dim, dtype=self.dtype)
+        dense = functools.partial(layers.Dense, dtype=self.dtype)
+        norm = functools.partial(layers.LayerNorm, eps=1e-5, dtype=self.dtype)
+        attention = functools.partial(layers.Attention, self.head_dim, self.heads, plain=True, dtype=self.dtype)
         over_time = text is None
 
-        tokens = GroupNorm(self.groups, frames=1 if over_time else t, eps=1e-6, dtype=self.dtype, name="norm")(x)
+        tokens = layers.GroupNorm(self.groups, frames=1 if over_time else t, eps=1e-6, dtype=self.dtype, name="norm")(x)
         if over_time:
             tokens = tokens.reshape(b, t, h * w, c).swapaxes(1, 2)  # [B, h*w, T, C]
         tokens = tokens.reshape(-1, t if over_time else h * w, c)  # [B*h*w, T, C] or [B*T, h*w, C]
@@ -138,28 +99,27 @@ class Transformer(nn.Module):
         return x + tokens.reshape(x.shape)
 
 
-class Block(nn.Module):
+class Block(layers.Layer):
     """FrameBlock, TimeBlock and, with `attend`, a Transformer over each frame and one over time."""
 
     features: int  # output channels
     attend: bool
     head_dim: int  # channels of an attention head
     groups: int  # of GroupNorm
-    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, x, embedding, text):
-        x = FrameBlock(self.features, self.groups, self.dtype, name="frame")(x, embedding)
-        x = TimeBlock(self.groups, self.dtype, name="time")(x)
+        x = FrameBlock(self.features, self.groups, dtype=self.dtype, name="frame")(x, embedding)
+        x = TimeBlock(self.groups, dtype=self.dtype, name="time")(x)
         if self.attend:
             heads = self.features // self.head_dim
-            transformer = functools.partial(Transformer, heads, self.head_dim, self.groups, self.dtype)
+            transformer = functools.partial(Transformer, heads, self.head_dim, self.groups, dtype=self.dtype)
             x = transformer(name="attend_frame")(x, text)
             x = transformer(name="attend_time")(x)
-        return constrain_activation(x)
+        return layers.constrain_activation(x)
 
 
-class UNet3DCondition(nn.Module):
+class UNet3DCondition(layers.Layer):
     """Returns a prediction [B, T, h, w, out_channels], float32.
 
     video: [B, T, h, w, in_channels]
@@ -178,22 +138,21 @@ class UNet3DCondition(nn.Module):
     in_channels: int
     out_channels: int
     text_width: int  # channels of the text states
-    dtype: jnp.dtype = jnp.float32  # of the products
 
     @nn.compact
     def __call__(self, video, timesteps, text):
         first = self.channels[0]
         last = len(self.channels) - 1
-        conv = functools.partial(Conv, window=(1, 3, 3), dtype=self.dtype)
-        dense = functools.partial(Dense, 4 * first, dtype=self.dtype)
+        conv = functools.partial(layers.Conv, window=(1, 3, 3), dtype=self.dtype)
+        dense = functools.partial(layers.Dense, 4 * first, dtype=self.dtype)
         block = functools.partial(Block, head_dim=self.head_dim, groups=self.groups, dtype=self.dtype)
 
-        noise_level = fourier_features(timesteps, first, max_period=10000.0)
+        noise_level = layers.fourier_features(timesteps, first, max_period=10000.0)
         embedding = nn.silu(dense(name="noise_out")(nn.silu(dense(name="noise_in")(noise_level))))  # [B, E]
-        text = text.astype(activation_dtype(self.dtype))
+        text = text.astype(self.activation_dtype)
 
         x = conv(first, name="stem")(video)
-        x = Transformer(8, self.head_dim, self.groups, self.dtype, name="attend_stem")(x)
+        x = Transformer(8, self.head_dim, self.groups, dtype=self.dtype, name="attend_stem")(x)
 
         # Down
         skips = [x]
@@ -216,24 +175,18 @@ class UNet3DCondition(nn.Module):
                 x = block(features, attend, name=f"up_{i}_{j}")(x, embedding, text)
             if i < last:
                 h, w = skips[-1].shape[2:4]  # an odd size was rounded up when it was halved
-                upsample_conv = functools.partial(conv, features, name=f"upsample_{i}")
-                if (h, w) == (2 * x.shape[2], 2 * x.shape[3]):
-                    x = upsample_conv(upsample=(1, 2, 2))(x)
-                else:
-                    x = upsample_conv()(upsample(x, (1, 2, 2))[:, :, :h, :w])
+                x = layers.upsample(x, (1, 2, 2))[:, :, :h, :w]
+                x = conv(features, name=f"upsample_{i}")(x)
 
-        x = GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype, name="norm_out")(x)
+        x = layers.GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype, name="norm_out")(x)
         return conv(self.out_channels, name="head")(x).astype(jnp.float32)
 
 
 def param_shapes(model):
     """The parameters of a UNet3DCondition as a tree of ShapeDtypeStructs; nothing is allocated."""
-    shapes = (1, 1, 1, 1, model.in_channels), (1,), (1, 1, model.text_width)
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    inputs = jnp.zeros((1, 1, 1, 1, model.in_channels)), jnp.zeros(1), jnp.zeros((1, 1, model.text_width))
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
 
-
-# ---------------------------------------------------------------------------------------------------------- weights
 
 # From our path, with dots for slashes, to the name in diffusers: all rules are applied, one after the other.
 _NAMES = (
@@ -243,8 +196,7 @@ _NAMES = (
     (r"^attend_stem\b", "transformer_in"),
     (r"^norm_out\b", "conv_norm_out"),
     (r"^head\b", "conv_out"),
-    (r"^downsample_(\d+)", r"down_blocks.\1.downsamplers.0.conv"),
-    (r"^upsample_(\d+)", r"up_blocks.\1.upsamplers.0.conv"),
+    (r"^(down|up)sample_(\d+)", r"\1_blocks.\2.\1samplers.0.conv"),
     (r"^(down|up)_(\d+)_(\d+)\.(\w+)", r"\1_blocks.\2.\4.\3"),
     (r"^middle_(\d)\.(\w+)", r"mid_block.\2.\1"),
     (r"\.frame\.(\d+)", r".resnets.\1"),
@@ -284,7 +236,6 @@ def load_diffusers(flat, model):
     """Converts the weights of diffusers' UNet3DConditionModel. Returns a tree of float32 arrays.
 
     flat: {name: array}, from safetensors.numpy.load_file("diffusion_pytorch_model.safetensors")
-    model: a UNet3DCondition with the settings of the weights
 
     Raises UserError for a missing tensor, an unknown tensor, or a wrong shape.
     """
@@ -296,10 +247,8 @@ def load_diffusers(flat, model):
         if name not in flat:
             raise UserError(f"tensor {name} is missing: give all tensors of a UNet3DConditionModel with these settings")
         if flat[name].shape != shape:
-            raise UserError(
-                f"tensor {name} has shape {flat[name].shape}, but this model needs {shape}: "
-                "give the model the settings of the weights"
-            )
+            has = f"tensor {name} has shape {flat[name].shape}, but this model needs {shape}"
+            raise UserError(f"{has}: give the model the settings of the weights")
 
     def load(path, leaf):
         tensor = flat[_name(path)]
@@ -311,7 +260,6 @@ def load_diffusers(flat, model):
 
 
 def _name(path):
-    """The name in diffusers of our parameter at a key path."""
     name = ".".join(key.key for key in path)
     return functools.reduce(lambda name, rule: re.sub(rule[0], rule[1], name), _NAMES, name)
 
@@ -321,13 +269,13 @@ def _shape(path, shape):
     layer, kind = path[-2].key, path[-1].key
     if kind != "kernel":
         return shape
-    if layer in ("query", "key", "value"):  # [input, heads, d]
-        return (shape[1] * shape[2], shape[0])
-    if layer == "out":  # [heads, d, output]
-        return (shape[2], shape[0] * shape[1])
+    if layer in ("query", "key", "value"):
+        inputs, heads, head_dim = shape
+        return (heads * head_dim, inputs)
+    if layer == "out":
+        heads, head_dim, outputs = shape
+        return (outputs, heads * head_dim)
     *window, inputs, outputs = shape
-    if layer == "skip":  # a convolution of one pixel
-        window = [1, 1]
-    elif window and window[0] == 1:  # within a frame
+    if window[:1] == [1]:  # within a frame
         window = window[1:]
-    return (outputs, inputs, *window)
+    return (outputs, inputs, *((1, 1) if layer == "skip" else window))  # a skip is a convolution of one pixel
