@@ -261,6 +261,11 @@ def write_exported(folder, config, params, steps):
     checksums.write(folder)
 
 
+def as_exported(params):
+    """Returns a tree of NumPy arrays with the values that `write_safetensors` would keep of it, in float32."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), params)
+
+
 def write_safetensors(path, params, step, dtype=np.float16):
     """Writes a tree of parameters under flat names 'a/b/c', and the step that they are from as metadata."""
     flat = {path_name(p): np.asarray(x, dtype) for p, x in jax.tree_util.tree_leaves_with_path(params)}

@@ -29,13 +29,14 @@ def prepare(system, workdir, examples, mesh):
 
     examples: data/batches.Examples of the training clips.
 
-    encoder_params: {stage: EMA parameters of the three earlier stages, 'statistics': ...}, on the mesh.
+    encoder_params: {stage: EMA parameters of the three earlier stages, 'statistics': ...}, on the mesh. They have the
+        precision of exported weights, so that the denoiser is trained on what is exported with it.
     items: `examples` itself, or with config.denoiser.cached_clips > 0 a source of that many encoded clips, kept in the
         run's folder.
     Raises UserError where an earlier stage has no checkpoint.
     """
     encoders = [name for name in system.stages["denoiser"].encoder_params if name != "statistics"]
-    params = {name: folder.read_params(workdir, name, system.params[name]) for name in encoders}
+    params = {name: folder.as_exported(folder.read_params(workdir, name, system.params[name])) for name in encoders}
     path = workdir / "denoiser" / "statistics.json"
     if not hosts.broadcast_from_primary(path.exists()):
         statistics = measure(system, params, examples)
