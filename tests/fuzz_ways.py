@@ -127,7 +127,7 @@ def mp4(draw, folder):
     elif reader == 1:
         media.read_audio(path, 2000, draw.choice((0.5, 3, 0)))
     else:
-        video, audio, _ = media.read_video(path, **CLIP, start=start, frames=frames)
+        video, audio = media.read_video(path, **CLIP, start=start, frames=frames)
         assert video.dtype == np.uint8 and video.shape[1:] == (16, 16, 3) and np.isfinite(audio).all()
 
 
@@ -354,17 +354,13 @@ def stored(draw, folder):
 def exported(draw, folder):
     """Exported weights with a changed file, and half of the time with a changed value in config.json."""
     seal = draw.choice(("", "out"))
-    expected = place(folder, "out", draw, seal)
-    spoiled = draw.random() < 0.5
-    if spoiled:
+    place(folder, "out", draw, seal)
+    if draw.random() < 0.5:
         config = json.loads(run_files()[0][PurePath("out/config.json")])
         spoil(draw, config)
         (folder / "out" / "config.json").write_text(json.dumps(config))
         checksums.write(folder / "out")
-    config = run_folder.read_config(folder / "out")
-    if spoiled:
-        expected = run_folder.checked_build(folder / "out", config, build).params
-    run_folder.read_exported(folder / "out", expected, unverified=not seal)
+    run_folder.load(folder / "out", build, unverified=not seal)
 
 
 def spoil(draw, settings):

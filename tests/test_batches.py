@@ -87,7 +87,7 @@ def test_batches_of_the_world():
     again = next(from_step(1))
     jax.tree.map(np.testing.assert_array_equal, again, second)
     assert (first["video"] != second["video"]).any()
-    assert all(len(caption) > 5 for caption in text.decode(first["tokens"]))
+    assert (text.mask(first["tokens"]).sum(1) > 7).all()
     held_out = batches.source(config, "held_out")
     assert (held_out[0]["video"] != source[0]["video"]).any()
 
@@ -100,9 +100,10 @@ def test_batches_of_the_world():
 def test_examples_have_a_wrong_caption_where_one_is_drawn():
     source = [{"video": np.zeros(2), "audio": np.zeros(3), "caption": caption} for caption in ("a red cat", "a dog")]
     plain = batches.Examples(source, 16).take([1, 0])
-    assert set(plain) == {"video", "audio", "tokens"} and text.decode(plain["tokens"]) == ["a dog", "a red cat"]
+    assert set(plain) == {"video", "audio", "tokens"}
+    np.testing.assert_array_equal(plain["tokens"], text.encode(["a dog", "a red cat"], 16))
     wrong = batches.Examples(source, 16, lambda caption: caption.upper()).take([1, 0])
-    assert text.decode(wrong["hard_negative"]) == ["A DOG", "A RED CAT"]
+    np.testing.assert_array_equal(wrong["hard_negative"], text.encode(["A DOG", "A RED CAT"], 16))
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,9 @@ def equal(a, b):
 
 def test_safetensors_come_back(tmp_path):
     path = tmp_path / "w.safetensors"
-    run_folder.write_safetensors(path, PARAMS, 7, np.float32)
-    back, step = run_folder.read_safetensors(path, EXPECTED)
-    equal(back, PARAMS)
+    run_folder.write_safetensors(path, PARAMS, 7)
+    half, step = run_folder.read_safetensors(path, EXPECTED)
     assert step == 7
-    run_folder.write_safetensors(path, PARAMS, 0)
-    half, _ = run_folder.read_safetensors(path, EXPECTED)
     equal(half, jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), PARAMS))
     assert {x.dtype for x in jax.tree.leaves(half)} == {np.dtype(np.float32)}
 
@@ -44,10 +41,10 @@ def test_safetensors_of_another_model_are_told(tmp_path):
     for params, words in (
         (
             {**PARAMS, "stem": {**stem, "kernel": stem["kernel"].T}},
-            r"stem/kernel has shape \(4, 3\).*asks for \(3, 4\)",
+            r"stem/kernel is \(4, 3\).*asks for \(3, 4\)",
         ),
-        ({"stem": stem}, "scale is missing"),
-        ({**PARAMS, "more": stem}, "more/bias is unknown"),
+        ({"stem": stem}, "has no scale"),
+        ({**PARAMS, "more": stem}, "has more/bias, which the config does not"),
     ):
         run_folder.write_safetensors(path, params, 0)
         with pytest.raises(UserError, match=words):
@@ -111,18 +108,19 @@ def test_statistics_are_written_over(tmp_path):
 
 
 def test_a_config_that_breaks_the_build_is_named_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+
     def build(config):
         raise ZeroDivisionError("integer\nmodulo by zero")
 
     with pytest.raises(UserError, match=r"config.json does not fit .*\(ZeroDivisionError: integer modulo by zero\)"):
-        run_folder.checked_build(tmp_path, None, build)
+        run_folder.load(tmp_path, build)
 
     def refuse(config):
         raise UserError("a clear line")
 
     with pytest.raises(UserError, match="^a clear line$"):
-        run_folder.checked_build(tmp_path, None, refuse)
-    assert run_folder.checked_build(tmp_path, 3, lambda config: config + 1) == 4
+        run_folder.load(tmp_path, refuse)
 
 
 @pytest.mark.parametrize("number", run_folder.DISK_FAULTS)

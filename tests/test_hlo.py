@@ -16,6 +16,12 @@ TPU = """HloModule jit_step, is_scheduled=true
   ROOT %convolution.1 = bf16[8,8]{1,0} convolution(%param_1.1, %bitcast.1), dim_labels=bf_io->bf
 }
 
+%add (left: f32[], right: f32[]) -> f32[] {
+  %left = f32[]{:T(128)} parameter(0)
+  %right = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%left, %right)
+}
+
 %all-reduce-scatter.1 (input: f32[64]) -> f32[16] {
   %input = f32[64]{0:T(128)} parameter(0)
   %all-reduce.1 = f32[64]{0} all-reduce(%input), replica_groups=mesh['a'=4,'b'=2] {'a'}, to_apply=%add

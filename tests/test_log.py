@@ -88,21 +88,9 @@ def test_means_leave_out_skipped_steps_and_what_was_not_measured():
     means, skipped = run_log.summarize(history(1.0, np.nan, 5.0, skipped=(1,)), 7)
     assert means == {"loss": 3.0, "part": 3.0, "grad_norm": 6.0, "skipped": 1}
     (one,) = skipped
-    assert one.number == 8 and np.isnan(one.loss) and one.why() == "loss nan, gradient norm nan"
+    assert one.number == 8 and np.isnan(one.loss) and str(one) == "loss nan, gradient norm nan"
     means, skipped = run_log.summarize(history(1e9, skipped=(0,)), 1)
     assert np.isnan(means["loss"]) and means["skipped"] == 1 and len(skipped) == 1
-    assert run_log.mean([(2.0, 3), (np.nan, 0), (4.0, 1)]) == 2.5 and np.isnan(run_log.mean([]))
-
-
-def test_a_streak_goes_on_over_log_lines_and_ends_with_a_good_step():
-    def skipped(*steps):
-        return [run_log.Skipped(step, np.nan, 1.0) for step in steps]
-
-    streak = run_log.Streak()
-    assert not streak.add(skipped(2, 4, 5), 5, 4) and [step.number for step in streak.steps] == [4, 5]
-    assert not streak.add(skipped(6), 7, 4) and not streak.steps
-    assert not streak.add(skipped(9, 10), 10, 4)
-    assert streak.add(skipped(11, 12, 13, 14), 15, 4) and [step.number for step in streak.steps] == [9, 10, 11, 12]
 
 
 def test_goodput_is_the_share_of_time_in_steps():
@@ -123,19 +111,6 @@ def test_goodput_is_the_share_of_time_in_steps():
     assert watch.stepping >= 0.3 and 0 < watch.goodput() < 1  # a sleep is at least as long as asked
 
 
-def test_a_heartbeat_is_whole_at_any_moment(tmp_path):
-    for step in (1, 2):
-        run_log.write_heartbeat(tmp_path / "heartbeat.json", step=step)
-        beat = json.loads((tmp_path / "heartbeat.json").read_text())
-        assert beat["step"] == step and abs(beat["time"] - time.time()) < 1000
-    assert [p.name for p in tmp_path.iterdir()] == ["heartbeat.json"]
-
-
-@pytest.mark.parametrize("seconds, shown", [(0, "0:00:00"), (61.9, "0:01:01"), (360_000, "100:00:00")])
-def test_clock(seconds, shown):
-    assert run_log.clock(seconds) == shown
-
-
 # ----------------------------------------------------------------------------------------------- what the loop calls
 
 
@@ -146,10 +121,10 @@ def report(directory, done=0, **changed):
     watch.start()
     directory.mkdir(parents=True, exist_ok=True)
     settings = dict(
-        steps=6, done=done, saved=None, watch=watch, stop_after=3, heartbeat_every=1000.0,
+        steps=6, stop=6, done=done, saved=None, watch=watch, stop_after=3, heartbeat_every=1000.0,
         sample_ids=lambda number: f"those of {number}", finish=lambda: called.append("finish"),
     )  # fmt: skip
-    return run_log.RunLog("clip", directory, **{**settings, **changed}), called
+    return run_log.RunLog("clip", "clip", 1, directory, **{**settings, **changed}), called
 
 
 def step(loss, skipped=0.0):
@@ -180,7 +155,7 @@ def test_a_log_line_holds_the_means_since_the_line_before(tmp_path, caplog):
     assert [line.split("  ")[0] for line in shown] == [
         "clip 2/6 loss 1.5000", "clip 4/6 loss 3.5000", "clip 6/6 loss 5.5000",
     ]  # fmt: skip
-    assert "saved -" in shown[1] and "saved 4" in shown[2] and shown[2].endswith("0:00:00 left")
+    assert "saved -" in shown[1] and "saved 4" in shown[2] and shown[2].endswith("  00:00 left")
 
 
 def test_a_run_that_continues_reports_the_steps_that_are_left(tmp_path):
@@ -209,6 +184,23 @@ def test_skipped_steps_are_named_and_too_many_in_a_row_end_the_run(tmp_path, cap
     assert not other.skipping and not called
 
 
+def test_a_streak_goes_on_over_log_lines_and_ends_with_a_good_step(tmp_path):
+    log, _ = report(tmp_path / "clip", stop_after=4)
+
+    def write(number, marks):
+        for skipped in marks:
+            log.add(step(1, skipped))
+        log.write(number)
+        return [one.number for one in log.streak]
+
+    assert write(5, (0, 1, 0, 1, 1)) == [4, 5]
+    assert write(7, (1, 0)) == [] and not log.skipping
+    assert np.isclose(log.mean_loss(), 1)
+    assert write(10, (0, 1, 1)) == [9, 10]
+    with pytest.raises(UserError, match="4 steps in a row were skipped, from step 9 on"):
+        write(15, (1, 1, 1, 1, 0))
+
+
 def test_the_heartbeat_is_written_at_its_pace_and_at_the_last_step(tmp_path):
     log, _ = report(tmp_path / "clip", saved=3)
     path = tmp_path / "heartbeat.json"
@@ -216,6 +208,8 @@ def test_the_heartbeat_is_written_at_its_pace_and_at_the_last_step(tmp_path):
         log.heartbeat(number, last)
         beat = json.loads(path.read_text())
         assert (beat["step"], beat["steps"], beat["stage"], beat["saved"]) == (read, 6, "clip", 3)
+        assert abs(beat["time"] - time.time()) < 1000
+    assert not list(tmp_path.glob("*.tmp"))  # it is whole at any moment
     log, _ = report(tmp_path / "clip", heartbeat_every=0.0)
     for number in (4, 5):
         log.heartbeat(number)

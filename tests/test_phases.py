@@ -1,5 +1,6 @@
 """Phases of a stage: shares become steps, and a run may move to another machine between two phases."""
 
+import json
 import re
 import shutil
 
@@ -27,8 +28,8 @@ def with_phases(*parts, steps=10):
 def test_shares_become_steps_and_settings():
     system = with_phases({"share": 0.25, "data.size": 8}, {"share": 0.75, "denoiser.diffusion.patterns.text": 1.0})
     first, second = phases(system, "denoiser")
-    assert (first.number, first.count, first.start, first.stop) == (1, 2, 0, 2)
-    assert (second.number, second.count, second.start, second.stop) == (2, 2, 2, 10)
+    assert first[:4] == (1, "denoiser, phase 1 of 2", 0, 2)
+    assert second[:4] == (2, "denoiser, phase 2 of 2", 2, 10)
     assert [phase.system.config.denoiser.steps for phase in (first, second)] == [2, 8]
     assert (first.system.config.data.size, second.system.config.data.size) == (8, 16)
     assert second.system.config.denoiser.diffusion.patterns.text == 1.0
@@ -37,7 +38,7 @@ def test_shares_become_steps_and_settings():
 
 def test_a_stage_without_phases_is_one_phase():
     system = build(tiny.get_config())
-    assert phases(system, "clip") == [(1, 1, 0, 8, system)]
+    assert phases(system, "clip") == [(1, "clip", 0, 8, system)]
 
 
 @pytest.mark.parametrize(
@@ -84,8 +85,11 @@ def test_a_run_with_phases_is_resumed_and_moved_bit_for_bit(command, tiny_run, t
     whole = tmp_path / "whole"
     shutil.copytree(tiny_run, whole, ignore=shutil.ignore_patterns("denoiser"))
     err, expected = finish(whole)
-    assert any("denoiser phase 1/2: " in line and "0 of 4 steps done" in line for line in err)
-    assert any("denoiser phase 2/2: " in line and "4 of 8 steps done" in line for line in err)
+    assert any("denoiser, phase 1 of 2: " in line and "0 of 4 steps done" in line for line in err)
+    assert any("denoiser, phase 2 of 2: " in line and "4 of 8 steps done" in line for line in err)
+    told = [json.loads(line) for line in (whole / "denoiser/metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["phase"]) for line in told] == [(n, 1 if n < 5 else 2) for n in range(1, 9)]
+    assert any("denoiser, phase 2 of 2 5/8 loss" in line for line in err)
     for newest in (4, 6):
         shutil.copytree(whole, tmp_path / str(newest))
         for step in range(newest + 2, 10, 2):

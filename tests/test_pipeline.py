@@ -98,7 +98,7 @@ def test_batches_and_windows_are_counted(pipe, caplog):
     pipe.rollout(["a red circle"], 10, steps=2, context_frames=2)  # 5 frames, and a window of 2 after each 3
     caplog.clear()
     pipe.rollout(["a red circle"], 10, steps=2, context_frames=2)
-    assert caplog.messages == [f"sampling windows: {done} of 5 frames" for done in (2, 4, 5)]
+    assert caplog.messages == [f"sampling: {done} of 3 windows" for done in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("method", ["dpmpp_2m", "ddpm"])

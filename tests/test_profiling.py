@@ -61,8 +61,14 @@ def said(caplog):
     return read
 
 
-def test_the_seconds_of_the_last_compilation_are_told_before_the_next(tmp_path, said, monkeypatch):
+@pytest.fixture
+def seconds(tmp_path, monkeypatch):
+    """The path of the file that remembers seconds."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "vdm_jax" / "compile_seconds.json"
+
+
+def test_the_seconds_of_the_last_compilation_are_told_before_the_next(seconds, said, monkeypatch):
     clock = iter([0, 54.6, 100, 130, 0, 1])
     monkeypatch.setattr(profiling.time, "perf_counter", lambda: next(clock))
     with profiling.compiling("the training step"):
@@ -70,35 +76,33 @@ def test_the_seconds_of_the_last_compilation_are_told_before_the_next(tmp_path, 
     assert said() == ["compiled in 55 s"]
     with profiling.compiling("the training step"):
         assert said() == ["compiling the training step (took 55 s last time)"]
-    path = tmp_path / "vdm_jax" / "compile_seconds.json"
-    (seconds,) = json.loads(path.read_text()).values()
-    assert seconds == 30 and [p.name for p in path.parent.iterdir()] == [path.name]
+    (last,) = json.loads(seconds.read_text()).values()
+    assert last == 30 and [p.name for p in seconds.parent.iterdir()] == [seconds.name]
     said()
     with profiling.compiling("the training step", key="1.2 M"):  # another program of that name
         assert said() == ["compiling the training step (first time here)"]
-    assert len(json.loads(path.read_text())) == 2
+    assert len(json.loads(seconds.read_text())) == 2
 
 
-def test_a_compilation_that_fails_is_not_remembered(tmp_path):
-    path = tmp_path / "seconds.json"
-    with pytest.raises(ZeroDivisionError), profiling.compiling("it", path):
+def test_a_compilation_that_fails_is_not_remembered(seconds):
+    with pytest.raises(ZeroDivisionError), profiling.compiling("it"):
         raise ZeroDivisionError
-    assert not path.exists()
+    assert not seconds.exists()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", '{"a": []}', '{"a": "x"}', "\0", "[" * 100_000])
-def test_a_damaged_file_of_seconds_is_replaced(tmp_path, content, said):
-    path = tmp_path / "seconds.json"
-    path.write_text(content)
+def test_a_damaged_file_of_seconds_is_replaced(seconds, content, said):
+    seconds.parent.mkdir()
+    seconds.write_text(content)
     for told in ("first time here", "took 0 s last time"):
-        with profiling.compiling("it", path):
+        with profiling.compiling("it"):
             assert said() == [f"compiling it ({told})"]
         said()
 
 
-def test_seconds_that_cannot_be_stored_are_no_error(tmp_path, said):
-    (tmp_path / "file").write_text("")
+def test_seconds_that_cannot_be_stored_are_no_error(seconds, said):
+    seconds.parent.write_text("")
     for _ in range(2):
-        with profiling.compiling("it", tmp_path / "file" / "seconds.json"):
+        with profiling.compiling("it"):
             assert said() == ["compiling it (first time here)"]
         said()

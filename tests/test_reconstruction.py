@@ -10,17 +10,7 @@ def test_psnr_of_a_constant_offset():
     assert psnr(a, a + np.uint8(10)) == pytest.approx(20 * np.log10(255 / 10))
     # uint8 must not wrap around: 5 - 250 is -245
     assert psnr(np.uint8([5]), np.uint8([250])) == pytest.approx(20 * np.log10(255 / 245))
-    assert psnr(np.zeros(3), np.full(3, 0.1)) == pytest.approx(20)
-    assert psnr(np.zeros(3), np.full(3, 0.1), data_range=2) == pytest.approx(20 + 20 * np.log10(2))
     assert psnr(a, a) == float("inf")
-
-
-def test_mixed_kinds_are_refused():
-    a = np.zeros((8, 8, 3), np.uint8)
-    with pytest.raises(ValueError, match="cannot compare"):
-        psnr(a, a.astype(np.float32))
-    with pytest.raises(ValueError, match="cannot compare"):
-        ssim(a, a[:4])
 
 
 def ssim_by_the_paper(a, b, data_range, size=11):
@@ -57,16 +47,14 @@ def test_ssim_against_the_formula(shape, size):
         ]
     )
     assert ssim(a, b) == pytest.approx(want, abs=1e-9)
-    # the same picture in another unit
-    assert ssim(a / 255, b / 255) == pytest.approx(want, abs=1e-9)
 
 
 def test_ssim_of_flat_and_equal_frames():
-    a = np.full((16, 16, 3), 0.2)
+    a = np.full((16, 16, 3), 51, np.uint8)
     assert ssim(a, a) == pytest.approx(1)
     # without variance only the luminance term is left
     want = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)
-    assert ssim(a, np.full_like(a, 0.6)) == pytest.approx(want)
+    assert ssim(a, np.full_like(a, 153)) == pytest.approx(want)
 
 
 def test_si_sdr_of_known_noise():
@@ -86,30 +74,23 @@ def test_si_sdr_where_it_has_no_value():
 
 
 def test_onsets_pair_one_to_one():
-    share, errors = onset_errors([1.0, 2.0, 3.0], [3.04, 1.02, 2.5], tolerance=0.05)
-    assert share == pytest.approx(2 / 3)
+    errors = onset_errors([1.0, 2.0, 3.0], [3.04, 1.02, 2.5], tolerance=0.05)
     np.testing.assert_allclose(errors, [0.02, 0.04])
     # one estimate cannot serve two references
-    share, errors = onset_errors([1.0, 1.04], [1.02], tolerance=0.05)
-    assert share == 0.5 and len(errors) == 1
+    assert len(onset_errors([1.0, 1.04], [1.02], tolerance=0.05)) == 1
 
 
 def test_onsets_take_most_pairs_then_least_error():
     # nearest first would pair 1.0 with 1.03 and leave 1.08 and 0.95 alone
-    share, errors = onset_errors([1.0, 1.08], [0.95, 1.03], tolerance=0.055)
-    assert share == 1
+    errors = onset_errors([1.0, 1.08], [0.95, 1.03], tolerance=0.055)
     np.testing.assert_allclose(errors, [-0.05, -0.05])
     # first come, first served would take 0.96
-    share, errors = onset_errors([1.0], [0.96, 1.0], tolerance=0.05)
-    assert share == 1
+    errors = onset_errors([1.0], [0.96, 1.0], tolerance=0.05)
     np.testing.assert_allclose(errors, [0.0])
 
 
 def test_onsets_where_there_are_none():
-    share, errors = onset_errors([], [1.0], tolerance=0.05)
-    assert np.isnan(share) and len(errors) == 0
-    share, errors = onset_errors([1.0], [], tolerance=0.05)
-    assert share == 0 and len(errors) == 0
+    assert len(onset_errors([], [1.0], tolerance=0.05)) == len(onset_errors([1.0], [], tolerance=0.05)) == 0
 
 
 def test_recall_counts_what_is_ahead():
@@ -143,10 +124,3 @@ def test_chance_is_k_of_n():
     recalls = [recall_at_k(rng.normal(size=(64, 32)), rng.normal(size=(64, 32)), k=8) for _ in range(50)]
     # 3200 draws of a share of 1/8: standard error 0.006
     assert np.mean(recalls) == pytest.approx(8 / 64, abs=0.02)
-
-
-def test_shapes_that_do_not_pair_are_refused():
-    with pytest.raises(ValueError, match="one shape"):
-        recall_at_k(np.zeros((3, 4)), np.zeros((2, 4)))
-    with pytest.raises(ValueError, match="one shape"):
-        recall_at_k(np.zeros((0, 4)), np.zeros((0, 4)))

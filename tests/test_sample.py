@@ -119,7 +119,7 @@ def test_a_clip_is_continued_and_two_are_joined(tiny_run, tmp_path, command):
     done = command(sample, *common, f"--continue={tmp_path / 'a.mp4'}", "--seconds=1.125")
     assert done.code == 0
     before = media.read_video(tmp_path / "a.mp4", size=16, **RATE)[0]
-    after, sound, _ = media.read_video(tmp_path / "out.mp4", size=16, **RATE)
+    after, sound = media.read_video(tmp_path / "out.mp4", size=16, **RATE)
     assert len(after) == 9 + 9 and np.abs(sound[: 9 * 250]).max() > 0.8
     assert np.abs(after[:9].astype(int) - before).mean() < 6  # H.264 twice
     done = command(sample, *common, f"--between={tmp_path / 'a.mp4'},{tmp_path / 'a.mp4'}")

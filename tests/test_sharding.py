@@ -167,6 +167,7 @@ def test_the_resolved_table_is_shown(command):
     lines = [line.split() for line in done.out.splitlines()]
     kernel = next(line for line in lines if line and line[-1] == "text_encoder/expand_0/kernel")
     assert kernel[:-1] == ["1,024", "(16,", "64)", "fsdp", "-"]
+    assert any(line[1:] and line[1] == "x" and line[2:4] == ["-", "fsdp"] for line in lines)  # a line of the table
     whole = next(line for line in lines if line and line[-1] == "log_temperature")
     assert whole[-2] == "-"
     counted = sum(float(line[-3]) for line in lines if len(line) > 4 and line[1] == "x" and line[-2] == "M")

@@ -19,41 +19,41 @@ from vdm_jax.system.layout import STAGES
 
 def test_a_run_that_is_none_or_unfinished_is_told(tmp_path):
     with pytest.raises(UserError, match="there is no folder .*none"):
-        weights.load(tmp_path / "none")
+        run_folder.load(tmp_path / "none", build)
     with pytest.raises(UserError, match="neither a run nor exported weights.*vdm_jax.train"):
-        weights.load(tmp_path)
+        run_folder.load(tmp_path, build)
     run = write_run(tmp_path / "run", tiny.get_config(), ("video_autoencoder", "audio_autoencoder"))
     with pytest.raises(UserError, match="unfinished: stage clip has no checkpoint.*--stage=clip"):
-        weights.load(run)
+        run_folder.load(run, build)
     config = run / "config.json"
     config.write_text(config.read_text()[:200])
     with pytest.raises(UserError, match="damaged"):
-        weights.load(run)
+        run_folder.load(run, build)
     for wrong in ("{}", '{"data": {"frames": 17}}', '{"data": 3}', "[]"):  # valid JSON, but no config of a run
         config.write_text(wrong)
         with pytest.raises(UserError, match="config.json (does not fit this version|is damaged)"):
-            weights.load(run)
+            run_folder.load(run, build)
 
 
 def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, command):
-    trained = weights.load(tiny_run)
+    trained = run_folder.load(tiny_run, build)
     assert set(trained.params) == {*STAGES, "statistics"}
     monkeypatch.setattr(run_folder, "REFERENCE", epath.Path(tmp_path / "out"))
     done = command(weights, "verify", tiny_run)
     assert done.code == 0 and done.out.count(": good") == 4 and "GB/s" in done.out
     with pytest.raises(UserError, match="no reference weights"):
-        weights.load(None)
+        run_folder.load(None, build)
     done = command(weights, "export", f"--workdir={tiny_run}", f"--out={tmp_path / 'out'}")
     assert done.code == 0 and "MB of weights" in done.out
-    exported = weights.load(None)
-    assert exported.config.to_dict() == trained.config.to_dict()
+    exported = run_folder.load(None, build)
+    assert exported.system.config.to_dict() == trained.system.config.to_dict()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), exported.params, trained.params)
 
     # -------------------------------------------------------------------------------------- and imported as a new run
     run = tmp_path / "new" / "run"
     done = command(weights, "import", f"--weights={tmp_path / 'out'}", f"--workdir={run}")
     assert done.code == 0 and f"denoiser at step {tiny.get_config().denoiser.steps}" in done.out
-    equal(weights.load(run).params, exported.params)
+    equal(run_folder.load(run, build).params, exported.params)
     done = command(weights, "import", "--weights=reference", f"--workdir={run}")
     assert done.code == 2 and len(done.err) == 1 and "holds a run already" in done.err[0]
     done = command(weights, "import", f"--weights={tmp_path}", f"--workdir={tmp_path / 'other'}")
@@ -69,7 +69,7 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     done = command(weights, *whole, "--restart=audio_autoencoder", "--restart=denoiser")
     assert done.code == 0 and "audio_autoencoder at step 0" in done.out and "denoiser at step 0" in done.out
     assert f"video_autoencoder at step {tiny.get_config().video_autoencoder.steps}" in done.out
-    equal(weights.load(run).params, exported.params)
+    equal(run_folder.load(run, build).params, exported.params)
     done = command(weights, *whole, "--restart=decoder")
     assert done.code == 2 and "decoder" in done.err[-1]
 
@@ -78,20 +78,20 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     recipe = ["--config=tests/tiny.py", "--config.denoiser.model.text_layers=1"]
     done = command(weights, "import", f"--weights={tmp_path / 'out'}", f"--workdir={run}", *recipe)
     assert done.code == 0 and "denoiser at step 0" in done.out and "text/" in done.out
-    grown = weights.load(run)
+    grown = run_folder.load(run, build)
     cond = {"states": np.ones((1, 96, 16)), "mask": np.ones((1, 96), bool), "pooled": np.ones((1, 16))}
-    layout = build(grown.config).layout
+    layout = grown.system.layout
     z = {name: np.ones((1, *shape), np.float32) for name, shape in layout.latent_shapes.items()}
     log_snr = {name: np.zeros((1, layout.latent_frames)) for name in z}
     outputs = [
-        build(made.config).models["denoiser"].apply({"params": made.params["denoiser"]}, z, log_snr, cond)
+        made.system.models["denoiser"].apply({"params": made.params["denoiser"]}, z, log_snr, cond)
         for made in (grown, exported)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *outputs)
     done = command(train, *recipe, f"--workdir={run}", "--config.denoiser.steps=1", "--config.preview_every=0")
     assert done.code == 0
     start = grown.params["denoiser"]["stem_video"]["kernel"]
-    after = weights.load(run).params["denoiser"]["stem_video"]["kernel"]
+    after = run_folder.load(run, build).params["denoiser"]["stem_video"]["kernel"]
     assert 0 < np.abs(after - start).max() < 0.1  # one step from the imported weights, not from fresh ones
     other = "--config.denoiser.model.embedding=32"  # weights of another shape cannot be imported
     done = command(weights, "import", "--weights=reference", f"--workdir={tmp_path / 'no'}", *recipe, other)
@@ -107,14 +107,14 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     assert done.code == 2 and len(done.err) == 1 and "is not a folder" in done.err[0]
     flip(tmp_path / "out" / "clip.safetensors")
     with pytest.raises(UserError, match="clip.safetensors is damaged"):
-        weights.load(None)
+        run_folder.load(None, build)
     done = command(weights, "verify", tmp_path / "out")
     assert done.code == 2 and len(done.err) == 1 and "clip.safetensors is damaged" in done.err[0]
     flip(tmp_path / "out" / "clip.safetensors")
     (tmp_path / "out" / checksums.NAME).unlink()
     with pytest.raises(UserError, match="out has no checksums.txt.*restore this file, or import .* --unverified"):
-        weights.load(None)
-    equal(weights.load(None, unverified=True).params, exported.params)
+        run_folder.load(None, build)
+    equal(run_folder.load(None, build, unverified=True).params, exported.params)
     done = command(weights, "verify", tmp_path / "out")
     assert done.code == 2 and len(done.err) == 1 and "no checksums.txt" in done.err[0] and "--unverified" in done.err[0]
     assert command(weights, "verify", tmp_path / "out", "--unverified").code == 0
@@ -125,7 +125,7 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     checksums.write(tmp_path / "out")
     (tmp_path / "out" / "clip.safetensors").unlink()
     with pytest.raises(UserError, match="clip.safetensors is missing"):
-        weights.load(None)
+        run_folder.load(None, build)
 
 
 def test_the_reference_weights_are_those_of_their_recipe():
@@ -135,4 +135,4 @@ def test_the_reference_weights_are_those_of_their_recipe():
     for part in ("data", "sample", "evaluate"):
         assert exported[part].to_dict() == recipe[part].to_dict()
     assert checksums.check(run_folder.REFERENCE) > 1e6
-    assert weights.load(None).steps["denoiser"] == recipe.denoiser.steps
+    assert run_folder.load(None, build).steps["denoiser"] == recipe.denoiser.steps

@@ -13,7 +13,6 @@ temporary folder, which is deleted at the end. The seconds of a compilation are 
 import concurrent.futures
 import html
 import logging
-import math
 import os
 import shlex
 import signal
@@ -150,15 +149,17 @@ class WatchedPipeline(Pipeline):
         self.handler = logging.Handler(logging.INFO)
         self.handler.emit = self._log
 
-    def begin(self, arguments):
-        """Resets what is watched. arguments: of the next `make`."""
-        data, f_t = self.config.data, self.system.layout.f_t
-        added = data.frames - 1 - f_t * (self.config.sample.context_frames - 1)  # frames of a window that goes on
-        rest = arguments["seconds"] * data.fps - (0 if "clip" in arguments else data.frames)
-        self.windows = max(math.ceil((rest - 0.5) / max(added, 1)), 0) + ("clip" not in arguments)
-        self.done = 0  # windows
+    def begin(self):
+        """Resets what is watched, before the next `make`."""
+        self.windows, self.done = 1, 0
         self.expected = None  # s, of this window
         self.message, self.notes = "preparing", []
+
+    def plan(self, frames, start=None, context_frames=None):
+        """As Pipeline.plan."""
+        plan = super().plan(frames, start, context_frames)
+        self.windows = len(plan) + (start is None)
+        return plan
 
     def share(self):
         """Returns how much of the clip is done, from 0 to 1. The share of a window is guessed from the time."""
@@ -212,7 +213,7 @@ def page(pipe, folder, source):
             form = dict(zip(FIELDS, values, strict=True))
             form |= {field: form[field] and form[field]["path"] for field in FILES}
             arguments, command = request(form, config, source)
-            pipe.begin(arguments)
+            pipe.begin()
             job = worker.submit(pipe.make, arguments)
             while not concurrent.futures.wait([job], timeout=0.2).done:
                 progress(pipe.share(), desc=pipe.message)

@@ -8,7 +8,7 @@
 --part=encode  the encoding of clips and captions into the latents and the text that the denoiser trains on
 --part=data    the data pipeline of --stage alone, on the host
 
-Weights and clips are random; only --part=data loads the clips of config.data.
+Weights and clips are random, and prompts are empty; only --part=data loads the clips of config.data.
 
 step_ms              median time of --repeats calls in milliseconds; the program waits for the end of each call
 step_ms_range        the shortest and the longest call
@@ -31,10 +31,10 @@ import jax
 from absl import flags
 
 from vdm_jax import samplers, sharding
-from vdm_jax.data import batches, text
+from vdm_jax.data import batches
 from vdm_jax.errors import UserError
 from vdm_jax.models.ops import backend
-from vdm_jax.perf import programs
+from vdm_jax.perf import programs, table
 from vdm_jax.perf.flops import peak
 from vdm_jax.run import cli, storage
 from vdm_jax.system import build
@@ -43,7 +43,6 @@ from vdm_jax.system.sampling import BATCH, Sampler
 
 logger = logging.getLogger("vdm_jax")
 
-PROMPT = "a red circle moving right"
 MEASURED = (
     "params", "step_ms", "step_ms_range", "step_flops", "gflops_per_s", "mfu",
     "peak_memory_bytes", "compile_seconds", "examples_per_s",
@@ -67,59 +66,29 @@ def main(argv):
     if options.part == "train":
         result = train(system, options.stage, mesh, options.repeats)
     elif options.part == "sample":
-        result = sample(system, mesh, options.repeats)
+        result = measure(programs.sampling(system, Sampler(system), mesh, BATCH), mesh, options.repeats)
+        result |= {"method": config.sample.method, "denoise_ms": result["step_ms"] / config.sample.steps}
     elif options.part == "encode":
-        result = encode(system, mesh, options.repeats)
+        system.check_batch(mesh, "denoiser")
+        result = measure(programs.encoding(system, mesh, config.denoiser.batch_size), mesh, options.repeats)
     else:
         result = data(system, options.stage)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     result = {"part": options.part, "device": device, **dict.fromkeys(MEASURED), **result}
-    for key, value in result.items():
-        print(f"{key:<20} {show(key, value)}")
+    table.show([result])
     if out:
         out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def show(key, value):
-    """Returns a figure as text with its unit, for the table."""
-    if value is None:
-        return "-"
-    if key.endswith("_bytes"):
-        return f"{value / 2**20:,.0f} MiB"
-    if isinstance(value, list):
-        return " to ".join(show(key, x) for x in value)
-    if isinstance(value, float):
-        return f"{value:,.4g}"
-    return f"{value:,}" if isinstance(value, int) else value
-
-
-# ------------------------------------------------------------------------------------------------------------- parts
 
 
 def train(system, name, mesh, repeats):
     """Returns the figures of one optimizer step of stage `name`, and of the data pipeline beside it."""
     system.check_batch(mesh, name)
-    result = measure(programs.train_step(system, name, mesh), mesh, repeats)
+    result = measure(programs.train_step(system, name, mesh), mesh, repeats) | {"data_examples_per_s": None}
     try:
-        pipeline = data(system, name)["examples_per_s"]
+        result["data_examples_per_s"] = data(system, name)["examples_per_s"]
     except UserError as error:  # the step itself needs no data
         logger.info("the data pipeline is not timed: %s", error)
-        pipeline = None
-    return result | {"data_examples_per_s": pipeline}
-
-
-def sample(system, mesh, repeats):
-    """Returns the figures of the sampler, from prompts to frames and sound."""
-    settings = system.config.sample
-    tokens = text.encode([PROMPT] * BATCH, system.config.data.text_length)
-    result = measure(programs.sampling(system, Sampler(system), mesh, tokens), mesh, repeats)
-    return {"method": settings.method, **result, "denoise_ms": result["step_ms"] / settings.steps}
-
-
-def encode(system, mesh, repeats):
-    """Returns the figures of encoding a batch of the denoiser."""
-    system.check_batch(mesh, "denoiser")
-    return measure(programs.encoding(system, mesh, system.config.denoiser.batch_size), mesh, repeats)
+    return result
 
 
 def data(system, name):
@@ -140,9 +109,6 @@ def data(system, name):
     return {"step_ms": 1e3 * seconds, "examples_per_s": rows / seconds}
 
 
-# ----------------------------------------------------------------------------------------------------------- measuring
-
-
 def measure(program, mesh, repeats):
     """Returns the figures of a perf.programs.Program: compiles it, calls it `repeats` times, and takes the median."""
     # The forms that layers have on accelerators do the products of the model, and no more. This device may have others.
@@ -152,7 +118,15 @@ def measure(program, mesh, repeats):
         began = time.perf_counter()
         compiled = program.lower(*program.arguments).compile()
         compile_seconds = time.perf_counter() - began
-        times = call_repeatedly(program, compiled, repeats + 1)[1:]  # the first call warms up
+        arguments = program.init()
+        times = []
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            results = jax.block_until_ready(compiled(*arguments))
+            times.append(time.perf_counter() - began)
+            if program.stateful:
+                arguments = (results[0], *arguments[1:])
+    times = times[1:]  # the first call warms up
     seconds = statistics.median(times)
     flops_per_device = peak(jax.devices()[0])
     return {
@@ -168,32 +142,12 @@ def measure(program, mesh, repeats):
     }
 
 
-def call_repeatedly(program, compiled, count):
-    """Returns the seconds that each of `count` calls of a compiled program took."""
-    arguments = program.init()
-    times = []
-    for _ in range(count):
-        began = time.perf_counter()
-        results = jax.block_until_ready(compiled(*arguments))
-        times.append(time.perf_counter() - began)
-        if program.stateful:
-            arguments = (results[0], *arguments[1:])
-    return times
-
-
 def peak_memory(compiled):
-    """Returns the bytes that the first device had in use at most, or the bytes that the compiled program needs.
-
-    Returns None where neither is known.
-    """
-    stats = jax.devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
+    """Returns the bytes that the first device had in use at most, or else the bytes that the program needs."""
     need = compiled.memory_analysis()
-    if not need:
-        return None
     total = need.argument_size_in_bytes + need.output_size_in_bytes + need.temp_size_in_bytes
-    return total - need.alias_size_in_bytes
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", total - need.alias_size_in_bytes)
 
 
 def define_flags():

@@ -38,22 +38,19 @@ import time
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
 from vdm_jax import sharding
 from vdm_jax.errors import UserError
 from vdm_jax.models.ops import backend
-from vdm_jax.perf import flops, hlo, programs
+from vdm_jax.perf import flops, hlo, programs, table
 from vdm_jax.run import cli, storage
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.sampling import BATCH, Sampler
 
 logger = logging.getLogger("vdm_jax")
-
-GIB = 2**30
 
 
 class Chip(NamedTuple):
@@ -65,18 +62,11 @@ class Chip(NamedTuple):
 
 
 CHIPS = {  # by `device_kind`
-    "TPU v4": Chip(32 * GIB, 1228e9, 300e9),
-    "TPU v5 lite": Chip(16 * GIB, 819e9, 200e9),
-    "TPU v5": Chip(95 * GIB, 2765e9, 600e9),  # v5p
-    "TPU v6 lite": Chip(32 * GIB, 1640e9, 448e9),
+    "TPU v4": Chip(32 * table.GIB, 1228e9, 300e9),
+    "TPU v5 lite": Chip(16 * table.GIB, 819e9, 200e9),
+    "TPU v5": Chip(95 * table.GIB, 2765e9, 600e9),  # v5p
+    "TPU v6 lite": Chip(32 * table.GIB, 1640e9, 448e9),
 }
-SHOWN = (
-    "chips", "mesh", "params", "fits", "batch_per_chip",
-    "model_flops_per_chip", "executed_flops_per_chip", "model_share",
-    "hbm_bytes_per_chip", "hbm_capacity_bytes", "argument_bytes", "temporary_bytes", "collective_bytes_per_chip",
-    "collectives", "unasked_collectives", "roofline_seconds", "roofline_shares", "bound_by", "compile_seconds",
-    "days", "chip_hours", "too_much_bytes", "suggestions",
-)  # fmt: skip
 ENVIRONMENT = {  # of libtpu, for a machine without a TPU
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile, because nothing runs on a TPU
     "TPU_SKIP_MDS_QUERY": "1",  # libtpu does not ask a metadata server for the type of this machine
@@ -97,7 +87,7 @@ def main(argv):
     if not 0 < options.mfu <= 1:
         raise UserError(f"--mfu={options.mfu} must be above 0 and at most 1")
     jax.config.update("jax_platforms", "cpu")  # this process does not use a TPU that this machine may have
-    if options.effort != "default" and hasattr(jax.config, "jax_optimization_level"):
+    if options.effort != "default":
         jax.config.update("jax_optimization_level", options.effort)
     cli.use_cache(config)
     system = build(config)
@@ -106,7 +96,12 @@ def main(argv):
         storage.make_folder(out.parent)
     slices = {name: slice_devices(name) for name in options.topology.split(",")}
     for devices in slices.values():
-        check(system, options, devices)
+        mesh = sharding.make_mesh(config.mesh, devices)
+        system.check_mesh(mesh, [options.stage])
+        if options.part == "train":
+            system.check_batch(mesh, options.stage)
+        else:
+            sharding.check_batch(options.rows, mesh)
 
     results = []
     for name, devices in slices.items():
@@ -116,7 +111,7 @@ def main(argv):
         results.append(result)
         if out:  # written after each slice, because a compilation may take long
             out.write_text(json.dumps(results if len(slices) > 1 else result, indent=1) + "\n")
-    show(results)
+    table.show(results)
     if not all(result["fits"] for result in results):
         raise SystemExit(3)
 
@@ -142,44 +137,34 @@ def slice_devices(name):
     return devices
 
 
-def check(system, options, devices):
-    """Raises UserError where the config's mesh or batch does not fit the devices."""
-    mesh = sharding.make_mesh(system.config.mesh, devices)
-    system.check_mesh(mesh, [options.stage])
-    if options.part == "train":
-        system.check_batch(mesh, options.stage)
-    else:
-        sharding.check_batch(options.rows, mesh)
-
-
 # ---------------------------------------------------------------------------------------------------- one topology
 
 
 def plan(system, options, topology, devices):
-    """Returns the figures of one topology, as they are written to --out.
-
-    system: a System.
-    options: the flags of this command.
-    topology: its name.
-    devices: its devices.
-    """
+    """Returns the figures of one topology, as they are written to --out."""
     mesh = sharding.make_mesh(system.config.mesh, devices)
+    chips, train = len(devices), options.part == "train"
     with backend("tpu"):
         program = make_program(system, options, mesh)
         work = program.count_flops()
         result = {
             "topology": topology,
-            "part": f"train {options.stage}" if options.part == "train" else options.part,
-            "chips": len(devices),
+            "part": f"train {options.stage}" if train else options.part,
+            "chips": chips,
             "mesh": {axis: n for axis, n in mesh.shape.items() if n > 1},
             "params": program.params,
-            "batch_per_chip": program.rows / len(devices),
-            "model_flops_per_chip": work / len(devices),
-            "argument_bytes": sum(map(bytes_per_chip, jax.tree.leaves(program.arguments))),
+            "batch_per_chip": program.rows / chips,
+            "model_flops_per_chip": work / chips,
+            "argument_bytes": sum(
+                math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+                for x in jax.tree.leaves(program.arguments)
+            ),
             "hbm_capacity_bytes": CHIPS[devices[0].device_kind].hbm,
         }
-        if options.part == "train":
-            result |= training_time(system.config[options.stage].steps, work, devices, options.mfu)
+        if train:
+            steps = system.config[options.stage].steps
+            days = steps * work / chips / (flops.peak(devices[0]) * options.mfu) / 86400
+            result |= {"mfu_assumed": options.mfu, "days": days, "chip_hours": 24 * days * chips}
         logger.info("%s: tracing", topology)
         began = time.perf_counter()
         with jax.set_mesh(mesh):
@@ -190,12 +175,10 @@ def plan(system, options, topology, devices):
             except jax.errors.JaxRuntimeError as error:
                 compiled = None
                 result |= read_refusal(str(error), result["argument_bytes"])
-        seconds = time.perf_counter() - began
-    result |= {"fits": compiled is not None, "compile_seconds": seconds}
-    if compiled is None:
-        result["suggestions"] = suggestions(system, options.stage, result) if options.part == "train" else []
-        return result
-    return result | figures(compiled, result["model_flops_per_chip"], devices[0], mesh)
+        result |= {"fits": compiled is not None, "compile_seconds": time.perf_counter() - began}
+    if compiled:
+        return result | figures(compiled, work / chips, devices[0], mesh)
+    return result | {"suggestions": suggestions(system, options.stage, result) if train else []}
 
 
 def make_program(system, options, mesh):
@@ -203,36 +186,12 @@ def make_program(system, options, mesh):
     if options.part == "train":
         return programs.train_step(system, options.stage, mesh)
     if options.part == "sample":
-        tokens = np.zeros((options.rows, system.config.data.text_length), np.int32)
-        return programs.sampling(system, Sampler(system), mesh, tokens)
+        return programs.sampling(system, Sampler(system), mesh, options.rows)
     return programs.encoding(system, mesh, options.rows)
 
 
-def bytes_per_chip(x):
-    """Returns the bytes of a ShapeDtypeStruct on one chip."""
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-
-
-def training_time(steps, work, devices, mfu):
-    """Returns how long a stage trains if its steps reach a share of the peak FLOP/s.
-
-    steps: number of steps.
-    work: model FLOPs of a step, over all devices.
-    mfu: the share.
-    """
-    seconds = steps * work / len(devices) / (flops.peak(devices[0]) * mfu)
-    days = seconds / 86400
-    return {"mfu_assumed": mfu, "days": days, "chip_hours": 24 * days * len(devices)}
-
-
 def figures(compiled, model_flops, device, mesh):
-    """Returns the figures of a compiled program on one chip.
-
-    compiled: jax.stages.Compiled.
-    model_flops: of one chip.
-    device: one of the topology's devices.
-    mesh: over the topology's devices.
-    """
+    """Returns the figures of a compiled program on one chip. model_flops: of the model on one chip."""
     chip = CHIPS[device.device_kind]
     received = collections.Counter()  # {kind of collective: bytes}
     number = collections.Counter()  # {kind of collective: how often it runs}
@@ -274,37 +233,32 @@ def figures(compiled, model_flops, device, mesh):
 def read_refusal(error, argument_bytes):
     """Returns the memory that a program needs and has, from the compiler's error message.
 
-    error: the message. Raises RuntimeError for a message about anything but memory.
     argument_bytes: of the program on one chip; one form of the message counts temporaries only.
+
+    Raises RuntimeError for a message about anything but memory.
     """
     if "RESOURCE_EXHAUSTED" not in error and "Ran out of memory" not in error:
         raise RuntimeError(error)
-    units = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     amount = r"([\d.]+)([KMGT]?)"
     total = re.search(rf"Used {amount} of {amount} hbm", error)
-    temporaries = re.search(rf"temporaries \({amount}\) exceeds available HBM \({amount}\)", error)
-    if not (total or temporaries):
+    found = total or re.search(rf"temporaries \({amount}\) exceeds available HBM \({amount}\)", error)
+    if not found:
         logger.info("the compiler's message: %s", error[:1000])
         return {"hbm_bytes_per_chip": None, "too_much_bytes": None}
-    used_number, used_unit, capacity_number, capacity_unit = (total or temporaries).groups()
-    used = float(used_number) * units[used_unit]
-    capacity = float(capacity_number) * units[capacity_unit]
-    if not total:
-        used += argument_bytes
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": table.GIB, "T": 2**40}
+    used = float(found[1]) * units[found[2]] + (0 if total else argument_bytes)
+    capacity = float(found[3]) * units[found[4]]
     return {"hbm_bytes_per_chip": used, "hbm_capacity_bytes": capacity, "too_much_bytes": used - capacity}
 
 
 def suggestions(system, name, result):
-    """Returns changes of the config that should make a train step fit, the best guess first.
+    """Returns changes of the config that should make the train step of stage `name` fit, the best guess first.
 
-    system: a System.
-    name: of the stage.
     result: the figures of `plan`.
 
     A change is {'change': flags of the command line, 'keys': {config key: value}}.
     """
     settings, group = system.config[name], system.stages[name].group
-    mesh = {**system.config.mesh, **result["mesh"]}
     fsdp = result["mesh"].get("fsdp", 1)
     batch_shards = result["mesh"].get("data", 1) * fsdp
     rows = settings.batch_size // batch_shards  # on one chip
@@ -326,10 +280,10 @@ def suggestions(system, name, result):
             changes.append({f"{name}.batch_size": fewer_rows * batch_shards})
     if settings.remat != "blocks":
         changes.append({f"{name}.remat": "blocks"})
-    if result["chips"] % (2 * fsdp) == 0 and held > 0.25 * room:
-        data = result["chips"] // (2 * fsdp) // (mesh["sequence"] * mesh["tensor"])
-        if data >= 1:
-            changes.append({"mesh.data": data, "mesh.fsdp": 2 * fsdp})
+    other_chips = result["chips"] // batch_shards  # along the axes `sequence` and `tensor`
+    data = result["chips"] // (2 * fsdp) // other_chips
+    if result["chips"] % (2 * fsdp) == 0 and held > 0.25 * room and data >= 1:
+        changes.append({"mesh.data": data, "mesh.fsdp": 2 * fsdp})
     return [{"change": " ".join(f"--config.{k}={v}" for k, v in keys.items()), "keys": keys} for keys in changes]
 
 
@@ -343,41 +297,6 @@ def try_suggestions(result, config, options, topology, devices):
         suggestion |= {"fits": outcome["fits"], "hbm_bytes_per_chip": outcome["hbm_bytes_per_chip"]}
         if outcome["fits"]:
             return
-
-
-# ---------------------------------------------------------------------------------------------------- the table
-
-
-def show(results):
-    """Prints a table with a line for each figure and a column for each topology."""
-    columns = [{key: text(key, result[key]) for key in SHOWN if result.get(key) is not None} for result in results]
-    titles = [f"{result['part']} on {result['topology']}" for result in results]
-    widths = [max(len(x) for x in (title, *column.values())) for title, column in zip(titles, columns, strict=True)]
-    print(f"{'':<26}" + "  ".join(title.ljust(width) for title, width in zip(titles, widths)))
-    for key in SHOWN:
-        if any(key in column for column in columns):
-            line = "  ".join(column.get(key, "-").ljust(width) for column, width in zip(columns, widths))
-            print(f"{key:<26}{line}".rstrip())
-
-
-def text(key, value):
-    """Returns a figure as text with its unit, for the table."""
-    if key == "suggestions":
-        outcomes = {True: " (fits)", False: " (does not)", None: ""}
-        return "; or ".join(x["change"] + outcomes[x.get("fits")] for x in value) or "a larger slice"
-    if isinstance(value, dict):
-        return " ".join(f"{k} {text(key, v)}" for k, v in value.items()) or "-"
-    if isinstance(value, str | bool):
-        return {True: "yes", False: "no"}.get(value, value)
-    if key == "collective_bytes_per_chip" or key.endswith("_bytes") or key.startswith("hbm"):
-        return f"{value / GIB:.3f} GiB"
-    if key in ("roofline_shares", "model_share"):
-        return f"{100 * value:.0f} %"
-    if key == "roofline_seconds":
-        return f"{1e3 * value:.2f} ms, a bound"
-    if key.endswith("flops_per_chip"):
-        return f"{value / 1e12:.4g} TFLOP"
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def define_flags():

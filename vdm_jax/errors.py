@@ -8,13 +8,7 @@ class UserError(ValueError):
 
 
 def one_of(what, name, known):
-    """Returns `name` if it is one of the known names.
-
-    what: the kind of thing, for the message.
-    name: the name to check.
-    known: the allowed names, in the order of the message.
-    Raises a UserError with the nearest known name.
-    """
+    """Returns `name` if it is one of the `known` names of a `what`. Raises a UserError with the nearest known name."""
     if name not in known:
         nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
         raise UserError(f"no {what} {name!r}: did you mean {nearest!r}? (known: {', '.join(known)})")

@@ -12,8 +12,8 @@ report.html (one file that can be sent on) with its pictures and clips, and prin
 --suite=all              everything
 --samplers               samples the same prompts again by each method and number of steps
 
-The same tracker reads true renders ("truth"), their reconstructions ("autoencoder") and samples. It knows only the
-procedural world. For other data the table has no outcomes, and the samples are of held-out captions.
+The same tracker reads true renders ("truth"), their reconstructions ("autoencoder") and samples of the procedural
+world. For other data the table has no outcomes, and the samples are of held-out captions.
 """
 
 import functools
@@ -32,6 +32,7 @@ from vdm_jax.errors import UserError, one_of
 from vdm_jax.metrics import figures as drawing
 from vdm_jax.metrics import reconstruction, report, tasks, tracker
 from vdm_jax.run import cli, storage
+from vdm_jax.run.progress import progress
 from vdm_jax.system import hard_negatives
 from vdm_jax.system.codec import to_float
 from vdm_jax.system.layout import STAGES
@@ -45,7 +46,6 @@ NOISE_LEVELS = 8  # at which the loss is measured
 ALONE = 3  # frames: an impact with no other this near counts as isolated
 PREVIEWED = 4  # held-out clips that previews of training show
 SHOWN = 8  # samples on the page
-SETTINGS = ("method", "steps", "first_step_times", "rescale")  # of the sampler
 
 
 def main(argv):
@@ -56,9 +56,8 @@ def main(argv):
     began = time.perf_counter()
     with_prompts = options.suite in ("prompts", "all")
     with_tasks = options.suite in ("tasks", "all")
-    stages = STAGES if with_prompts or with_tasks else tuple(AUTOENCODERS.values())
     methods = [read_sampler(name) for name in options.samplers]
-    pipe = sample_command.load_pipeline(options, stages)
+    pipe = sample_command.load_pipeline(options, STAGES if with_prompts or with_tasks else [*AUTOENCODERS.values()])
     config = pipe.config
     if with_tasks and config.data.source != "world":
         raise UserError("--suite=tasks is for the procedural world, whose clips the tracker reads")
@@ -66,11 +65,9 @@ def main(argv):
         config.evaluate.update(clips=options.count, prompts=options.count, tasks=options.count)
     held_out, out = batches.source(config, "held_out"), storage.make_folder(options.out)
 
-    # -------------------------------------------------------------------------------------- truth and reconstruction
     items = [held_out[i] for i in range(config.evaluate.clips)]
-    logger.info("reconstructing %d held-out clips", len(items))
     truth = {part: np.stack([item[part] for item in items]) for part in AUTOENCODERS}
-    remade = reconstruct(pipe, truth)
+    remade = {part: reconstruct(pipe, name, truth[part]) for part, name in AUTOENCODERS.items()}
     asked = [tasks.objects(item) for item in items]
     metrics = {
         "truth": measure(config, truth, asked),
@@ -81,38 +78,32 @@ def main(argv):
     }
     figures = show_reconstruction(config, out, items, truth, remade)
 
-    # ---------------------------------------------------------------------------------- text, noise levels, samples
     prompts = []
     if with_prompts:
         metrics["clip"] = recall(pipe, held_out)
-        logger.info("measuring the loss at %d noise levels", NOISE_LEVELS)
         metrics["loss_per_noise_level"] = loss_per_noise_level(pipe, items, truth, options.seed)
         prompts = choose_prompts(config, held_out, options.seed)
         texts = [prompt["text"] for prompt in prompts]
         wanted = [prompt["objects"] for prompt in prompts]
-        logger.info("sampling %d prompts in %d steps", len(prompts), config.sample.steps)
         made = dict(zip(AUTOENCODERS, pipe.sample(texts, seed=options.seed)))
         metrics["samples"] = measure(config, made, wanted)
         figures = show_samples(config, out, texts, made) + figures
         if methods:
             metrics["samplers"] = {}
         for method, steps in methods:
-            logger.info("sampling again: %s, %d steps", method, steps)
             made = dict(zip(AUTOENCODERS, pipe.sample(texts, seed=options.seed, method=method, steps=steps)))
             measured = measure(config, made, wanted)
             metrics["samplers"][f"{method} {steps}"] = {key: measured[key] for key in report.OUTCOMES}
     if with_tasks:
-        clips = [held_out[i] for i in range(config.evaluate.tasks)]
-        metrics["tasks"] = tasks.measure(pipe, clips, options.seed)
+        metrics["tasks"] = tasks.measure(pipe, [held_out[i] for i in range(config.evaluate.tasks)], options.seed)
 
-    # --------------------------------------------------------------------------------------------------------- report
     settings = {
         "weights": cli.weights_folder(options) or "reference",
         "data": config.data.source,
         "held-out clips": len(items),
         "prompts": len(prompts),
-        **{key: config.sample[key] for key in SETTINGS},
-        **{f"guidance {name}": weight for name, weight in config.sample.guidance.items()},
+        **{key.replace("_", " "): config.sample[key] for key in ("method", "steps", "first_step_times", "rescale")},
+        **{f"guidance {name.replace('_', ' ')}": weight for name, weight in config.sample.guidance.items()},
         "seed": options.seed,
         "device": jax.devices()[0].device_kind,
         "seconds": round(time.perf_counter() - began),
@@ -131,7 +122,7 @@ def read_sampler(name):
     return method, int(steps)
 
 
-def batched(function, config, *arrays):
+def batched(what, function, config, *arrays):
     """function(*rows) in batches of config.evaluate.batch_size, the last one filled up, so that it compiles once.
 
     arrays: trees of [N, ...] with one N. Returns function's tree with leaves [N, ...], on the host.
@@ -139,25 +130,26 @@ def batched(function, config, *arrays):
     count = len(jax.tree.leaves(arrays)[0])
     size = min(config.evaluate.batch_size, count)
     parts = []
-    for start in range(0, count, size):
-        rows = np.minimum(np.arange(start, start + size), count - 1)
-        parts.append(jax.device_get(function(*jax.tree.map(lambda a, rows=rows: a[rows], arrays))))
+    with progress(what, count, "clip") as advance:
+        for start in range(0, count, size):
+            rows = np.minimum(np.arange(start, start + size), count - 1)
+            parts.append(jax.device_get(function(*jax.tree.map(lambda a, rows=rows: a[rows], arrays))))
+            advance(min(size, count - start))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
 
-# ------------------------------------------------------------------------------------------ against what was asked for
-
-
 def measure(config, clips, asked):
-    """The tracker's outcomes, shares in 0..1, None where there is nothing to measure.
-
-    clips: {'video': [P, F, H, W, 3], 'audio': [P, N]}; asked: P lists of objects, or of None.
-    """
+    """The tracker's outcomes of P clips, shares in 0..1, or None; asked: P lists of objects, or of None."""
     if not asked or asked[0] is None:
         return dict.fromkeys(report.OUTCOMES)
-    rates = config.data.fps, config.data.sample_rate
-    clips = zip(clips["video"], clips["audio"], asked, strict=True)
-    return tracker.summarize([tracker.measure(video, audio, *rates, want) for video, audio, want in clips])
+    found, size = [], config.evaluate.batch_size
+    with progress("tracking objects", len(asked), "clip") as advance:
+        for start in range(0, len(asked), size):
+            rows = slice(start, start + size)
+            for video, audio, want in zip(clips["video"][rows], clips["audio"][rows], asked[rows], strict=True):
+                found.append(tracker.measure(video, audio, config.data.fps, config.data.sample_rate, want))
+            advance(len(asked[rows]))
+    return tracker.summarize(found)
 
 
 def choose_prompts(config, held_out, seed):
@@ -187,19 +179,11 @@ def choose_prompts(config, held_out, seed):
     return prompts
 
 
-# ------------------------------------------------------------------------------------------------- reconstruction
-
-
-def reconstruct(pipe, truth):
-    """{'video', 'audio'} through the autoencoders and back, as uint8 and float32 like `truth`."""
-
-    def through(part):
-        name = AUTOENCODERS[part]
-        remake = jax.jit(lambda params, x: pipe.system.reconstruct(name, params, x))
-        params = {name: pipe.params[name]}
-        return batched(functools.partial(remake, params), pipe.config, truth[part])
-
-    return {part: through(part) for part in truth}
+def reconstruct(pipe, name, clips):
+    """Clips [P, ...] of one modality through autoencoder `name` and back."""
+    remake = jax.jit(lambda params, x: pipe.system.reconstruct(name, params, x))
+    what = f"reconstructing by the {name.replace('_', ' ')}"
+    return batched(what, functools.partial(remake, {name: pipe.params[name]}), pipe.config, clips)
 
 
 def compare(config, items, truth, remade):
@@ -223,32 +207,21 @@ def onset_errors(config, items, audio):
 
     Of all impacts, and of those with no other within ALONE frames; and the median error of the times, in ms.
     """
-    fps, found, errors = config.data.fps, {"all": [], "isolated": []}, []
+    fps, errors, counts = config.data.fps, [], []
     for item, sound in zip(items, audio, strict=True):
         impacts = np.array([e["time"] for e in item["state"]["events"] if e["kind"] != "turn"])  # a turn is silent
         heard = tracker.onsets(sound, config.data.sample_rate)
         apart = np.abs(impacts[:, None] - impacts) + np.where(np.eye(len(impacts)), np.inf, 0)
-        alone = apart.min(1, initial=np.inf) > ALONE / fps
-        errors.extend(reconstruction.onset_errors(impacts, heard, 0.5 / fps)[1])
-        for which, times in (("all", impacts), ("isolated", impacts[alone])):
-            partners = len(reconstruction.onset_errors(times, heard, 0.5 / fps)[1])
-            found[which].append((partners, len(times)))
-    share = {
-        which: partners / total if total else None
-        for which, (partners, total) in ((w, np.sum(pairs, 0)) for w, pairs in found.items())
-    }
+        alone = impacts[apart.min(1, initial=np.inf) > ALONE / fps]
+        paired, paired_alone = (reconstruction.onset_errors(times, heard, 0.5 / fps) for times in (impacts, alone))
+        errors.extend(paired)
+        counts.append((len(paired), len(impacts), len(paired_alone), len(alone)))
+    partners, total, partners_alone, total_alone = np.sum(counts, 0)
     return {
-        "onset_within_half_frame": share["all"],
-        "onset_within_half_frame_isolated": share["isolated"],
+        "onset_within_half_frame": partners / total if total else None,
+        "onset_within_half_frame_isolated": partners_alone / total_alone if total_alone else None,
         "onset_error_ms": 1e3 * float(np.median(np.abs(errors))) if errors else None,
     }
-
-
-# ---------------------------------------------------------------------------------------------- text and noise levels
-
-
-def tokens_of(config, items):
-    return text.encode([item["caption"] for item in items], config.data.text_length)
 
 
 def recall(pipe, held_out):
@@ -257,26 +230,25 @@ def recall(pipe, held_out):
     different = {}
     for i in range(4 * CANDIDATES if config.data.source == "world" else CANDIDATES):  # a film costs more to read
         item = held_out[i]
-        meaning = captions.meaning(item["state"]) if "state" in item else item["caption"]
-        different.setdefault(meaning, item)
+        different.setdefault(captions.meaning(item["state"]) if "state" in item else item["caption"], item)
         if len(different) == CANDIDATES:
             break
-    items = list(different.values())
-    if len(items) < 2:
-        return {"recall_at_1": None, "candidates": len(items)}
+    if len(different) < 2:
+        return {"recall_at_1": None, "candidates": len(different)}
 
     @jax.jit
     def embed(params, tokens, video):
         return pipe.system.apply("clip", params, tokens, text.mask(tokens), to_float(video))[:2]
 
     embed = functools.partial(embed, {"clip": pipe.params["clip"]})
-    video = np.stack([item["video"] for item in items])
-    words, pictures = batched(embed, config, tokens_of(config, items), video)
-    found = {"recall_at_1": reconstruction.recall_at_k(words, pictures), "candidates": len(items)}
+    texts = [item["caption"] for item in different.values()]
+    video = np.stack([item["video"] for item in different.values()])
+    tokens = text.encode(texts, config.data.text_length)
+    words, pictures = batched("embedding captions and clips", embed, config, tokens, video)
+    found = {"recall_at_1": reconstruction.recall_at_k(words, pictures), "candidates": len(texts)}
     if groups := config.clip.hard_negatives.words:
-        wrong_texts = [hard_negatives.swap_words(item["caption"], groups) for item in items]
-        wrong_tokens = text.encode(wrong_texts, config.data.text_length)
-        others = batched(embed, config, wrong_tokens, video)[0]
+        tokens = text.encode([hard_negatives.swap_words(caption, groups) for caption in texts], config.data.text_length)
+        others, _ = batched("embedding hard negatives", embed, config, tokens, video)
         right, wrong = (np.sum(pictures * x, 1) for x in (words, others))
         found["hard_negative_accuracy"] = float(np.mean(right > wrong))
     return found
@@ -304,58 +276,54 @@ def loss_per_noise_level(pipe, items, truth, seed):
         factor = diffusion.eps_error_factor(noise_level, settings.target)
         return {name: factor * jnp.square(prediction[name] - target[name]).reshape(shape[0], -1).mean(1) for name in z}
 
-    z, cond = batched(functools.partial(encode, params), config, truth, tokens_of(config, items))
+    tokens = text.encode([item["caption"] for item in items], config.data.text_length)
+    z, cond = batched("encoding clips", functools.partial(encode, params), config, truth, tokens)
     rng = np.random.default_rng(seed)
     eps = {name: rng.standard_normal(x.shape, np.float32) for name, x in z.items()}
     low, high = settings.log_snr_min, settings.log_snr_max
     log_snr = (low + (np.arange(NOISE_LEVELS) + 0.5) / NOISE_LEVELS * (high - low)).tolist()
-    columns = {"log_snr": log_snr, "video": [], "audio": []}
-    for noise_level in log_snr:
-        by_clip = batched(functools.partial(errors, params, jnp.float32(noise_level)), config, z, eps, cond)
-        for name, values in by_clip.items():
-            columns[name].append(float(values.mean()))
-    return columns
 
+    def errors_by_level(*rows):
+        return [errors(params, jnp.float32(noise_level), *rows) for noise_level in log_snr]
 
-# --------------------------------------------------------------------------------------------------------- figures
+    by_level = batched(f"loss at {NOISE_LEVELS} noise levels", errors_by_level, config, z, eps, cond)
+    return {"log_snr": log_snr, **{name: [float(found[name].mean()) for found in by_level] for name in AUTOENCODERS}}
 
 
 def show_samples(config, out, texts, made):
     """A contact sheet and MP4s of up to SHOWN samples, spread over the prompts -> [(caption, file)]."""
-    chosen = np.unique(np.linspace(0, len(texts) - 1, min(SHOWN, len(texts))).round().astype(int))
+    chosen = np.linspace(0, len(texts) - 1, min(SHOWN, len(texts))).round().astype(int)
+    drawing.contact_sheet(out / "samples.png", made["video"][chosen], [texts[i] for i in chosen])
     figures = [("Samples", out / "samples.png")]
-    drawing.contact_sheet(figures[0][1], [made["video"][i] for i in chosen], [texts[i] for i in chosen])
     for i in chosen:
-        figures.append((texts[i], out / f"sample_{i:03d}.mp4"))
-        media.write_mp4(figures[-1][1], made["video"][i], made["audio"][i], config.data.fps, config.data.sample_rate)
+        path = out / f"sample_{i:03d}.mp4"
+        media.write_mp4(path, made["video"][i], made["audio"][i], config.data.fps, config.data.sample_rate)
+        figures.append((texts[i], path))
     return figures
 
 
 def show_reconstruction(config, out, items, truth, remade):
     """Held-out clips, each followed by its reconstruction: pictures, sounds and one pair of MP4s."""
-    rate, first = config.data.sample_rate, items[:PREVIEWED]
-    pairs = {part: [x for pair in zip(truth[part], remade[part]) for x in pair][: 2 * len(first)] for part in truth}
-    labels = [label for item in first for label in (item["caption"], "reconstruction")]
-    figures = [
+    pairs = {part: [x for pair in zip(truth[part], remade[part]) for x in pair][: 2 * PREVIEWED] for part in truth}
+    labels = [label for item in items[:PREVIEWED] for label in (item["caption"], "reconstruction")]
+    drawing.contact_sheet(out / "reconstruction.png", pairs["video"], labels)
+    drawing.spectrogram(out / "spectrogram.png", np.concatenate(pairs["audio"]), config.data.sample_rate)
+    for name, clips in (("truth", truth), ("autoencoder", remade)):
+        path = out / f"{name}.mp4"
+        media.write_mp4(path, clips["video"][0], clips["audio"][0], config.data.fps, config.data.sample_rate)
+    return [
         ("Held-out clips and their reconstructions", out / "reconstruction.png"),
         ("Sound of the same clips, each followed by its reconstruction", out / "spectrogram.png"),
         (f"Truth: {labels[0]}", out / "truth.mp4"),
         ("Its reconstruction", out / "autoencoder.mp4"),
     ]
-    drawing.contact_sheet(figures[0][1], pairs["video"], labels)
-    drawing.spectrogram(figures[1][1], np.concatenate(pairs["audio"]), rate)
-    for (_, path), video, audio in zip(figures[2:], pairs["video"], pairs["audio"]):
-        media.write_mp4(path, video, audio, config.data.fps, rate)
-    return figures
 
 
 def define_flags():
     sample_command.define_run_flags()
     flags.DEFINE_string("out", None, "Folder for the report.")
     flags.DEFINE_enum("suite", "prompts", SUITES, "What to measure.")
-    flags.DEFINE_integer(
-        "count", None, "Held-out clips, prompts of each number of objects, and clips of each task.", lower_bound=1
-    )
+    flags.DEFINE_integer("count", None, "Held-out clips, prompts of a kind, and clips of a task.", lower_bound=1)
     flags.DEFINE_list("samplers", [], "Also sample by each of these, such as dpmpp_2m:16,ddim:64.")
 
 

@@ -6,9 +6,6 @@
 parameters that match each rule of sharding.PARAMETER_RULES.
 """
 
-import math
-
-import jax
 from absl import flags
 
 from vdm_jax import sharding
@@ -20,38 +17,30 @@ from vdm_jax.system.layout import STAGES
 
 def main(argv):
     options = flags.FLAGS
-    config = options.config
     cli.only_options(argv)
+    config = options.config
     if config is None:
         raise UserError("--config=FILE is missing: name a recipe, such as configs/world_tiny.py")
     system = build(config)
     mesh = sharding.mesh_shape(config.mesh, options.chips) if options.chips else None
-    show_sizes(system, mesh)
-    for name in STAGES if options.stage == "all" else (options.stage,):
-        show_parameters(name, system.params[name], mesh)
-
-
-def show_sizes(system, mesh):
-    """Prints the sizes of a mesh, of a clip and of its latents. mesh: {axis: size} or None."""
-    layout, side = system.layout, system.config.data.size
+    layout, side = system.layout, config.data.size
     if mesh:
         print(f"mesh     {', '.join(f'{axis}={n}' for axis, n in mesh.items())}")
     print(f"clip     {layout.frames} frames of {side}x{side}, {layout.samples} samples of sound")
     for name, shape in layout.latent_shapes.items():
         print(f"latents  {name} {shape}, {layout.latent_fps:g} latent frames a second")
+    for name in STAGES if options.stage == "all" else (options.stage,):
+        show_parameters(name, system.params[name], mesh)
 
 
 def show_parameters(name, params, mesh):
     """Prints each parameter of a stage: its size, shape, split and path. mesh: {axis: size}, or None for no split."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    print(f"\n{name}: {sum(math.prod(x.shape) for _, x in leaves) / 1e6:.3f} M parameters")
-    for path, x in leaves:
-        path = sharding.path_name(path)
-        split = ""
-        if mesh:
-            spec = sharding.parameter_spec(path, x.shape, mesh)
-            split = f"{' '.join(axis or '-' for axis in spec) or '-':<24} "
-        print(f"  {math.prod(x.shape):>10,}  {str(x.shape):<24} {split}{path}")
+    leaves = sharding.named_leaves(params)
+    print(f"\n{name}: {sum(x.size for x in leaves.values()) / 1e6:.3f} M parameters")
+    for path, x in leaves.items():
+        spec = sharding.parameter_spec(path, x.shape, mesh) if mesh else ()
+        split = f"{' '.join(axis or '-' for axis in spec) or '-':<24} " if mesh else ""
+        print(f"  {x.size:>10,}  {str(x.shape):<24} {split}{path}")
     for line in sharding.table(params, mesh) if mesh else ():
         print(f"  {line}")
 

@@ -61,11 +61,8 @@ def load(path=None, *, stages=STAGES):
     stages: the stages whose parameters are read. A Pipeline that samples needs all of them.
     Raises UserError where something is missing or damaged.
     """
-    source = folder.REFERENCE if path is None else path
-    config = folder.read_config(source)
-    system = folder.checked_build(source, config, build)
-    params, _ = folder.read_weights(source, {name: system.params[name] for name in stages})
-    return Pipeline(system, params)
+    weights = folder.load(path, build, stages)
+    return Pipeline(weights.system, weights.params)
 
 
 class Pipeline:
@@ -154,30 +151,39 @@ class Pipeline:
         options: as in Sampler.__call__. A window gets `context_frames` latent frames of the window before, or fewer
             where there are fewer.
         """
+        per_frame = self.system.layout.samples_per_frame
+        fade = round(FADE * self.config.data.sample_rate)
+        plan = self.plan(frames, None if start is None else start[0].shape[1], options.get("context_frames"))
+        video, audio = self.sample(prompts, seed=seed, context=context, **options) if start is None else start
+        with progress("sampling", len(plan), "window") as advance:
+            for window, past in enumerate(plan, 1):
+                context = tasks.continue_(video[:, -past:], audio[:, -past * per_frame :], self.system.layout)
+                next_video, next_audio = self.sample(prompts, seed=seed, window=window, context=context, **options)
+                video = np.concatenate([video, next_video[:, past:]], 1)
+                audio = crossfade(audio, next_audio, past * per_frame, fade)
+                advance(1)
+        return video[:, :frames], audio[:, : frames * per_frame]
+
+    def plan(self, frames, start=None, context_frames=None):
+        """The windows that make a clip longer: for each window, its number of context frames.
+
+        frames: video frames of the whole.
+        start: video frames that are there before the first of these windows; None: as many as a clip of training.
+        context_frames: latent frames of context at most; None: as in config.sample.
+        Raises UserError for context_frames that leave nothing to generate.
+        """
         layout = self.system.layout
-        per_frame = layout.samples_per_frame
-        context_frames = self._context_frames(options)
+        context_frames = self.config.sample.context_frames if context_frames is None else context_frames
         if not 0 < context_frames < layout.latent_frames:
             raise UserError(
                 f"sample.context_frames={context_frames} must be from 1 to {layout.latent_frames - 1} latent frames"
             )
-        video, audio = self.sample(prompts, seed=seed, context=context, **options) if start is None else start
-        fade = round(FADE * self.config.data.sample_rate)
-        window = 0
-        with progress("sampling windows", frames - min(video.shape[1], frames), "frame") as advance:
-            while video.shape[1] < frames:
-                window += 1
-                past = min(1 + layout.f_t * (context_frames - 1), 1 + (video.shape[1] - 1) // layout.f_t * layout.f_t)
-                context = tasks.continue_(video[:, -past:], audio[:, -past * per_frame :], layout)
-                next_video, next_audio = self.sample(prompts, seed=seed, window=window, context=context, **options)
-                advance(min(layout.frames - past, frames - video.shape[1]))
-                video = np.concatenate([video, next_video[:, past:]], 1)
-                audio = crossfade(audio, next_audio, past * per_frame, fade)
-        return video[:, :frames], audio[:, : frames * per_frame]
-
-    def _context_frames(self, options):
-        wanted = options.get("context_frames")
-        return self.config.sample.context_frames if wanted is None else wanted
+        done = layout.frames if start is None else start
+        plan = []
+        while done < frames:
+            plan.append(1 + layout.f_t * min(context_frames - 1, (done - 1) // layout.f_t))
+            done += layout.frames - plan[-1]
+        return plan
 
     def frames_of(self, seconds):
         """Video frames nearest to `seconds` that fill whole latent frames. Warns if that is another length.
@@ -228,7 +234,7 @@ class Pipeline:
         if isinstance(clips, str) or len(clips) != 2:
             raise UserError("between wants two clips: first.mp4 and second.mp4")
         start, end = (self._read(clip) for clip in clips)
-        wanted = self._context_frames({"context_frames": context_frames})
+        wanted = self.config.sample.context_frames if context_frames is None else context_frames
         latents = min(wanted, (layout.latent_frames - 1) // 2)
         need = layout.f_t * latents
         if not latents or min(len(start[0]), len(end[0])) < need:
@@ -249,7 +255,7 @@ class Pipeline:
             clip = Clip(clip, np.zeros(len(clip) * per_frame, np.float32), data.fps, data.sample_rate)
         if not isinstance(clip, Clip):
             shape = dict(fps=data.fps, size=data.size, sample_rate=data.sample_rate)
-            video, audio = media.read_video(clip, **shape, frames=frames)[:2]
+            video, audio = media.read_video(clip, **shape, frames=frames)
             return video, audio[: len(video) * per_frame]
         if (clip.fps, clip.sample_rate) != (data.fps, data.sample_rate):
             raise UserError(

@@ -35,13 +35,8 @@ logger = logging.getLogger("vdm_jax")
 
 CONTEXT = ("image", "video", "audio", "between")  # flags that are arguments of a Pipeline
 SAMPLER = ("method", "steps", "history_noise", "context_noise", "lag")  # flags that change config.sample
-GUIDANCE = {  # flags that change config.sample.guidance
-    "guidance": "text",
-    "guidance.text_continue": "text_continue",
-    "guidance.text_cross_modal": "text_cross_modal",
-    "guidance.history": "history",
-    "guidance.modality": "modality",
-}
+GUIDANCE = {"guidance": "text"}  # flags that change config.sample.guidance
+GUIDANCE |= {f"guidance.{key}": key for key in ("text_continue", "text_cross_modal", "history", "modality")}
 
 
 def main(argv):
@@ -51,30 +46,31 @@ def main(argv):
         raise UserError("--out is missing: a file such as clip.mp4, or a folder with --prompts")
     if (options.prompt is None) == (options.prompts is None):
         raise UserError('give either --prompt="..." or --prompts=FILE')
-    prompts = [options.prompt] if options.prompts is None else text.read_prompts(options.prompts)
+    many = options.prompts is not None
+    prompts = text.read_prompts(options.prompts) if many else [options.prompt]
     out = storage.given(options.out)
-    if options.prompts is None and out.suffix.lower() != ".mp4":
+    if not many and out.suffix.lower() != ".mp4":
         raise UserError(f"--out={options.out} must end in .mp4")
     context = {flag: options[flag].value for flag in CONTEXT if options[flag].value}
-    if options["continue"].value and context:
+    start = options["continue"].value
+    if start and context:
         raise UserError(f"give only one of continue, {', '.join(context)}")
 
     hosts.initialize(options)
     pipe = load_pipeline(options)
-    storage.make_folder(out.parent if options.prompts is None else out)
-    if options["continue"].value:
-        start = options["continue"].value
+    storage.make_folder(out if many else out.parent)
+    if start:
         clips = pipe.extend(start, prompts, seconds=options.seconds, seed=options.seed)
     else:
         clips = pipe(prompts, seconds=options.seconds, seed=options.seed, **context)
     if not hosts.is_primary():
         return
     # File names are numbers: a prompt must not become a path.
-    paths = [out] if options.prompts is None else [out / f"{i:03d}.mp4" for i in range(len(prompts))]
+    paths = [out / f"{i:03d}.mp4" for i in range(len(prompts))] if many else [out]
     for path, clip in zip(paths, clips, strict=True):
         clip.save(path)
         logger.info("wrote %s", path)
-    if options.prompts is not None:
+    if many:
         figures.contact_sheet(out / "contact_sheet.png", [clip.video for clip in clips], prompts)
         logger.info("wrote %s", out / "contact_sheet.png")
 

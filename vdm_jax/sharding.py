@@ -1,21 +1,19 @@
 """How arrays are split over devices: the mesh, the table of parameters, the constraints on activations.
 
-A mesh arranges the devices in a grid with four axes: data, fsdp, sequence and tensor. To split an array means to name,
-for each of its dimensions, the mesh axes that cut it. A dimension without an axis is not cut.
-
-Models do not name mesh axes. They name the *meaning* of each dimension: `constrain(x, "batch", "time", ...)`. The table
-ACTIVATION_AXES translates a meaning into mesh axes. So another way to split is another table, not another model. For
-example "batch" is cut along data and fsdp: with data=2 and fsdp=4 each device computes an eighth of the clips. XLA adds
-the communication.
-
-Parameters carry no names. PARAMETER_RULES maps a regular expression over a parameter's path, such as 'text/out/kernel',
-to the mesh axes of its last dimensions. The optimizer's moments and the EMA have the same paths, so this table splits
-them, too. The four axes differ in what they cut:
+A mesh arranges the devices in a grid with four axes. To split an array means to name, for each of its dimensions, the
+mesh axes that cut it. The four axes differ in what they cut:
 
     data        the batch. Each device holds all parameters.
     fsdp        the batch and the parameters. A device gathers the parameters of a layer just before it uses them.
     sequence    the frames of a clip, or their height, when one clip is too large for a device.
     tensor      attention heads and MLP channels, when one layer is too large for a device.
+
+Models name the *meaning* of each dimension: `constrain(x, "batch", "time", ...)`. The table ACTIVATION_AXES translates
+a meaning into mesh axes. For example "batch" is cut along data and fsdp: with data=2 and fsdp=4 each device computes an
+eighth of the clips. XLA adds the communication.
+
+Parameters carry no names. PARAMETER_RULES maps a regular expression over a parameter's path, such as 'text/out/kernel',
+to the mesh axes of its last dimensions. The optimizer's moments and the EMA have the same paths and the same rules.
 """
 
 import functools
@@ -59,49 +57,48 @@ PARAMETER_RULES = (
 
 
 def make_mesh(sizes, devices=None):
-    """Returns a mesh.
-
-    sizes: {axis: size}. One size may be -1: it becomes what fills the devices.
-    devices: default all devices.
-
-    Raises UserError when the sizes do not fill the devices.
-    """
-    shape = mesh_shape(sizes, jax.device_count() if devices is None else len(devices))
-    types = (AxisType.Auto,) * len(MESH_AXES)
+    """Returns a mesh of all devices, or of `devices`, for {axis: size}; see `mesh_shape`. Raises UserError."""
     devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(sizes, len(devices))
     # Allows an axis that is only a part of one side of a TPU slice, such as 16 devices in a slice of 8 x 8.
     grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=types)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _current_mesh():
+    """Returns the current mesh; None where there is none, or where it has a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def mesh_shape(sizes, count):
-    """Returns {axis: size} for `count` devices, from sizes of which one may be -1. Raises UserError."""
+    """Returns {axis: size} for `count` devices. One of `sizes` may be -1: it becomes what fills the devices.
+
+    Raises UserError when the sizes do not fill the devices.
+    """
     shape = [sizes[axis] for axis in MESH_AXES]
     fixed = math.prod(size for size in shape if size != -1)
-    sound = all(size > 0 or size == -1 for size in shape)
-    if sound and shape.count(-1) == 1 and count % fixed == 0:
+    if shape.count(-1) == 1 and fixed > 0:
         shape[shape.index(-1)] = count // fixed
-    elif not sound or shape.count(-1) > 0 or fixed != count:
+    if min(shape) < 1 or math.prod(shape) != count:
         given = ", ".join(f"{a}={sizes[a]}" for a in MESH_AXES)
         raise UserError(
             f"mesh {given} does not fill {count} device(s): the sizes must multiply to {count}, "
-            f"each one of {_listed(_divisors(count))}, and at most one may be -1"
+            f"each one of {_divisors(count)}, and at most one may be -1"
         )
     return dict(zip(MESH_AXES, shape, strict=True))
 
 
-def _divisors(n):
-    return [i for i in range(1, n + 1) if n % i == 0]
-
-
-def _listed(sizes):
-    return " or ".join(filter(None, [", ".join(map(str, sizes[:-1])), str(sizes[-1])]))
+def _divisors(*sizes):
+    """Returns the divisors of any of `sizes`, listed as '1, 2 or 4'."""
+    found = [str(i) for i in range(1, max(sizes) + 1) if any(n % i == 0 for n in sizes)]
+    return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
 
 
 def constrain(x, *names):
-    """Splits an activation over the current mesh, and returns it. Without a mesh it returns x itself.
+    """Returns an activation, split over the current mesh. Without a mesh it returns x itself.
 
-    names: for each dimension of x its meaning, a key of ACTIVATION_AXES, or None for a dimension that is not cut.
+    names: for each dimension of x a key of ACTIVATION_AXES, or None for a dimension that is not cut.
 
     Raises ValueError for an unknown name, or for another number of names than dimensions.
     """
@@ -110,26 +107,25 @@ def constrain(x, *names):
     unknown = [n for n in names if n is not None and n not in ACTIVATION_AXES]
     if unknown:
         raise ValueError(f"unknown activation dimension {unknown[0]!r}; known: {', '.join(ACTIVATION_AXES)}")
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = _current_mesh()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, activation_spec(names, x.shape, mesh.shape))
 
 
 def split(axis):
     """Returns whether the current mesh has more than one device along an axis."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.shape[axis] > 1
+    mesh = _current_mesh()
+    return mesh is not None and mesh.shape[axis] > 1
 
 
 def shard_map_batch(f, x, *shared):
     """Returns f(x, *shared). Each device calls f with its own rows of x [B, ...], and with all of `shared`.
 
-    So f may merge the batch dimension with others, which XLA could not split by itself. The other mesh axes split
-    arrays inside f as they do outside.
+    So f may merge the batch dimension with others, which XLA could not split by itself.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = None if mesh.empty else _dividing(ACTIVATION_AXES["batch"], x.shape[0], mesh.shape)
+    mesh = _current_mesh()
+    axes = None if mesh is None else _dividing(ACTIVATION_AXES["batch"], x.shape[0], mesh.shape)
     if axes is None:
         return f(x, *shared)
     specs = (P(axes), *(P() for _ in shared))
@@ -137,15 +133,11 @@ def shard_map_batch(f, x, *shared):
 
 
 def activation_spec(names, shape, mesh_shape):
-    """Returns the PartitionSpec of an activation whose dimensions have these names. An axis cuts one dimension at most.
-
-    names, shape: of the activation, one value for each dimension.
-    mesh_shape: {axis: size}.
-    """
+    """Returns the PartitionSpec of an activation with a name for each dimension. A mesh axis cuts at most one."""
     spec, free = [], set(MESH_AXES)
     for name, size in zip(names, shape, strict=True):
-        axes = ACTIVATION_AXES[name] if name is not None else None
-        taken = _dividing([a for a in axes or () if a in free], size, mesh_shape, MIN_SHARD.get(name, 1))
+        axes = [a for a in ACTIVATION_AXES.get(name) or () if a in free]
+        taken = _dividing(axes, size, mesh_shape, MIN_SHARD.get(name, 1))
         spec.append(taken)
         free -= set(taken or ())
     return P(*spec)
@@ -164,14 +156,13 @@ def _dividing(axes, size, mesh_shape, least=1):
 
 
 def all_gather_params(params, dtype):
-    """Returns a layer's parameters as its computation needs them. On one device it returns `params` itself.
+    """Returns a layer's parameters, gathered along `fsdp`. On one device it returns `params` itself.
 
-    Kernels and embeddings are cast to `dtype`, and then gathered along `fsdp`, before they are used. The cast comes
-    first, so that bfloat16 sends half the bytes of float32. Without this XLA would send activations to the devices that
-    hold the parts of a kernel, which is more traffic. The gradients are reduced to the same parts.
+    Kernels and embeddings are cast to `dtype` first, so that bfloat16 sends half the bytes of float32. Without this XLA
+    would send activations to the devices that hold the parts of a kernel, which is more traffic.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = _current_mesh()
+    if mesh is None:
         return params
 
     def gather(path, x):
@@ -205,43 +196,40 @@ def path_name(path):
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
+def named_leaves(tree):
+    """Returns {'a/b/c': leaf} of a tree."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def parameter_spec(name, shape, mesh_shape):
     """Returns the PartitionSpec of the parameter at path `name`, without axes that do not divide their dimension."""
-    axes = _axes(name, shape)
+    _, axes = _rule(name, shape)
     return P(*(_dividing((a,) if a else None, s, mesh_shape) for a, s in zip(axes, shape, strict=True)))
 
 
-def _axes(name, shape):
-    """Returns for each dimension of a parameter the mesh axis that PARAMETER_RULES name, or None."""
-    axes = _rule(name)[1]
-    axes = axes[max(0, len(axes) - len(shape)) :]
-    return (None,) * (len(shape) - len(axes)) + tuple(axes)
-
-
-def _rule(name):
-    return next(rule for rule in PARAMETER_RULES if re.search(rule[0], name))
+def _rule(name, shape):
+    """Returns (pattern of the rule for a parameter, its mesh axis or None for each dimension)."""
+    pattern, axes = next(rule for rule in PARAMETER_RULES if re.search(rule[0], name))
+    padded = (None,) * len(shape) + axes
+    return pattern, padded[len(padded) - len(shape) :]
 
 
 def table(params, mesh_shape):
-    """Returns lines that show how PARAMETER_RULES split `params`: for each rule the arrays, axes and parameters."""
+    """Returns a line for each rule of PARAMETER_RULES: its arrays, their axes and the number of their parameters."""
     found = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        name = path_name(path)
-        split = [a or "-" for a in _axes(name, x.shape)]
+    for name, x in named_leaves(params).items():
         spec = parameter_spec(name, x.shape, mesh_shape)
-        kept = " ".join(a if s else "-" for a, s in zip(split, spec)) or "-"
-        found.setdefault((_rule(name)[0], kept), []).append(math.prod(x.shape))
+        kept = " ".join(axis or "-" for axis in spec) or "-"
+        found.setdefault((_rule(name, x.shape)[0], kept), []).append(math.prod(x.shape))
     rows = sorted(found.items(), key=lambda row: -sum(row[1]))
     return [f"{len(n):>5} x {kept:<24} {sum(n) / 1e6:>10.3f} M  {rule}" for (rule, kept), n in rows]
 
 
 def state_shardings(abstract_state, mesh):
     """Returns a NamedSharding for every leaf of a train state: parameters, optimizer and EMA."""
-
-    def leaf_sharding(path, leaf):
-        return NamedSharding(mesh, parameter_spec(path_name(path), leaf.shape, dict(mesh.shape)))
-
-    return jax.tree_util.tree_map_with_path(leaf_sharding, abstract_state)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, parameter_spec(path_name(path), x.shape, mesh.shape)), abstract_state
+    )
 
 
 def batch_sharding(mesh):
@@ -250,7 +238,7 @@ def batch_sharding(mesh):
 
 
 def local_rows(batch_sharding, batch_size):
-    """Returns the numbers of the rows of a batch that the devices of this process hold, ascending."""
+    """Returns the numbers of the rows of a batch that this process holds, ascending."""
     held = batch_sharding.addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for index in held for row in range(*index[0].indices(batch_size))})
 
@@ -262,8 +250,7 @@ def replicated(mesh):
 
 def replicate(tree):
     """Copies arrays to every device of the current mesh, so that each process can read them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if _current_mesh() is None:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), tree)
 
@@ -273,22 +260,17 @@ def microbatches(batch, parts):
 
     So each device has rows of every part, and no row moves to another device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
 
     def divide(x):
         x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-        if mesh.empty or mesh.size == 1:
-            return x
-        return jax.lax.with_sharding_constraint(x, P(None, ("data", "fsdp")))
+        return x if _current_mesh() is None else jax.lax.with_sharding_constraint(x, P(None, ("data", "fsdp")))
 
     return jax.tree.map(divide, batch)
 
 
 def check_batch(batch_size, mesh, parts=1, group=1, group_key="group"):
-    """Raises UserError when a batch does not divide over the devices.
+    """Raises UserError when the `parts` microbatches of a batch do not divide over the devices.
 
-    batch_size: clips of a batch on all devices.
-    parts: microbatches of a batch. Each of them must divide over the devices.
     group: clips that stay together on a device. A device's share of a microbatch must be a multiple of it.
     group_key: the config key that sets `group`, for the message.
     """
@@ -307,23 +289,20 @@ def check_batch(batch_size, mesh, parts=1, group=1, group_key="group"):
 
 
 def check_axes(mesh, params, activations):
-    """Raises UserError when `tensor` or `sequence` does not divide what it should cut.
+    """Raises UserError when `tensor` does not divide parameters, or `sequence` does not cut each of the activations.
 
-    params: tree of arrays or ShapeDtypeStructs.
-    activations: {name for the message: (shape, names of the dimensions)}; `sequence` must cut each of them.
+    activations: {name for the message: (shape, names of the dimensions)}.
     """
     ways = mesh.shape["tensor"]
-    sizes = {}  # {path of a parameter: size of the dimension that `tensor` cuts}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params) if ways > 1 else ():
-        axes = _axes(path_name(path), leaf.shape)
-        if "tensor" in axes:
-            sizes[path_name(path)] = leaf.shape[axes.index("tensor")]
+    cuts = {name: dict(zip(_rule(name, leaf.shape)[1], leaf.shape)) for name, leaf in named_leaves(params).items()}
+    sizes = {name: cut["tensor"] for name, cut in cuts.items() if "tensor" in cut}
     if bad := [name for name, size in sizes.items() if size % ways]:
-        fits = _listed(_divisors(math.gcd(*sizes.values())))
+        fits = _divisors(math.gcd(*sizes.values()))
         raise UserError(f"mesh.tensor={ways} does not divide the {sizes[bad[0]]} of {bad[0]}: use {fits}")
     ways = mesh.shape["sequence"]
     for name, (shape, names) in activations.items() if ways > 1 else ():
         if "sequence" not in str(activation_spec(names, shape, mesh.shape)):
             cut = [size for n, size in zip(names, shape) if "sequence" in (ACTIVATION_AXES[n] or ())]
-            fits = _listed(sorted({d for size in cut for d in _divisors(size)}))
-            raise UserError(f"mesh.sequence={ways} does not divide time or height of {name} {shape}: use {fits}")
+            raise UserError(
+                f"mesh.sequence={ways} does not divide time or height of {name} {shape}: use {_divisors(*cut)}"
+            )

@@ -112,8 +112,7 @@ def train_phase(run, name, phase):
     newest = checkpoints.latest_step()  # None: no checkpoint; 0: imported weights, not trained here yet
     done = newest or 0
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(stage.params))
-    what = name if phase.count == 1 else f"{name} phase {phase.number}/{phase.count}"
-    logger.info("%s: %.2f M parameters, %d of %d steps done", what, parameters / 1e6, done, phase.stop)
+    logger.info("%s: %.2f M parameters, %d of %d steps done", phase.title, parameters / 1e6, done, phase.stop)
     for line in sharding.table(stage.params, run.mesh.shape) if run.mesh.size > 1 else ():
         logger.info("  %s", line)
     if done >= phase.stop:
@@ -132,23 +131,26 @@ def train_phase(run, name, phase):
         state = program.init()
     elif 0 < done == phase.start:
         before = run.plan[name][phase.number - 2].system.params[name]
-        params = first_params(folder.read_params(run.workdir, name, before), stage.params)
+        params = first_params(folder.read_params(run.workdir, name, before)[0], stage.params)
         state = program.begin(jax.device_put(params, sharding.state_shardings(params, run.mesh)))
     else:
         state = checkpoint.restore(checkpoints, program.abstract)
     # 5. The step is compiled before the first batch is read, and by all processes before any of them runs it.
     #    In the record of compile times, the number of parameters tells models apart.
-    with watch("compiling"), profiling.compiling(f"the training step of {what}", key=parameters):
+    with watch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameters):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
-    run.alive(f"compiling the step of {what}")  # the watchdog begins only now: a compile may take any time
+    run.alive(f"compiling the step of {phase.title}")  # the watchdog begins only now: a compile may take any time
 
     # --------------------------------------------------------------------------------------------------------- loop
     show_preview = previewer(run, name, system)
     log = RunLog(
-        what,
+        name,
+        phase.title,
+        phase.number,
         directory,
-        steps=phase.stop,
+        steps=run.plan[name][-1].stop,
+        stop=phase.stop,
         done=done,
         saved=newest,
         watch=watch,
@@ -169,7 +171,7 @@ def train_phase(run, name, phase):
             state, metrics = step_fn(state, step_key, batch, encoder_params)
         log.add(metrics)
         trace(number, metrics)
-        run.alive(f"step {number} of {what}")
+        run.alive(f"step {number} of {phase.title}")
         stopped = run.stop(number)
         last = stopped or number == phase.stop
         save_due = save_due or last or number % config.checkpoint_every == 0
@@ -192,7 +194,7 @@ def train_phase(run, name, phase):
     run.stop.stepping = False
     log.close()
     if stopped:
-        logger.info("%s: stopped at step %d, saved; the same command continues from there", what, number)
+        logger.info("%s: stopped at step %d, saved; the same command continues from there", phase.title, number)
     return not stopped and run.stop.signal is None
 
 

@@ -12,17 +12,15 @@ and their stage restarts at step 0. Zero-initialized layers do not change the ou
 """
 
 import time
-from typing import NamedTuple
 
 import jax
-import ml_collections
 from absl import flags
 from etils import epath
 
 from vdm_jax import train_state
 from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, checksums, cli, folder, storage
-from vdm_jax.sharding import path_name
+from vdm_jax.sharding import named_leaves, path_name
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
 
@@ -33,63 +31,42 @@ USAGE = (
 )
 
 
-class Weights(NamedTuple):
-    """Trained weights, ready to sample from or to train further."""
-
-    config: ml_collections.ConfigDict
-    params: dict  # {stage: EMA parameters, 'statistics': {modality: {'mean' [C], 'std' [C]}} of the latents}
-    steps: dict  # {stage: the step that its parameters are from}
-
-
 def main(argv):
     options = flags.FLAGS
     if argv[1:] == ["export"] and options.workdir and options.out:
-        return export(load(options.workdir), storage.given(options.out))
-    if argv[1:2] == ["verify"] and len(argv) == 3:
-        return verify(storage.given(argv[2]), options.unverified)
-    if argv[1:] == ["import"] and options.weights and options.workdir:
-        weights = load(None if options.weights == "reference" else options.weights, options.unverified)
+        weights, out = folder.load(options.workdir, build), storage.given(options.out)
+        folder.write_exported(out, weights)
+        size = sum((out / f"{stage}.safetensors").stat().length for stage in weights.steps)
+        print(f"wrote {out}: {size / 1e6:.2f} MB of weights")
+    elif argv[1:2] == ["verify"] and len(argv) == 3:
+        verify(storage.given(argv[2]), options.unverified)
+    elif argv[1:] == ["import"] and options.weights and options.workdir:
+        source = None if options.weights == "reference" else options.weights
+        weights = folder.load(source, build, unverified=options.unverified)
         if options.config is not None:
             weights = add_missing_params(weights, options.config)
         weights = weights._replace(steps=weights.steps | dict.fromkeys(options.restart, 0))
-        return import_weights(weights, storage.given(options.workdir))
-    raise UserError(USAGE)
-
-
-def load(source, unverified=False):
-    """Returns the Weights of a run or of exported weights. Raises UserError when something is missing or damaged.
-
-    source: a folder; None for the reference weights.
-    unverified: accepts exported weights that have no checksums.txt.
-    """
-    source = folder.REFERENCE if source is None else source
-    config = folder.read_config(source)
-    expected = folder.checked_build(source, config, build).params
-    return Weights(config, *folder.read_weights(source, expected, unverified))
-
-
-def export(weights, out):
-    folder.write_exported(out, *weights)
-    size = sum((out / f"{stage}.safetensors").stat().length for stage in weights.steps)
-    print(f"wrote {out}: {size / 1e6:.2f} MB of weights")
+        import_weights(weights, storage.given(options.workdir))
+    else:
+        raise UserError(USAGE)
 
 
 def verify(directory, unverified=False):
     """Checks every checkpoint and all exported weights in `directory`, and prints a line for each.
 
-    unverified: accepts those without checksums.
-
-    Raises UserError when one is damaged, or when there is nothing to check.
+    Raises UserError when one is damaged or, unless `unverified`, has no checksums, or when there is nothing to check.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a folder: give a run, a checkpoint or exported weights")
-    paths = map(epath.Path, checksums.files(directory))
-    paths = [p for p in paths if {"damaged", checkpoint.SUPERSEDED}.isdisjoint(p.parts)]
     marks = (checksums.NAME, "_CHECKPOINT_METADATA")
+    paths = [p for p in map(epath.Path, checksums.files(directory)) if p.name in marks or p.suffix == ".safetensors"]
+    left_out = {"damaged", checkpoint.SUPERSEDED}
+    folders = sorted({directory / p.parent for p in paths if left_out.isdisjoint(p.parts)})
+    if not folders:
+        raise UserError(f"{directory} holds neither checkpoints nor exported weights")
     faults = []
     read = 0  # bytes
     began = time.perf_counter()
-    folders = sorted({directory / p.parent for p in paths if p.name in marks or p.suffix == ".safetensors"})
     for checked in folders:
         try:
             read += checksums.check(checked)
@@ -104,8 +81,6 @@ def verify(directory, unverified=False):
     print(f"read {read / 1e9:.3f} GB at {read / 1e9 / seconds:.2f} GB/s")
     if faults:
         raise UserError(f"{faults[0]}" + (f", and {len(faults) - 1} more are damaged" if len(faults) > 1 else ""))
-    if not folders:
-        raise UserError(f"{directory} holds neither checkpoints nor exported weights")
 
 
 def add_missing_params(weights, config):
@@ -114,37 +89,21 @@ def add_missing_params(weights, config):
     Raises UserError when a model of the config lacks a parameter, or has it in another shape.
     """
     key = jax.random.key(config.seed)
-    params = dict(weights.params)
-    steps = dict(weights.steps)
-    for name, stage in build(config).stages.items():
+    system = build(config)
+    params, steps = dict(weights.params), dict(weights.steps)
+    for name, stage in system.stages.items():
         fresh = jax.jit(stage.init)(key)
-        params[name], added, dropped = _overlay(weights.params[name], fresh)
-        if dropped:
-            raise UserError(f"the weights have {name}/{dropped[0]}, which the config's model lacks")
-        _check_shapes(params[name], fresh, f"the weights of {name}")
-        if added:
+        stored, wanted = named_leaves(weights.params[name]), named_leaves(fresh)
+        known = {path: x for path, x in wanted.items() if path in stored}
+        checkpoint.check_arrays(f"the weights of {name}", stored, known, dtypes=False)
+        if added := sorted(set(wanted) - set(stored)):
+            params[name] = jax.tree_util.tree_map_with_path(lambda p, x, have=stored: have.get(path_name(p), x), fresh)
             steps[name] = 0
             print(
                 f"{name}: {len(added)} parameters are freshly initialized, the first is {added[0]}; "
                 "the stage restarts at step 0"
             )
-    return Weights(config, params, steps)
-
-
-def _overlay(stored, fresh):
-    """Returns (`fresh` with the leaves that `stored` has, names only in `fresh`, names only in `stored`)."""
-    have = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stored)}
-    want = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(fresh)}
-    tree = jax.tree_util.tree_map_with_path(lambda path, leaf: have.get(path_name(path), leaf), fresh)
-    return tree, sorted(want - set(have)), sorted(set(have) - want)
-
-
-def _check_shapes(tree, expected, where):
-    def check(path, want, got):
-        if tuple(want.shape) != tuple(got.shape):
-            raise UserError(f"{where}: {path_name(path)} has shape {got.shape}, the config asks for {want.shape}")
-
-    jax.tree_util.tree_map_with_path(check, expected, tree)
+    return folder.Weights(system, params, steps)
 
 
 def import_weights(weights, workdir):
@@ -152,12 +111,12 @@ def import_weights(weights, workdir):
     if (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds a run already: give a new --workdir")
     for stage, step in weights.steps.items():
-        state = train_state.create(weights.params[stage], weights.config[stage])
+        state = train_state.create(weights.params[stage], weights.system.config[stage])
         with checkpoint.manager(workdir / stage / "checkpoints") as checkpoints:
             checkpoint.save(checkpoints, state | {"step": state["step"] + step})
             checkpoint.finish(checkpoints)
     folder.write_statistics(workdir / folder.STATISTICS, weights.params["statistics"])
-    folder.write_config(workdir, weights.config, STAGES)
+    folder.write_config(workdir, weights.system.config, STAGES)
     print(f"made {workdir}: " + ", ".join(f"{stage} at step {step}" for stage, step in weights.steps.items()))
 
 

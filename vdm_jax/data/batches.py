@@ -5,6 +5,9 @@ shuffle. A run that resumes therefore sees the batches that it would have seen w
 of processes, and no state of the data needs to be saved.
 """
 
+import dataclasses
+from collections.abc import Callable, Sequence
+
 import absl.logging
 import jax
 import numpy as np
@@ -24,10 +27,7 @@ HELD_OUT_SEED = 1_000_003  # added to the seed of the procedural world for clips
 
 
 def source(config, split="train"):
-    """Returns the data source of config.data; its items are {'video', 'audio', 'caption', ...}.
-
-    config: the recipe
-    split: "train" or "held_out"
+    """Returns the data source of config.data, split "train" or "held_out"; its items are {'video', 'audio', 'caption'}.
 
     Raises UserError if the source is unknown or cannot be opened.
     """
@@ -46,54 +46,34 @@ def source(config, split="train"):
     raise UserError(f"data.source={data.source!r} is unknown: use world, files or tfds")
 
 
+@dataclasses.dataclass(eq=False)
 class Examples:
-    """The items of a data source as training examples.
+    """The items of a data source as training examples."""
 
-    An example is {'video', 'audio', 'tokens' int32 [L]}; with hard negatives it also has 'hard_negative' int32 [L].
-
-    source: a data source
-    text_length: L, in tokens
-    hard_negative: a function caption -> wrong caption; None for no hard negatives
-    """
-
-    def __init__(self, source, text_length, hard_negative=None):
-        self.source = source
-        self.text_length = text_length
-        self.hard_negative = hard_negative
+    source: Sequence
+    text_length: int  # L, in tokens
+    hard_negative: Callable[[str], str] | None = None  # caption -> wrong caption
 
     def __len__(self):
         return len(self.source)
 
-    def __getitem__(self, number):
-        item = self.source[number]
-        captions = {"tokens": item["caption"]}
-        if self.hard_negative:
-            captions["hard_negative"] = self.hard_negative(item["caption"])
-        tokens = {name: text.encode([caption], self.text_length)[0] for name, caption in captions.items()}
-        return {"video": item["video"], "audio": item["audio"], **tokens}
-
     def take(self, numbers):
-        """Returns the examples of these numbers as one batch."""
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *[self[number] for number in numbers])
+        """Returns a batch of the items of these numbers.
+
+        It is {'video', 'audio', 'tokens' int32 [B, L]}; with hard negatives it also has 'hard_negative' int32 [B, L].
+        """
+        items = [self.source[number] for number in numbers]
+        captions = [item["caption"] for item in items]
+        batch = {part: np.stack([item[part] for item in items]) for part in ("video", "audio")}
+        batch["tokens"] = text.encode(captions, self.text_length)
+        if self.hard_negative:
+            batch["hard_negative"] = text.encode([self.hard_negative(c) for c in captions], self.text_length)
+        return batch
 
 
-class _Batches:
-    """Random access to this process's rows of the batches of steps `start` to `stop`."""
-
-    def __init__(self, order, take, batch_size, start, stop, rows):
-        self.order = order  # number in the shuffle -> number of the item
-        self.take = take  # numbers of items -> one batch
-        self.batch_size = batch_size
-        self.start = start
-        self.stop = stop
-        self.rows = rows
-
-    def __len__(self):
-        return self.stop - self.start
-
-    def __getitem__(self, step):
-        first = (self.start + step) * self.batch_size
-        return self.take([int(self.order[first + j]) for j in self.rows])
+def _order(items, seed):
+    """Returns the endless shuffle of the items' numbers."""
+    return grain.MapDataset.range(len(items)).seed(seed).shuffle().repeat()
 
 
 def batches(items, *, batch_size, seed, start, data, rows=None, stop=None):
@@ -101,31 +81,22 @@ def batches(items, *, batch_size, seed, start, data, rows=None, stop=None):
 
     items: Examples, or another source whose `take(numbers)` returns a batch
     batch_size: examples of a batch, over all processes
-    seed: of the shuffle
-    start: step of the first batch
     data: config.data, for the number of threads and of batches that are read ahead
     rows: numbers of the batch's examples that this process loads; None loads all
     stop: step after the last batch; None is endless
     """
-    stop = start + 2**31 - 1 if stop is None else stop
+    order = _order(items, seed)
     rows = range(batch_size) if rows is None else rows
-    batches = _Batches(_order(items, seed), items.take, batch_size, start, stop, rows)
+    steps = grain.MapDataset.range(start, start + 2**31 - 1 if stop is None else stop)
+    taken = steps.map(lambda step: items.take([int(order[step * batch_size + row]) for row in rows]))
     read = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
-    return iter(grain.MapDataset.source(batches).to_iter_dataset(read))
+    return iter(taken.to_iter_dataset(read))
 
 
 def sample_ids(items, *, batch_size, seed, step):
-    """Returns the numbers of the items in the batch of a step, to look at when that step has gone wrong.
-
-    The arguments are those of `batches`; step counts from 0.
-    """
+    """Returns the numbers of the items in the batch of a step, to look at when that step has gone wrong."""
     order = _order(items, seed)
-    return [int(order[step * batch_size + j]) for j in range(batch_size)]
-
-
-def _order(items, seed):
-    """Returns the endless shuffle of the items' numbers."""
-    return grain.MapDataset.range(len(items)).seed(seed).shuffle().repeat()
+    return [int(order[step * batch_size + row]) for row in range(batch_size)]
 
 
 def to_devices(batch, sharding, batch_size):

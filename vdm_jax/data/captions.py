@@ -1,6 +1,5 @@
 """The words of the procedural world: a clip's state becomes an English sentence.
 
-`caption` describes a clip. `prompts` draws sentences of the same grammar and says what each sentence asks for.
 A state is the dict that `World` returns with a clip (see world.py); its 'shape', 'color' and 'material' are indices
 into the names below.
 """
@@ -48,8 +47,6 @@ def asked(state):
 def caption(state, rng, undirected=0.0):
     """Returns a sentence about a clip: its objects, usually their directions, and usually its first impact.
 
-    state: the state of the clip
-    rng: a NumPy generator, which chooses the words
     undirected: chance, in 0..1, of a sentence that may leave directions out, each with a chance of 3 in 4
     """
     indices = seen(state)
@@ -75,41 +72,35 @@ def caption(state, rng, undirected=0.0):
 def prompts(seed, n, objects=1, shapes=SHAPES, colors=COLORS):
     """Returns n sentences of the captions' grammar, without impacts, and what each of them asks for.
 
-    The result is [{'text': str, 'objects': [{'color', 'shape', 'direction'}]}].
-
-    seed: int, which determines all sentences
-    n: number of sentences
-    objects: number of objects in each sentence, all of different colors
-    shapes, colors: names to choose from
+    The result is [{'text': str, 'objects': [{'color', 'shape', 'direction'}]}]. `objects` is the number of objects in
+    each sentence, all of different colors.
     """
     rng = np.random.default_rng([seed, objects, 77])
-    out = []
+    drawn = []
     for _ in range(n):
         things = []
         for c in rng.permutation(len(colors))[:objects]:
             shape, direction = shapes[rng.integers(len(shapes))], DIRECTIONS[rng.integers(4)]
             things.append({"color": colors[c], "shape": shape, "direction": direction})
-        text = _list(rng, [_noun_phrase(rng, **thing) for thing in things])
-        out.append({"text": text, "objects": things})
-    return out
+        drawn.append({"text": _list(rng, [_noun_phrase(rng, **thing) for thing in things]), "objects": things})
+    return drawn
 
 
 def _noun_phrase(rng, color, shape, direction, size="", material=""):
     """Returns 'a small metal red circle moving left'; an empty direction, size or material is left out."""
     words = " ".join(word for word in (size, material, color, shape) if word)
-    verb = ("moving", "moving", "going", "heading")[int(rng.integers(4))]
+    verb = ("moving", "moving", "going", "heading")[rng.integers(4)]
     return f"a {words} {verb} {direction}" if direction else f"a {words}"
 
 
 def _list(rng, things):
     """Returns one to three noun phrases as a list in words."""
     if len(things) == 1:
-        return ("{}", "{}", "there is {}", "we see {}")[int(rng.integers(4))].format(things[0])
+        return ("{}", "{}", "there is {}", "we see {}")[rng.integers(4)].format(things[0])
     text = ", ".join(things[:-1]) + " and " + things[-1]
     if rng.integers(3):
         return text
-    word = ("objects", "shapes")[int(rng.integers(2))]
-    return f"{('two', 'three')[len(things) - 2]} {word}: {text}"
+    return f"{('two', 'three')[len(things) - 2]} {('objects', 'shapes')[rng.integers(2)]}: {text}"
 
 
 def _impact(rng, event, things):
@@ -118,9 +109,9 @@ def _impact(rng, event, things):
     rest = [phrase for o, phrase in things.items() if o not in event["objects"]]
     others = {0: "", 1: " and {}", 2: ", {} and {}"}[len(rest)].format(*rest)
     if hit:
-        verb = ("hits", "bumps into", "collides with")[int(rng.integers(3))]
+        verb = ("hits", "bumps into", "collides with")[rng.integers(3)]
         return f"{things[first]} {verb} {things[hit[0]]}{others}"
-    verb = ("bounces off", "hits")[int(rng.integers(2))]
+    verb = ("bounces off", "hits")[rng.integers(2)]
     x, y = event["position"]
     side = "wall" if min(x, 1 - x) < min(y, 1 - y) else "floor" if y > 0.5 else "ceiling"
     return f"{things[first]} {verb} the {side}{others}"

@@ -6,7 +6,9 @@ without metadata, the text file `name.txt` beside `name.mp4` is one caption.
 """
 
 import csv
+import dataclasses
 import functools
+import io
 import json
 import logging
 import os
@@ -17,63 +19,46 @@ from typing import NamedTuple
 import numpy as np
 
 from vdm_jax.data import media
+from vdm_jax.data.text import read_text
 from vdm_jax.errors import UserError
 
 logger = logging.getLogger("vdm_jax")
 
 SUFFIXES = (".mp4", ".webm", ".avi", ".mov", ".mkv", ".m4v")
-MAX_TEXT_BYTES = 1_000_000  # of a name.txt
+MAX_METADATA_BYTES = 1 << 30
 MAX_CACHED_SECONDS = 300  # of a longer video only windows are decoded: the whole would take minutes
 
 
 @functools.lru_cache(maxsize=8)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Returns the order of the videos in an epoch: a permutation, int [count]."""
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Returns the order of the items in an epoch: a permutation, int [count]."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def _first_names(names) -> str:
+def _first_names(names: list[str]) -> str:
     """Returns the first five names, and the number of the others, as a text."""
-    names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _read_text(path: Path) -> str:
-    """Returns the caption in a text file."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_TEXT_BYTES + 1)
-        if len(data) > MAX_TEXT_BYTES:
-            raise UserError(f"{path.name} is over {MAX_TEXT_BYTES} bytes: it cannot be a caption, move it away")
-        return " ".join(data.decode("utf-8-sig").split())
-    except OSError as error:
-        raise UserError(f"cannot read {path.name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path.name} is not UTF-8 text: save it as UTF-8") from error
 
 
 def _read_metadata(path: Path) -> list[tuple[str, str]]:
     """Returns the (file_name, text) pairs of a metadata.csv or metadata.jsonl."""
+    lines = io.StringIO(read_text(path, MAX_METADATA_BYTES), newline="")
     pairs = []
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                rows = csv.DictReader(file, strict=True)
-                missing = {"file_name", "text"} - set(rows.fieldnames or ())
-                if missing:
-                    raise UserError(f"{path.name} has no column {' or '.join(map(repr, sorted(missing)))}")
-            else:
-                rows = (json.loads(line) for line in file if line.strip())
-            for number, row in enumerate(rows, 1):
-                pair = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (0, 0)
-                if not all(isinstance(value, str) for value in pair) or not pair[0]:
+        if path.suffix == ".csv":
+            rows = csv.DictReader(lines, strict=True)
+            missing = {"file_name", "text"} - set(rows.fieldnames or ())
+            if missing:
+                raise UserError(f"{path.name} has no column {' or '.join(map(repr, sorted(missing)))}")
+        else:
+            rows = (json.loads(line) for line in lines if line.strip())
+        for number, row in enumerate(rows, 1):
+            match row:
+                case {"file_name": str(name), "text": str(text)} if name:
+                    pairs.append((name, text))
+                case _:
                     raise UserError(f"{path.name}: row {number} lacks a file_name or a text, add it")
-                pairs.append(pair)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot read {path.name}: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
+    except (csv.Error, json.JSONDecodeError, RecursionError) as error:
         fault = f"cannot read {path.name} after row {len(pairs)}: {error}"
         raise UserError(" ".join(fault.split())) from error
     return pairs
@@ -105,8 +90,9 @@ def _listing(root: Path) -> dict[str, list[str]]:
             if path.suffix.lower() in SUFFIXES:
                 note = path.with_suffix(".txt")
                 _check_inside(root, note.relative_to(root))
-                name = path.relative_to(root).as_posix()
-                captions[name] = [_read_text(note) if note.exists() else ""]
+                captions[path.relative_to(root).as_posix()] = [
+                    " ".join(read_text(note).split()) if note.exists() else ""
+                ]
     for name in captions:
         _check_inside(root, name)
     return captions
@@ -123,71 +109,51 @@ class Video(NamedTuple):
     cached: bool  # whether the decoded video is kept in memory
 
 
+@dataclasses.dataclass(eq=False)
 class Files:
     """Random windows of the videos in a folder, without end. Item i follows from (seed, i).
 
-    An item is {'video': uint8 [F, h, w, 3], 'audio': float32 [F * sample_rate // fps], 'caption': str}. With n videos,
-    items n * e to n * (e + 1) - 1 are epoch e: each video comes once, in an order that is drawn for the epoch, with a
-    random window and one of its captions.
+    An item is {'video': uint8 [F, h, w, 3], 'audio': float32 [F * sample_rate // fps], 'caption': str}. In each epoch
+    every video comes once, in an order that is drawn for the epoch, with a random window and one of its captions.
 
     The end of every video is the split "held_out": a share of `held_out`, or one window where that is more and the
-    video lasts at least two windows. Windows of "train" end before it. Where a split's part of a video is shorter than
-    a window, its last frame is repeated in silence; "held_out" leaves such a video out, if it then still has any. A
-    video without sound is silent. A broken video is left out. A missing caption is the empty text. One warning for
-    each of these faults names the videos.
-
-    A video is decoded once, at its final size, and kept in memory as long as all of them fit into `cache_bytes`. Of
-    other videos only the window is decoded.
-
-    path: of the folder
-    frames: F, frames of a window
-    size: h = w, or (h, w)
-    fps: frames per second of a window; windows begin on whole frames
-    sample_rate: of the sound, in Hz
-    seed: of the order of videos and of the windows
-    split: "train" or "held_out"
-    held_out: share of every video, in 0..1, that is kept from training
-    length: number of items
-    cache_bytes: memory for decoded videos
+    video lasts at least two windows. Where a split's part of a video is shorter than a window, its last frame is
+    repeated in silence; "held_out" leaves such a video out, if it then still has any. A video without sound is silent.
+    A broken video is left out. A missing caption is the empty text. One warning for each fault names the videos.
 
     Raises UserError if the folder or its metadata cannot be used.
     """
 
-    def __init__(
-        self,
-        path,
-        *,
-        frames: int,
-        size: int | tuple[int, int],
-        fps: float,
-        sample_rate: int,
-        seed: int,
-        split: str = "train",
-        held_out: float = 0.2,
-        length: int = 2**31 - 1,
-        cache_bytes: int = 2 << 30,
-    ):
-        if split not in ("train", "held_out"):
-            raise UserError(f"there is no split {split!r}: use 'train' or 'held_out'")
-        if not 0 <= held_out < 1:
-            raise UserError(f"held_out={held_out} must be a share of at least 0 and less than 1")
-        self.root = Path(path)
-        if not self.root.is_dir():
-            raise UserError(f"data path {os.fspath(path)!r} is not a folder: name the folder of videos")
-        self.frames = frames
-        self.seed = seed
-        self.split = split
-        self.length = length
-        self.settings = {"size": size, "fps": fps, "sample_rate": sample_rate}
-        self.samples = int(frames * sample_rate // fps)
-        self._load(_listing(self.root), held_out, cache_bytes)
-        self._clear()
+    path: str | os.PathLike  # of the folder
+    _: dataclasses.KW_ONLY
+    frames: int  # F, of a window
+    size: int | tuple[int, int]  # h = w, or (h, w), in pixels
+    fps: float  # frames per second of a window; windows begin on whole frames
+    sample_rate: int  # of the sound, in Hz
+    seed: int  # of the order of videos and of the windows
+    split: str = "train"  # or "held_out"
+    held_out: float = 0.2  # share of every video, in 0..1, that is kept from training
+    cache_bytes: int = 2 << 30  # for decoded videos; of videos that do not fit, only the window is decoded
 
-    def _load(self, listing: dict[str, list[str]], held_out: float, cache_bytes: int) -> None:
+    def __post_init__(self):
+        if self.split not in ("train", "held_out"):
+            raise UserError(f"there is no split {self.split!r}: use 'train' or 'held_out'")
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"held_out={self.held_out} must be a share of at least 0 and less than 1")
+        self.root = Path(self.path)
+        if not self.root.is_dir():
+            raise UserError(f"data path {os.fspath(self.path)!r} is not a folder: name the folder of videos")
+        self.samples = int(self.frames * self.sample_rate // self.fps)
+        self._cache = {}
+        self._warned = set()
+        self._lock = threading.Lock()
+        self._load(_listing(self.root))
+
+    def _load(self, listing: dict[str, list[str]]) -> None:
         """Probes every file, fills self.videos and warns of faults."""
-        fps = self.settings["fps"]
-        height, width = media.pair(self.settings["size"])
+        height, width = media.pair(self.size)
         frame_bytes = height * width * 3 + 4 * self.samples // self.frames
+        free_bytes = self.cache_bytes
         self.videos, broken, silent, short = [], [], [], []
         for name, captions in listing.items():
             try:
@@ -195,16 +161,16 @@ class Files:
             except UserError as error:
                 broken.append(str(error).removeprefix("cannot read "))
                 continue
-            total = max(1, int(info["duration"] * fps + 1e-6))  # frames at `fps`
-            held = int(total * held_out)
+            total = max(1, int(info["duration"] * self.fps + 1e-6))  # frames at `fps`
+            held = int(total * self.held_out)
             if held and total >= 2 * self.frames:
                 held = max(held, self.frames)
             first, end = (0, total - held) if self.split == "train" else (total - held, total)
             if first == end:
                 continue
             need = total * frame_bytes
-            cached = need <= cache_bytes and info["duration"] <= MAX_CACHED_SECONDS
-            cache_bytes -= need * cached
+            cached = need <= free_bytes and info["duration"] <= MAX_CACHED_SECONDS
+            free_bytes -= need * cached
             self.videos.append(Video(name, captions, first, end, total, cached))
             silent += [] if info["has_audio"] else [name]
             short += [name] if end - first < self.frames else []
@@ -226,30 +192,15 @@ class Files:
             if broken:
                 raise UserError(f"{what}: {_first_names(broken)}")
             if listing:
-                raise UserError(f"{what}: raise held_out ({held_out:g}) or add longer videos")
+                raise UserError(f"{what}: raise held_out ({self.held_out:g}) or add longer videos")
             raise UserError(f"{what}: it holds no {', '.join(SUFFIXES)} file")
 
-    def _clear(self) -> None:
-        self._cache = {}
-        self._warned = set()
-        self._lock = threading.Lock()
-
-    def __getstate__(self):  # decoded videos and the lock are not sent to worker processes
-        return {k: v for k, v in self.__dict__.items() if k not in ("_cache", "_warned", "_lock")}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._clear()
-
     def __len__(self) -> int:
-        return self.length
+        return 2**31 - 1
 
     def __getitem__(self, i: int) -> dict:
-        if not -self.length <= i < self.length:
-            raise IndexError(i)
-        i = int(i) % self.length
         epoch, place = divmod(i, len(self.videos))
-        order = _order(self.seed, epoch, len(self.videos))
+        order = epoch_order(self.seed, epoch, len(self.videos))
         where, which = np.random.default_rng([self.seed, i]).random(2)
         for turn in range(len(order)):  # a file that fails is replaced by another video
             video = self.videos[order[place - turn]]
@@ -270,20 +221,14 @@ class Files:
 
     def _window(self, video: Video, start: int, frames: int):
         """Returns frames [start, start + frames) of a video with their sound; a cached video is decoded as a whole."""
-        name = video.name
+        path = self.root / video.name
+        settings = {"fps": self.fps, "size": self.size, "sample_rate": self.sample_rate}
         if not video.cached:
-            at = start / self.settings["fps"]
-            return media.read_video(self.root / name, start=at, frames=frames, **self.settings)[:2]
+            return media.read_video(path, start=start / self.fps, frames=frames, **settings)
         with self._lock:  # threads that ask for the same video decode it once
-            if name not in self._cache:
-                try:
-                    clip = media.read_video(self.root / name, frames=video.total, **self.settings)
-                    self._cache[name] = clip[:2]
-                except UserError as error:
-                    self._cache[name] = error
-            entry = self._cache[name]
-        if isinstance(entry, UserError):
-            raise entry
-        rate = self.settings["sample_rate"] / self.settings["fps"]  # samples per frame
+            if path not in self._cache:
+                self._cache[path] = media.read_video(path, frames=video.total, **settings)
+            images, audio = self._cache[path]
+        rate = self.sample_rate / self.fps  # samples per frame
         low = round(start * rate)
-        return entry[0][start : start + frames], entry[1][low : low + int(frames * rate)]
+        return images[start : start + frames], audio[low : low + int(frames * rate)]

@@ -1,11 +1,12 @@
 """Reads and writes MP4 files with sound, reads sound files and images.
 
 PyAV encodes and decodes; its wheels carry FFmpeg with libx264 and AAC. Pillow reads images. A video is uint8
-[F, H, W, 3], a sound is mono float32 [N] in [-1, 1]. A file that cannot be read raises a UserError of one line that
-names the file.
+[F, H, W, 3], a sound is mono float32 [N] in [-1, 1], a size is h = w or (h, w) in pixels, and rates are in Hz. A file
+that cannot be read raises a UserError of one line that names the file.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import tempfile
@@ -37,9 +38,6 @@ TO_YUV = Interpolation.AREA | Interpolation.ACCURATE_RND
 TO_RGB = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
-# ------------------------------------------------------------------------------------------ writing
-
-
 @contextlib.contextmanager
 def replacing(path) -> Iterator[str]:
     """Yields the name of a temporary file, which becomes `path` if the block succeeds and is removed if it fails.
@@ -48,50 +46,37 @@ def replacing(path) -> Iterator[str]:
     cannot be written.
     """
     path = os.fspath(path)
-    if storage.in_bucket(path):
-        with tempfile.TemporaryDirectory() as folder:
-            temporary = os.path.join(folder, os.path.basename(path))
-            try:
-                yield temporary
-                epath.Path(temporary).copy(path, overwrite=True)
-            except OSError as error:
-                raise UserError(f"cannot write {path!r}: {error.strerror or error}") from error
-        return
     folder, name = os.path.split(path)
-    if folder and not os.path.isdir(folder):
+    in_bucket = storage.in_bucket(path)
+    if folder and not in_bucket and not os.path.isdir(folder):
         raise UserError(f"cannot write {path!r}: there is no folder {folder!r}, make it first")
-    temporary = os.path.join(folder, f".{os.getpid()}.{name}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(prefix=".", dir=None if in_bucket else folder or ".") as scratch:
+            temporary = os.path.join(scratch, f".{name}")
+            yield temporary
+            if in_bucket:
+                epath.Path(temporary).copy(path, overwrite=True)
+            else:
+                os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path!r}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
 
 
-def write_mp4(path, video, audio, fps, sample_rate, upscale: int | None = None) -> None:
+def write_mp4(path, video, audio, fps, sample_rate) -> None:
     """Writes an MP4 file: H.264 (yuv420p) with AAC sound (mono, 48 kHz).
 
-    yuv420p needs even sizes: an odd height or width repeats its last row or column.
+    A small video is enlarged: each pixel is repeated until the short side has at least 256. yuv420p needs even sizes:
+    an odd height or width repeats its last row or column. The file appears only when it is complete.
 
-    path: of the file; it appears only when it is complete
     video: uint8 [F, H, W, 3]
-    audio: float [N], from the start of frame 0, or None for a file without sound. It is clipped to [-1, 1], and NaN
-        becomes silence.
-    fps: frames per second
-    sample_rate: of `audio`, in Hz
-    upscale: repeats each pixel this many times along both sides. By default a small video is enlarged until its short
-        side has at least 256 pixels.
+    audio: float [N], from the start of frame 0, clipped to [-1, 1]; NaN becomes silence. None: a file without sound
 
     Raises UserError if the file cannot be written, ValueError if an array has the wrong type or shape.
     """
     video = np.asarray(video)
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
         raise ValueError(f"video must be uint8 [F, H, W, 3], not {video.dtype} {video.shape}")
-    if upscale is None:
-        upscale = math.ceil(256 / min(video.shape[1:3]))
+    upscale = math.ceil(256 / min(video.shape[1:3]))
     height, width = (upscale * n for n in video.shape[1:3])
     rate = Fraction(fps).limit_denominator(1_001_000)
     if audio is not None:
@@ -142,11 +127,8 @@ def write_mp4(path, video, audio, fps, sample_rate, upscale: int | None = None) 
             out.mux(sound.encode(None))
 
 
-# ------------------------------------------------------------------------------------------ reading
-
-
 @contextlib.contextmanager
-def _reading(path, max_bytes: int = MAX_FILE_BYTES) -> Iterator[None]:
+def _reading(path) -> Iterator[None]:
     """Turns any error of the block into a UserError that names the file."""
     try:
         if not os.path.isfile(path):
@@ -154,8 +136,8 @@ def _reading(path, max_bytes: int = MAX_FILE_BYTES) -> Iterator[None]:
         size = os.path.getsize(path)
         if size == 0:
             raise UserError("the file is empty")
-        if size > max_bytes:
-            raise UserError(f"its {size} bytes are over the limit of {max_bytes}, cut it into pieces")
+        if size > MAX_FILE_BYTES:
+            raise UserError(f"its {size} bytes are over the limit of {MAX_FILE_BYTES}, cut it into pieces")
         yield
     except Exception as error:  # InvalidDataError, EOFError, MemoryError, UnicodeDecodeError, ...
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
@@ -185,42 +167,24 @@ def _video_stream(container):
 
 
 def _origin(stream) -> Fraction:
-    """Returns the stream's first time stamp, in seconds."""
+    """Returns the stream's first time stamp, in s."""
     return Fraction(stream.start_time or 0) * (stream.time_base or 0)
 
 
 def _step(stream) -> Fraction:
-    """Returns how long a frame lasts on average, in seconds."""
+    """Returns how long a frame lasts on average, in s."""
     return 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
 
 
-def _duration(container, stream) -> float:
-    """Returns the length that the header states, in seconds from the stream's first time stamp; 0 if it states none."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    if container.duration:
-        end = Fraction(container.duration + (container.start_time or 0), av.time_base)
-        return max(0.0, float(end - _origin(stream)))
-    return 0.0
-
-
-def _upright(frame) -> np.ndarray:
-    """Returns a decoded frame as uint8 [H, W, 3], turned upright by the rotation that phones store beside it."""
-    image = frame.to_ndarray(format="rgb24", interpolation=TO_RGB)
-    return np.rot90(image, k=round((frame.rotation or 0) / 90))
-
-
 def pair(size) -> tuple[int, int]:
-    """Returns (height, width) of a size, which is one number for both or the two numbers."""
+    """Returns (height, width) of a size."""
     height, width = (size, size) if np.ndim(size) == 0 else size
     return int(height), int(width)
 
 
 def fit(image: np.ndarray, size, pixel_aspect: float = 1.0) -> np.ndarray:
-    """Returns an image scaled until it covers the size, and cropped around its center: uint8 [h, w, 3].
+    """Returns an image uint8 [H, W, 3] scaled until it covers the size, and cropped around its center: uint8 [h, w, 3].
 
-    image: uint8 [H, W, 3]
-    size: h = w, or (h, w)
     pixel_aspect: width / height of a pixel of `image`
     """
     (height, width), (full_h, full_w) = pair(size), image.shape[:2]
@@ -235,56 +199,57 @@ def fit(image: np.ndarray, size, pixel_aspect: float = 1.0) -> np.ndarray:
 
 
 def probe(path) -> dict:
-    """Opens a video and decodes its first frame.
+    """Returns {'duration': s from the first frame on, 'has_audio': bool} of a video.
 
-    Returns {'duration': seconds, 'fps': frames per second on average, 'size': (height, width) upright,
-    'has_audio': bool}. The duration is the header's; where the header states none, all packets are read.
-
-    Raises UserError if no frame can be decoded.
+    The duration is the header's; where the header states none, all packets are read. Raises UserError if the first
+    frame cannot be decoded.
     """
     with _reading(path), _open(path) as container:
         stream = _video_stream(container)
-        frame = next(container.decode(stream), None)
-        if frame is None:
+        if next(container.decode(stream), None) is None:
             raise UserError("none of its frames can be decoded")
-        duration = _duration(container, stream)
+        duration = 0.0
+        if stream.duration and stream.time_base:
+            duration = float(stream.duration * stream.time_base)
+        elif container.duration:
+            end = Fraction(container.duration + (container.start_time or 0), av.time_base)
+            duration = float(end - _origin(stream))
         if duration <= 0:
             stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
             last = max(stamps, default=0) * stream.time_base - _origin(stream)
             duration = float(max(last, 0) + _step(stream))
-        return {
-            "duration": duration,
-            "fps": float(1 / _step(stream)),
-            "size": _upright(frame).shape[:2],
-            "has_audio": bool(container.streams.audio),
-        }
+        return {"duration": duration, "has_audio": bool(container.streams.audio)}
 
 
-def _timed_frames(container, stream, start: Fraction) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """Yields (seconds from the stream's start, frame), from the frame that is shown at `start` or an earlier one."""
+def _shown_frames(container, stream, start: Fraction) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+    """Yields (frame, end of its show in s from the stream's start), from `start` or an earlier frame on."""
 
-    def decode():
+    def decode(at):
+        if start > 0:
+            container.seek(int((at + _origin(stream)) / stream.time_base), stream=stream)
         time = -_step(stream)
         for frame in container.decode(stream):
             stamp = frame.dts if frame.pts is None else frame.pts
-            if stamp is None:
-                time += _step(stream)
-            else:
-                time = stamp * stream.time_base - _origin(stream)
+            time = time + _step(stream) if stamp is None else stamp * stream.time_base - _origin(stream)
             yield time, frame
 
-    if start > 0:
-        container.seek(int((start + _origin(stream)) / stream.time_base), stream=stream)
-    frames = decode()
+    frames = decode(start)
     first = next(frames, None)
     if start > 0 and (first is None or first[0] > start + TIME_TOLERANCE):  # the file's index is wrong
-        container.seek(stream.start_time or 0, stream=stream)
-        frames = decode()
+        frames = decode(0)
         first = next(frames, None)
     if first is None:
         raise UserError("none of its frames can be decoded")
-    yield first
-    yield from frames
+    shown = None
+    for count, (time, frame) in enumerate(itertools.chain([first], frames)):
+        if count >= MAX_SOURCE_FRAMES:
+            raise UserError(f"it has over {MAX_SOURCE_FRAMES} frames to decode, cut it into pieces")
+        _check_pixels(frame.width, frame.height)
+        if shown is not None:
+            yield shown, time
+        shown = frame
+    # A file of a single frame may state a length of zero; its frame is shown all the same.
+    yield shown, max(time + (shown.duration * stream.time_base or _step(stream)), 2 * TIME_TOLERANCE)
 
 
 def read_video(
@@ -295,26 +260,15 @@ def read_video(
     sample_rate: int,
     start: float = 0.0,
     frames: int | None = None,
-    max_bytes: int = MAX_FILE_BYTES,
-    max_source_frames: int = MAX_SOURCE_FRAMES,
-) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Reads a clip of a video file, with its sound.
-
-    Returns video uint8 [F, h, w, 3], audio float32 [F * sample_rate // fps] and info: the dict of `probe`, with
-    'repeated_frames', the number of repeated frames at the end.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a clip of a video file with its sound: uint8 [F, h, w, 3] and float32 [F * sample_rate // fps].
 
     Frame k is the frame that the file shows `start + k / fps` seconds after its first frame. Time stamps decide, so
     a variable frame rate is read correctly. Each frame is turned upright, scaled and cropped by `fit`. The sound is
     mixed to mono and begins with the picture.
 
-    path: of the file
-    fps: frames per second of the result
-    size: h = w, or (h, w)
-    sample_rate: of the result, in Hz
-    start: of the clip, in seconds
-    frames: length of the clip; after the end of the file the last frame is repeated, in silence. None reads to the end.
-    max_bytes: largest file
-    max_source_frames: most frames that are decoded
+    start: of the clip, in s
+    frames: F; after the end of the file the last frame is repeated, in silence. None reads to the end.
 
     Raises UserError if the file cannot be read, ends before `start` or is over a limit.
     """
@@ -324,63 +278,39 @@ def read_video(
     max_frames = MAX_OUTPUT_BYTES // (height * width * 3)
     too_long = f"it gives over {max_frames} frames of {height}x{width} at {float(rate):g} fps, ask for fewer"
     images: list[np.ndarray] = []
-
-    def due(time: Fraction) -> bool:
-        """Returns whether another frame is wanted, and is due before `time`."""
-        if len(images) == frames or begin + len(images) / rate + TIME_TOLERANCE >= time:
-            return False
-        if len(images) >= max_frames:
-            raise UserError(too_long)
-        return True
-
-    def show(frame) -> np.ndarray:
-        aspect = float(stream.sample_aspect_ratio or 1)
-        turned = round((frame.rotation or 0) / 90) % 2
-        image = _upright(frame)
-        info["size"] = image.shape[:2]
-        return fit(image, (height, width), 1 / aspect if turned else aspect)
-
-    with _reading(path, max_bytes):
+    with _reading(path):
         if (frames or 0) > max_frames:
             raise UserError(too_long)
         with _open(path) as container:
             stream = _video_stream(container)
             origin = _origin(stream)
-            info = {"duration": _duration(container, stream), "fps": float(1 / _step(stream))}
-            shown = None
-            for count, (time, frame) in enumerate(_timed_frames(container, stream, begin)):
-                if count >= max_source_frames:
-                    raise UserError(f"it has over {max_source_frames} frames to decode, cut it into pieces")
-                _check_pixels(frame.width, frame.height)
-                if shown is not None and due(time):
-                    image = show(shown)
-                    while due(time):
-                        images.append(image)
+            for frame, end in _shown_frames(container, stream, begin):
+                image = None
+                while len(images) != frames and begin + len(images) / rate + TIME_TOLERANCE < end:
+                    if len(images) >= max_frames:
+                        raise UserError(too_long)
+                    if image is None:
+                        aspect = float(stream.sample_aspect_ratio or 1)
+                        turns = round((frame.rotation or 0) / 90)  # phones store a rotation beside the frames
+                        image = np.rot90(frame.to_ndarray(format="rgb24", interpolation=TO_RGB), turns)
+                        image = fit(image, (height, width), 1 / aspect if turns % 2 else aspect)
+                    images.append(image)
                 if len(images) == frames:
                     break
-                shown = frame
-                end = time + (frame.duration * stream.time_base or _step(stream))
-            else:
-                # A file of a single frame may state a length of zero; its frame is shown all the same.
-                end = max(end, 2 * TIME_TOLERANCE)
-                image = show(shown)
-                while due(end):
-                    images.append(image)
         if not images:
             raise UserError(f"it ends at {float(end):g} s, before the start of the clip at {start:g} s")
-        info["repeated_frames"] = 0 if frames is None else frames - len(images)
-        images += images[-1:] * info["repeated_frames"]
+        if frames is not None:
+            images += images[-1:] * (frames - len(images))
         audio = np.zeros(int(len(images) * sample_rate / rate), np.float32)
         # The file is opened again: a seek for the sound would move the picture, too.
         with _open(path) as container:
-            info["has_audio"] = bool(container.streams.audio)
-            if info["has_audio"]:
+            if container.streams.audio:
                 _decode_audio(container, origin + begin, sample_rate, audio)
-    return np.stack(images), audio, info
+    return np.stack(images), audio
 
 
 def _decode_audio(container, begin: Fraction, sample_rate: int, audio: np.ndarray) -> None:
-    """Fills `audio` float32 [N] with the sound from `begin` on (seconds on the file's clock)."""
+    """Fills `audio` float32 [N] with the sound from `begin` on (s on the file's clock)."""
     stream = container.streams.audio[0]
     # With 16-bit samples, swresample scales a mix of channels so that it cannot exceed full scale.
     resampler = av.AudioResampler(format="s16", layout="mono", rate=sample_rate)
@@ -388,10 +318,8 @@ def _decode_audio(container, begin: Fraction, sample_rate: int, audio: np.ndarra
         early = max(_origin(stream), begin - Fraction(1, 4))
         container.seek(int(early / stream.time_base), stream=stream)
     position = None  # of the next chunk, in samples
-
-    def place(chunks) -> None:
-        nonlocal position
-        for chunk in chunks:
+    for frame in itertools.chain(container.decode(stream), [None]):
+        for chunk in resampler.resample(frame):
             data = chunk.to_ndarray()[0].astype(np.float32) / 32768
             if chunk.pts is not None:
                 at = round((chunk.pts * chunk.time_base - begin) * sample_rate)
@@ -403,30 +331,18 @@ def _decode_audio(container, begin: Fraction, sample_rate: int, audio: np.ndarra
             if low < high:
                 audio[low:high] = data[low - position : high - position]
             position += len(data)
-
-    for frame in container.decode(stream):
-        place(resampler.resample(frame))
         if position is not None and position >= len(audio):
             return
-    place(resampler.resample(None))
 
 
 def read_audio(path, sample_rate: int, seconds: float) -> np.ndarray:
     """Returns the beginning of a file's first sound track: float32 [round(seconds * sample_rate)].
 
-    It is mixed to mono, and silent after the end of the track.
-
-    path: of a sound file or a video file
-    sample_rate: of the result, in Hz
-    seconds: length of the result
-
-    Raises UserError if the file cannot be read or has no sound.
+    It is mixed to mono, and silent after the end of the track. Raises UserError if the file cannot be read or has no
+    sound.
     """
     with _reading(path):
-        samples = round(seconds * sample_rate)
-        if samples * 4 > MAX_OUTPUT_BYTES:
-            raise UserError(f"{seconds:g} s at {sample_rate} Hz do not fit into memory, ask for less")
-        audio = np.zeros(samples, np.float32)
+        audio = np.zeros(round(seconds * sample_rate), np.float32)
         with _open(path) as container:
             if not container.streams.audio:
                 raise UserError("it has no sound")
@@ -435,12 +351,7 @@ def read_audio(path, sample_rate: int, seconds: float) -> np.ndarray:
 
 
 def resample(audio, from_rate: int, to_rate: int) -> np.ndarray:
-    """Returns a sound at another sample rate: float32 [N * to_rate // from_rate].
-
-    audio: float [N]
-    from_rate: of `audio`, in Hz
-    to_rate: of the result, in Hz
-    """
+    """Returns a sound float [N] at another sample rate: float32 [N * to_rate // from_rate]."""
     audio = np.asarray(audio, np.float32)
     if from_rate == to_rate or not len(audio):
         return audio
@@ -456,9 +367,6 @@ def resample(audio, from_rate: int, to_rate: int) -> np.ndarray:
 
 def read_image(path, size: int | tuple[int, int]) -> np.ndarray:
     """Returns an image, turned upright, scaled and cropped by `fit`: uint8 [h, w, 3].
-
-    path: of the file
-    size: h = w, or (h, w)
 
     Raises UserError if the file cannot be read.
     """

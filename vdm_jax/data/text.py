@@ -1,4 +1,4 @@
-"""Byte-level tokens: they need no vocabulary file and can spell any text of any language.
+"""Text files, and byte-level tokens: they need no vocabulary file and can spell any text of any language.
 
 Token 0 is padding, 1 begins a text, 2 ends it, and byte b is token b + 3. The null text, which stands for a dropped
 condition, is the empty string: begin, end, padding.
@@ -19,34 +19,25 @@ PAD, BEGIN, END = 0, 1, 2
 OFFSET = 3
 VOCAB_SIZE = 256 + OFFSET
 NULL_TEXT = ""
-MAX_PROMPT_FILE_BYTES = 1_000_000
+MAX_TEXT_BYTES = 1_000_000  # of a file of prompts or a caption
 
 
 @functools.lru_cache(maxsize=4096)  # one warning for a text, not one in each epoch
 def _warn_truncated(text: str, kept: int, total: int) -> None:
-    shown = text if len(text) <= 40 else text[:37] + "..."
-    logger.warning("text truncated: kept %d of its %d bytes: %r", kept, total, shown)
+    logger.warning("text truncated: kept %d of its %d bytes: %.40r", kept, total, text)
 
 
 def encode(texts: Sequence[str], length: int) -> np.ndarray:
     """Returns the tokens of texts, int32 [B, length]: begin, UTF-8 bytes, end, padding.
 
     A text of more than length - 2 bytes is cut after a whole character and still ends with the end token. A warning
-    says how much was kept, once for each text.
-
-    texts: B strings
-    length: tokens in a row
-
-    Raises UserError if a row has no room for the begin and end tokens.
+    says how much was kept, once for each text. Raises UserError if a row has no room for the begin and end tokens.
     """
-    if isinstance(texts, str):
-        raise TypeError("encode takes a list of texts, not one text")
     if length < 2:
         raise UserError(f"token length {length} has no room for the begin and end tokens: use at least 2")
     tokens = np.full((len(texts), length), PAD, np.int32)
     for row, text in zip(tokens, texts, strict=True):
-        data = text.encode("utf-8", errors="replace")  # a lone surrogate, which UTF-8 lacks, becomes "?"
-        kept = data
+        kept = data = text.encode("utf-8", errors="replace")  # a lone surrogate, which UTF-8 lacks, becomes "?"
         if len(data) > length - 2:
             # The cut may split a character. Decoding with "ignore" drops its first half.
             kept = data[: length - 2].decode("utf-8", errors="ignore").encode("utf-8")
@@ -62,38 +53,32 @@ def mask(tokens):
     return tokens != PAD
 
 
-def decode(tokens) -> list[str]:
-    """Returns the B texts of tokens, int [B, L], each up to its end token. Bytes that are not UTF-8 become U+FFFD."""
-    texts = []
-    for row in np.asarray(tokens):
-        ends = np.flatnonzero(row == END)
-        row = row[: ends[0]] if len(ends) else row
-        texts.append(bytes((row[row >= OFFSET] - OFFSET).astype(np.uint8)).decode("utf-8", errors="replace"))
-    return texts
-
-
-def read_prompts(path: str | os.PathLike) -> list[str]:
-    """Returns the prompts of a UTF-8 text file, one from each line. It skips blank lines and lines that begin with #.
-
-    Raises UserError if the file cannot be read, is too large, is not UTF-8 text or holds no prompt.
-    """
+def read_text(path: str | os.PathLike, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Returns the content of a file. Raises UserError if it cannot be read, is too large or is not UTF-8 text."""
     name = repr(os.fspath(path))
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_PROMPT_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot read the prompt file {name}: {reason}") from error
-    if len(data) > MAX_PROMPT_FILE_BYTES:
-        raise UserError(f"prompt file {name} is over {MAX_PROMPT_FILE_BYTES} bytes: split it")
+            data = file.read(max_bytes + 1)
+    except (OSError, ValueError) as error:  # ValueError: the name holds a NUL character
+        raise UserError(f"cannot read {name}: {getattr(error, 'strerror', error)}") from error
+    if len(data) > max_bytes:
+        raise UserError(f"{name} is over {max_bytes} bytes: split it, or move it away if it is the wrong file")
     try:
-        content = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {name} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+        raise UserError(f"{name} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+
+
+def read_prompts(path: str | os.PathLike) -> list[str]:
+    """Returns the prompts of a text file, one from each line. It skips blank lines and lines that begin with #.
+
+    Raises UserError if `read_text` does, or if the file holds no prompt.
+    """
+    content = read_text(path)
     if "\0" in content:
-        raise UserError(f"prompt file {name} holds NUL characters: it is not a text file")
+        raise UserError(f"prompt file {os.fspath(path)!r} holds NUL characters: it is not a text file")
     lines = [line.strip() for line in content.splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise UserError(f"prompt file {name} holds no prompt: write one on each line")
+        raise UserError(f"prompt file {os.fspath(path)!r} holds no prompt: write one on each line")
     return prompts

@@ -4,143 +4,106 @@ The data set must be stored as array_record: build it with `file_format="array_r
 Scalar, Text, ClassLabel or sequences of them. The features Video, Image and Audio need TensorFlow to be decoded.
 """
 
-import functools
+import dataclasses
 import os
 
 import numpy as np
 from etils import epath
 
 from vdm_jax.data import media
+from vdm_jax.data.files import epoch_order
 from vdm_jax.errors import UserError
 
 
-@functools.lru_cache(maxsize=8)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Returns the order of the examples in an epoch: a permutation, int [count]."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
+@dataclasses.dataclass(eq=False)
 class Tfds:
     """Random windows of a data set's videos, without end. Item i follows from (seed, i).
 
     An item is {'video': uint8 [F, h, w, 3], 'audio': float32 [F * sample_rate // fps], 'caption': str}. Where a video
     is shorter than a window, its last frame is repeated. In each epoch every example comes once.
 
-    name: of a data set in `data_dir`, or the folder of a built data set
-    frames: F, frames of a window
-    size: h = w, or (h, w)
-    fps: frames per second of a window
-    sample_rate: of the sound of a window, in Hz
-    seed: of the order of examples and of the windows
-    split: in the notation of TFDS; "train[:90%]" and "train[90%:]" share no example
-    data_dir: folder of the built data sets; None is TFDS's default
-    video_key: feature of uint8 [T, H, W, 3], or with 1 channel
-    audio_key: feature of float in [-1, 1] or of int16, [N] or [N, channels], which begins with the video; "" for
-        silent clips
-    caption_key: feature of a text, of several texts, of which one is drawn, or of a class label; "" for the empty text
-    source_fps: frames per second of the data set's videos; None or 0 is `fps`
-    source_sample_rate: of the data set's sound, in Hz; None or 0 is `sample_rate`
-    length: number of items
+    The video is a feature uint8 [T, H, W, 3], or with 1 channel. The sound begins with the video: a feature of float in
+    [-1, 1] or of int16, [N] or [N, channels]. The caption is a text, one of several texts, or a class label.
 
     Raises UserError if the data set cannot be read.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        frames: int,
-        size: int | tuple[int, int],
-        fps: float,
-        sample_rate: int,
-        seed: int,
-        split: str = "train",
-        data_dir: str | None = None,
-        video_key: str = "video",
-        audio_key: str = "",
-        caption_key: str = "",
-        source_fps: float | None = None,
-        source_sample_rate: int | None = None,
-        length: int = 2**31 - 1,
-    ):
+    name: str  # of a data set in `data_dir`, or the folder of a built data set
+    _: dataclasses.KW_ONLY
+    frames: int  # F, of a window
+    size: int | tuple[int, int]  # h = w, or (h, w), in pixels
+    fps: float  # frames per second of a window
+    sample_rate: int  # of the sound of a window, in Hz
+    seed: int  # of the order of examples and of the windows
+    split: str = "train"  # in the notation of TFDS; "train[:90%]" and "train[90%:]" share no example
+    data_dir: str | None = None  # folder of the built data sets; None is TFDS's default
+    video_key: str = "video"
+    audio_key: str = ""  # "" for silent clips
+    caption_key: str = ""  # "" for the empty text
+    source_fps: float | None = None  # frames per second of the data set's videos; None or 0 is `fps`
+    source_sample_rate: int | None = None  # of the data set's sound, in Hz; None or 0 is `sample_rate`
+
+    def __post_init__(self):
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
-            raise UserError(
-                "data sets of TFDS need two packages: pip install tensorflow-datasets array-record"
-            ) from error
-        if not name:
-            raise UserError(
-                "data.tfds.name is empty: name a data set in data.path, or its folder, --config.data.tfds.name=NAME"
-            )
-        self.name = os.fspath(name)
-        self.frames = frames
-        self.size = size
-        self.fps = fps
-        self.sample_rate = sample_rate
-        self.seed = seed
-        self.length = length
-        self.source_fps = source_fps or fps
-        self.source_sample_rate = source_sample_rate or sample_rate
-        self.keys = (video_key, audio_key, caption_key)
+            raise UserError("TFDS needs two packages: pip install tensorflow-datasets array-record") from error
+        if not self.name:
+            raise UserError("data.tfds.name is empty: name a data set or its folder, --config.data.tfds.name=NAME")
+        self.name = os.fspath(self.name)
+        self.source_fps = self.source_fps or self.fps
+        self.source_sample_rate = self.source_sample_rate or self.sample_rate
         try:
             if epath.Path(self.name).is_dir():
                 builder = tfds.builder_from_directory(self.name)
             else:
-                builder = tfds.builder(self.name, data_dir=data_dir, try_gcs=False)
-            self.source = builder.as_data_source(split=split)
+                builder = tfds.builder(self.name, data_dir=self.data_dir, try_gcs=False)
+            self.source = builder.as_data_source(split=self.split)
             self.features = builder.info.features
-            count = len(self.source)
+            self.count = len(self.source)
         except Exception as error:  # each fault has an error of its own: unknown, not built, another format
-            raise UserError(self._fault(f"split {split!r} cannot be opened", error)) from error
-        for key in (video_key, *filter(None, self.keys[1:])):
+            raise self._fault(f"split {self.split!r} cannot be opened", error) from error
+        for key in (self.video_key, *filter(None, (self.audio_key, self.caption_key))):
             if key not in self.features:
                 known = ", ".join(self.features)
                 raise UserError(f"data set {self.name!r} has no feature {key!r}, only {known}: name one of them")
-        if not count:
-            raise UserError(f"data set {self.name!r}: split {split!r} is empty")
+        if not self.count:
+            raise UserError(f"data set {self.name!r}: split {self.split!r} is empty")
         self._read(0)  # an example that cannot be decoded ends the run now, not after an hour
 
-    def _fault(self, what: str, error: Exception) -> str:
+    def _fault(self, what: str, error: Exception) -> UserError:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return f"data set {self.name!r}: {what} ({reason})"
+        return UserError(f"data set {self.name!r}: {what} ({reason})")
 
     def _read(self, index: int):
         """Returns (video uint8 [T, H, W, C], audio or None, captions) of an example."""
-        video_key, audio_key, caption_key = self.keys
         try:
             example = self.source[int(index)]
         except Exception as error:
-            what = f"example {index} cannot be decoded; its features may need TensorFlow"
-            raise UserError(self._fault(what, error)) from error
-        video = np.asarray(example[video_key])
+            raise self._fault(f"example {index} cannot be decoded; its features may need TensorFlow", error) from error
+        video = np.asarray(example[self.video_key])
         if video.ndim != 4 or video.dtype != np.uint8 or video.shape[-1] not in (1, 3) or not video.size:
             found = f"{video.dtype} {list(video.shape)}"
-            raise UserError(f"data set {self.name!r}: {video_key!r} is {found}, not uint8 [T, H, W, 3]")
-        audio = np.asarray(example[audio_key]) if audio_key else None
+            raise UserError(f"data set {self.name!r}: {self.video_key!r} is {found}, not uint8 [T, H, W, 3]")
+        audio = np.asarray(example[self.audio_key]) if self.audio_key else None
         if audio is not None and (audio.ndim not in (1, 2) or audio.dtype.kind not in "fi"):
             found = f"{audio.dtype} {list(audio.shape)}"
-            raise UserError(f"data set {self.name!r}: {audio_key!r} is {found}, not float [N]")
-        if not caption_key:
+            raise UserError(f"data set {self.name!r}: {self.audio_key!r} is {found}, not float [N]")
+        if not self.caption_key:
             return video, audio, [""]
-        captions = np.asarray(example[caption_key]).ravel()
-        if hasattr(self.features[caption_key], "int2str"):
-            captions = [self.features[caption_key].int2str(int(c)) for c in captions]
+        captions = np.asarray(example[self.caption_key]).ravel()
+        if hasattr(self.features[self.caption_key], "int2str"):
+            captions = [self.features[self.caption_key].int2str(int(c)) for c in captions]
         texts = [c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c) for c in captions]
         return video, audio, texts or [""]
 
     def __len__(self) -> int:
-        return self.length
+        return 2**31 - 1
 
     def __getitem__(self, i: int) -> dict:
-        if not -self.length <= i < self.length:
-            raise IndexError(i)
-        i = int(i) % self.length
-        epoch, place = divmod(i, len(self.source))
+        epoch, place = divmod(i, self.count)
         where, which = np.random.default_rng([self.seed, i]).random(2)
-        order = _order(self.seed, epoch, len(self.source))
-        video, audio, captions = self._read(order[place])
-
+        video, audio, captions = self._read(epoch_order(self.seed, epoch, self.count)[place])
         total = int(len(video) * self.fps / self.source_fps + 1e-6)  # frames of the video at `fps`
         start = int(where * (max(0, total - self.frames) + 1)) / self.fps  # s
         times = start + np.arange(self.frames) / self.fps

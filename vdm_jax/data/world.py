@@ -1,15 +1,15 @@
 """A procedural world of moving shapes with sound and exact state: an endless source of clips.
 
-Colored shapes move in a box. They bounce off its walls and off each other, and every impact sounds. Episode i of a
-seed is one infinite film: `World(seed)[i]` is its beginning, and `World(seed).window(i, start_frame, frames)` is any
-part of it. Motion is simulated from event to event in closed form. (All objects share one acceleration, so their
-relative motion is linear.) Positions and impact times are therefore exact and do not depend on the frame rate.
+Colored shapes move in a box. They bounce off its walls and off each other, and every impact sounds. Motion is simulated
+from event to event in closed form. (All objects share one acceleration, so their relative motion is linear.) Positions
+and impact times are therefore exact and do not depend on the frame rate.
 
 Units: the frame is 1 x 1, x to the right and y down. A position times the frame's size is in pixels, where pixel j
-covers [j, j + 1). Times are in seconds. Frame k of a window shows time k / fps, and the sound of
-[k / fps, (k + 1) / fps) belongs to it.
+covers [j, j + 1). Times are in seconds. Frame k shows time k / fps, and the sound of [k / fps, (k + 1) / fps) belongs
+to it.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -54,15 +54,16 @@ TONES = {  # material -> (seconds of decay, ((frequency ratio, share), ...))
 class Event(NamedTuple):
     """An impact, or the turn of an object that has left the frame through an open side."""
 
-    time: float  # s from the start of the episode
+    time: float
     kind: str  # 'wall', 'object' or 'turn'
     objects: tuple  # index of the object; of two objects, the faster one first
     speed: float  # of the impact, in frame widths per second
     contact: tuple  # (x, y) in world coordinates
 
 
+@dataclasses.dataclass(eq=False)
 class World:
-    """An endless source of clips. Clip i follows from (seed, i) and the settings alone.
+    """An endless source of clips. Clip i follows from (seed, i) and the settings alone; more frames only continue it.
 
     `world[i]` is {'video': uint8 [F, H, W, 3], 'audio': float32 [F * sample_rate // fps], 'caption': str,
     'state': dict}. All of the state is as the camera sees it; with O objects in F frames:
@@ -76,139 +77,97 @@ class World:
       light      float32 [F], a factor on the brightness
       gravity    float, in frame widths per second^2
       occluder   float32 [F, 2], left and right edge in frame widths, or None
-      events     list of {'time': s from the window's start, 'objects': indices,
-                 'kind': 'wall' | 'object' | 'turn', 'position': (x, y) of the contact};
-                 a 'turn' is silent and out of sight
-
-    seed: int; another seed is another world
-    frames: frames of a clip
-    size: height and width of the frame, in pixels
-    fps: frames per second
-    sample_rate: of the sound, in Hz
-    objects: chances of 1, 2 and 3 objects, which sum to 1
-    shapes, colors: names to choose from
-    gravity, occluder, leave, pan, light: chance in 0..1 that an episode has gravity, an occluding bar, open side
-        walls, a moving camera, a changing light
-    speed: range of the speed at the beginning, in frame widths per second
-    radius: range of the radius, in frame widths
-    undirected: chance in 0..1 of a caption that may leave directions out, each with a chance of 3 in 4
-    start: first frame of `world[i]` in its episode
-    length: number of clips
+      events     list of {'time': s, 'objects': indices, 'kind': 'wall' | 'object' | 'turn',
+                 'position': (x, y) of the contact}; a 'turn' is silent and out of sight
 
     Raises UserError where a setting is out of its range.
     """
 
-    def __init__(
-        self,
-        seed=0,
-        frames=17,
-        size=32,
-        fps=8,
-        sample_rate=8000,
-        objects=(0.5, 0.35, 0.15),
-        shapes=SHAPES,
-        colors=COLORS,
-        gravity=0.2,
-        occluder=0.2,
-        leave=0.2,
-        pan=0.2,
-        light=0.2,
-        speed=(0.35, 0.7),
-        radius=(0.10, 0.19),
-        undirected=0.0,
-        start=0,
-        length=2**31 - 1,
-    ):
-        for name, value, known in (("shapes", shapes, SHAPES), ("colors", colors, COLORS)):
+    seed: int = 0
+    frames: int = 17  # F
+    size: int = 32  # height and width of the frame, in pixels
+    fps: float = 8  # frames per second
+    sample_rate: int = 8000  # of the sound, in Hz
+    objects: tuple = (0.5, 0.35, 0.15)  # chances of 1, 2 and 3 objects, which sum to 1
+    shapes: tuple = SHAPES  # names to choose from
+    colors: tuple = COLORS  # names to choose from
+    gravity: float = 0.2  # chance in 0..1 that an episode has gravity
+    occluder: float = 0.2  # of a bar that occludes objects
+    leave: float = 0.2  # of open side walls
+    pan: float = 0.2  # of a moving camera
+    light: float = 0.2  # of a changing light
+    speed: tuple = (0.35, 0.7)  # range of the speed at the beginning, in frame widths per second
+    radius: tuple = (0.10, 0.19)  # range, in frame widths
+    undirected: float = 0.0  # chance in 0..1 of a caption that may leave directions out, each with a chance of 3 in 4
+
+    def __post_init__(self):
+        objects, speed, radius = self.objects, self.speed, self.radius
+        for name, value, known in (("shapes", self.shapes, SHAPES), ("colors", self.colors, COLORS)):
             if not value or set(value) - set(known):
                 raise UserError(f"world: {name}={value} must be some of {', '.join(known)}")
         if len(objects) > 3 or min(objects) < 0 or not math.isclose(sum(objects), 1, abs_tol=1e-6):
             raise UserError(f"world: objects={objects} must be the chances of 1 to 3 objects and sum to 1")
-        if any(p > 0 and n >= len(set(colors)) for n, p in enumerate(objects)):
+        if any(p > 0 and n >= len(set(self.colors)) for n, p in enumerate(objects)):
             raise UserError("world: no two objects share a color; name at least as many colors as objects")
-        if frames < 1 or size < 8 or fps <= 0 or sample_rate < 2000 or start < 0:
-            raise UserError("world: want frames >= 1, size >= 8, fps > 0, sample_rate >= 2000 and start >= 0")
+        if self.frames < 1 or self.size < 8 or self.fps <= 0 or self.sample_rate < 2000:
+            raise UserError("world: want frames >= 1, size >= 8, fps > 0 and sample_rate >= 2000")
         if not (0 < speed[0] <= speed[1] <= 1 and 0.04 <= radius[0] <= radius[1] <= 0.2):
             raise UserError("world: speed must be a range in 0..1 and radius a range in 0.04..0.2")
-        self.seed = seed
-        self.frames = frames
-        self.size = size
-        self.fps = fps
-        self.sample_rate = sample_rate
-        self.objects = tuple(objects)
-        self.shapes = tuple(SHAPES.index(s) for s in shapes)
-        self.colors = tuple(COLORS.index(c) for c in colors)
-        self.chances = (gravity, occluder, leave, pan, light)
-        self.speed = tuple(speed)
-        self.radius = tuple(radius)
-        self.undirected = undirected
-        self.start = start
-        self.length = length
 
     def __len__(self):
-        return self.length
+        return 2**31 - 1
 
     def __getitem__(self, i):
-        if not -self.length <= i < self.length:
-            raise IndexError(i)
-        return self.window(i % self.length, self.start, self.frames)
-
-    def window(self, i, start_frame, frames):
-        """Returns frames [start_frame, start_frame + frames) of episode i; windows that overlap agree bit for bit."""
         episode = self._episode(np.random.default_rng([self.seed, int(i)]))
-        times = (start_frame + np.arange(frames)) / self.fps  # s from the start of the episode
-        begin, end = start_frame / self.fps, (start_frame + frames) / self.fps
-        segments, events = simulate(episode, begin, end)
-
-        starts = np.array([start for start, _ in segments])
-        motion = np.array([values for _, values in segments])  # [segments, 4, O]: x, y, vx, vy
+        times = np.arange(self.frames) / self.fps
+        starts, motion, events = simulate(episode, self.frames / self.fps)
         current = np.searchsorted(starts, times, side="right") - 1  # [F]: the segment of each frame
         dt = (times - starts[current])[:, None]
         x, y, vx, vy = motion[current].transpose(1, 0, 2)  # each [F, O]
-        g = episode["g"]
+        g, bar = episode["g"], episode["bar"]
         camera, camera_velocity = camera_at(episode, times)
         position = np.stack([x + vx * dt, y + (vy + 0.5 * g * dt) * dt], -1) - camera[:, None]
         velocity = np.stack([vx, vy + g * dt], -1) - camera_velocity[:, None]
-        light = np.ones(frames)
+        light = np.ones(self.frames)
         if episode["light"]:
             period, phase = episode["light"]
             light = 0.95 + 0.15 * np.sin(2 * math.pi * times / period + phase)
-        bar = episode["bar"]
         state = {
             "position": position.astype(np.float32),
             "velocity": velocity.astype(np.float32),
             "radius": np.array(episode["r"], np.float32),
-            "shape": np.array(episode["shape"]),
-            "color": np.array(episode["color"]),
-            "material": np.array(episode["material"]),
+            **{name: np.array(episode[name]) for name in ("shape", "color", "material")},
             "camera": camera.astype(np.float32),
             "light": light.astype(np.float32),
             "occluder": None if bar is None else (np.array(bar) - camera[:, :1]).astype(np.float32),
             "gravity": g,
         }
         video, state["visible"] = render(state, self.size, open_sides=episode["open"])
-        first_sample = int(start_frame * self.sample_rate // self.fps)
-        audio = self._sound(episode, events, first_sample, frames)
-        state["events"] = [_as_seen(event, episode, begin) for event in events if event.time >= begin]
-        text = caption(state, np.random.default_rng([self.seed, int(i), start_frame]), self.undirected)
-        return {"video": video, "audio": audio, "caption": text, "state": state}
+        cameras = camera_at(episode, np.array([event.time for event in events]))[0]
+        state["events"] = [
+            {"time": e.time, "kind": e.kind, "objects": e.objects, "position": tuple((e.contact - at).tolist())}
+            for e, at in zip(events, cameras)
+        ]
+        text = caption(state, np.random.default_rng([self.seed, int(i), 0]), self.undirected)
+        return {"video": video, "audio": self._sound(episode, events), "caption": text, "state": state}
 
     def _episode(self, rng):
         """Draws all that does not change in an episode, and where and how fast each object begins."""
-        gravity, occluder, leave, pan, light = (rng.random() < chance for chance in self.chances)
-        shares = np.cumsum(self.objects)
-        count = int(np.searchsorted(shares, _uniform(rng, 0, 0.999999), side="right")) + 1
+        chances = (self.gravity, self.occluder, self.leave, self.pan, self.light)
+        gravity, occluder, leave, pan, light = (rng.random() < chance for chance in chances)
+        count = int(np.searchsorted(np.cumsum(self.objects), _uniform(rng, 0, 0.999999), side="right")) + 1
         episode = {"g": _uniform(rng, 0.4, 0.7) if gravity else 0.0, "open": leave}
         left = _uniform(rng, 0.33, 0.4)
-        width = _uniform(rng, 0.26, 0.33)
-        episode["bar"] = (left, left + width) if occluder else None
+        right = left + _uniform(rng, 0.26, 0.33)
+        episode["bar"] = (left, right) if occluder else None
         reach = _uniform(rng, 0.06, 0.1)  # frame widths
         waves = [(_uniform(rng, low, high), _uniform(rng, 0, 6.28)) for low, high in ((6, 9), (7, 11))]
         episode["pan"] = (reach, *waves) if pan else None  # a wave, of x and of y: (period in s, phase)
         episode["light"] = (_uniform(rng, 5, 9), _uniform(rng, 0, 6.28)) if light else None
         colors = list(self.colors)
-        episode["color"] = [colors.pop(int(rng.random() * len(colors))) for _ in range(count)]
-        episode["shape"] = [_pick(rng, self.shapes) for _ in range(count)]
+        drawn = [colors.pop(int(rng.random() * len(colors))) for _ in range(count)]
+        episode["color"] = [COLORS.index(color) for color in drawn]
+        episode["shape"] = [SHAPES.index(_pick(rng, self.shapes)) for _ in range(count)]
         episode["material"] = [int(rng.random() * 2) for _ in range(count)]
         while not self._place(episode, count, rng):
             if count == 1:
@@ -217,44 +176,40 @@ class World:
         return episode
 
     def _place(self, episode, count, rng):
-        """Gives the first `count` objects their places, speeds and radii. Returns whether there was room for all."""
+        """Gives the first `count` objects their places, speeds and radii. Returns whether there was room for all.
+
+        Each is in sight and apart from the others, and hits nothing for FREE seconds.
+        """
         for name in ("color", "shape", "material"):
             del episode[name][count:]
-        x, y, vx, vy, r = columns = ([], [], [], [], [])
+        bar, placed = episode["bar"], [[], [], [], [], []]  # x, y, vx, vy, r
         smallest = self.radius[0]
         largest = max(smallest, self.radius[1] - 0.015 * (count - 1))  # several objects are smaller
         for _ in range(150):
-            radius = _uniform(rng, smallest, largest)
+            r = _uniform(rng, smallest, largest)
             speed = _uniform(rng, *self.speed)
             angle = math.radians(_uniform(rng, -20, 20))
             along, across = speed * math.cos(angle), speed * math.sin(angle)
-            dx, dy = _pick(rng, ((along, across), (-along, across), (across, along), (across, -along)))
-            margin = radius + 0.02
-            new = (_uniform(rng, margin, 1 - margin), _uniform(rng, margin, 1 - margin), dx, dy, radius)
-            trial = [column + [value] for column, value in zip(columns, new)]
-            if self._fits(episode, trial):
-                for column, value in zip(columns, new):
-                    column.append(value)
-                if len(r) == count:
-                    episode.update(x=x, y=y, vx=vx, vy=vy, r=r)
+            velocity = _pick(rng, ((along, across), (-along, across), (across, along), (across, -along)))
+            margin = r + 0.02
+            x, y = _uniform(rng, margin, 1 - margin), _uniform(rng, margin, 1 - margin)
+            if bar and bar[0] - r < x < bar[1] + r:
+                continue
+            if any(math.hypot(x - x2, y - y2) < r + r2 + 0.04 for x2, y2, _, _, r2 in zip(*placed)):
+                continue
+            trial = [column + [value] for column, value in zip(placed, (x, y, *velocity, r))]
+            # The walls count as closed even where the sides are open: no object leaves before its direction is seen.
+            radii = trial[4]
+            if next_event(*trial, radii, [1 - a for a in radii], episode["g"])[0] > FREE:
+                placed = trial
+                if len(radii) == count:
+                    episode.update(zip(("x", "y", "vx", "vy", "r"), placed))
                     return True
         return False
 
-    def _fits(self, episode, trial):
-        """Returns whether the last object is in sight and apart from the others, and hits nothing for FREE seconds."""
-        x, y, _, _, r = trial
-        bar, n = episode["bar"], len(r) - 1
-        if bar and bar[0] - r[n] < x[n] < bar[1] + r[n]:
-            return False
-        if any(math.hypot(x[n] - x[j], y[n] - y[j]) < r[n] + r[j] + 0.04 for j in range(n)):
-            return False
-        # The walls count as closed even where the sides are open: no object leaves before its direction is seen.
-        return next_event(*trial, r, [1 - a for a in r], episode["g"])[0] > FREE
-
-    def _sound(self, episode, events, first_sample, frames):
-        """Returns the sum of all tones that ring in the window, softly clipped: float32 [N]."""
-        length = int(frames * self.sample_rate // self.fps)
-        audio = np.zeros(length, np.float32)
+    def _sound(self, episode, events):
+        """Returns the sum of all tones, softly clipped: float32 [N]."""
+        audio = np.zeros(int(self.frames * self.sample_rate // self.fps), np.float32)
         for event in events:
             if event.kind == "turn":
                 continue
@@ -262,12 +217,8 @@ class World:
             offset = at - event.time * self.sample_rate
             amplitude = np.float32((0.45 + 0.5 * min(1.0, event.speed)) * (1 if event.kind == "wall" else 0.75))
             for o in event.objects:
-                material = MATERIALS[episode["material"][o]]
-                wave = tone(episode["r"][o], material, offset, self.sample_rate)
-                first = at - first_sample  # where the tone begins in the window; negative before it
-                low, high = max(0, first), min(length, first + len(wave))
-                if high > low:
-                    audio[low:high] += amplitude * wave[low - first : high - first]
+                wave = tone(episode["r"][o], MATERIALS[episode["material"][o]], offset, self.sample_rate)
+                audio[at : at + len(wave)] += amplitude * wave[: max(0, len(audio) - at)]
         return np.tanh(audio)
 
 
@@ -279,27 +230,13 @@ def _pick(rng, options):
     return options[int(rng.random() * len(options))]
 
 
-def _as_seen(event, episode, begin):
-    """Returns an event as it stands in a state: from the window's start, and as the camera sees it."""
-    camera = camera_at(episode, np.array([event.time]))[0][0]
-    return {
-        "time": float(event.time - begin),
-        "kind": event.kind,
-        "objects": event.objects,
-        "position": tuple((event.contact - camera).tolist()),
-    }
-
-
-# ------------------------------------------------------------------------------------------ motion
-
-
 def next_event(x, y, vx, vy, r, low, high, g):
     """Returns (seconds until the next contact, kind, indices); kind is 'side', 'floor or ceiling' or 'object'.
 
     An object only meets what it approaches, so an object that has just bounced does not meet the same wall again.
 
     x, y, vx, vy, r: centers, velocities and radii, each a list of O numbers
-    low, high: bounds of each center's x, lists of O numbers
+    low, high: bounds of each center's x
     g: acceleration downwards, in frame widths per second^2
     """
     best, kind, indices = math.inf, None, ()
@@ -329,26 +266,25 @@ def next_event(x, y, vx, vy, r, low, high, g):
     return best, kind, indices
 
 
-def simulate(episode, begin, end):
-    """Returns (segments, events): the motion over [begin, end) and all events that can be heard in it.
+def simulate(episode, end):
+    """Returns (starts, motion, events) of [0, end) seconds. In a segment every object flies freely.
 
-    segments: [(start in s, (x, y, vx, vy))] in world coordinates; in a segment every object flies freely
-    events: [Event] of [begin - TONE_SECONDS, end)
+    starts: of the S segments, in s: [S]
+    motion: x, y, vx, vy of each object at these starts, in world coordinates: [S, 4, O]
+    events: [Event]
 
-    Collisions are elastic, and an object's mass is its radius squared. The memory used is that of the window alone.
-
-    begin, end: s from the start of the episode
+    Collisions are elastic, and an object's mass is its radius squared.
     """
-    x, y, vx, vy = (list(episode[k]) for k in ("x", "y", "vx", "vy"))
+    x, y, vx, vy = motion = [list(episode[k]) for k in ("x", "y", "vx", "vy")]
     r, g, open_sides = episode["r"], episode["g"], episode["open"]
     low = [-OUTSIDE if open_sides else a for a in r]
     high = [1 + OUTSIDE if open_sides else 1 - a for a in r]
     now, events = 0.0, []
-    segments = [(now, (x[:], y[:], vx[:], vy[:]))]
+    starts, motions = [now], [np.array(motion)]
     while True:
         dt, kind, indices = next_event(x, y, vx, vy, r, low, high, g)
         if now + dt >= end:
-            return segments, events
+            return np.array(starts), np.array(motions), events
         now += dt
         for i in range(len(x)):
             x[i] += vx[i] * dt
@@ -379,11 +315,9 @@ def simulate(episode, begin, end):
             vx[i], vy[i] = vx[i] - pi * nx, vy[i] - pi * ny
             vx[j], vy[j] = vx[j] + pj * nx, vy[j] + pj * ny
             contact = (x[i] + r[i] * nx, y[i] + r[i] * ny)
-        if now <= begin:
-            segments.clear()
-        segments.append((now, (x[:], y[:], vx[:], vy[:])))
-        if now >= begin - TONE_SECONDS:
-            events.append(Event(now, kind, indices, speed, contact))
+        starts.append(now)
+        motions.append(np.array(motion))
+        events.append(Event(now, kind, indices, speed, contact))
 
 
 def camera_at(episode, times):
@@ -395,9 +329,6 @@ def camera_at(episode, times):
     size, rate = np.array([reach, 0.4 * reach]), 2 * math.pi / periods
     angle = times[:, None] * rate + phases
     return size * np.sin(angle), size * rate * np.cos(angle)
-
-
-# ------------------------------------------------------------------------------------------ picture and sound
 
 
 def coverage(shape, dx, dy, radius):
@@ -422,7 +353,7 @@ def render(state, size, open_sides=False):
     """Draws a state. Returns the video, uint8 [F, size, size, 3], and each object's visible share, float32 [F, O].
 
     state: as `World` describes it; 'visible' and 'events' are not read
-    size: height and width, in pixels
+    size: in pixels
     open_sides: draws no side walls
     """
     position, camera = state["position"], state["camera"]
@@ -436,8 +367,7 @@ def render(state, size, open_sides=False):
     wave = np.sin(world * np.float32(6 * math.pi))
     pattern = BACKGROUND - WALL + 0.025 * wave[:, 1, :, None] * wave[:, 0, None, :]
     gray = WALL + pattern * inside[:, 1, :, None] * inside[:, 0, None, :]
-    canvas = np.empty((3, frames, size, size), np.float32)  # channels first: several times faster
-    canvas[:] = gray
+    canvas = np.broadcast_to(gray, (3, frames, size, size)).copy()  # channels first: several times faster
     flat = canvas.reshape(3, -1)
 
     bar = np.zeros((frames, size), np.float32)
@@ -476,11 +406,7 @@ def render(state, size, open_sides=False):
         canvas += (OCCLUDER - canvas) * bar[:, None, :]
     canvas *= (255 * state["light"])[:, None, None]
     canvas += 0.5
-    canvas = np.minimum(canvas, 255, out=canvas).astype(np.uint8)
-    video = np.empty((frames, size, size, 3), np.uint8)
-    for channel in range(3):
-        video[..., channel] = canvas[channel]
-    return video, visible
+    return np.stack(np.minimum(canvas, 255).astype(np.uint8), axis=-1), visible
 
 
 def tone(radius, material, offset, sample_rate):
@@ -488,15 +414,14 @@ def tone(radius, material, offset, sample_rate):
 
     A small object sounds high. Rubber is a dull thud of two harmonics; metal rings inharmonically.
 
-    radius: of the object, in frame widths: 0.19 sounds at 400 Hz, 0.10 at 1750 Hz
+    radius: in frame widths: 0.19 sounds at 400 Hz, 0.10 at 1750 Hz
     material: a word of MATERIALS
     offset: from the impact to the first sample, in samples, in 0..1
-    sample_rate: in Hz
     """
     pitch = 400 * (0.19 / radius) ** 2.3  # Hz
     decay, partials = TONES[material]
-    t = (np.arange(int(TONE_SECONDS * sample_rate)) + offset) / sample_rate
-    t = t[: int(7 * decay * sample_rate)].astype(np.float32)
+    samples = int(min(TONE_SECONDS, 7 * decay) * sample_rate)
+    t = ((np.arange(samples) + offset) / sample_rate).astype(np.float32)
     wave = np.zeros_like(t)
     for ratio, share in partials:
         if ratio * pitch < 0.46 * sample_rate:

@@ -1,5 +1,6 @@
 """Pictures of clips, sounds and tasks: contact sheets, spectrograms and scheduling matrices, drawn with Pillow."""
 
+import functools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,48 +10,40 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vdm_jax.data import media
 
+COLUMNS = 8  # frames in a row of a contact sheet; a shorter video shows all its frames
+SCALE = 4  # screen pixels for each pixel of a contact sheet, along each side
 
-def contact_sheet(path, videos: Sequence, captions: Sequence[str], columns: int = 8, scale: int = 4) -> None:
+
+def contact_sheet(path, videos: Sequence, captions: Sequence[str]) -> None:
     """Writes a PNG with a row for each clip: its caption above frames that are equally spaced over the clip.
 
-    path: of the PNG
-    videos: uint8 arrays [F, H, W, 3]; their sizes may differ
-    captions: a text for each video
-    columns: frames in a row; a shorter video shows all its frames
-    scale: screen pixels for each pixel, along each side
+    videos: uint8 arrays [F, H, W, 3], one for each caption; their sizes may differ
 
     Raises UserError if the file cannot be written.
     """
     font, gap = ImageFont.load_default(size=13), 4
     strips = []
     for video in videos:
-        picks = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
-        tiles = np.asarray(video)[picks].repeat(scale, axis=1).repeat(scale, axis=2)
+        picks = np.linspace(0, len(video) - 1, min(COLUMNS, len(video))).round().astype(int)
+        tiles = np.asarray(video)[picks].repeat(SCALE, axis=1).repeat(SCALE, axis=2)
         strips.append(np.concatenate(np.pad(tiles, ((0, 0), (0, 0), (0, gap), (0, 0))), axis=1))
-    width = max((strip.shape[1] for strip in strips), default=1)
+    width = max(strip.shape[1] for strip in strips)
     letters = max(16, int(width / font.getlength("n")))
-    blocks = ["\n".join(textwrap.wrap(caption, letters)) for caption in captions]
-    rows = [
-        (block, 16 * (block.count("\n") + 1) + gap, Image.fromarray(strip))
-        for block, strip in zip(blocks, strips, strict=True)
-    ]
-    sheet = Image.new("RGB", (width, sum(text + image.height + gap for _, text, image in rows) or 1))
+    blocks = [textwrap.wrap(caption, letters) or [""] for caption in captions]  # lines of each caption
+    heights = [16 * len(lines) + strip.shape[0] + 2 * gap for lines, strip in zip(blocks, strips, strict=True)]
+    sheet = Image.new("RGB", (width, sum(heights)))
     draw, top = ImageDraw.Draw(sheet), 0
-    for block, text, image in rows:
-        draw.multiline_text((2, top), block, fill="white", font=font, spacing=3)
-        sheet.paste(image, (0, top + text))
-        top += text + image.height + gap
+    for lines, strip, height in zip(blocks, strips, heights):
+        draw.multiline_text((2, top), "\n".join(lines), fill="white", font=font, spacing=3)
+        sheet.paste(Image.fromarray(strip), (0, top + 16 * len(lines) + gap))
+        top += height
     _save(path, sheet)
 
 
 def spectrogram(path, audio: np.ndarray, sample_rate: int) -> None:
-    """Writes a PNG of the power over time (s) and frequency (kHz). The brightest color is the loudest point.
+    """Writes a PNG of the power over time (s) and frequency (kHz) of a sound, float [N].
 
-    The darkest color is 80 dB below the loudest point, or less.
-
-    path: of the PNG
-    audio: float [N]
-    sample_rate: in Hz
+    The brightest color is the loudest point. The darkest color is 80 dB below the loudest point, or less.
 
     Raises UserError if the file cannot be written.
     """
@@ -68,27 +61,21 @@ def spectrogram(path, audio: np.ndarray, sample_rate: int) -> None:
     left, top, bottom = 48, 12, 32  # margins, in pixels
     sheet = Image.new("RGB", (left + plot.width + 16, top + plot.height + bottom), "white")
     sheet.paste(plot, (left, top))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    draw = ImageDraw.Draw(sheet)
+    text = functools.partial(draw.text, fill="black", font=ImageFont.load_default(size=11))
     for share in np.linspace(0, 1, 6):
         x, y = left + plot.width * share, top + plot.height * (1 - share)
         draw.line([(x, top + plot.height), (x, top + plot.height + 4)], fill="black")
         draw.line([(left - 4, y), (left, y)], fill="black")
-        time, frequency = len(audio) / sample_rate * share, sample_rate / 2000 * share
-        draw.text((x, top + plot.height + 5), f"{time:.2f}", fill="black", font=font, anchor="mt")
-        draw.text((left - 6, y), f"{frequency:.1f}", fill="black", font=font, anchor="rm")
-    middle = (left + plot.width / 2, sheet.height - 1)
-    draw.text(middle, "time (s)", fill="black", font=font, anchor="mb")
-    draw.text((2, top + 16), "kHz", fill="black", font=font)
+        text((x, top + plot.height + 5), f"{len(audio) / sample_rate * share:.2f}", anchor="mt")
+        text((left - 6, y), f"{sample_rate / 2000 * share:.1f}", anchor="rm")
+    text((left + plot.width / 2, sheet.height - 1), "time (s)", anchor="mb")
+    text((2, top + 16), "kHz")
     _save(path, sheet)
 
 
 def write_preview(path, preview, fps: float, sample_rate: int) -> None:
-    """Writes what a stage shows of itself: PATH.png, and PATH.mp4 of the first clip if it has picture and sound.
-
-    path: of both files, without their ending
-    preview: rows `video` uint8 [R, F, H, W, 3] or None, `audio` float32 [R, N] or None, and R `captions`
-    fps: frames a second
-    sample_rate: in Hz
+    """Writes a system.previews.Preview: PATH.png, and PATH.mp4 of the first clip if it has picture and sound.
 
     Raises UserError if a file cannot be written.
     """
@@ -100,52 +87,44 @@ def write_preview(path, preview, fps: float, sample_rate: int) -> None:
         media.write_mp4(f"{path}.mp4", preview.video[0], preview.audio[0], fps, sample_rate)
 
 
-def scheduling_matrix(levels: Mapping[str, np.ndarray], cell: tuple[int, int] = (22, 10)) -> Image.Image:
+def scheduling_matrix(levels: Mapping[str, np.ndarray], cell: tuple[int, int]) -> Image.Image:
     """Returns a picture of a scheduling matrix: steps go down, latent frames go across, one panel for each modality.
 
-    The lowest level of the matrix (noise) is dark, the highest (clean) is light. A context frame is therefore a light
-    column, and a frame that is generated turns from dark to light. `image.save(path)` writes the picture to a file.
+    Noise, the lowest level, is dark. A context frame is a light column, and a generated frame turns from dark to light.
 
-    levels: {'video': [N+1, T], 'audio': [N+1, T]} log SNR, as samplers.scheduling_matrix returns it
+    levels: {'video': [N+1, T], 'audio': [N+1, T]} log SNR, as tasks.scheduling_matrix returns it
     cell: width and height of one level, in pixels
-
-    Raises ValueError where a matrix is empty or its shape differs from the others.
     """
-    matrices = {name: np.asarray(matrix, np.float64) for name, matrix in levels.items()}
-    shapes = {matrix.shape for matrix in matrices.values()}
-    if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or 0 in shape:
-        raise ValueError(f"want matrices [N+1, T] of one shape, got { {k: m.shape for k, m in matrices.items()} }")
-    (rows, frames), (width, height) = shape, cell
-    low = min(matrix.min() for matrix in matrices.values())
-    high = max(matrix.max() for matrix in matrices.values())
+    matrices = np.array([*levels.values()], np.float64)  # [modalities, N+1, T]
+    low, high = matrices.min(), matrices.max()
+    (_, rows, frames), (width, height) = matrices.shape, cell
     dark, light = np.array([24, 28, 64]), np.array([250, 226, 150])
 
-    def colors(values):  # [...] -> uint8 [..., 3]; a matrix of one level is all context
-        share = (values - low) / (high - low) if high > low else np.ones_like(values)
+    def colors(values):  # [...] -> uint8 [..., 3]
+        share = (values - low) / (high - low)
         return (dark + share[..., None] * (light - dark)).round().astype(np.uint8)
 
     left, top, gap, bottom = 40, 22, 28, 62  # margins, in pixels
     panel = (frames * width, rows * height)
     across = max(200, left + len(matrices) * (panel[0] + gap))
     sheet = Image.new("RGB", (across, top + panel[1] + bottom), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-    for i, (name, matrix) in enumerate(matrices.items()):
+    text = functools.partial(ImageDraw.Draw(sheet).text, fill="black", font=ImageFont.load_default(size=11))
+    for i, (name, matrix) in enumerate(zip(levels, matrices)):
         x = left + i * (panel[0] + gap)
         pixels = colors(matrix).repeat(height, axis=0).repeat(width, axis=1)
         pixels[height - 1 :: height] = pixels[:, width - 1 :: width] = 255  # lines between the cells
         sheet.paste(Image.fromarray(pixels), (x, top))
-        draw.text((x + panel[0] / 2, top - 5), name, fill="black", font=font, anchor="mb")
+        text((x + panel[0] / 2, top - 5), name, anchor="mb")
         for frame in range(0, frames, max(1, math.ceil(24 / width))):
-            place = (x + (frame + 0.5) * width, top + panel[1] + 4)
-            draw.text(place, str(frame), fill="black", font=font, anchor="mt")
-        draw.text((x + panel[0] / 2, top + panel[1] + 18), "latent frame", fill="black", font=font, anchor="mt")
+            text((x + (frame + 0.5) * width, top + panel[1] + 4), str(frame), anchor="mt")
+        text((x + panel[0] / 2, top + panel[1] + 18), "latent frame", anchor="mt")
     for row in range(0, rows, max(1, math.ceil(rows / 12), math.ceil(12 / height))):
-        draw.text((left - 6, top + (row + 0.5) * height), str(row), fill="black", font=font, anchor="rm")
-    draw.text((2, top - 5), "step", fill="black", font=font, anchor="lb")
+        text((left - 6, top + (row + 0.5) * height), str(row), anchor="rm")
+    text((2, top - 5), "step", anchor="lb")
     scale = colors(low + np.linspace(0, 1, 80) * (high - low))[None].repeat(8, axis=0)
     sheet.paste(Image.fromarray(scale), (left + 36, sheet.height - 16))
-    draw.text((left, sheet.height - 12), "noise", fill="black", font=font, anchor="lm")
-    draw.text((left + 122, sheet.height - 12), "clean", fill="black", font=font, anchor="lm")
+    text((left, sheet.height - 12), "noise", anchor="lm")
+    text((left + 122, sheet.height - 12), "clean", anchor="lm")
     return sheet
 
 

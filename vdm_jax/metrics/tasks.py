@@ -17,6 +17,7 @@ logger = logging.getLogger("vdm_jax")
 WINDOWS = 10  # length of a rollout, in clips
 STILL = 0.02  # frame widths: an object that moves less has not moved
 APART = 2  # frames: a velocity change this near an impact is the impact's
+SYNC = ("sync_impacts", "sync_onsets")
 
 
 def objects(item):
@@ -25,23 +26,10 @@ def objects(item):
 
 
 def measure(pipe, items, seed):
-    """The figures of each task: {'undirected', 'image', 'continue', 'foley', 'audio', 'rollout'}.
-
-    pipe: a Pipeline.
-    items: clips of the world.
-    seed: of the noise.
-    """
-    run = _Run(pipe, items, seed)
-    measures = {
-        "undirected": undirected,
-        "image": image,
-        "continue": continue_,
-        "foley": foley,
-        "audio": audio,
-        "rollout": rollout,
-    }
-    out = {}
-    for name, task in measures.items():
+    """The figures of each task, {task: {figure: value}}, where a Pipeline completes the clips `items` of the world."""
+    run, out = _Run(pipe, items, seed), {}
+    for task in (undirected, image, continue_, foley, audio, rollout):
+        name = task.__name__.rstrip("_")
         logger.info("task: %s, %d clips", name, len(items))
         out[name] = task(run)
     return out
@@ -54,33 +42,34 @@ class _Run:
         self.pipe, self.items, self.seed = pipe, items, seed
         self.layout = pipe.system.layout
         self.fps, self.sample_rate = pipe.config.data.fps, pipe.config.data.sample_rate
+        self.asked = [objects(item) for item in items]
         self.prompts = [item["caption"] for item in items]
-        self.video = np.stack([item["video"] for item in items])
-        self.audio = np.stack([item["audio"] for item in items])
+        self.video = [item["video"] for item in items]
+        self.audio = [item["audio"] for item in items]
 
     def complete(self, make):
-        """-> (video, audio) of all clips, each completed from its own context.
-
-        make: make(video, audio) -> tasks.Context of one clip.
-        """
-        contexts = [make(video, audio) for video, audio in zip(self.video, self.audio, strict=True)]
+        """-> (video, audio) of all clips, each completed from the tasks.Context make(video, audio) of its own."""
+        contexts = [make(video, audio) for video, audio in zip(self.video, self.audio)]
         parts = zip(*((context.video, context.audio) for context in contexts))
         video, audio = (None if part[0] is None else np.concatenate(part) for part in parts)
         return self.pipe.sample(self.prompts, seed=self.seed, context=tasks.Context(video, audio, contexts[0].masks))
 
-    def outcomes(self, video, audio, asked=None):
-        """What the tracker finds in each clip. asked: P lists of objects; None: of the captions."""
-        asked = [objects(item) for item in self.items] if asked is None else asked
-        clips = zip(video, audio, asked, strict=True)
+    def outcomes(self, video, audio):
+        """What the tracker finds in each clip."""
+        clips = zip(video, audio, self.asked, strict=True)
         return [tracker.measure(v, a, self.fps, self.sample_rate, want) for v, a, want in clips]
+
+    def synchrony(self, video, audio):
+        """Shares of visible impacts that sound, and of onsets that have an impact."""
+        made, true = (tracker.summarize(self.outcomes(*c)) for c in ((video, audio), (self.video, self.audio)))
+        return {key: made[key] for key in SYNC} | {f"{key}_truth": true[key] for key in SYNC}
 
 
 def undirected(run):
     """Prompts that name color and shape alone: shares of prompts with all objects right."""
-    asked = [objects(item) for item in run.items]
-    texts = [" and ".join(f"a {o['color']} {o['shape']}" for o in things) for things in asked]
-    video, audio = run.pipe.sample(texts, seed=run.seed, context=tasks.text(run.layout))
-    found = tracker.summarize(run.outcomes(video, audio, asked))
+    texts = [" and ".join(f"a {o['color']} {o['shape']}" for o in things) for things in run.asked]
+    made = run.pipe.sample(texts, seed=run.seed, context=tasks.text(run.layout))
+    found = tracker.summarize(run.outcomes(*made))
     return {key: found[key] for key in ("one_object", "two_objects")}
 
 
@@ -91,7 +80,7 @@ def image(run):
     reconstruct = jax.jit(lambda params, x: run.pipe.system.reconstruct(name, params, x))
     params = {name: run.pipe.params[name]}
     remade = np.concatenate([reconstruct(params, clip[None])[:, :1] for clip in run.video])
-    truth = run.video[:, :1]
+    truth = np.stack(run.video)[:, :1]
     return {
         "first_frame_psnr": reconstruction.psnr(truth, video[:, :1]),
         "first_frame_psnr_reconstructed": reconstruction.psnr(truth, remade),
@@ -102,11 +91,8 @@ def image(run):
 
 def _moves(video):
     """Whether an object is ever more than STILL away from where the tracker first sees it."""
-    for row in tracker.track(video).values():
-        positions = row["position"][row["present"]]
-        if len(positions) > 2 and np.linalg.norm(positions - positions[0], axis=1).max() > STILL:
-            return True
-    return False
+    paths = [row["position"][row["present"]] for row in tracker.track(video).values()]
+    return any(len(path) > 2 and np.linalg.norm(path - path[0], axis=1).max() > STILL for path in paths)
 
 
 def continue_(run):
@@ -118,17 +104,13 @@ def continue_(run):
     past = 1 + run.layout.f_t * (run.pipe.config.sample.context_frames - 1)
     samples = past * run.layout.samples_per_frame
     video, _ = run.complete(lambda video, audio: tasks.continue_(video[None, :past], audio[None, :samples], run.layout))
-    made, true = _velocity_changes(run, video, past), _velocity_changes(run, run.video, past)
-    found = run.outcomes(video, run.audio)
-    return {
-        **made,
-        **{f"{key}_truth": value for key, value in true.items()},
-        "right": float(np.mean([clip["right"] for clip in found])),
-    }
+    true = {f"{key}_truth": value for key, value in _velocity_changes(run, run.video, past).items()}
+    right = np.mean([clip["right"] for clip in run.outcomes(video, run.audio)])
+    return _velocity_changes(run, video, past) | true | {"right": float(right)}
 
 
 def _velocity_changes(run, clips, past):
-    """Medians of |velocity change| in the frames 'given', 'seam' and 'inside'; the first `past` frames are context.
+    """Medians of |velocity change|, as `continue_` describes them; the first `past` frames are context.
 
     Frames near an impact of the true clip are left out. Inside, frames near a detected impact are left out too. At the
     seam they are not: a jump there looks like an impact.
@@ -139,9 +121,7 @@ def _velocity_changes(run, clips, past):
         true_impacts = [event["time"] * run.fps for event in item["state"]["events"]]
         seen_impacts = [time * run.fps for time, *_ in tracker.impacts(tracks, run.fps)]
         for row in tracks.values():
-            usable = row["present"] & (row["visible"] >= tracker.VISIBLE)
-            position = np.where(usable[:, None], row["position"], np.nan)
-            change = np.linalg.norm(position[2:] - 2 * position[1:-1] + position[:-2], axis=1) * run.fps
+            change = np.linalg.norm(tracker.second_differences(row), axis=1) * run.fps
             for k, value in enumerate(change, 1):  # at frame k, from the frames k - 1 to k + 1
                 where = "given" if k + 1 < past else "inside" if k > past else "seam"
                 impacts = true_impacts + seen_impacts if where == "inside" else true_impacts
@@ -151,32 +131,24 @@ def _velocity_changes(run, clips, past):
 
 
 def foley(run):
-    """Silent clips get a sound: shares of visible impacts that sound, and of onsets that have an impact."""
+    """Silent clips get a sound: the synchrony of the true picture and the generated sound."""
     _, sound = run.complete(lambda video, audio: tasks.foley(video, run.layout))
-    return _synchrony(run, run.video, sound)
+    return run.synchrony(run.video, sound)
 
 
 def audio(run):
-    """Sounds get a picture: the same two shares, of the true sound and the generated picture."""
+    """Sounds get a picture: the synchrony of the true sound and the generated picture."""
     video, _ = run.complete(lambda video, audio: tasks.audio(audio, run.layout))
-    return _synchrony(run, video, run.audio)
-
-
-def _synchrony(run, video, audio):
-    made = tracker.summarize(run.outcomes(video, audio))
-    true = tracker.summarize(run.outcomes(run.video, run.audio))
-    keys = ("sync_impacts", "sync_onsets")
-    return {key: made[key] for key in keys} | {f"{key}_truth": true[key] for key in keys}
+    return run.synchrony(video, run.audio)
 
 
 def rollout(run):
     """Outcomes of clips WINDOWS times as long as in training, one value for each length of a training clip."""
-    frames = run.layout.frames
+    frames, per_frame = run.layout.frames, run.layout.samples_per_frame
     video, audio = run.pipe.rollout(run.prompts, WINDOWS * frames, seed=run.seed)
-    per_frame = run.layout.samples_per_frame
     curve = {"seconds": [], "right": [], "permanence": [], "size_drift": []}
-    for i in range(WINDOWS):
-        start, end = i * frames, (i + 1) * frames
+    for start in range(0, WINDOWS * frames, frames):
+        end = start + frames
         found = run.outcomes(video[:, start:end], audio[:, start * per_frame : end * per_frame])
         summary = tracker.summarize(found)
         curve["seconds"].append(end / run.fps)

@@ -3,12 +3,8 @@
 Color: in the plane of chroma, where every gray is the origin, an object's pixel is light * coverage * the vector of
 its paint. The angle therefore names the color, and the length is a soft mask.
 Shape, center and radius: the world's own anti-aliased shapes are fitted to that mask by least squares (Gauss-Newton).
-Pixels that show the occluder, another object or the outside of the frame do not count. The best of the three shapes is
-named only if it fits well enough, so a blob, a smear or a ghost has no shape.
+The best shape is named only if it fits well enough, so a blob, a smear or a ghost has no shape.
 Impacts are kinks of the tracks, found to a fraction of a frame. Onsets are peaks of the spectral flux.
-
-Frames of 64 pixels or more are first averaged down to 32 to 63 pixels. Positions and radii are in frame widths, as in
-`World`; times are in seconds.
 """
 
 import math
@@ -30,10 +26,11 @@ SHARE = 0.8  # an object is right if its shape is right in this share of the fra
 MIN_FLUX = 0.08  # mean rise of log(1 + 100 magnitude) over 8 ms: less is no onset
 FLUX_DELAY = 0.0003  # s from the middle of the window at the flux's peak to the onset
 MIN_KINK = 0.12  # frame widths per second: a smaller change of velocity is no impact
+STEPS = 8  # of Gauss-Newton
+ABSENT = {"present": False, "shape": -1, "extra": 0}  # values of a track where its object is absent; of floats NaN
 
-_RGB = np.array([PALETTE[c] for c in COLORS], np.float32) / 255
 _CHROMA = np.array([[1, -0.5, -0.5], [0, 3**0.5 / 2, -(3**0.5) / 2]], np.float32)
-_VECTORS = _RGB @ _CHROMA.T  # [colors, 2]
+_VECTORS = (np.array([PALETTE[c] for c in COLORS], np.float32) / 255) @ _CHROMA.T  # [colors, 2]
 _LENGTHS = np.linalg.norm(_VECTORS, axis=1)
 _PLANE = ndimage.generate_binary_structure(2, 1)[None]  # the four neighbors within a frame
 _WITHIN_FRAMES = np.pad(_PLANE, ((1, 1), (0, 0), (0, 0)))  # the same, for an array of frames
@@ -47,8 +44,6 @@ def track(video):
       position  float [F, 2], of the center, in frame widths
       radius    float [F], in frame widths
       visible   float [F], share of the fitted shape that is in sight, in 0..1
-      fit       float [F], soft intersection over union of the fitted shape and the mask, in 0..1
-      strength  float [F], 1 for the paint in full light
       hue       float [F], in radians
       extra     int [F], number of further objects of this color
 
@@ -56,63 +51,44 @@ def track(video):
 
     video: uint8 [F, H, W, 3]
     """
-    pixels = _classify(_pool(video))
-    colors, blobs = _find_blobs(pixels)
-    if not blobs:
+    pixels = _read(video)
+    color, frame, body, others = _find_blobs(pixels)
+    if not len(color):
         return {}
-    frames, height, width = pixels.value.shape
-    body = np.stack([blob.body for blob in blobs])  # [N, H, W]
-    mask, weight, cut, strength = _masks(pixels, blobs, body)
+    mask, weight, cut, strength = _masks(pixels, color, frame, body)
     shape, center, radius, fit, seen = _fit(mask, weight, body)
 
-    tracks = {COLORS[color]: _absent(frames) for color in colors}
-    for n, blob in enumerate(blobs):
-        row, f = tracks[COLORS[blob.color]], blob.frame
-        dx = np.arange(width) + 0.5 - center[n, 0]
-        dy = np.arange(height)[:, None] + 0.5 - center[n, 1]
-        covered = coverage(shape[n], dx, dy, radius[n]) > 0.3
-        row["extra"][f] = sum((other & covered).sum() < 0.5 * other.sum() for other in blob.others)
-        row["present"][f] = strength[n] > MIN_STRENGTH and fit[n] > MIN_BODY
-        mean = pixels.chroma[f][blob.body].mean(0)
-        row["hue"][f] = math.atan2(mean[1], mean[0])
-        row["shape"][f] = shape[n] if fit[n] >= MIN_FIT and strength[n] > MIN_STRENGTH else -1
-        row["position"][f] = center[n] / (width, height)
-        row["radius"][f] = radius[n] / height
-        row["visible"][f] = seen[n]
-        row["fit"][f] = fit[n]
-        row["strength"][f] = strength[n]
-
+    frames, height, width = pixels.value.shape
+    x, y = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
+    extra = []
+    for n, regions in enumerate(others):
+        covered = coverage(shape[n], x - center[n, 0], y - center[n, 1], radius[n]) > 0.3
+        extra.append(sum((region & covered).sum() < 0.5 * region.sum() for region in regions))
     # A sliver of an object fits as a small whole one. Its area is therefore compared with the area in other frames.
-    for color in colors:
-        of = np.array([blob.color == color for blob in blobs])
-        if of.any():
-            row = tracks[COLORS[color]]
-            f = np.array([blob.frame for blob in blobs if blob.color == color])
-            area = body[of].sum((1, 2))
-            whole = np.median(area[~cut[of]]) if (~cut[of]).any() else area.max()
-            smaller = np.where(cut[of], area / whole, 1)
-            row["visible"][f] = np.minimum(row["visible"][f], smaller)
-    return tracks
-
-
-def _absent(frames):
-    """Returns the track of an object that is in no frame."""
-    return {
-        "present": np.zeros(frames, bool),
-        "shape": np.full(frames, -1),
-        "position": np.full((frames, 2), np.nan),
-        "extra": np.zeros(frames, int),
-        **{k: np.full(frames, np.nan) for k in ("radius", "visible", "fit", "strength", "hue")},
+    area, visible = body.sum((1, 2)), seen.astype(np.float64)
+    for c in np.unique(color):
+        whole = area[(color == c) & ~cut]
+        sliver = (color == c) & cut
+        largest = np.median(whole) if len(whole) else area[sliver].max()
+        visible[sliver] = np.minimum(visible[sliver], area[sliver] / largest)
+    strong = strength > MIN_STRENGTH
+    chroma = [pixels.chroma[f][b].mean(0) for f, b in zip(frame, body)]
+    found = {
+        "present": strong & (fit > MIN_BODY),
+        "shape": np.where(strong & (fit >= MIN_FIT), shape, -1),
+        "position": center / (width, height),
+        "radius": radius / height,
+        "visible": visible,
+        "hue": np.array([math.atan2(v, u) for u, v in chroma]),
+        "extra": np.array(extra),
     }
 
+    def in_frames(key, own):
+        values = np.full((frames, *found[key].shape[1:]), ABSENT.get(key, np.nan))
+        values[frame[own]] = found[key][own]
+        return values
 
-def _pool(video):
-    """Returns the video averaged over k x k pixels, k = min(H, W) // 32: float32 [F, H // k, W // k, 3] in 0..1."""
-    video = np.asarray(video)
-    k = max(1, min(video.shape[1:3]) // 32)
-    frames, height, width = video.shape[0], video.shape[1] // k, video.shape[2] // k
-    cut = video[:, : height * k, : width * k].reshape(frames, height, k, width, k, 3)
-    return (cut.mean((2, 4)) if k > 1 else cut[:, :, 0, :, 0]).astype(np.float32) / 255
+    return {COLORS[c]: {key: in_frames(key, color == c) for key in found} for c in np.unique(color)}
 
 
 class _Pixels(NamedTuple):
@@ -126,8 +102,12 @@ class _Pixels(NamedTuple):
     occluder: np.ndarray  # bool: gray of the occluder's brightness
 
 
-def _classify(pooled):
-    """Returns the _Pixels of a video, float32 [F, H, W, 3] in 0..1."""
+def _read(video):
+    """Returns the _Pixels of a video, averaged over k x k pixels, k = min(H, W) // 32."""
+    k = max(1, min(video.shape[1:3]) // 32)
+    frames, height, width = video.shape[0], video.shape[1] // k, video.shape[2] // k
+    cells = video[:, : height * k, : width * k].reshape(frames, height, k, width, k, 3)
+    pooled = cells.mean((2, 4)).astype(np.float32) / 255
     chroma = pooled @ _CHROMA.T
     value = pooled.max(-1)
     dots = chroma @ (_VECTORS / _LENGTHS[:, None]).T  # [F, H, W, colors]
@@ -138,47 +118,26 @@ def _classify(pooled):
     return _Pixels(value, chroma, nearest, strength, colored, occluder)
 
 
-class _Blob(NamedTuple):
-    """The largest connected region of a color in a frame."""
-
-    color: int  # index into COLORS
-    frame: int
-    body: np.ndarray  # bool [H, W]
-    others: list  # smaller regions of this color in this frame, each bool [H, W]
-
-
 def _find_blobs(pixels):
-    """Returns (colors, blobs): the indices of all colors that some frame shows, and their regions in every frame."""
+    """Returns the largest region of each color in each frame, and the others: color, frame, body [N, H, W], others."""
     frames, height, width = pixels.value.shape
-    least = MIN_AREA * height * width
-    colors, blobs = [], []
-    for color in range(len(COLORS)):
-        mine = (pixels.nearest == color) & (pixels.colored > 0.3)
-        if (mine.sum((1, 2)) < least).all():
-            continue
-        colors.append(color)
-        label, _ = ndimage.label(mine, _WITHIN_FRAMES)
+    color, frame, body, others = [], [], [], []
+    for c in range(len(COLORS)):
+        label, _ = ndimage.label((pixels.nearest == c) & (pixels.colored > 0.3), _WITHIN_FRAMES)
         sizes = np.bincount(label.ravel())
-        for frame in range(frames):
-            parts = np.unique(label[frame])[1:] if label[frame].any() else []
-            parts = [k for k in parts if sizes[k] >= least]
-            if parts:
-                main = max(parts, key=lambda k: sizes[k])
-                others = [label[frame] == k for k in parts if k != main]
-                blobs.append(_Blob(color, frame, label[frame] == main, others))
-    return colors, blobs
+        for f in range(frames):
+            regions = [k for k in np.unique(label[f]) if k and sizes[k] >= MIN_AREA * height * width]
+            if regions:
+                regions.sort(key=lambda k: -sizes[k])
+                color.append(c)
+                frame.append(f)
+                body.append(label[f] == regions[0])
+                others.append([label[f] == k for k in regions[1:]])
+    return np.array(color), np.array(frame), np.array(body), others
 
 
-def _masks(pixels, blobs, body):
-    """Returns what `_fit` needs of N blobs: (mask, weight, cut, strength).
-
-    mask: float32 [N, H, W] in 0..1, how much of each pixel the object covers
-    weight: float32 [N, H, W], 0 where the pixel shows something else
-    cut: bool [N], whether the blob touches the occluder or the edge of the frame
-    strength: [N], of the blob's strong pixels
-    """
-    color = np.array([blob.color for blob in blobs])
-    frame = np.array([blob.frame for blob in blobs])
+def _masks(pixels, color, frame, body):
+    """Returns how much of each pixel a blob covers, the pixels' weights, if the blob is cut off, and its strength."""
     power = pixels.strength[frame, :, :, color]  # [N, H, W]
     strength = np.array([np.percentile(p[m], 75) for p, m in zip(power, body)])
     power = power / strength[:, None, None]
@@ -194,85 +153,74 @@ def _masks(pixels, blobs, body):
     inner = ndimage.binary_erosion(solid & (body | near), _PLANE, border_value=1)
     mask = np.where(inner, 1, mask).astype(np.float32)
     weight = (~foreign & ~pixels.occluder[frame]) | inner
-
-    end = np.pad(pixels.occluder, ((0, 0), (1, 1), (1, 1)), constant_values=True)[frame]  # occluder, or outside
-    beside = end[:, 1:-1, 1:-1] | end[:, 1:-1, :-2] | end[:, 1:-1, 2:] | end[:, :-2, 1:-1] | end[:, 2:, 1:-1]
-    cut = (beside & body).any((1, 2))
-    return mask, weight.astype(np.float32), cut, strength
+    beside = ndimage.binary_dilation(pixels.occluder, _PLANE, border_value=1)[frame]  # the outside is like an occluder
+    return mask, weight.astype(np.float32), (beside & body).any((1, 2)), strength
 
 
-def _fit(mask, weight, body, steps=8):
-    """Fits every shape to each of N soft masks and returns the best: (shape, center, radius, fit, seen).
-
-    shape: int [N], index into SHAPES
-    center, radius: [N, 2] and [N], in pixels
-    fit: [N], soft intersection over union of the shape and the mask, in 0..1
-    seen: [N], share of the shape that is in sight, in 0..1
-
-    mask, weight: float32 [N, H, W], as `_masks` returns them
-    body: bool [N, H, W], around which a patch is cut out
-    steps: of Gauss-Newton
-    """
-    count, height, width = mask.shape
-    rows, columns = body.any(2), body.any(1)
-    low = np.stack([columns.argmax(1), rows.argmax(1)], -1)
-    high = np.stack([width - columns[:, ::-1].argmax(1), height - rows[:, ::-1].argmax(1)], -1)
+def _fit(mask, weight, body):
+    """Returns the shape that fits each mask best, its center and radius in pixels, its fit and its share in sight."""
+    height = mask.shape[1]
+    boxes = [ndimage.find_objects(b)[0] for b in body.astype(int)]
+    low = np.array([(x.start, y.start) for y, x in boxes])
+    high = np.array([(x.stop, y.stop) for y, x in boxes])
     side = int(min((high - low).max(), 0.62 * height)) + 8
     origin = (low + high) // 2 - side // 2  # [N, 2]; the patch may go past the edge of the frame
-    pad = side
-    grid = origin[:, :, None] + np.arange(side)  # [N, 2, side]
-    where = (np.arange(count)[:, None, None], grid[:, 1, :, None] + pad, grid[:, 0, None, :] + pad)
-    widths = ((0, 0), (pad, pad), (pad, pad))
-    mask, weight = np.pad(mask, widths)[where], np.pad(weight, widths)[where]
 
-    x, y = grid[:, 0] - origin[:, :1] + 0.5, grid[:, 1] - origin[:, 1:] + 0.5  # [N, side]
-    x, y = x[:, None, :].astype(np.float32), y[:, :, None].astype(np.float32)
+    def patches(images):
+        padded = np.pad(images, ((0, 0), (side, side), (side, side)))
+        return np.stack([image[y : y + side, x : x + side] for image, (x, y) in zip(padded, origin + side)])
+
+    mask, weight = patches(mask), patches(weight)
+    results = [_fit_shape(shape, mask, weight, 0.3 * height) for shape in range(len(SHAPES))]
+    errors, params, fits, seens = map(np.stack, zip(*results))
+    shape, n = errors.argmin(0), np.arange(len(mask))
+    return shape, params[shape, n, :2] + origin, params[shape, n, 2], fits[shape, n], seens[shape, n]
+
+
+def _fit_shape(shape, mask, weight, max_radius):
+    """Returns (error [N], (x, y, radius) [N, 3], fit [N], seen [N]) of a shape that is fitted to N patches.
+
+    fit: soft intersection over union of the shape and the mask, in 0..1
+    seen: share of the shape that is in sight, in 0..1
+    """
+    count, side, _ = mask.shape
+    x = np.arange(side, dtype=np.float32) + np.float32(0.5)
+    y = x[:, None]
+
+    def draw(p):
+        at = p[:, :, None, None]
+        return coverage(shape, x - at[:, 0], y - at[:, 1], at[:, 2])
+
     total = np.maximum(mask.sum((1, 2)), 1e-6)
     middle = np.stack([(mask * x).sum((1, 2)), (mask * y).sum((1, 2))], -1) / total[:, None]
-    results = []
-    for shape in range(len(SHAPES)):
-
-        def draw(p, shape=shape):
-            at = p[:, :, None, None]
-            return coverage(shape, x - at[:, 0], y - at[:, 1], at[:, 2])
-
-        radius = np.sqrt(total / AREA[shape])
-        start = np.stack([middle[:, 0], middle[:, 1] - 0.25 * radius * (shape == 2), radius], -1)
-        p = best = start.astype(np.float32)
-        best_error = np.full(count, np.inf, np.float32)
-        for step in range(steps + 1):
-            drawn = draw(p)
-            rest = weight * (mask - drawn)
-            error = (rest * rest).sum((1, 2))
-            better = error < best_error
-            best = np.where(better[:, None], p, best)
-            best_error = np.where(better, error, best_error)
-            if step == steps:
-                break
-            slope = np.stack(
-                [weight * (draw(p + d) - draw(p - d)) / 0.6 for d in 0.3 * np.eye(3, dtype=np.float32)],
-                1,
-            ).reshape(count, 3, -1)
+    radius = np.sqrt(total / AREA[shape])
+    start = np.stack([middle[:, 0], middle[:, 1] - 0.25 * radius * (shape == 2), radius], -1)
+    p = best = start.astype(np.float32)
+    best_error = np.full(count, np.inf, np.float32)
+    for step in range(STEPS + 1):
+        rest = weight * (mask - draw(p))
+        error = (rest * rest).sum((1, 2))
+        best = np.where((error < best_error)[:, None], p, best)
+        best_error = np.minimum(error, best_error)
+        if step < STEPS:
+            shifts = 0.3 * np.eye(3, dtype=np.float32)
+            slope = np.stack([weight * (draw(p + d) - draw(p - d)) / 0.6 for d in shifts], 1).reshape(count, 3, -1)
             normal = slope @ slope.transpose(0, 2, 1) + 0.5 * np.eye(3)
             move = np.linalg.solve(normal, slope @ rest.reshape(count, -1, 1))[..., 0]
             p = p + np.clip(move, -1, 1).astype(np.float32)
-            p[:, 2] = np.clip(p[:, 2], 1, 0.3 * height)
-        drawn = draw(best)
-        overlap = (weight * np.minimum(drawn, mask)).sum((1, 2))
-        union = (weight * np.maximum(drawn, mask)).sum((1, 2))
-        fit = overlap / np.maximum(union, 1e-6)
-        seen = (weight * drawn).sum((1, 2)) / (AREA[shape] * best[:, 2] ** 2)
-        results.append((best_error, best, fit, np.minimum(seen, 1)))
-    errors, params, fits, seens = (np.stack(r) for r in zip(*results))
-    shape = errors.argmin(0)
-    n = np.arange(count)
-    return (
-        shape,
-        params[shape, n, :2] + origin,
-        params[shape, n, 2],
-        fits[shape, n],
-        seens[shape, n],
-    )
+            p[:, 2] = np.clip(p[:, 2], 1, max_radius)
+    drawn = draw(best)
+    overlap = (weight * np.minimum(drawn, mask)).sum((1, 2))
+    union = (weight * np.maximum(drawn, mask)).sum((1, 2))
+    seen = (weight * drawn).sum((1, 2)) / (AREA[shape] * best[:, 2] ** 2)
+    return best_error, best, overlap / np.maximum(union, 1e-6), np.minimum(seen, 1)
+
+
+def second_differences(row):
+    """Returns the second differences of a track's positions, float [F - 2, 2] in frame widths, NaN if out of sight."""
+    usable = row["present"] & (row["visible"] >= VISIBLE)
+    position = np.where(usable[:, None], row["position"], np.nan)
+    return position[2:] - 2 * position[1:-1] + position[:-2]
 
 
 def impacts(tracks, fps):
@@ -281,25 +229,16 @@ def impacts(tracks, fps):
     The second differences of a track are zero, except for gravity and for impacts. An impact between frames f and f + 1
     changes the velocity by d = (d2[f] + d2[f + 1]) * fps, and the shares of d2[f] and d2[f + 1] in it tell the time.
     The largest change is taken out first, until the rest is no more than noise.
-
-    tracks: of `track`
-    fps: frames per second
     """
-    second = {}
-    for name, row in tracks.items():
-        usable = row["present"] & (row["visible"] >= VISIBLE)
-        position = np.where(usable[:, None], row["position"], np.nan)
-        if len(position) > 3:
-            second[name] = position[2:] - 2 * position[1:-1] + position[:-2]  # d2[k]: frame k + 1
-    known = np.concatenate([d[~np.isnan(d[:, 0])] for d in second.values()] or [np.zeros((0, 2))])
-    if not len(known):
+    second = {name: second_differences(row) for name, row in tracks.items()}
+    second = {name: d2 for name, d2 in second.items() if len(d2) > 1 and np.isfinite(d2).any()}
+    if not second:
         return []
-    fall = np.array([0, np.clip(np.median(known[:, 1]), 0, 1 / fps**2)])
+    fall = np.array([0, np.clip(np.nanmedian(np.concatenate([*second.values()])[:, 1]), 0, 1 / fps**2)])
     found = []
     for name, d2 in second.items():
         d2 = d2 - fall
-        noise = 1.48 * np.nanmedian(np.abs(d2)) if not np.isnan(d2).all() else 0
-        least = max(MIN_KINK / fps, 5 * noise)
+        least = max(MIN_KINK / fps, 5 * (1.48 * np.nanmedian(np.abs(d2))))
         for _ in range(len(d2)):
             kink = d2[:-1] + d2[1:]
             size = np.nan_to_num(np.linalg.norm(kink, axis=1))
@@ -314,14 +253,11 @@ def impacts(tracks, fps):
 
 
 def onsets(audio, sample_rate):
-    """Returns the times (s) of sharp rises in a sound: peaks of the spectral flux.
+    """Returns the times (s) of sharp rises in a sound, float [N] in [-1, 1]: peaks of the spectral flux.
 
     The flux is the mean rise of the log magnitudes of a 16 ms STFT over 8 ms, at a hop of 2 ms. Each bin is compared
     with the largest of three neighboring bins before, so that ringing and beating do not count (SuperFlux, Boeck and
     Widmer 2013). The first and last 10 ms have no onsets, because the cut of a sound is a sharp rise itself.
-
-    audio: float [N]
-    sample_rate: in Hz
     """
     hop = max(1, round(0.002 * sample_rate))
     size, lag = 8 * hop, 4
@@ -330,8 +266,7 @@ def onsets(audio, sample_rate):
     view = np.lib.stride_tricks.sliding_window_view(np.asarray(audio, np.float32), size)[::hop]
     spectrum = np.abs(np.fft.rfft(view * np.hanning(size))) * (4 / size)  # 1: a full-scale tone
     level = np.log1p(100 * spectrum)
-    before = ndimage.maximum_filter1d(level[:-lag], 3, axis=1)
-    flux = np.maximum(level[lag:] - before, 0).mean(1)
+    flux = np.maximum(level[lag:] - ndimage.maximum_filter1d(level[:-lag], 3, axis=1), 0).mean(1)
     smooth = ndimage.uniform_filter1d(flux, 3)
     usual = ndimage.median_filter(smooth, 51)  # over 0.1 s
     peak = (smooth == ndimage.maximum_filter1d(smooth, 11)) & (smooth > MIN_FLUX + 1.2 * usual)
@@ -340,7 +275,7 @@ def onsets(audio, sample_rate):
 
 
 def measure(video, audio, fps, sample_rate, objects):
-    """Compares a clip with the objects that its prompt asks for. Returns a dict:
+    """Compares a clip, uint8 [F, H, W, 3] and float [N], with the objects that its prompt asks for. Returns a dict:
 
       objects       [{'present_share', 'shape_right_share', 'right', 'direction_right', 'size_drift', 'color_drift'}],
                     one dict for each object that is asked for; a drift is None where too little of the object is seen
@@ -353,17 +288,11 @@ def measure(video, audio, fps, sample_rate, objects):
     in which it is absent next to a frame in which a part of it is out of sight. An onset counts only where all objects
     are in full sight, and not in the first frame or the last two.
 
-    video: uint8 [F, H, W, 3]
-    audio: float [N] in [-1, 1]
-    fps: frames per second
-    sample_rate: in Hz
-    objects: [{'color', 'shape', 'direction'}], words of captions.py
-
-    Raises UserError if a word is unknown.
+    objects: [{'color', 'shape', 'direction'}], words of captions.py; UserError for another word
     """
     tracks, frames = track(video), len(video)
     kinks, heard = impacts(tracks, fps), onsets(audio, sample_rate)
-    judged = [_judge(tracks.get(ask["color"]), ask, kinks, fps, frames) for ask in objects]
+    judged = [_judge(tracks.get(ask["color"]), ask, kinks, fps) for ask in objects]
 
     lasting = [row for row in tracks.values() if row["present"].mean() >= 0.25]
     more = sum((row["extra"] > 0).mean() >= 0.25 for row in lasting)
@@ -371,37 +300,37 @@ def measure(video, audio, fps, sample_rate, objects):
     struck = np.array([t for t, *_ in kinks])
     counted = [t for t in heard if 1 <= t * fps < frames - 2 and clear[int(t * fps) - 1 : int(t * fps) + 3].all()]
 
-    def has_partner(time, times):
-        return len(times) > 0 and bool(np.abs(times - time).min() <= 1 / fps)
+    def partners(times, others):
+        return sum(bool(np.abs(others - t).min(initial=np.inf) <= 1 / fps) for t in times)
 
     return {
         "objects": judged,
         "right": all(j["right"] for j in judged),
         "count_right": len(lasting) + more == len(objects),
-        "sync_impacts": (sum(has_partner(t, heard) for t in struck), len(struck)),
-        "sync_onsets": (sum(has_partner(t, struck) for t in counted), len(counted)),
+        "sync_impacts": (partners(struck, heard), len(struck)),
+        "sync_onsets": (partners(counted, struck), len(counted)),
     }
 
 
-def _judge(row, ask, kinks, fps, frames):
+def _judge(row, ask, kinks, fps):
     """Returns what `measure` says of one object. row: the track of its color, or None; ask: the object's words."""
     for key, known in (("color", COLORS), ("shape", SHAPES), ("direction", DIRECTIONS)):
         if ask[key] not in known:
             raise UserError(f"tracker: {key} {ask[key]!r} unknown; use one of {', '.join(known)}")
-    out = {"present_share": 0.0, "shape_right_share": 0.0, "right": False, "direction_right": False}
-    out |= {"size_drift": None, "color_drift": None}
+    out = dict(present_share=0.0, shape_right_share=0.0, right=False, direction_right=False)
+    out |= dict(size_drift=None, color_drift=None)
     if row is None or not row["present"].any():
         return out
-    there = row["present"]
-    clear = there & (row["visible"] >= VISIBLE)
+    there, visible = row["present"], row["visible"]
+    frames = len(there)
+    clear = there & (visible >= VISIBLE)
     at = np.flatnonzero(there)
-    before = at[np.maximum(np.searchsorted(at, np.arange(frames)) - 1, 0)]
-    after = at[np.minimum(np.searchsorted(at, np.arange(frames)), len(at) - 1)]
-    excused = ~there & (np.minimum(row["visible"][before], row["visible"][after]) < 0.9)
-    counted = max((clear | (~there & ~excused)).sum(), frames / 5)
+    place = np.searchsorted(at, np.arange(frames))
+    before, after = at[np.maximum(place - 1, 0)], at[np.minimum(place, len(at) - 1)]
+    missing = ~there & (np.minimum(visible[before], visible[after]) >= 0.9)
     good = clear & (row["shape"] == SHAPES.index(ask["shape"]))
     out["present_share"] = float(there.mean())
-    out["shape_right_share"] = float(good.sum() / counted)
+    out["shape_right_share"] = float(good.sum() / max((clear | missing).sum(), frames / 5))
     out["right"] = bool(out["shape_right_share"] >= SHARE)
 
     hit = min([t for t, name, _ in kinks if name == ask["color"]], default=math.inf)
@@ -413,22 +342,18 @@ def _judge(row, ask, kinks, fps, frames):
         moved = np.abs(move).max() > 0.02
         out["direction_right"] = bool(moved and direction_of(move) == ask["direction"])
 
-    early, late = (part[clear[part]] for part in (np.arange(frames // 3), np.arange(frames - frames // 3, frames)))
+    seen = np.flatnonzero(clear)
+    early, late = seen[seen < frames // 3], seen[seen >= frames - frames // 3]
     if len(early) and len(late):
         small, large = sorted(np.median(row["radius"][part]) for part in (early, late))
         turn = np.angle(np.exp(1j * row["hue"][late]).mean() / np.exp(1j * row["hue"][early]).mean())
-        whole = np.median(row["radius"][clear])
-        out["size_drift"] = float(min(1, (large - small) / whole))
+        out["size_drift"] = float(min(1, (large - small) / np.median(row["radius"][clear])))
         out["color_drift"] = float(min(1, abs(turn) / (math.pi / 3)))  # 1: the next color's hue
     return out
 
 
 def summarize(measures):
-    """Returns the means of many results of `measure`, in 0..1, or None where there is nothing to count:
-
-    {'one_object', 'two_objects': share of clips in which color and shape of all objects are right, 'direction',
-    'count', 'permanence', 'size_drift', 'color_drift', 'sync_impacts', 'sync_onsets'}
-    """
+    """Returns the means of many results of `measure`, in 0..1, or None where there is nothing to count."""
 
     def mean(values):
         values = [value for value in values if value is not None]

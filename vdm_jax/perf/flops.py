@@ -42,8 +42,7 @@ def count(function, trained, *arguments):
 
     function: anything that JAX can trace. A jitted function keeps the jaxpr of its first call, so count the function
         inside it where `models` choose another form of a layer for each kind of device.
-    trained: a tree of arrays or ShapeDtypeStructs.
-    arguments: more trees of arrays or ShapeDtypeStructs.
+    trained, arguments: trees of arrays or ShapeDtypeStructs.
 
     Raises NotImplementedError for a `while` loop with products, because no shape gives its number of iterations.
     """
@@ -56,9 +55,9 @@ def count(function, trained, *arguments):
 
 
 def _count(jaxpr, depends):
-    """Returns (forward FLOPs, forward and backward FLOPs, one bool for each output: it depends on `trained`).
+    """Returns (forward FLOPs, forward and backward FLOPs, which outputs depend on `trained`).
 
-    depends: one bool for each input of the jaxpr: it depends on `trained`.
+    depends: which inputs of the jaxpr depend on `trained`, as a list of bools.
     """
     known = dict(zip(jaxpr.invars, depends, strict=True))
 
@@ -94,10 +93,7 @@ def _bodies(eqn):
 
 
 def _body_inputs(eqn, body, inputs):
-    """Returns one bool for each input of a body: it depends on `trained`.
-
-    inputs: one bool for each input of the equation.
-    """
+    """Returns which inputs of a body depend on `trained`. inputs: which inputs of the equation depend on it."""
     if eqn.primitive.name == "cond":
         return inputs[1:]  # the first input is the number of the branch
     if eqn.primitive.name == "while":
@@ -105,16 +101,12 @@ def _body_inputs(eqn, body, inputs):
     if eqn.primitive.name == "scan":
         # Inputs and outputs of a scan begin with constants and the carry. What is sliced or stacked comes after them,
         # and has one more axis outside the body than inside.
-        carried = _count_same_shapes(eqn.outvars, body.outvars)
-        first = _count_same_shapes(eqn.invars, body.invars) - carried
+        carried = sum(a.aval.shape == b.aval.shape for a, b in zip(eqn.outvars, body.outvars))
+        end = sum(a.aval.shape == b.aval.shape for a, b in zip(eqn.invars, body.invars))
         outputs = _count(body, inputs)[2]  # the next iteration reads the carry of this iteration
-        carry = [a or b for a, b in zip(inputs[first : first + carried], outputs[:carried])]
-        return inputs[:first] + carry + inputs[first + carried :]
+        carry = [a or b for a, b in zip(inputs[end - carried : end], outputs)]
+        return inputs[: end - carried] + carry + inputs[end:]
     return inputs
-
-
-def _count_same_shapes(outside, inside):
-    return sum(a.aval.shape == b.aval.shape for a, b in zip(outside, inside))
 
 
 def _product_flops(eqn):

@@ -27,14 +27,11 @@ class Program(NamedTuple):
 
 
 def train_step(system, name, mesh):
-    """Returns the Program of one optimizer step of a stage, as `vdm_jax.train` runs it.
+    """Returns the Program of one optimizer step of stage `name`, as `vdm_jax.train` runs it.
 
-    system: a System.
-    name: of the stage.
     mesh: of this machine's devices, or of a topology's devices. The batch must divide over the mesh.
     """
-    stage = system.stages[name]
-    config = system.config
+    stage, config = system.stages[name], system.config
     program = train_state.program(stage, config[name], jax.random.key(0), mesh, config.skip.loss_over_mean)
     others = (jax.random.key(1), stage.batch, stage.encoder_params)
     shardings = (
@@ -44,7 +41,7 @@ def train_step(system, name, mesh):
     )
     return Program(
         lower=program.step.lower,
-        arguments=(program.abstract, *abstract(others, shardings)),
+        arguments=(program.abstract, *_abstract(others, shardings)),
         init=lambda: (program.init(), *fill(others, shardings)),
         count_flops=lambda: flops.count(lambda *args: stage.loss(*args)[0], program.abstract["params"], *others)[1],
         params=count_parameters(program.abstract["params"]),
@@ -53,43 +50,34 @@ def train_step(system, name, mesh):
     )
 
 
-def sampling(system, sampler, mesh, tokens):
+def sampling(system, sampler, mesh, rows):
     """Returns the Program that samples clips from text alone, decoding included, under the settings of config.sample.
 
-    system: a System.
-    sampler: a Sampler of that System.
+    sampler: a Sampler of the System.
     mesh: splits the parameters; all other arguments are whole on each device.
-    tokens: of the prompts, int32 [B, L].
+    rows: number of prompts.
     """
     params = system.params | system.stages["denoiser"].encoder_params
     arrays, static = sampler.arguments(params)
-    arguments = (
-        params,
-        jax.random.key(0),
-        np.arange(len(tokens)),  # the number of each prompt
-        tokens,
-        arrays["clean"],
-        arrays["masks"],
-        arrays["levels"],
-        arrays["weights"],
-    )
+    tokens = np.zeros((rows, system.config.data.text_length), np.int32)
+    arrays = [arrays[name] for name in ("clean", "masks", "levels", "weights")]
+    arguments = (params, jax.random.key(0), np.arange(rows), tokens, *arrays)
     shardings = (sharding.state_shardings(params, mesh), *[sharding.replicated(mesh)] * (len(arguments) - 1))
     return Program(
         lower=lambda *args: sampler.program.lower(*args, **static),
-        arguments=abstract(arguments, shardings),
+        arguments=_abstract(arguments, shardings),
         init=lambda: fill(arguments, shardings),
         count_flops=lambda: flops.count(lambda *args: sampler.program.__wrapped__(*args, **static), *arguments)[0],
         params=count_parameters(system.params["denoiser"]),
-        rows=len(tokens),
+        rows=rows,
     )
 
 
 def encoding(system, mesh, rows):
     """Returns the Program that turns clips and captions into the latents and the text that the denoiser trains on.
 
-    system: a System.
-    mesh: splits parameters and clips. `rows` must divide over the mesh.
-    rows: number of clips.
+    mesh: splits parameters and clips.
+    rows: number of clips. It must divide over the mesh.
     """
     params = system.stages["denoiser"].encoder_params
     clips = system.stages["video_autoencoder"].batch
@@ -103,7 +91,7 @@ def encoding(system, mesh, rows):
     shardings = (sharding.state_shardings(params, mesh), sharding.batch_sharding(mesh))
     return Program(
         lower=jax.jit(encode).lower,
-        arguments=abstract(arguments, shardings),
+        arguments=_abstract(arguments, shardings),
         init=lambda: fill(arguments, shardings),
         count_flops=lambda: flops.count(lambda *args: encode(*args), *arguments)[0],
         params=count_parameters(params),
@@ -111,24 +99,22 @@ def encoding(system, mesh, rows):
     )
 
 
-def abstract(arguments, shardings):
-    """Returns the arguments as ShapeDtypeStructs with shardings.
-
-    arguments: a tuple of trees of arrays, numbers and ShapeDtypeStructs.
-    shardings: a tuple with one sharding for each argument, or one tree of shardings for each argument.
-    """
-    shapes = jax.eval_shape(lambda *args: args, *arguments)
+def _abstract(arguments, shardings):
+    """Returns the arguments as ShapeDtypeStructs with shardings. arguments, shardings: as `fill` takes them."""
 
     def place(where, tree):
         return jax.tree.map(lambda x: x.update(sharding=where), tree)
 
-    return jax.tree.map(place, shardings, shapes)
+    return jax.tree.map(place, shardings, jax.eval_shape(lambda *args: args, *arguments))
 
 
 def fill(arguments, shardings):
     """Returns the arguments as arrays on devices, with small random values in place of ShapeDtypeStructs.
 
-    arguments, shardings: as `abstract` takes them. Booleans become True, and whole numbers become 0.
+    Booleans become True, and whole numbers become 0.
+
+    arguments: a tuple of trees of arrays, numbers and ShapeDtypeStructs.
+    shardings: a tuple with one sharding for each argument, or one tree of shardings for each argument.
     """
     rng = np.random.default_rng(0)
 
@@ -137,7 +123,7 @@ def fill(arguments, shardings):
             return x
         if jnp.issubdtype(x.dtype, jnp.floating):
             return (0.1 * rng.standard_normal(x.shape, np.float32)).astype(x.dtype)
-        return np.ones(x.shape, x.dtype) if x.dtype == bool else np.zeros(x.shape, x.dtype)
+        return np.full(x.shape, x.dtype == bool, x.dtype)
 
     return jax.device_put(jax.tree.map(draw, arguments), shardings)
 

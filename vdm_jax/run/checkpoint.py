@@ -23,10 +23,9 @@ import time
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from vdm_jax.errors import UserError
-from vdm_jax.run import checksums, storage
+from vdm_jax.run import checksums, hosts, storage
 
 logger = logging.getLogger("vdm_jax")
 
@@ -36,16 +35,14 @@ SUPERSEDED = "superseded"  # subfolder for checkpoints that are being deleted
 def manager(directory, newest=2, best=1):
     """Returns an Orbax manager of `directory` that saves in the background. It deletes what killed saves left.
 
-    directory: the folder of the checkpoints; made if it is missing.
-    newest: how many of the newest checkpoints are kept.
-    best: how many checkpoints of the lowest loss are kept.
+    newest, best: how many of the newest checkpoints, and of the checkpoints of the lowest loss, are kept.
     """
     directory = storage.absolute(directory)
     _delete_superseded(directory)
 
     def seal():
         """Adds checksums to a save whose arrays are complete. Orbax calls this before it renames the folder."""
-        for folder in directory.iterdir() if jax.process_index() == 0 else ():
+        for folder in directory.iterdir() if hosts.is_primary() else ():
             if folder.is_dir() and not ocp.utils.is_checkpoint_finalized(folder):
                 checksums.write(folder)
 
@@ -70,16 +67,12 @@ def manager(directory, newest=2, best=1):
 
 
 def _delete_superseded(directory):
-    if jax.process_index() == 0 and (directory / SUPERSEDED).exists():
-        (directory / SUPERSEDED).rmtree()
+    if hosts.is_primary():
+        (directory / SUPERSEDED).rmtree(missing_ok=True)
 
 
 def save(checkpoints, state, loss=math.inf):
-    """Starts to save a state. The caller may donate the state as soon as this returns.
-
-    checkpoints: a manager.
-    state: the train state, with its number of steps under 'step'.
-    loss: checkpoints of low loss are kept; nan counts as infinite.
+    """Starts to save a state that has its number of steps under 'step'. The caller may donate it when this returns.
 
     Raises UserError when this save or the save before it fails, or when this step or a later one exists already.
     """
@@ -101,7 +94,7 @@ def finish(checkpoints):
         checkpoints.check_for_errors()
         _delete_superseded(checkpoints.directory)
         step = checkpoints.latest_step()
-        if jax.process_index() == 0 and step is not None:
+        if hosts.is_primary() and step is not None:
             with contextlib.suppress(checksums.Damaged):  # the next start reports it
                 checksums.add_later(checkpoints.directory / str(step))
 
@@ -138,9 +131,8 @@ def quarantine_damaged(directory):
     are damaged, none is moved and UserError is raised.
     """
     directory, fault = storage.absolute(directory), ""
-    if jax.process_index() == 0 and directory.exists():
-        damaged = {}
-        stored = steps(directory)
+    if hosts.is_primary():
+        stored, damaged = steps(directory), {}
         for step in reversed(stored):
             try:
                 checksums.check(directory / str(step))
@@ -149,49 +141,39 @@ def quarantine_damaged(directory):
                 damaged[step] = error
         if stored and len(damaged) == len(stored):
             fault = f"no checkpoint in {directory} is whole ({damaged[stored[-1]]})"
-        else:
-            for step, error in damaged.items():
-                aside = directory.parent / "damaged" / f"{step}-{time.time_ns()}"
-                aside.parent.mkdir(exist_ok=True)
-                (directory / str(step)).rename(aside)
-                logger.error("%s; moved to %s", error, aside)
-    if jax.process_count() > 1:  # either all processes continue from the same checkpoint, or none does
-        fault = multihost_utils.broadcast_one_to_all(np.int32(bool(fault))) and (fault or "no checkpoint is whole")
-    if fault:
+            damaged = {}
+        for step, error in damaged.items():
+            aside = directory.parent / "damaged" / f"{step}-{time.time_ns()}"
+            aside.parent.mkdir(exist_ok=True)
+            (directory / str(step)).rename(aside)
+            logger.error("%s; moved to %s", error, aside)
+    if hosts.broadcast_from_primary(bool(fault)):  # all processes continue from the same checkpoint, or none does
+        fault = fault or "no checkpoint is whole"
         raise UserError(f"{fault}: restore a copy, or delete {directory.parent} to train this stage anew")
 
 
 def restore(checkpoints, abstract_state):
-    """Returns the newest state, or None when `checkpoints` holds none.
-
-    checkpoints: a manager.
-    abstract_state: the state as ShapeDtypeStructs, with the shardings that the result gets.
+    """Returns the newest state in the shardings of `abstract_state`, or None when there is none.
 
     Raises UserError when the stored state is that of another model, and names the first difference.
     """
     step = checkpoints.latest_step()
     if step is None:
         return None
-    folder = checkpoints.directory / str(step) / "default"
-    with _explain_failed_restore(folder):
-        _check_stored(_stored(folder), abstract_state, folder)
+    with _readable(checkpoints.directory / str(step) / "default", abstract_state):
         return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract_state))
 
 
 def read(checkpoint, expected):
-    """Returns parts of a checkpoint as NumPy arrays.
-
-    checkpoint: folder of one checkpoint.
-    expected: {name of a part, such as 'ema': tree of ShapeDtypeStruct}.
+    """Returns parts of the checkpoint in one folder as NumPy arrays: of 'ema' for `expected` = {'ema': tree}.
 
     Raises UserError when the files are damaged, or the parts are those of another model.
     """
     checkpoint = storage.absolute(checkpoint)
     checksums.check(checkpoint)
-    folder = checkpoint / "default"
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)  # without shardings
-    with _explain_failed_restore(folder), ocp.PyTreeCheckpointer() as checkpointer:
-        _check_stored({path: x for path, x in _stored(folder).items() if path[0] in expected}, expected, folder)
+    folder = checkpoint / "default"
+    with _readable(folder, expected, partial=True), ocp.PyTreeCheckpointer() as checkpointer:
         arguments = ocp.args.PyTreeRestore(
             item=expected,
             partial_restore=True,
@@ -201,8 +183,16 @@ def read(checkpoint, expected):
 
 
 @contextlib.contextmanager
-def _explain_failed_restore(folder):
+def _readable(folder, expected, partial=False):
+    """Checks that the arrays in `folder`, or in the expected parts of it, are as expected, and explains all faults."""
+    expected = _flat(expected)
+    parts = {name.partition("/")[0] for name in expected}
     try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = _flat(checkpointer.metadata(folder).item_metadata.tree)
+        if partial:
+            stored = {name: x for name, x in stored.items() if name.partition("/")[0] in parts}
+        check_arrays(folder, stored, expected)
         yield
     except UserError:
         raise
@@ -210,21 +200,23 @@ def _explain_failed_restore(folder):
         raise UserError(f"{folder} cannot be restored: {_one_line(error)}") from error
 
 
-def _stored(folder):
-    """Returns {path of an array in a checkpoint: its metadata}."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return ocp.tree.to_flat_dict(checkpointer.metadata(folder).item_metadata.tree)
+def _flat(tree):
+    return {"/".join(map(str, path)): x for path, x in ocp.tree.to_flat_dict(tree).items()}
 
 
-def _check_stored(stored, expected, folder):
-    """Raises UserError unless the stored arrays are the expected ones. Orbax itself would cast another dtype."""
-    expected = ocp.tree.to_flat_dict(expected)
-    for path, want in expected.items():
-        name = "/".join(map(str, path))
-        if path not in stored:
-            raise UserError(f"{folder} has no {name}: it is of another model or optimizer")
-        found, wanted = (f"{np.dtype(x.dtype).name} {tuple(x.shape)}" for x in (stored[path], want))
-        if found != wanted:
-            raise UserError(f"{folder}: {name} is {found}, the config asks for {wanted}")
-    if extra := sorted("/".join(map(str, path)) for path in stored if path not in expected):
-        raise UserError(f"{folder} has {extra[0]}, which the config does not: it is of another model or optimizer")
+def check_arrays(where, stored, expected, dtypes=True):
+    """Raises UserError unless the arrays {name: array} have the expected names, shapes and, with `dtypes`, dtypes.
+
+    where: the folder or the file, for the message, which names the first difference.
+    """
+
+    def kind(x):
+        return f"{np.dtype(x.dtype).name} {tuple(x.shape)}" if dtypes else f"{tuple(x.shape)}"
+
+    for name, want in expected.items():
+        if name not in stored:
+            raise UserError(f"{where} has no {name}: it is of another model or optimizer")
+        if kind(stored[name]) != kind(want):
+            raise UserError(f"{where}: {name} is {kind(stored[name])}, the config asks for {kind(want)}")
+    if extra := sorted(set(stored) - set(expected)):
+        raise UserError(f"{where} has {extra[0]}, which the config does not: it is of another model or optimizer")

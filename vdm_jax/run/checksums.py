@@ -1,8 +1,7 @@
 """Checksums of the files in a folder: a changed or missing file is found before it is used.
 
 Each line of `checksums.txt` is `crc32 bytes path` for one file of the folder. The first line is the CRC-32 of all later
-lines. A CRC-32 detects every change of a single bit, and misses one in 4 billion other changes. It does not protect
-against forgery.
+lines. A CRC-32 detects every change of a single bit, and misses one in 4 billion other changes.
 """
 
 import zlib
@@ -11,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from etils import epath
 
 from vdm_jax.errors import UserError
+from vdm_jax.run import storage
 
 NAME = "checksums.txt"
 CHUNK = 1 << 22  # bytes read at once
@@ -31,7 +31,7 @@ def write(folder):
     folder = epath.Path(folder)
     paths = [p for p in sorted(files(folder)) if p not in (NAME, *LATER)]
     with ThreadPoolExecutor() as threads:
-        lines = "".join(threads.map(lambda path: _line(folder, path)[0] + "\n", paths))
+        lines = "".join(threads.map(lambda path: _line(folder, path), paths))
     (folder / NAME).write_text(_sealed(lines))
 
 
@@ -42,9 +42,7 @@ def add_later(folder):
     known = {line.split(" ", 2)[2] for line in lines.split("\n")[:-1]}
     more = [name for name in LATER if name not in known and (folder / name).exists()]
     if more:
-        lines += "".join(_line(folder, name)[0] + "\n" for name in more)
-        (folder / f"{NAME}.new").write_text(_sealed(lines))
-        (folder / f"{NAME}.new").replace(folder / NAME)  # a run killed here leaves the old file or the new one
+        storage.replace(folder / NAME, _sealed(lines + "".join(_line(folder, name) for name in more)))
 
 
 def check(folder):
@@ -56,16 +54,16 @@ def check(folder):
     lines = _read_lines(folder)
 
     def read(line):
-        path = line.split(" ", 2)[2]
+        _, size, path = line.split(" ", 2)
         try:
-            found, count = _line(folder, path)
+            found = _line(folder, path)
         except FileNotFoundError:
             raise Damaged(f"{folder / path} is missing") from None
         except OSError as error:
             raise Damaged(f"{folder / path} cannot be read: {error.strerror or error}") from None
-        if found != line:
+        if found != line + "\n":
             raise Damaged(f"{folder / path} is damaged: it differs from its checksum")
-        return count
+        return int(size)
 
     with ThreadPoolExecutor() as threads:
         return sum(threads.map(read, lines.split("\n")[:-1]))
@@ -96,10 +94,10 @@ def files(folder, above=""):
 
 
 def _line(folder, path):
-    """Returns (the line of `checksums.txt` for one file, its size in bytes)."""
+    """Returns the line of `checksums.txt` for one file."""
     crc, count = 0, 0
     with (folder / path).open("rb") as file:
         while chunk := file.read(CHUNK):
             crc = zlib.crc32(chunk, crc)
             count += len(chunk)
-    return f"{crc:08x} {count} {path}", count
+    return f"{crc:08x} {count} {path}\n"

@@ -54,9 +54,10 @@ def run(main):
             for flag in defined:
                 flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     try:
-        app.run(_guarded(main), flags_parser=_parse)
-    except UserError as error:
-        fail(error)
+        app.run(main, flags_parser=_parse)
+    except (UserError, KeyboardInterrupt) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split()) or 'interrupted'}\n")
+        sys.exit(2)
 
 
 def call(script, *options):
@@ -64,8 +65,6 @@ def call(script, *options):
 
     script: a module with `define_flags` and `main`.
     options: strings such as "--seed=1".
-
-    Raises UserError.
     """
     _log()
     known, before = set(flags.FLAGS), sys.argv
@@ -87,23 +86,6 @@ def _log():
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-
-def _guarded(main):
-    def guarded(argv):
-        try:
-            main(argv)
-        except UserError as error:
-            fail(error)
-        except KeyboardInterrupt:
-            fail("interrupted")
-
-    return guarded
-
-
-def fail(message):
-    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
-    sys.exit(2)
 
 
 def _parse(argv):

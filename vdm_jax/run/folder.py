@@ -9,18 +9,15 @@
     <weights>/<stage>.safetensors                 parameters in half precision, and the step that they are from
     <weights>/checksums.txt                       see checksums.py
 
-This file knows no models. What a folder should hold is an argument: expected = {stage: tree of ShapeDtypeStruct}.
+This file knows no models. What a folder should hold is an argument, `expected`: a tree of ShapeDtypeStruct.
 """
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +29,7 @@ from safetensors import SafetensorError
 
 from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, checksums, hosts, storage
-from vdm_jax.sharding import path_name
+from vdm_jax.sharding import named_leaves, path_name
 
 logger = logging.getLogger("vdm_jax")
 
@@ -46,11 +43,8 @@ DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 @contextlib.contextmanager
 def exclusive_lock(workdir):
-    """Makes the folder of a run, and locks it against other trainings until the context ends. Raises UserError.
-
-    A bucket has no locks: its launcher must start a run only once.
-    """
-    if not hosts.is_primary() or fcntl is None or storage.in_bucket(workdir):
+    """Makes the folder of a run, and locks it against other trainings. A bucket has no locks. Raises UserError."""
+    if not hosts.is_primary() or storage.in_bucket(workdir):
         yield
         return
     try:
@@ -90,11 +84,7 @@ def newest_step(workdir, stage):
 
 
 def read_config(folder):
-    """Returns the config of a run or of exported weights: a locked ConfigDict. Lists come back as tuples.
-
-    Raises UserError when config.json is missing or damaged.
-    """
-    folder = storage.given(folder)
+    """Returns the config of a run or of exported weights, locked. Lists come back as tuples. Raises UserError."""
     path = folder / "config.json"
     if not path.exists():
         if folder == REFERENCE:
@@ -119,26 +109,8 @@ def read_config(folder):
     return config
 
 
-def checked_build(folder, config, build):
-    """Returns build(config) for the config that `read_config(folder)` returned.
-
-    Raises UserError, whatever the settings in a damaged or outdated config.json make `build` raise.
-    """
-    try:
-        return build(config)
-    except UserError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(
-            f"{folder}/config.json does not fit this version ({reason}): train again, or restore the file"
-        ) from error
-
-
 def write_config(workdir, config, stages):
-    """Writes the config.json of a run. All processes call this.
-
-    stages: names of all stages.
+    """Writes the config.json of a run with these stages. All processes call this.
 
     Raises UserError when the folder holds a run of other data sizes, or whose started stages have other models.
     """
@@ -146,9 +118,8 @@ def write_config(workdir, config, stages):
     if path.exists():
         before = read_config(workdir)
         for stage in stages:
-            if newest_step(workdir, stage) is None or stage not in before:
-                continue
-            if json.loads(before[stage].model.to_json()) != json.loads(config[stage].model.to_json()):
+            started = newest_step(workdir, stage) is not None and stage in before
+            if started and json.loads(before[stage].model.to_json()) != json.loads(config[stage].model.to_json()):
                 raise UserError(
                     f"{workdir} was started with another {stage}.model: use another --workdir, or its config"
                 )
@@ -156,13 +127,11 @@ def write_config(workdir, config, stages):
             if key in before.data and before.data[key] != config.data[key]:
                 raise UserError(f"{workdir} was started with data.{key}={before.data[key]}: use another --workdir")
     hosts.broadcast_from_primary(True)  # the file is written only after every process has read the old one
-    if not hosts.is_primary():
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(config.to_json_best_effort(indent=1, sort_keys=True) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
+    if hosts.is_primary():
+        try:
+            storage.replace(path, config.to_json_best_effort(indent=1, sort_keys=True) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- statistics.json
@@ -175,10 +144,7 @@ def read_statistics(path):
 
 def write_statistics(path, statistics):
     lists = {m: {k: np.asarray(v).tolist() for k, v in s.items()} for m, s in statistics.items()}
-    path = epath.Path(path)
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(json.dumps(lists, indent=1) + "\n")
-    part.replace(path)  # a run that is killed before this line leaves the old file, or none
+    storage.replace(epath.Path(path), json.dumps(lists, indent=1) + "\n")
 
 
 def _read_json(path):
@@ -193,90 +159,86 @@ def _read_json(path):
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-def read_weights(folder, expected, unverified=False):
-    """Returns (params, steps) of a run or of exported weights. Raises UserError.
+class Weights(NamedTuple):
+    """A system and its trained parameters, ready to sample from or to train further."""
 
-    folder: see the top of this file.
-    expected: {stage: tree of ShapeDtypeStruct} of the stages to read.
+    system: Any
+    params: dict  # {stage: EMA parameters}; with the denoiser also 'statistics', see `read_statistics`
+    steps: dict  # {stage: the step that its parameters are from}
+
+
+def load(source, build, stages=None, unverified=False):
+    """Returns the Weights of a run or of exported weights. Raises UserError when something is missing or damaged.
+
+    source: see the top of this file; None for the reference weights.
+    build: build(config) returns the system, whose `params` are {stage: tree of ShapeDtypeStruct}.
+    stages: names of the stages to read; None for all.
     unverified: accepts exported weights that have no checksums.txt.
-
-    params: {stage: EMA parameters}; with the denoiser also 'statistics', see `read_statistics`.
-    steps: {stage: step that the parameters are from}.
     """
-    folder = storage.given(folder)
-    if any((folder / f"{stage}.safetensors").exists() for stage in expected):
-        return read_exported(folder, expected, unverified)
-    return read_run(folder, expected)
-
-
-def read_run(workdir, expected):
-    """Returns (params, steps) of the newest checkpoints of a run; see `read_weights`. Raises UserError."""
-    workdir = storage.given(workdir)
-    params = {stage: read_params(workdir, stage, tree) for stage, tree in expected.items()}
-    steps = {stage: newest_step(workdir, stage) for stage in expected}
-    return params | _statistics_of(params, workdir / STATISTICS), steps
+    source = storage.given(REFERENCE if source is None else source)
+    config = read_config(source)
+    try:
+        system = build(config)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or outdated config.json can raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(
+            f"{source}/config.json does not fit this version ({reason}): train again, or restore the file"
+        ) from error
+    expected = {stage: system.params[stage] for stage in stages or system.params}
+    exported = any((source / f"{stage}.safetensors").exists() for stage in expected)
+    if exported:
+        try:
+            checksums.check(source)
+        except checksums.Missing as error:
+            if not unverified:
+                raise UserError(f"{error}, or import the weights with python -m vdm_jax.weights --unverified") from None
+        read = {stage: read_safetensors(source / f"{stage}.safetensors", tree) for stage, tree in expected.items()}
+    else:
+        read = {stage: read_params(source, stage, tree) for stage, tree in expected.items()}
+    params = {stage: tree for stage, (tree, _) in read.items()}
+    steps = {stage: step for stage, (_, step) in read.items()}
+    if "denoiser" in params:
+        params["statistics"] = read_statistics(source / ("statistics.json" if exported else STATISTICS))
+    return Weights(system, params, steps)
 
 
 def read_params(workdir, stage, expected):
-    """Returns the EMA parameters in the newest checkpoint of one stage, as NumPy arrays.
-
-    expected: tree of ShapeDtypeStruct.
-
-    Raises UserError when the stage has no checkpoint, or a damaged one, or one of another model.
-    """
+    """Returns (the EMA parameters in the newest checkpoint of a stage, as NumPy arrays; its step). Raises UserError."""
     step = newest_step(workdir, stage)
     if step is None:
         raise UserError(
             f"{workdir} is unfinished: stage {stage} has no checkpoint; train it with "
             f"python -m vdm_jax.train --config=FILE --workdir={workdir} --stage={stage}"
         )
-    return checkpoint.read(epath.Path(workdir) / stage / "checkpoints" / str(step), {"ema": expected})["ema"]
+    stored = checkpoint.read(epath.Path(workdir) / stage / "checkpoints" / str(step), {"ema": expected})
+    return stored["ema"], step
 
 
-def read_exported(folder, expected, unverified=False):
-    """Returns (params, steps) of exported weights; see `read_weights`. Raises UserError."""
-    folder = storage.given(folder)
-    try:
-        checksums.check(folder)
-    except checksums.Missing as error:
-        if not unverified:
-            raise UserError(f"{error}, or import the weights with python -m vdm_jax.weights --unverified") from None
-    params, steps = {}, {}
-    for stage, tree in expected.items():
-        params[stage], steps[stage] = read_safetensors(folder / f"{stage}.safetensors", tree)
-    return params | _statistics_of(params, folder / "statistics.json"), steps
-
-
-def _statistics_of(params, path):
-    return {"statistics": read_statistics(path)} if "denoiser" in params else {}
-
-
-def write_exported(folder, config, params, steps):
-    """Writes exported weights, with their checksums. params, steps: as `read_weights` returns them."""
+def write_exported(folder, weights):
+    """Writes Weights as exported weights, with their checksums."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stage, step in steps.items():
-        write_safetensors(folder / f"{stage}.safetensors", params[stage], step)
-    (folder / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
-    write_statistics(folder / "statistics.json", params["statistics"])
+    for stage, step in weights.steps.items():
+        write_safetensors(folder / f"{stage}.safetensors", weights.params[stage], step)
+    (folder / "config.json").write_text(weights.system.config.to_json_best_effort(indent=1) + "\n")
+    write_statistics(folder / "statistics.json", weights.params["statistics"])
     checksums.write(folder)
 
 
 def as_exported(params):
-    """Returns a tree of NumPy arrays with the values that `write_safetensors` would keep of it, in float32."""
+    """Returns NumPy parameters, float32, with the values that `write_safetensors` keeps."""
     return jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), params)
 
 
-def write_safetensors(path, params, step, dtype=np.float16):
-    """Writes a tree of parameters under flat names 'a/b/c', and the step that they are from as metadata."""
-    flat = {path_name(p): np.asarray(x, dtype) for p, x in jax.tree_util.tree_leaves_with_path(params)}
+def write_safetensors(path, params, step):
+    """Writes parameters in half precision under flat names 'a/b/c', and the step that they are from as metadata."""
+    flat = {name: np.asarray(x, np.float16) for name, x in named_leaves(params).items()}
     epath.Path(path).write_bytes(safetensors.numpy.save(flat, metadata={"step": str(step)}))
 
 
 def read_safetensors(path, expected):
-    """Returns (a tree like `expected`, in its shapes and dtypes; the step that it is from).
-
-    Raises UserError when the file is missing or damaged, or belongs to another model.
-    """
+    """Returns (a tree like `expected`, in its dtypes; the step that it is from). Raises UserError."""
     try:
         stored = epath.Path(path).read_bytes()
         flat = safetensors.numpy.load(stored)
@@ -288,18 +250,6 @@ def read_safetensors(path, expected):
         raise UserError(f"{path} is missing") from None
     except (SafetensorError, ValueError, OverflowError, KeyError) as error:
         raise UserError(f"{path} is no readable safetensors file: {error}") from None
-    names = set()
-
-    def leaf(p, want):
-        name = path_name(p)
-        names.add(name)
-        if name not in flat:
-            raise UserError(f"{path}: {name} is missing; the file belongs to another model")
-        if flat[name].shape != tuple(want.shape):
-            raise UserError(f"{path}: {name} has shape {flat[name].shape}, the config asks for {tuple(want.shape)}")
-        return jnp.asarray(flat[name], want.dtype)
-
-    tree = jax.tree_util.tree_map_with_path(leaf, expected)
-    if extra := sorted(set(flat) - names):
-        raise UserError(f"{path}: {extra[0]} is unknown to the config; the file belongs to another model")
+    checkpoint.check_arrays(path, flat, named_leaves(expected), dtypes=False)
+    tree = jax.tree_util.tree_map_with_path(lambda p, x: jnp.asarray(flat[path_name(p)], x.dtype), expected)
     return tree, step

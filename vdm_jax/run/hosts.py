@@ -5,8 +5,7 @@ Each process of a job runs the same command. Slurm, GKE or a TPU VM tells it whe
     python -m vdm_jax.train ... --coordinator=HOST:PORT --processes=2 --process=0    # and --process=1 on the other host
 
 When a process dies, or makes no progress for config.watchdog_seconds, the others end, too. A process that notices the
-loss ends with exit code 75. JAX itself aborts a process whose coordinator is lost. A scheduler should then start the
-job again. It continues from the newest checkpoint.
+loss ends with exit code 75. A scheduler should then start the job again. It continues from the newest checkpoint.
 """
 
 import contextlib
@@ -42,16 +41,14 @@ def define_flags():
 
 
 def initialize(options):
-    """Joins the other processes of the job, if there are any. A command calls it before it uses a device.
-
-    options: the flags that `define_flags` defines.
+    """Joins the other processes that the flags name, if there are any. A command calls it before it uses a device.
 
     Raises UserError when flags are missing or wrong, or when the others cannot be reached.
     """
     own = dict(coordinator=options.coordinator, processes=options.processes, process=options.process)
     missing = [name for name, value in own.items() if value is None]
     if len(missing) == len(own):
-        if options.distributed == "no" or options.distributed == "auto" and not scheduler(os.environ):
+        if options.distributed == "no" or options.distributed == "auto" and not has_peers(os.environ):
             return
     elif missing:
         raise UserError(f"--{missing[0]} is missing: give all of --coordinator, --processes and --process")
@@ -69,24 +66,19 @@ def initialize(options):
         logger.setLevel(logging.WARNING)  # process 0 reports for all
 
 
-def scheduler(environment):
-    """Returns which scheduler started several processes, "slurm", "gke" or "tpu"; None when this is the only one.
-
-    environment: the environment variables.
-    """
+def has_peers(environment):
+    """Returns whether Slurm, GKE or a TPU VM started several processes, from the environment variables."""
     if "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return "slurm"
+        return True
     if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or int(environment.get("MEGASCALE_NUM_SLICES", 1)) > 1:
-        return "gke"
+        return True  # GKE
     if any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")) or "GCE_METADATA_HOST" in environment:
         url = METADATA.format(environment.get("GCE_METADATA_HOST", "metadata.google.internal"))
-        try:
-            request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+        request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+        with contextlib.suppress(OSError):  # not a Google machine, or not one of a slice
             with urllib.request.urlopen(request, timeout=2) as answer:
-                return "tpu" if "," in answer.read().decode() else None
-        except OSError:  # not a Google machine, or not one of a slice
-            return None
-    return None
+                return "," in answer.read().decode()
+    return False
 
 
 def is_primary():
@@ -102,10 +94,9 @@ def broadcast_from_primary(value):
 
 
 def compiled(step, *arguments, **static):
-    """Returns a jitted `step`, compiled for its arguments.
+    """Returns a jitted `step`, compiled for its arguments. It waits until all processes have compiled.
 
-    All processes compile before any process runs the step. Otherwise a collective would time out, after 30 s on a CPU,
-    while a slow process still compiles.
+    Otherwise a collective would time out, after 30 s on a CPU, while a slow process still compiles.
     """
     program = step.lower(*arguments, **static).compile()
     barrier("compiled", COMPILING)
@@ -113,10 +104,7 @@ def compiled(step, *arguments, **static):
 
 
 def barrier(what, seconds):
-    """Waits until all processes are here. It fails after `seconds`, where a collective of CPUs fails after 30 s.
-
-    what: a name for this place in the program, the same on all processes.
-    """
+    """Waits until all processes are at the place of this name, and fails after `seconds`."""
     if jax.process_count() > 1:
         ocp.multihost.sync_global_processes(what, timeout=seconds)
 
@@ -142,7 +130,6 @@ def watchdog(seconds):
     """Returns alive(what), which the program calls after each step. When the calls stop, the process ends by `abort`.
 
     seconds: the longest pause between two calls; 0 for any. A single process has no limit: it waits for no other.
-
     what: what was done last, for the message. alive(None) ends the watch.
     """
     last = None, 0.0  # what was done, and when

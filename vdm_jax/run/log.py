@@ -1,13 +1,13 @@
-"""What a training run reports while it runs: metrics.jsonl, TensorBoard events, a progress line, a heartbeat.
-
-`RunLog` is what the training loop calls. The other names in this file are its parts.
-"""
+"""What a training run reports while it runs: metrics.jsonl, TensorBoard events, a progress line, a heartbeat."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -24,39 +24,40 @@ logger = logging.getLogger("vdm_jax")
 BUCKET_PAUSE = 30  # seconds between two writes of metrics.jsonl in a bucket
 
 
+@dataclasses.dataclass(eq=False)
 class RunLog:
     """The report of one stage's training. The loop calls, in this order:
 
-        for number in log.numbers:              # the numbers of the steps to do, from 1, behind a progress bar
-            ...
-            log.add(metrics)                    # after each step; does not wait for the device
-            log.write(number)                   # at a log boundary
-            save(..., log.mean_loss()); log.mark_saved(number)
-            log.heartbeat(number)               # after each step; writes at most every `heartbeat_every` seconds
-        log.close()
-
-    stage: its name.
-    directory: its folder, for metrics.jsonl and events. heartbeat.json is in the folder above.
-    steps: how many steps the stage has.
-    done: how many of them an earlier start did.
-    saved: step of the newest checkpoint, None when there is none.
-    watch: the Watch that began with the stage.
-    sample_ids: sample_ids(number) returns the names of the samples in the batch of a step.
-    stop_after: number of skipped steps in a row that ends the run with an error.
-    heartbeat_every: seconds.
-    finish: finish() waits for the current save. It is called before that error.
+    for number in log.numbers:              # the numbers of the steps to do, from 1, behind a progress bar
+        ...
+        log.add(metrics)                    # after each step; does not wait for the device
+        log.write(number)                   # at a log boundary
+        save(..., log.mean_loss()); log.mark_saved(number)
+        log.heartbeat(number)               # after each step
+    log.close()
     """
 
-    def __init__(self, stage, directory, *, steps, done, saved, watch, sample_ids, stop_after, heartbeat_every, finish):
-        self.stage, self.directory = stage, directory
-        self.steps, self.saved = steps, saved
-        self.watch, self.sample_ids, self.finish = watch, sample_ids, finish
-        self.stop_after, self.heartbeat_every = stop_after, heartbeat_every
-        self.numbers = tqdm(range(done + 1, steps + 1), stage, steps, initial=done, disable=None, unit="step")
-        self.metrics = MetricsLog(directory, done) if hosts.is_primary() else None
+    stage: str
+    title: str  # of the stage, or of a phase of it, for the user
+    phase: int
+    directory: Path  # of the stage, for metrics.jsonl and events; heartbeat.json is in the folder above
+    steps: int  # of the stage
+    stop: int  # number of the last step to do
+    done: int  # how many of the steps an earlier start did
+    saved: int | None  # step of the newest checkpoint
+    watch: "Watch"  # began with the stage
+    sample_ids: Callable  # sample_ids(number) returns the names of the samples in the batch of a step
+    stop_after: int  # number of skipped steps in a row that ends the run with an error
+    heartbeat_every: float  # seconds
+    finish: Callable  # finish() waits for the current save; called before that error
+
+    def __post_init__(self):
+        left = range(self.done + 1, self.stop + 1)
+        self.numbers = tqdm(left, self.title, self.steps, initial=self.done, disable=None, unit="step")
+        self.metrics = MetricsLog(self.directory, self.done) if hosts.is_primary() else None
         self.history = []  # metrics of the steps since the last log boundary, on the device
         self.losses = []  # (mean loss, number of steps) for each log boundary since the last save
-        self.streak = Streak()
+        self.streak = []  # the Skipped in a row, up to the last logged step
         self.last_beat = float("-inf")
 
     def add(self, metrics):
@@ -71,9 +72,10 @@ class RunLog:
         Raises UserError when `stop_after` steps in a row were skipped.
         """
         means, skipped = summarize(self.history, number + 1 - len(self.history))
-        self.losses.append((means["loss"], len(self.history) - len(skipped)))
+        if counted := len(self.history) - len(skipped):
+            self.losses.append((means["loss"], counted))
         means |= self.watch.lap(len(self.history))
-        means["goodput"] = self.watch.goodput()
+        means |= {"goodput": self.watch.goodput(), "phase": self.phase}
         self.history = []
         if self.metrics:
             self.metrics.write(number, self.stage, means)
@@ -81,18 +83,9 @@ class RunLog:
                 self.metrics.flush()
             self._show(number, means)
             for step in skipped:
-                logger.warning(
-                    "%s: step %d is skipped (%s), its samples are %s",
-                    self.stage, step.number, step.why(), self.sample_ids(step.number),
-                )  # fmt: skip
-        if self.streak.add(skipped, number, self.stop_after):
-            self.finish()
-            first = self.streak.steps[0]
-            raise UserError(
-                f"{self.stage}: {len(self.streak.steps)} steps in a row were skipped, from step {first.number} on "
-                f"({first.why()}); the newest checkpoint is of step {self.saved}; lower {self.stage}.learning_rate, "
-                f"or look at these samples"
-            )
+                ids = self.sample_ids(step.number)
+                logger.warning("%s: step %d is skipped (%s), its samples are %s", self.stage, step.number, step, ids)
+        self._stop_after_streak(number, skipped)
 
     def _show(self, number, means):
         """Updates the progress bar. When stderr is no terminal, it writes a line instead."""
@@ -100,37 +93,51 @@ class RunLog:
         saved = "-" if self.saved is None else self.saved
         self.numbers.set_postfix(dict(loss=loss, data=waiting, skipped=self.metrics.skipped, saved=saved))
         if self.numbers.disable:
-            left = clock((self.steps - number) * means["step_seconds"])
+            left = tqdm.format_interval((self.steps - number) * means["step_seconds"])
             logger.info(
                 "%s %d/%d loss %s  %.0f ms/step, %s of it waiting for data  %d skipped  saved %s  %s left",
-                self.stage, number, self.steps, loss, 1e3 * means["step_seconds"], waiting, self.metrics.skipped,
+                self.title, number, self.steps, loss, 1e3 * means["step_seconds"], waiting, self.metrics.skipped,
                 saved, left,
             )  # fmt: skip
+
+    def _stop_after_streak(self, number, skipped):
+        for step in skipped:
+            follows = self.streak and self.streak[-1].number == step.number - 1
+            self.streak = [*self.streak, step] if follows else [step]
+            if len(self.streak) >= self.stop_after:
+                self.finish()
+                first = self.streak[0]
+                raise UserError(
+                    f"{self.stage}: {len(self.streak)} steps in a row were skipped, from step {first.number} on "
+                    f"({first}); the newest checkpoint is of step {self.saved}; lower {self.stage}.learning_rate, "
+                    f"or look at these samples"
+                )
+        if self.streak and self.streak[-1].number != number:
+            self.streak = []
 
     @property
     def skipping(self):
         """Whether the last logged step was skipped. Then the state may be the cause, and should not be saved."""
-        return bool(self.streak.steps)
+        return bool(self.streak)
 
     def mean_loss(self):
         """Returns the mean loss of the logged steps since the last save; nan when there are none."""
-        return mean(self.losses)
+        count = sum(n for _, n in self.losses)
+        return sum(loss * n for loss, n in self.losses) / count if count else float("nan")
 
     def mark_saved(self, number):
         """The state after step `number` is saved."""
         self.saved, self.losses = number, []
 
     def heartbeat(self, number, last=False):
-        """Writes heartbeat.json, at most every `heartbeat_every` seconds, and at the `last` step.
-
-        Its age shows from outside whether the run is alive.
-        """
+        """Writes heartbeat.json, at most every `heartbeat_every` seconds, and at the `last` step."""
         if self.metrics and (last or time.monotonic() - self.last_beat > self.heartbeat_every):
             self.last_beat = time.monotonic()
-            write_heartbeat(
-                self.directory.parent / "heartbeat.json", stage=self.stage, step=number, steps=self.steps,
-                saved=self.saved, skipped=self.metrics.skipped, goodput=self.watch.goodput(),
+            beat = dict(
+                time=time.time(), process=os.getpid(), stage=self.stage, phase=self.phase, step=number,
+                steps=self.steps, saved=self.saved, skipped=self.metrics.skipped, goodput=self.watch.goodput(),
             )  # fmt: skip
+            storage.replace(self.directory.parent / "heartbeat.json", json.dumps(beat) + "\n")
 
     def close(self):
         if self.metrics:
@@ -144,15 +151,12 @@ class Skipped(NamedTuple):
     loss: float
     grad_norm: float
 
-    def why(self):
+    def __str__(self):
         return f"loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}"
 
 
 def summarize(history, first):
-    """Returns (mean of each metric, list of Skipped) for consecutive steps. It waits for the device, once.
-
-    history: the metrics of the steps, {name: scalar array}.
-    first: number of the first of the steps.
+    """Returns ({metric: mean}, list of Skipped) for a history [{metric: scalar array}] of steps from number `first` on.
 
     Skipped steps are left out of the means; when all steps were skipped, 'loss' is nan. A nan in another metric means
     "not measured in this step", and is left out, too.
@@ -166,41 +170,18 @@ def summarize(history, first):
     return {"loss": float("nan"), **means, "skipped": len(skipped)}, skipped
 
 
-def mean(losses):
-    """Returns the mean over all steps of [(mean loss, number of steps)]; nan for no steps."""
-    count = sum(n for _, n in losses)
-    return sum(loss * n for loss, n in losses if n) / count if count else float("nan")
-
-
-class Streak:
-    """The skipped steps in a row, up to the last logged step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def add(self, skipped, last, limit):
-        """Takes the Skipped among the steps up to number `last`. Returns whether `limit` of them came in a row."""
-        for step in skipped:
-            follows = self.steps and self.steps[-1].number == step.number - 1
-            self.steps = [*self.steps, step] if follows else [step]
-            if len(self.steps) >= limit:
-                return True
-        if self.steps and self.steps[-1].number != last:
-            self.steps = []
-        return False
-
-
 class Watch:
-    """Measures where the wall time of a stage goes. `with watch("data"):` marks time that is not spent in steps.
-
-    The words are "data", "compiling", "saving" and "preview".
-    """
+    """Measures where wall time goes. `with watch(what):` marks "data", "compiling", "saving" or "preview"."""
 
     def __init__(self):
         self.began = time.perf_counter()
-        self.mark = self.began  # of the last lap
-        self.stepping = 0.0  # seconds in steps before `mark`
-        self.spent = {}  # seconds elsewhere since `mark`
+        self.stepping = 0.0  # seconds in steps before the current lap
+        self.start()
+
+    def start(self):
+        """Begins a lap, just before the first step."""
+        self.lap_began = time.perf_counter()
+        self.spent = {}  # seconds of this lap that are not in steps
 
     @contextlib.contextmanager
     def __call__(self, what):
@@ -208,18 +189,14 @@ class Watch:
         yield
         self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - began
 
-    def start(self):
-        """Begins a lap, just before the first step."""
-        self.mark, self.spent = time.perf_counter(), {}
-
     def lap(self, steps):
-        """Ends a lap, in which `steps` steps were done, and begins the next lap. Returns the figures of the lap:
+        """Ends a lap of this many steps, and begins the next lap. Returns the figures of the lap:
 
         'step_seconds': seconds a step, without saves and previews.
         'data_wait_share': share of this time that the loop waited for data.
         'saving_share': share of all wall time that the steps stood still for a save.
         """
-        whole = time.perf_counter() - self.mark
+        whole = time.perf_counter() - self.lap_began
         waited, compiling = (self.spent.pop(what, 0.0) for what in ("data", "compiling"))
         seconds = max(whole - sum(self.spent.values()), 1e-9)
         saving = self.spent.get("saving", 0.0) / max(whole, 1e-9)
@@ -280,30 +257,10 @@ def good_lines(stored, step):
     """
     good, last, skipped = [], 0, 0
     for line in stored.splitlines():
-        try:
-            values = json.loads(line)
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            values = json.loads(line.decode())
             number, more = values["step"], values.get("skipped", 0)
-            if not last < number <= step:
-                continue
-            last, skipped = number, skipped + more
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-        good.append(line.rstrip() + b"\n")
+            if last < number <= step:
+                last, skipped = number, skipped + more
+                good.append(line.rstrip() + b"\n")
     return b"".join(good), skipped
-
-
-def write_heartbeat(path, **values):
-    """Writes `values` as a JSON object, with the `time` in seconds since 1970 and the process id.
-
-    A reader sees the old file or the new one, never a part.
-    """
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(json.dumps({"time": time.time(), "process": os.getpid(), **values}) + "\n")
-    part.replace(path)
-
-
-def clock(seconds):
-    """Returns seconds as 'hours:mm:ss'."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

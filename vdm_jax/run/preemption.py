@@ -22,8 +22,7 @@ class Stop:
 
     def __init__(self):
         self.signal = None  # name of the signal that this process received
-        # Whether training has begun. Before, there is nothing to save, and a signal ends the run at once.
-        self.stepping = False
+        self.stepping = False  # whether training has begun; before, a signal ends the run at once
 
     def __call__(self, step):
         if jax.distributed.is_initialized():  # JAX handles SIGTERM, and chooses a step for all processes
@@ -33,10 +32,7 @@ class Stop:
 
 @contextlib.contextmanager
 def watching():
-    """Yields a Stop, and handles the signals until the context ends.
-
-    It must run in the main thread. With several processes it must run after jax.distributed.initialize.
-    """
+    """Yields a Stop, and handles the signals until the context ends. It runs after jax.distributed.initialize."""
     stop = Stop()
     distributed = jax.distributed.is_initialized()
     handled = SIGNALS[distributed:]  # all but SIGTERM, when JAX handles that

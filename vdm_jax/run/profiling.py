@@ -13,14 +13,15 @@ from pathlib import Path
 import jax
 
 from vdm_jax.errors import UserError
+from vdm_jax.run import storage
 
 logger = logging.getLogger("vdm_jax")
 
 
 def span(text):
-    """Returns (10, 15) for '10:15', the numbers of the first and the last step to trace; None for no text.
+    """Returns (10, 15) for '10:15', the first and the last step to trace, from 1; None for no text.
 
-    Raises UserError for any other text. Steps count from 1.
+    Raises UserError for any other text.
     """
     if not text:
         return None
@@ -33,9 +34,7 @@ def span(text):
 def tracer(steps, folder):
     """Returns trace(number, result=None). Call trace(done) before the first step and trace(number, result) after each.
 
-    steps: (first, last) step to trace, from 1; None for no trace. Steps that are done already are left out.
-    folder: gets the trace.
-
+    steps: (first, last) step to trace into `folder`, from 1; None for no trace.
     number: how many steps are done. result: an output of the last step.
     """
     active = False
@@ -56,15 +55,16 @@ def tracer(steps, folder):
 
 
 @contextlib.contextmanager
-def compiling(what, cache_file=None, key=""):
+def compiling(what, key=""):
     """Says that `what` is being compiled and how long this took the last time on this kind of device.
 
-    what: such as "the training step of clip".
-    cache_file: JSON file that remembers the seconds. Default: vdm_jax/compile_seconds.json in the user's cache folder,
-        which is $XDG_CACHE_HOME, or ~/.cache. A file that cannot be read or written is no error.
+    The seconds are in compile_seconds.json in $XDG_CACHE_HOME/vdm_jax, or ~/.cache/vdm_jax. A file that cannot be read
+    or written is no error.
+
     key: tells programs of the same name apart, such as the number of parameters.
     """
-    path = _cache_folder() / "compile_seconds.json" if cache_file is None else Path(cache_file)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(cache) / "vdm_jax" / "compile_seconds.json"
     name = " ".join(filter(None, [what, str(key), "on", jax.devices()[0].device_kind]))
     before = _read_seconds(path).get(name)
     logger.info("compiling %s (%s)", what, "first time here" if before is None else f"took {before:.0f} s last time")
@@ -72,21 +72,14 @@ def compiling(what, cache_file=None, key=""):
     yield
     seconds = time.perf_counter() - began
     logger.info("compiled in %.0f s", seconds)
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(_read_seconds(path) | {name: round(seconds, 1)}, indent=1) + "\n")
-        part.replace(path)  # another process reads the old file or the new one
-
-
-def _cache_folder():
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vdm_jax"
+        storage.replace(path, json.dumps(_read_seconds(path) | {name: round(seconds, 1)}, indent=1) + "\n")
 
 
 def _read_seconds(path):
     """Returns {what was compiled: seconds}, empty for a file that is missing or damaged."""
     try:
-        stored = json.loads(path.read_text())
-        return {name: float(seconds) for name, seconds in stored.items()}
+        return {name: float(seconds) for name, seconds in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}

@@ -12,18 +12,14 @@ logger = logging.getLogger("vdm_jax")
 
 @contextlib.contextmanager
 def progress(what, total, unit):
-    """Yields advance(n), to be called when n more units are done.
+    """Yields advance(n), to be called when n more of the `total` units are done.
 
     On a terminal, advance moves a bar, which disappears at the end. Elsewhere advance logs a line, unless the first
     call does all units. With several processes only the first process shows anything.
-
-    what: name of the step, such as "sampling".
-    total: number of units.
-    unit: name of a unit, such as "clip".
     """
-    done = 0
     primary = hosts.is_primary()
     hidden = None if primary else True  # None: hidden where stderr is no terminal
+    done = 0
     with tqdm(total=total, desc=what, unit=unit, disable=hidden, leave=False) as bar:
 
         def advance(n):

@@ -13,10 +13,7 @@ def in_bucket(path):
 
 
 def given(path):
-    """Returns the epath.Path of a path that the user typed.
-
-    Raises UserError for a bucket of an unknown kind, and for one that needs a package that is not installed.
-    """
+    """Returns the epath.Path of a path that the user typed. Raises UserError for a bucket that no package can read."""
     if in_bucket(path):
         try:
             fsspec.get_filesystem_class(fsspec.utils.get_protocol(os.fspath(path)))
@@ -26,10 +23,7 @@ def given(path):
 
 
 def make_folder(path):
-    """-> path of a folder for results, made if it is not there: before the work, so that no result is lost.
-
-    Raises UserError where it cannot be made.
-    """
+    """Returns the epath.Path of a folder for results, made if it is missing. Raises UserError where it cannot be."""
     path = given(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -45,28 +39,14 @@ def absolute(path):
 
 def reader(path):
     """Opens a binary file to read pieces of it. From a bucket only these pieces are fetched."""
-    return _Pieces(path) if in_bucket(path) else open(path, "rb")
+    return fsspec.open(os.fspath(path), "rb", cache_type="none").open() if in_bucket(path) else open(path, "rb")
 
 
-class _Pieces:
-    """A file in a bucket that fetches what is read."""
-
-    def __init__(self, path):
-        self.files, self.path = fsspec.url_to_fs(os.fspath(path))
-        self.at, self.size = 0, self.files.size(self.path)
-
-    def seek(self, at):
-        self.at = at
-
-    def tell(self):
-        return self.at
-
-    def read(self, size):
-        until = min(self.at + size, self.size)
-        # Asked for 0 bytes, a bucket would raise.
-        piece = self.files.cat_file(self.path, self.at, until) if self.at < until else b""
-        self.at += len(piece)
-        return piece
+def replace(path, text):
+    """Writes a text file as a whole. A reader sees the old file or the new one, even after a kill."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(text)
+    part.replace(path)
 
 
 def growing(path, stored, kept):
@@ -77,9 +57,7 @@ def growing(path, stored, kept):
     if in_bucket(path):
         return _Lines(path, kept.decode())
     if not stored.startswith(kept):
-        part = path.with_name(path.name + ".tmp")
-        part.write_bytes(kept)
-        part.replace(path)
+        replace(path, kept.decode())
     elif len(kept) < len(stored):
         os.truncate(path, len(kept))
     return open(path, "a", buffering=1)

@@ -36,7 +36,8 @@ def prepare(system, workdir, examples, mesh):
     Raises UserError where an earlier stage has no checkpoint.
     """
     encoders = [name for name in system.stages["denoiser"].encoder_params if name != "statistics"]
-    params = {name: folder.as_exported(folder.read_params(workdir, name, system.params[name])) for name in encoders}
+    params = {name: folder.read_params(workdir, name, system.params[name])[0] for name in encoders}
+    params = folder.as_exported(params)
     path = workdir / "denoiser" / "statistics.json"
     if not hosts.broadcast_from_primary(path.exists()):
         statistics = measure(system, params, examples)

@@ -30,7 +30,7 @@ FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases")  # settings o
 
 class Phase(NamedTuple):
     number: int  # from 1
-    count: int  # phases of the stage
+    title: str  # for the user
     start: int  # steps of the stage before this phase
     stop: int  # steps of the stage when this phase ends
     system: System  # with the settings of this phase; <stage>.steps in its config are the steps of this phase
@@ -43,7 +43,7 @@ def phases(system, name):
     """
     steps, parts = system.config[name].steps, system.config[name].phases
     if not parts:
-        return [Phase(1, 1, 0, steps, system)]
+        return [Phase(1, name, 0, steps, system)]
     shares = [part.get("share", 0) for part in parts]
     if min(shares) <= 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
         raise UserError(f"{name}.phases have the shares {shares}: each must be above 0, and their sum must be 1")
@@ -55,7 +55,8 @@ def phases(system, name):
         changed = {key: value for key, value in part.items() if key != "share"}
         config = _changed(system.config, name, number, changed)
         config[name].update(phases=(), steps=stop - start)
-        made.append(Phase(number, len(parts), start, stop, _with_stage(system, build(config), name)))
+        title = f"{name}, phase {number} of {len(parts)}"
+        made.append(Phase(number, title, start, stop, _with_stage(system, build(config), name)))
     return made
 
 
