@@ -23,6 +23,16 @@ def unflat(x):
     }
 
 
+def prediction_of(x0, z, log_snr, target):
+    """Returns the prediction of `target` that implies the clean latents x0 in z."""
+
+    def eps(log_snr, z, x0):
+        alpha, sigma = diffusion.alpha_sigma(diffusion.broadcast_to_latent(log_snr, z))
+        return (z - alpha * x0) / sigma
+
+    return diffusion.to_target(x0, jax.tree.map(eps, log_snr, z, x0), log_snr, target)
+
+
 def exact(mean, covariance, target="v"):
     """Returns the best denoise_fn for a mixture of M Gaussians of equal weight, where all examples have equal levels.
 
@@ -42,7 +52,7 @@ def exact(mean, covariance, target="v"):
         share = jax.nn.softmax(-(off * solved).sum(-1) / 2)  # [B, M]
         each = mean + (solved * alpha) @ covariance
         x0 = unflat((share[..., None] * each).sum(1))
-        return diffusion.to_target(x0, diffusion.to_eps(x0, z, log_snr, "x0"), log_snr, target)
+        return prediction_of(x0, z, log_snr, target)
 
     return denoise
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from tests.gaussian import prediction_of
 from tests.helpers import enable_x64
 from vdm_jax import diffusion
 from vdm_jax.errors import UserError
@@ -134,7 +135,6 @@ def test_targets_invert(target):
         z = diffusion.add_noise(x, eps, log_snr)
         prediction = diffusion.to_target(x, eps, log_snr, target)
         np.testing.assert_allclose(diffusion.to_x0(prediction, z, log_snr, target), x, atol=1e-9)
-        np.testing.assert_allclose(diffusion.to_eps(prediction, z, log_snr, target), eps, atol=1e-9)
 
 
 @pytest.mark.parametrize("target", diffusion.TARGETS)
@@ -142,7 +142,6 @@ def test_float32_conversions_stay_finite(target):
     log_snr = jnp.array([[-60.0, -12.0, 12.0, 60.0]])
     z, prediction = jnp.ones((1, 4, 2)), jnp.full((1, 4, 2), 0.5)
     assert jnp.isfinite(diffusion.to_x0(prediction, z, log_snr, target)).all()
-    assert jnp.isfinite(diffusion.to_eps(prediction, z, log_snr, target)).all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ def test_loss_depends_on_the_x0_error_alone(weighting, schedule):
 
             def denoise(z_t, log_snr, cond, target=target):  # a poor guess of x0, as a prediction of `target`
                 x0 = jax.tree.map(jnp.tanh, z_t)
-                return diffusion.to_target(x0, diffusion.to_eps(x0, z_t, log_snr, "x0"), log_snr, target)
+                return prediction_of(x0, z_t, log_snr, target)
 
             seen.append(diffusion.loss(denoise, jax.random.key(1), z, {}, config))
         for (value, metrics), (first, first_metrics) in zip(seen[1:], [seen[0]] * 2):
@@ -322,7 +321,7 @@ def test_noise_bins_hold_their_part_of_t():
 
     def denoise(z_t, log_snr, cond):  # eps is off by t, so the error of a bin is its mean square of t
         t = jax.tree.map(lambda log_snr: 2 / jnp.pi * jnp.arctan(jnp.exp(-log_snr / 2)), log_snr)
-        eps = diffusion.to_eps(z, z_t, log_snr, "x0")
+        eps = prediction_of(z, z_t, log_snr, "noise")
         return jax.tree.map(lambda t, eps: eps + diffusion.broadcast_to_latent(t, eps), t, eps)
 
     _, metrics = diffusion.loss(denoise, jax.random.key(0), z, {}, config)

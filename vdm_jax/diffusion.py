@@ -1,11 +1,10 @@
 """The maths of diffusion: noise schedules, noising, prediction targets, loss weights, training patterns, the loss.
 
-Everything here is a pure function of arrays, keys and a config. No function knows a network.
+All are pure functions of arrays, keys and a config (configs/common.py explains its keys). None knows a network.
 
-The process is variance preserving. Its noise level is the logarithm of the signal-to-noise ratio:
+The process is variance preserving. Its noise level is the natural logarithm of the signal-to-noise ratio:
 
     z_t = alpha x + sigma eps,    alpha^2 = sigmoid(log_snr),    sigma^2 = sigmoid(-log_snr)
-    log_snr = log(alpha^2 / sigma^2), the natural logarithm
 
 The noise level is an array. Every latent frame of each modality has its own:
 
@@ -14,12 +13,8 @@ The noise level is an array. Every latent frame of each modality has its own:
 
 Functions of latents take one array or a dict of arrays by modality; the loss and `noise_like` take only dicts. Time t
 is in [0, 1]: 0 is clean, 1 is pure noise.
-
-The config is a dict or a ConfigDict with the keys schedule, log_snr_min, log_snr_max, shift, target, weighting,
-min_snr_gamma, sigmoid_bias, patterns {name: share} and loss_weights {modality: weight}; see configs/common.py.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import chex
@@ -31,25 +26,23 @@ from vdm_jax.errors import UserError, one_of
 
 TARGETS = ("noise", "x0", "v")
 WEIGHTINGS = ("uniform", "min_snr", "sigmoid")
+PATTERNS = ("text", "per_modality", "per_frame", "foley", "audio", "image", "continue", "between", "rollout")
 MODALITIES = ("video", "audio")
 NOISE_BINS = 4  # the metrics eps_mse_* split t in [0, 1] into this many equal bins
 
 
-# --------------------------------------------------------------------------------------------------
-# Schedules: time t -> log_snr
+# ------------------------------------------------------------------------------------------------------- schedules
 
 
 def log_snr_at(t, config):
-    """Returns log_snr at time t, an array like t. It falls as t rises.
+    """Returns log_snr at times t in [0, 1], an array like t. It falls as t rises.
 
     'cosine' and 'sigmoid' fall from log_snr_max at t = 0 to log_snr_min at t = 1. 'linear_beta' has the 1000 noise
-    levels of DDPM, and ends at DDPM's last level: step n = 0..999 of DDPM is t = (n + 1) / 1000. These levels are exact
-    if shift is 1, log_snr_min <= -10.13 and log_snr_max >= 9.22.
+    levels of DDPM: its step n = 0..999 is t = (n + 1) / 1000, exact if shift is 1, log_snr_min <= -10.13 and
+    log_snr_max >= 9.22. The shift multiplies alpha / sigma of the whole curve, before the curve is fitted to its ends.
+    A shift below 1 gives more noise at every t between. Use it for larger or more redundant latents
+    (arXiv:2301.11093, section 3.1: 64 / d for images of d x d pixels).
 
-    t: times in [0, 1].
-    config: schedule, log_snr_min, log_snr_max and shift. The shift multiplies alpha / sigma of the whole curve,
-        before the curve is fitted to its ends. A shift below 1 gives more noise at every t between. Use it for larger
-        or more redundant latents (arXiv:2301.11093, section 3.1).
     Raises UserError for an unknown schedule, an empty range or a shift that is not positive.
     """
     low, high = config["log_snr_min"], config["log_snr_max"]
@@ -58,15 +51,13 @@ def log_snr_at(t, config):
     if not config["shift"] > 0:
         raise UserError(f"shift={config['shift']} must be positive")
     schedule = SCHEDULES[one_of("schedule", config["schedule"], SCHEDULES)]
-    offset = 2 * np.log(config["shift"])  # 2 log(64 / d) for images of d x d pixels: arXiv:2301.11093, section 3.1
     t = jnp.asarray(t) + 0.0  # integers become floats
-    return schedule(t, low, high, offset)
+    return schedule(t, low, high, offset=2 * np.log(config["shift"]))
 
 
-# The cosine and sigmoid curves reach infinity at t = 0 and t = 1. _cosine and _sigmoid use only the part of the curve
-# that lies within the bounds, and stretch it over [0, 1]. They cut `start` off the beginning of the curve and `rest`
-# off its end. The signal is computed from rest + (1 - t) * width and the noise from start + t * width. The float32
-# difference 1 - (start + t * width) would lose digits near t = 1.
+# The cosine and sigmoid curves reach infinity at t = 0 and t = 1. Only the part within the bounds is used, stretched
+# over [0, 1]: `start` is cut off the beginning of the curve and `rest` off its end. The signal is computed from
+# rest + (1 - t) * width, because the float32 difference 1 - (start + t * width) would lose digits near t = 1.
 
 
 def _cosine(t, low, high, offset):
@@ -98,25 +89,18 @@ def _sigmoid(t, low, high, offset):
 
 
 def _linear_beta(t, low, high, offset):
-    """The noise levels of DDPM, with linear interpolation of log_snr between them."""
-    table = _linear_beta_table()
+    """The noise levels of DDPM, beta from 1e-4 to 0.02, with linear interpolation of log_snr: arXiv:2006.11239."""
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # arXiv:2006.11239, eq. 4
+    table = np.log(alpha_bar) - np.log1p(-alpha_bar)
     table = np.concatenate([[max(high - offset, table[0])], table])  # t = 0 is clean
     times = jnp.linspace(0, 1, len(table), dtype=t.dtype)
     return jnp.clip(jnp.interp(t, times, jnp.asarray(table, t.dtype)) + offset, low, high)
 
 
-@cache
-def _linear_beta_table():
-    """log_snr [1000] of DDPM: beta rises linearly from 1e-4 to 0.02 (arXiv:2006.11239, section 4)."""
-    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # arXiv:2006.11239, eq. 4
-    return np.log(alpha_bar) - np.log1p(-alpha_bar)
-
-
 SCHEDULES = {"cosine": _cosine, "sigmoid": _sigmoid, "linear_beta": _linear_beta}
 
 
-# --------------------------------------------------------------------------------------------------
-# Noising and prediction targets
+# ---------------------------------------------------------------------------------- noising, targets, loss weights
 
 
 def alpha_sigma(log_snr):
@@ -125,10 +109,8 @@ def alpha_sigma(log_snr):
 
 
 def broadcast_to_latent(per_frame, latent):
-    """Returns the per-frame values with the axes of a latent, [B, K*T, 1, ...], ready to broadcast onto it.
+    """Returns values per latent frame [B or 1, T] with the axes of a latent [B, K*T, ...], ready to broadcast onto it.
 
-    per_frame: values [B or 1, T], one per latent frame.
-    latent: [B, K*T, ...].
     Raises AssertionError if the shapes do not fit.
     """
     chex.assert_rank(per_frame, 2)
@@ -138,79 +120,41 @@ def broadcast_to_latent(per_frame, latent):
     return tokens.reshape(tokens.shape + (1,) * (latent.ndim - 2))
 
 
+def _by_modality(formula, log_snr, *latents):
+    """formula(alpha, sigma, *arrays) for the arrays of each modality."""
+
+    def leaf(log_snr, *arrays):
+        return formula(*alpha_sigma(broadcast_to_latent(log_snr, arrays[0])), *arrays)
+
+    return jax.tree.map(leaf, log_snr, *latents)
+
+
 def add_noise(x, eps, log_snr):
-    """Returns z_t = alpha x + sigma eps, latents like x: arXiv:2107.00630, eq. 1.
-
-    x: clean latents.
-    eps: standard normal noise, like x.
-    log_snr: [B, T] per modality.
-    """
-
-    def leaf(log_snr, x, eps):
-        alpha, sigma = alpha_sigma(broadcast_to_latent(log_snr, x))
-        return alpha * x + sigma * eps
-
-    return jax.tree.map(leaf, log_snr, x, eps)
+    """Returns z_t = alpha x + sigma eps, latents like x: arXiv:2107.00630, eq. 1."""
+    return _by_modality(lambda alpha, sigma, x, eps: alpha * x + sigma * eps, log_snr, x, eps)
 
 
 def to_target(x, eps, log_snr, target):
-    """Returns what a network of this target should predict, latents like x.
-
-    x, eps, log_snr: the arguments of `add_noise`.
-    target: one of TARGETS; v as in arXiv:2202.00512, appendix D.
-    """
-    one_of("target", target, TARGETS)
-
-    def leaf(log_snr, x, eps):
-        alpha, sigma = alpha_sigma(broadcast_to_latent(log_snr, x))
-        return {"noise": eps, "x0": x, "v": alpha * eps - sigma * x}[target]
-
-    return jax.tree.map(leaf, log_snr, x, eps)
+    """Returns what a network should predict, latents like x. v is that of arXiv:2202.00512, appendix D."""
+    formulas = {
+        "noise": lambda alpha, sigma, x, eps: eps,
+        "x0": lambda alpha, sigma, x, eps: x,
+        "v": lambda alpha, sigma, x, eps: alpha * eps - sigma * x,
+    }
+    return _by_modality(formulas[one_of("target", target, TARGETS)], log_snr, x, eps)
 
 
 def to_x0(prediction, z, log_snr, target):
-    """Returns the clean latents that a prediction implies, latents like z.
+    """Returns the clean latents that a prediction of `target` implies, latents like z.
 
-    prediction: the network's output for z, of kind `target`. With 'noise', the rounding error of x0 grows as
-        exp(-log_snr / 2).
-    z: noised latents.
-    log_snr: [B, T] per modality.
-    target: one of TARGETS.
+    With 'noise', the rounding error grows as exp(-log_snr / 2).
     """
-    one_of("target", target, TARGETS)
-
-    def leaf(log_snr, prediction, z):
-        alpha, sigma = alpha_sigma(broadcast_to_latent(log_snr, z))
-        return {
-            "x0": prediction,
-            "noise": (z - sigma * prediction) / alpha,
-            "v": alpha * z - sigma * prediction,  # arXiv:2202.00512, appendix D
-        }[target]
-
-    return jax.tree.map(leaf, log_snr, prediction, z)
-
-
-def to_eps(prediction, z, log_snr, target):
-    """Returns the noise that a prediction implies, latents like z.
-
-    prediction, z, log_snr, target: the arguments of `to_x0`. With 'x0', the rounding error of the noise grows as
-        exp(log_snr / 2).
-    """
-    one_of("target", target, TARGETS)
-
-    def leaf(log_snr, prediction, z):
-        alpha, sigma = alpha_sigma(broadcast_to_latent(log_snr, z))
-        return {
-            "x0": (z - alpha * prediction) / sigma,
-            "noise": prediction,
-            "v": sigma * z + alpha * prediction,  # arXiv:2202.00512, appendix D
-        }[target]
-
-    return jax.tree.map(leaf, log_snr, prediction, z)
-
-
-# --------------------------------------------------------------------------------------------------
-# Loss weights
+    formulas = {
+        "noise": lambda alpha, sigma, z, eps: (z - sigma * eps) / alpha,
+        "x0": lambda alpha, sigma, z, x: x,
+        "v": lambda alpha, sigma, z, v: alpha * z - sigma * v,  # arXiv:2202.00512, appendix D
+    }
+    return _by_modality(formulas[one_of("target", target, TARGETS)], log_snr, z, prediction)
 
 
 def eps_error_factor(log_snr, target):
@@ -218,28 +162,19 @@ def eps_error_factor(log_snr, target):
 
     At fixed z, d eps = -(alpha / sigma) dx and dv = -dx / sigma. Hence |d eps|^2 = snr |dx|^2 = alpha^2 |dv|^2
     (arXiv:2202.00512, section 4).
-
-    log_snr: an array of any shape.
-    target: one of TARGETS.
     """
-    one_of("target", target, TARGETS)
     return {"noise": jnp.ones_like, "x0": jnp.exp, "v": jax.nn.sigmoid}[target](log_snr)
 
 
 def loss_weight(log_snr, slope, config):
     """Returns the weight on the squared error of config.target, an array like log_snr.
 
-    The weight is adapted to the target, so that the same error of x0 costs the same for every target. The weightings,
-    as factors of |eps error|^2:
+    The same error of x0 costs the same for every target. The weightings, as factors of |eps error|^2:
       'uniform'  1, the simple loss: arXiv:2006.11239, eq. 14
       'min_snr'  min(1, gamma / snr), which is min(snr, gamma) for x0: arXiv:2303.09556, section 3.4
-      'sigmoid'  sigmoid(bias - log_snr) * slope: the weighted loss of arXiv:2303.00848, section 2, with the w of
-                 arXiv:2410.19324. The slope makes the expected loss an integral over log_snr, so its value does
-                 not depend on the schedule. This is exact for every pattern but 'rollout', whose t is not uniform.
-
-    log_snr: an array of any shape.
-    slope: -d log_snr / dt, at least 0, of the same shape.
-    config: weighting, min_snr_gamma, sigmoid_bias and target.
+      'sigmoid'  sigmoid(bias - log_snr) * slope, slope = -d log_snr / dt: arXiv:2303.00848, section 2, with the w
+                 of arXiv:2410.19324. The slope makes the expected loss an integral over log_snr, the same for every
+                 schedule. This is exact for every pattern but 'rollout', whose t is not uniform.
     """
     name = one_of("weighting", config["weighting"], WEIGHTINGS)
     if name == "uniform":
@@ -251,18 +186,11 @@ def loss_weight(log_snr, slope, config):
     return weight * eps_error_factor(log_snr, config["target"])
 
 
-# --------------------------------------------------------------------------------------------------
-# Training patterns: the time t of each latent frame, and which frames are context
-#
-# A pattern is a function (u, frames) -> (t of video, t of audio, context of video, context of audio).
-#   u       independent uniform random numbers: "first", "second", "head", "tail" [B, 1], one per example; "video",
-#           "audio" [B, T], one per frame
-#   frames  the numbers 0 .. T-1 of the latent frames, [1, T]
+# ---------------------------------- training patterns: the time t of each latent frame, and which frames are context
 
 
 def stratified_uniform(key, batch, columns):
-    """Returns uniform random numbers [batch, columns]. Each column is an even grid with a random offset, in random
-    order.
+    """Returns uniform random numbers [batch, columns]; each column is a shifted even grid in random order.
 
     The even spacing lowers the variance of the loss: arXiv:2107.00630, appendix I.1.
     """
@@ -271,75 +199,45 @@ def stratified_uniform(key, batch, columns):
     return jax.random.permutation(order_key, even, axis=0, independent=True)
 
 
-def _text(u, frames):  # text to video and sound: no context, one t for all frames of both modalities
-    return u["first"], u["first"], False, False
+def _patterns(u, T):
+    """{pattern: (t of video, t of audio, context of video, context of audio)}; all broadcast to [B, T]."""
+    t = u["first"]
+    frame = jnp.arange(T)[None]
+    last = T - 1
+    start = frame < jnp.minimum(1 + jnp.floor(u["head"] * last), last)  # 1 .. T-1 frames
 
-
-def _per_modality(u, frames):  # one t per modality: UniDiffuser, arXiv:2303.06555
-    return u["first"], u["second"], False, False
-
-
-def _per_frame(u, frames):  # one t per frame and modality: Diffusion Forcing, arXiv:2407.01392
-    return u["video"], u["audio"], False, False
-
-
-def _foley(u, frames):  # all of the video is context
-    return u["first"], u["first"], True, False
-
-
-def _audio(u, frames):  # all of the audio is context
-    return u["first"], u["first"], False, True
-
-
-def _image(u, frames):  # the first video frame is context, unless it is the only frame
-    return u["first"], u["first"], frames < min(1, frames.shape[1] - 1), False
-
-
-def _continue(u, frames):  # the first 1 .. T-1 frames of both modalities are context
-    last = frames.shape[1] - 1
-    context = frames < jnp.minimum(1 + jnp.floor(u["head"] * last), last)
-    return u["first"], u["first"], context, context
-
-
-def _between(u, frames):  # at least one frame at each end is context, and at least one frame between them is not
-    inner = max(frames.shape[1] - 2, 0)
+    # At least one frame at each end is context, and at least one frame between them is not.
+    inner = max(T - 2, 0)
     head = jnp.minimum(1 + jnp.floor(u["head"] * inner), inner)
     tail = jnp.minimum(1 + jnp.floor(u["tail"] * (inner + 1 - head)), inner + 1 - head)
-    context = ((frames < head) | (frames >= frames.shape[1] - tail)) & (inner > 0)
-    return u["first"], u["first"], context, context
+    ends = ((frame < head) | (frame >= T - tail)) & (inner > 0)
 
-
-def _rollout(u, frames):  # a pyramid: t rises from frame to frame with a random slope; frames at t = 0 are context
-    rise = u["second"]  # t of the last frame minus t of the first; before clipping, t of the first is in [-rise, 1]
-    t = -rise + u["first"] * (1 + rise) + rise * frames / max(frames.shape[1] - 1, 1)
-    return jnp.clip(t, 0, 1), jnp.clip(t, 0, 1), t <= 0, t <= 0
-
-
-PATTERNS = {
-    "text": _text,
-    "per_modality": _per_modality,
-    "per_frame": _per_frame,
-    "foley": _foley,
-    "audio": _audio,
-    "image": _image,
-    "continue": _continue,
-    "between": _between,
-    "rollout": _rollout,
-}
+    # A pyramid: t rises from frame to frame. Before clipping, t of the first frame is in [-rise, 1].
+    rise = u["second"]  # t of the last frame minus t of the first
+    pyramid = jnp.clip(-rise + u["first"] * (1 + rise) + rise * frame / max(last, 1), 0, 1)
+    return {
+        "text": (t, t, False, False),
+        "per_modality": (t, u["second"], False, False),  # UniDiffuser, arXiv:2303.06555
+        "per_frame": (u["video"], u["audio"], False, False),  # Diffusion Forcing, arXiv:2407.01392
+        "foley": (t, t, True, False),
+        "audio": (t, t, False, True),
+        "image": (t, t, frame < min(1, last), False),  # the first video frame, unless it is the only frame
+        "continue": (t, t, start, start),
+        "between": (t, t, ends, ends),
+        "rollout": (pyramid, pyramid, pyramid <= 0, pyramid <= 0),
+    }
 
 
 def sample_times(key, shape, patterns):
     """Returns times and context masks of a batch: (t, context), {"video", "audio"} of float [B, T] and bool [B, T].
 
-    Each example follows one pattern. Times are in [0, 1], and 0 in context frames.
+    Each example follows one pattern. Times are 0 in context frames.
 
-    shape: (B, T).
-    patterns: {name of PATTERNS: share}. Shares are at least 0 and may have any sum. The number of examples of a pattern
-        is its share of the batch, rounded up or down.
+    patterns: {name of PATTERNS: share of any sum}. A pattern gets its share of the batch, rounded up or down.
     Raises UserError for an unknown pattern, a negative share, or no share above 0.
     """
     for name in patterns:
-        one_of("pattern", name, tuple(PATTERNS))
+        one_of("pattern", name, PATTERNS)
     names = [name for name in PATTERNS if name in patterns and patterns[name] != 0]
     shares = np.array([patterns[name] for name in names], float)
     if not len(names) or not (shares > 0).all():
@@ -348,13 +246,12 @@ def sample_times(key, shape, patterns):
     widths = {"pattern": 1, "first": 1, "second": 1, "head": 1, "tail": 1, "video": T, "audio": T}
     uniforms = stratified_uniform(key, batch, sum(widths.values()))
     u = dict(zip(widths, jnp.split(uniforms, np.cumsum([*widths.values()])[:-1], axis=1)))  # [B, 1] or [B, T] each
-    drawn = [PATTERNS[name](u, jnp.arange(T)[None]) for name in names]
     edges = jnp.asarray(np.cumsum(shares)[:-1] / shares.sum())
     chosen = jnp.searchsorted(edges, u["pattern"][:, 0], side="right")  # [B]
+    drawn = _patterns(u, T)
 
-    def of_chosen(i):
-        """Value i of the pattern of each example."""
-        stack = jnp.stack([jnp.broadcast_to(values[i], shape) for values in drawn])  # [patterns, B, T]
+    def of_chosen(i):  # value i of the pattern of each example
+        stack = jnp.stack([jnp.broadcast_to(drawn[name][i], shape) for name in names])  # [patterns, B, T]
         return stack[chosen, jnp.arange(batch)]  # [B, T]
 
     context = {"video": of_chosen(2), "audio": of_chosen(3)}
@@ -362,8 +259,7 @@ def sample_times(key, shape, patterns):
     return t, context
 
 
-# --------------------------------------------------------------------------------------------------
-# Loss
+# ------------------------------------------------------------------------------------------------------------ loss
 
 
 def noise_like(key, z):
@@ -371,8 +267,7 @@ def noise_like(key, z):
 
     def draw(name, x):
         key_of_name = jax.random.fold_in(key, MODALITIES.index(name))
-        # For a CPU, XLA needs half a minute to compile a draw with five axes. A draw with two axes, reshaped, gives the
-        # same numbers.
+        # Two axes, reshaped, give the same numbers as five, which take XLA half a minute to compile for a CPU.
         return jax.random.normal(key_of_name, (x.shape[0], x[0].size), x.dtype).reshape(x.shape)
 
     return {name: draw(name, x) for name, x in z.items()}
@@ -393,10 +288,7 @@ def loss(denoise_fn, key, z, cond, config):
     """Returns the weighted denoising loss of clean latents: (float32 scalar, metrics; see `weighted_error`).
 
     denoise_fn: (z_t, log_snr, cond) -> a prediction of config.target, a dict like z_t.
-    key: for noise levels and noise.
-    z: clean latents, {"video": [B, T, h, w, C], "audio": [B, K*T, D]}, or the video alone.
-    cond: conditions, passed to denoise_fn unchanged.
-    config: see the top of this file.
+    z: clean latents of both modalities, or of the video alone.
     Raises UserError for wrong settings.
     """
     noised = corrupt(key, z, config)
@@ -405,10 +297,7 @@ def loss(denoise_fn, key, z, cond, config):
 
 
 def corrupt(key, z, config):
-    """Returns the Noised batch of clean latents: the first half of `loss`, before the network.
-
-    key, z, config: the arguments of `loss`.
-    """
+    """Returns the Noised batch of clean latents: the first half of `loss`, before the network."""
     time_key, noise_key = jax.random.split(key)
     x = {name: z[name].astype(jnp.promote_types(z[name].dtype, jnp.float32)) for name in z}
 
@@ -416,7 +305,8 @@ def corrupt(key, z, config):
     t, context = sample_times(time_key, z["video"].shape[:2], config["patterns"])
     t = {name: t[name] for name in z}
     context = {name: context[name] for name in z}
-    log_snr, slope = _log_snr_and_slope(t, config)
+    backwards = jax.tree.map(lambda t: -jnp.ones_like(t), t)
+    log_snr, slope = jax.jvp(lambda t: {name: log_snr_at(t[name], config) for name in t}, (t,), (backwards,))
     log_snr = {name: jnp.where(context[name], config["log_snr_max"], log_snr[name]) for name in z}
 
     # Noising
@@ -427,23 +317,12 @@ def corrupt(key, z, config):
     return Noised(t, context, log_snr, slope, z_t, target)
 
 
-def _log_snr_and_slope(t, config):
-    """Returns (log_snr, -d log_snr / dt) at times t, dicts like t."""
-    backwards = jax.tree.map(lambda t: -jnp.ones_like(t), t)
-    return jax.jvp(lambda t: {name: log_snr_at(t[name], config) for name in t}, (t,), (backwards,))
-
-
 def weighted_error(prediction, noised, config):
     """Returns the loss of a prediction: (float32 scalar, metrics). The second half of `loss`, after the network.
 
     The loss of a modality is the mean of the weighted squared error over all elements but the context frames. The
-    total is the mean of the modalities, weighted by config.loss_weights.
-    The metrics are `loss_<modality>` and `eps_mse_<modality>_<i>`, the mean squared error of eps in the i-th of
-    NOISE_BINS equal bins of t, which is nan if the batch has no frame in that bin.
-
-    prediction: the network's output, a dict like noised.z_t.
-    noised: the batch, from `corrupt`.
-    config: the same as for `corrupt`.
+    total is the mean of the modalities, weighted by config.loss_weights. The metrics are `loss_<modality>` and
+    `eps_mse_<modality>_<i>`, the mean squared error of eps in the i-th of NOISE_BINS equal bins of t, or nan.
     """
     chex.assert_trees_all_equal_shapes(prediction, noised.target)  # other shapes would broadcast without an error
     total, total_weight, metrics = 0.0, 0.0, {}

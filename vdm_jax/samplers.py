@@ -5,10 +5,9 @@ The scheduling matrix says which noise level each latent frame has before the fi
     levels = {"video": [N+1, T], "audio": [N+1, T]}     log_snr; row 0 is the start, row N the end
 
 One loop serves all tasks and methods. Frames may change in different steps: in a pyramid, earlier frames come first. A
-frame whose level stays the same in a step does not change in that step, not by one bit. A context frame must not
-change, so its column has one value. A frame that reaches log_snr_max becomes the predicted x0 itself.
-
-See vdm_jax.diffusion for the notation. Papers on solvers write lambda for log_snr / 2.
+frame whose level stays the same in a step, as that of a context frame does, does not change in that step, not by one
+bit. A frame that reaches log_snr_max becomes the predicted x0 itself.
+The notation is that of vdm_jax.diffusion. Papers on solvers write lambda for log_snr / 2.
 """
 
 import functools
@@ -19,11 +18,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vdm_jax.diffusion import MODALITIES, add_noise, alpha_sigma, broadcast_to_latent, log_snr_at, noise_like, to_x0
-from vdm_jax.errors import UserError, one_of
+from vdm_jax.diffusion import add_noise, alpha_sigma, broadcast_to_latent, log_snr_at, noise_like, to_x0
+from vdm_jax.errors import one_of
 
-# --------------------------------------------------------------------------------------------------
-# Methods: step_fn(z, x0, past, step) -> (z at the next noise level, past)
+# ---------------------------------------- methods: step_fn(z, x0, past, step) -> (z at the next noise level, past)
 #
 # All dicts are by modality. The arrays of Past.h and Step broadcast onto z: [B, T, 1, 1, 1] and [B, K*T, 1].
 
@@ -40,22 +38,27 @@ class Step(NamedTuple):
 
     now: dict  # log_snr before the step
     after: dict  # log_snr after the step
-    changes: dict  # bool: `after` differs from `now`
-    finished: dict  # bool: clean after the step
     key: jax.Array  # for the noise of this step
-    eta: float  # the sampler's argument
-    predict_x0: Callable  # z with noise levels `after` -> x0; one more call of the network
+    predict_x0: Callable  # z after the step -> its x0; one more call of the network
 
 
 def ddpm(z, x0, past, step):
-    """Ancestral sampling, which is DDIM with eta = 1: arXiv:2010.02502, section 4.1."""
-    return _noisy_step(z, x0, step, eta=1.0), past
+    """Ancestral sampling, DDIM with eta = 1: arXiv:2010.02502, eq. 12, with the standard deviation of eq. 16."""
+
+    def leaf(z, x0, now, after, noise):
+        alpha, sigma = alpha_sigma(now)
+        alpha_next, sigma_next = alpha_sigma(after)
+        ratio = sigma_next / sigma
+        new_signal = -jnp.expm1(jax.nn.softplus(-after) - jax.nn.softplus(-now))  # 1 - alpha^2 / alpha_next^2, accurate
+        deviation = ratio * jnp.sqrt(new_signal)
+        kept = ratio * jnp.sqrt(jnp.maximum(1 - new_signal / sigma**2, 0))  # share of the old noise
+        return kept * z + (alpha_next - kept * alpha) * x0 + deviation * noise
+
+    return jax.tree.map(leaf, z, x0, step.now, step.after, noise_like(step.key, z)), past
 
 
 def ddim(z, x0, past, step):
-    """DDIM with the share eta of the ancestral noise: arXiv:2010.02502, eq. 12 and 16."""
-    if step.eta:
-        return _noisy_step(z, x0, step, step.eta), past
+    """DDIM without noise, eta = 0: arXiv:2010.02502, eq. 12."""
     return _exact_step(z, x0, step), past
 
 
@@ -69,17 +72,17 @@ def dpmpp_2m(z, x0, past, step):
 
     h = jax.tree.map(lambda now, after: (after - now) / 2, step.now, step.after)
     z_next = _exact_step(z, jax.tree.map(extrapolate, x0, h, past.x0, past.h), step)
-    keep = functools.partial(jax.tree.map, jnp.where, step.changes)
+    changes = jax.tree.map(jnp.not_equal, step.now, step.after)
+    keep = functools.partial(jax.tree.map, jnp.where, changes)
     return z_next, Past(x0=keep(x0, past.x0), h=keep(h, past.h))
 
 
 def heun(z, x0, past, step):
     """Heun's method, second order with two network calls per step.
 
-    It is not the trapezoid of arXiv:2206.00364, Algorithm 1, which integrates over sigma / alpha. There a long first
-    step from pure noise has a large error: a root mean square of 24 on Gaussian data of variance about 1, with 8 steps
-    evenly spaced in time, against 0.04 here. The form here solves the linear part exactly (arXiv:2211.01095,
-    Proposition 4.1), with x0 linear in lambda over a step: ETD2RK of Cox and Matthews (2002).
+    It integrates the linear part exactly (arXiv:2211.01095, Proposition 4.1), with x0 linear in lambda over a step:
+    ETD2RK of Cox and Matthews (2002). The trapezoid over sigma / alpha (arXiv:2206.00364, Algorithm 1) has a large
+    error in a long first step: 24 against 0.04 here, on Gaussian data of variance 1 with 8 steps even in time.
     """
 
     def average(x0, x0_next, now, after):
@@ -89,7 +92,7 @@ def heun(z, x0, past, step):
         next_weight = jnp.where(h < 0.05, 0.5 + h / 12, next_weight)  # its series, where the difference is inaccurate
         return x0 + next_weight * (x0_next - x0)
 
-    x0_next = step.predict_x0(_finish(_exact_step(z, x0, step), z, x0, step))
+    x0_next = step.predict_x0(_exact_step(z, x0, step))
     return _exact_step(z, jax.tree.map(average, x0, x0_next, step.now, step.after), step), past
 
 
@@ -107,60 +110,27 @@ def _exact_step(z, x0, step):
     return jax.tree.map(leaf, z, x0, step.now, step.after)
 
 
-def _noisy_step(z, x0, step, eta):
-    """The step with noise: arXiv:2010.02502, eq. 12, with the standard deviation of eq. 16."""
-
-    def leaf(z, x0, now, after, noise):
-        alpha, sigma = alpha_sigma(now)
-        alpha_next, sigma_next = alpha_sigma(after)
-        ratio = sigma_next / sigma
-        new_signal = -jnp.expm1(jax.nn.softplus(-after) - jax.nn.softplus(-now))  # 1 - alpha^2 / alpha_next^2, accurate
-        deviation = eta * ratio * jnp.sqrt(new_signal)
-        kept = ratio * jnp.sqrt(jnp.maximum(1 - eta**2 * new_signal / sigma**2, 0))  # share of the old noise
-        return kept * z + (alpha_next - kept * alpha) * x0 + deviation * noise
-
-    return jax.tree.map(leaf, z, x0, step.now, step.after, noise_like(step.key, z))
+# -------------------------------------------------------------------------------------------------------- the loop
 
 
-def _finish(z_next, z, x0, step):
-    """Returns z_next, but x0 in frames that are clean after the step, and z in frames that do not change."""
-    where = functools.partial(jax.tree.map, jnp.where)
-    return where(step.changes, where(step.finished, x0, z_next), z)
-
-
-# --------------------------------------------------------------------------------------------------
-# The loop
-
-
-def sample(denoise_fn, key, z_T, cond, levels, method, config, eta=0.0):
+def sample(denoise_fn, key, z_T, cond, levels, method, config):
     """Returns clean latents like z_T.
 
-    Call it inside jax.jit. Pass the arrays as arguments of the jitted function, not as constants: then only new shapes
-    compile again.
+    Call it inside jax.jit, with the arrays as arguments of the jitted function: then only new shapes compile again.
 
     denoise_fn: (z, log_snr, cond) -> prediction of config.target. The function that `guided` returns is one.
-    key: for the noise of ddpm and of ddim with eta above 0.
-    z_T: {"video": [B, T, h, w, C], "audio": [B, K*T, D]}, the start, at the noise levels of row 0: standard normal
-        noise in frames to generate; clean or noised latents in context frames.
-    cond: conditions, passed to denoise_fn unchanged.
-    levels: the scheduling matrix, log_snr [N+1, T] per modality, or [N+1, B, T] if examples differ. No frame's log_snr
-        falls from one row to the next.
-    method: one of METHODS.
-    config: target and log_snr_max; see vdm_jax.diffusion.
-    eta: for ddim: the share in [0, 1] of the noise of ddpm.
-    Raises UserError for an unknown method, or eta with a method other than ddim.
+    z_T: the start, at the noise levels of row 0: standard normal noise in frames to generate; clean or noised latents
+        in context frames.
+    levels: the scheduling matrix, or one per example, [N+1, B, T]. No frame's log_snr falls from row to row.
+    method: one of METHODS; only ddpm adds noise. Raises UserError for another.
     """
     step_fn = METHODS[one_of("method", method, METHODS)]
-    if eta and method != "ddim":
-        raise UserError(f"eta={eta} does not go with method {method!r}: use method 'ddim', or leave eta out")
     z_T = jax.tree.map(lambda z: z.astype(jnp.promote_types(z.dtype, jnp.float32)), z_T)
     levels = {name: levels[name] for name in z_T}
     chex.assert_equal_shape(list(levels.values()))
     batch = len(jax.tree.leaves(z_T)[0])
     to_latent = functools.partial(jax.tree.map, broadcast_to_latent)  # [B, T] -> [B, K*T, 1, ...]
-
-    def to_batch(row):  # [T] or [B, T] -> [B, T]
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, x.shape[-1])), row)
+    to_batch = functools.partial(jax.tree.map, lambda x: jnp.broadcast_to(x, (batch, x.shape[-1])))  # -> [B, T]
 
     def predict_x0(log_snr, z):
         prediction = denoise_fn(z, log_snr, cond)
@@ -168,18 +138,21 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config, eta=0.0):
         x0 = to_x0(prediction, z, log_snr, config["target"])
         return jax.tree.map(lambda x0, z: x0.astype(z.dtype), x0, z)
 
+    def finish(z_next, z, x0, now, after):  # x0 in frames that are clean after the step, z in frames that do not change
+        return jnp.where(now != after, jnp.where(after >= config["log_snr_max"], x0, z_next), z)
+
     def body(carry, row):
         z, past = carry
         key, now, after = row
         now, after = to_batch(now), to_batch(after)
         x0 = predict_x0(now, z)
-        predict_after = functools.partial(predict_x0, after)
-        now, after = to_latent(now, z), to_latent(after, z)
-        changes = jax.tree.map(jnp.not_equal, now, after)
-        finished = jax.tree.map(lambda log_snr: log_snr >= config["log_snr_max"], after)
-        step = Step(now, after, changes, finished, key, eta, predict_after)
+
+        def predict_next_x0(z_next):
+            return predict_x0(after, jax.tree.map(finish, z_next, z, x0, step.now, step.after))
+
+        step = Step(to_latent(now, z), to_latent(after, z), key, predict_next_x0)
         z_next, past = step_fn(z, x0, past, step)
-        return (_finish(z_next, z, x0, step), past), None
+        return (jax.tree.map(finish, z_next, z, x0, step.now, step.after), past), None
 
     start = to_latent(to_batch(jax.tree.map(lambda x: x[0], levels)), z_T)
     past = Past(x0=z_T, h=jax.tree.map(jnp.zeros_like, start))
@@ -190,51 +163,47 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config, eta=0.0):
     return z_0
 
 
-# --------------------------------------------------------------------------------------------------
-# Guidance
+# -------------------------------------------------------------------------------------------------------- guidance
 
 
 class Term(NamedTuple):
     """One kind of guidance: it adds extra * (more - less) to the prediction.
 
     `more` and `less` are predictions from other inputs. Each is given as a view: a function from (z, log_snr, cond) to
-    other inputs of the same shapes; their batch size may also be 1. None stands for the unguided prediction, from the
-    inputs as they are.
+    other inputs of the same shapes; their batch size may also be 1.
     """
 
     extra: float | dict  # the weight, or one per modality; 0 adds nothing
-    more: Callable | None
-    less: Callable | None
+    more: Callable | None  # None: the unguided prediction
+    less: Callable
 
 
 def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
-    """Returns a denoise_fn with guidance. It works for every prediction target.
+    """Returns denoise_fn with guidance by a list of Terms. All predictions are one network call with a larger batch.
 
-    The predictions of all terms are one network call with a larger batch.
-
-    denoise_fn: (z, log_snr, cond) -> prediction.
-    terms: a list of Term.
-    rescale: share in [0, 1]. With 1 each frame gets the standard deviation of the unguided prediction. The formula is
-        arXiv:2305.08891, eq. 14 to 16, applied to each frame by itself, because each has its own noise level.
+    rescale: share in [0, 1]. With 1 each frame gets the standard deviation of the unguided prediction
+        (arXiv:2305.08891, eq. 14 to 16, but by frame, because each has its own noise level).
     interval: (low, high) in log_snr. Frames outside it get the unguided prediction (arXiv:2404.07724).
     """
     low, high = interval
 
+    def concatenate(first, *others):  # a view of batch size 1 is repeated
+        return jnp.concatenate([first, *(jnp.broadcast_to(x, first.shape) for x in others)])
+
     def guided_fn(z, log_snr, cond):
-        views = [(z, log_snr, cond)]  # inputs of the network; the first are the inputs of the unguided prediction
+        views = [(z, log_snr, cond)]  # inputs of the network, first those of the unguided prediction
         for term in terms:
             views += [view(z, log_snr, cond) for view in (term.more, term.less) if view is not None]
-        predictions = denoise_fn(*(jax.tree.map(_concatenate, *trees) for trees in zip(*views)))
+        predictions = denoise_fn(*jax.tree.map(concatenate, *views))
 
         def combine(name):
             inside = (low <= log_snr[name]) & (log_snr[name] <= high)  # [B, T]
-            plain, *others = jnp.split(predictions[name], len(views))
-            others = iter(others)
-            total = plain
+            parts = iter(jnp.split(predictions[name], len(views)))
+            plain = total = next(parts)
             active = jnp.zeros_like(inside)
             for term in terms:
-                more = plain if term.more is None else next(others)
-                less = plain if term.less is None else next(others)
+                more = plain if term.more is None else next(parts)
+                less = next(parts)
                 extra = jnp.where(inside, term.extra[name] if isinstance(term.extra, dict) else term.extra, 0)
                 total = total + broadcast_to_latent(extra, total) * (more - less)
                 active |= extra != 0
@@ -248,66 +217,46 @@ def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
     return guided_fn
 
 
-def _concatenate(first, *others):
-    """One batch of all views; a view of batch size 1 is repeated."""
-    return jnp.concatenate([first, *(jnp.broadcast_to(x, first.shape) for x in others)])
+# A weight of 1 adds nothing. Above 1, what guides counts more than in training. `noise` is standard normal, like z.
+# `null_cond` is the condition of the empty text, with batch size B or 1.
 
 
 def text_guidance(weight, null_cond):
-    """Returns Terms for `guided`: classifier-free guidance by the text, arXiv:2207.12598, eq. 6, whose w is weight - 1.
-
-    weight: 1 adds nothing. 0 is the prediction without text. Above 1 the text counts more than in training.
-    null_cond: the conditions of the empty text, with batch size B or 1.
-    """
+    """Returns Terms: classifier-free guidance by the text, arXiv:2207.12598, eq. 6, whose w is weight - 1."""
     return [Term(weight - 1, None, lambda z, log_snr, cond: (z, log_snr, null_cond))]
 
 
 def history_guidance(weight, masks, noise, config, history_noise=0.0):
-    """Returns Terms for `guided`: guidance by the context frames, arXiv:2502.06764, section 4.
+    """Returns Terms: guidance by the context frames, arXiv:2502.06764, section 4.
 
-    weight: 1 adds nothing. Above 1 the context counts more than in training.
     masks: {modality: bool [T]}, True in context frames.
-    noise: standard normal noise like z. It takes the place of the context in the prediction without context.
-    config: see vdm_jax.diffusion.
     history_noise: 0: the context guides as it is (vanilla history guidance). A time t in (0, 1): only the low
         frequencies of the context guide, because it is noised to t (fractional history guidance).
     """
 
-    def context_at(t):
-        """A view with the context frames noised to time t. Noise that the context in z already has stays in it."""
+    def context_at(t, z, log_snr, cond):  # noise that the context in z already has stays in it
+        level = log_snr_at(t, config)
+        mask = {name: jnp.broadcast_to(masks[name], log_snr[name].shape) for name in z}  # [B, T]
+        noised = add_noise(z, noise, {name: jnp.full_like(log_snr[name], level) for name in z})
+        z = {name: jnp.where(broadcast_to_latent(mask[name], z[name]), noised[name], z[name]) for name in z}
+        log_snr = {name: jnp.where(mask[name], level, log_snr[name]) for name in z}
+        return z, log_snr, cond
 
-        def view(z, log_snr, cond):
-            level = log_snr_at(t, config)
-            mask = {name: jnp.broadcast_to(masks[name], log_snr[name].shape) for name in z}  # [B, T]
-            noised = add_noise(z, noise, {name: jnp.full_like(log_snr[name], level) for name in z})
-            z = {name: jnp.where(broadcast_to_latent(mask[name], z[name]), noised[name], z[name]) for name in z}
-            log_snr = {name: jnp.where(mask[name], level, log_snr[name]) for name in z}
-            return z, log_snr, cond
-
-        return view
-
-    return [Term(weight - 1, context_at(history_noise) if history_noise else None, context_at(1.0))]
+    noisy_context = functools.partial(context_at, history_noise) if history_noise else None
+    return [Term(weight - 1, noisy_context, functools.partial(context_at, 1.0))]
 
 
 def modality_guidance(weight, noise, config):
-    """Returns Terms for `guided`: the video guides the audio, and the audio the video.
+    """Returns Terms: the video guides the audio, and the audio the video.
 
-    The prediction of one modality without the other has pure noise for the other: UniDiffuser, arXiv:2303.06555,
-    section 4.3.
-
-    weight: 1 adds nothing. Above 1 each modality follows the other more than in training.
-    noise: standard normal noise like z.
-    config: see vdm_jax.diffusion.
+    The prediction without a modality has pure noise for it: UniDiffuser, arXiv:2303.06555, section 4.3.
     """
 
-    def without(other):
-        def view(z, log_snr, cond):
-            pure_noise = jnp.full_like(log_snr[other], log_snr_at(1.0, config))
-            return {**z, other: noise[other]}, {**log_snr, other: pure_noise}, cond
-
-        return view
+    def without(other, z, log_snr, cond):
+        pure_noise = jnp.full_like(log_snr[other], log_snr_at(1.0, config))
+        return {**z, other: noise[other]}, {**log_snr, other: pure_noise}, cond
 
     return [
-        Term({name: weight - 1 if name != other else 0.0 for name in MODALITIES}, None, without(other))
-        for other in MODALITIES
+        Term({name: weight - 1, other: 0.0}, None, functools.partial(without, other))
+        for name, other in (("audio", "video"), ("video", "audio"))
     ]

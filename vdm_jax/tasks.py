@@ -1,12 +1,8 @@
 """A task: which latent frames are context, and in which order and in how many steps the other frames are denoised.
 
-Context frames are an input. The sampler generates all other frames. A `Context` holds the context frames, and
-`scheduling_matrix` makes the order.
-
-Later frames do not change earlier latents, because the autoencoders are causal. So the first part of a clip can be
-encoded before the rest exists: the frames and the sound after the context may hold anything there, and are called
-filler. In `between`, filler also lies before the last context frames and influences them a little, so there it repeats
-the nearest frames.
+Later frames do not change earlier latents, because the autoencoders are causal. So the frames and the sound after the
+context may hold anything when it is encoded, and are called filler. In `between`, filler also lies before the last
+context frames and influences them a little, so there it repeats the nearest frames.
 """
 
 from typing import NamedTuple
@@ -20,8 +16,8 @@ from vdm_jax.errors import UserError, one_of
 SPACINGS = ("time", "log_snr", "karras")
 
 
-# --------------------------------------------------------------------------------------------------
-# Context: one function per task. A long clip, the task `rollout`, is a series of windows of the task `continue`.
+# --------------------------------------------------------------------------------- context: one function per task
+# A long clip, the task `rollout`, is a series of windows of the task `continue`. The layout is a system.layout.Layout.
 
 
 class Context(NamedTuple):
@@ -33,127 +29,97 @@ class Context(NamedTuple):
 
 
 def text(layout):
-    """Returns the Context of text to video and sound: no context frame.
-
-    layout: the sizes of the clip, a system.layout.Layout, here and below.
-    """
+    """Returns the Context of text to video and sound: no context frame."""
     return Context(None, None, _first_frames(layout, video=0, audio=0))
 
 
 def image(picture, layout):
-    """Returns the Context for a picture that starts to move: the first video frame is context.
-
-    picture: uint8 [H, W, 3].
-    """
+    """Returns the Context for a picture, uint8 [H, W, 3], that starts to move: the first video frame is context."""
     # A picture is a video of one frame, which fills exactly the first latent frame.
     return foley(picture[None], layout)
 
 
 def foley(frames, layout):
-    """Returns the Context for a video that gets a sound: the video is context.
-
-    frames: uint8 [n, H, W, 3]. If n is less than the clip's length, only the latent frames that they fill are context.
-    """
+    """Returns the Context for a video, uint8 [n, H, W, 3], that gets a sound: what it fills is context."""
     count = _latent_frames(len(frames), layout)
-    return Context(_extend(frames[None], layout.frames), None, _first_frames(layout, video=count, audio=0))
+    return Context(_fit(frames[None], layout.frames, "edge"), None, _first_frames(layout, video=count, audio=0))
 
 
 def audio(samples, layout):
-    """Returns the Context for a sound that gets a video: the audio is context.
-
-    samples: float32 [n]. Silence follows a sound that is shorter than the clip, and is context too.
-    """
+    """Returns the Context for a sound, float32 [n], that gets a video: it and silence after it are context."""
     masks = _first_frames(layout, video=0, audio=layout.latent_frames)
-    return Context(None, _pad(samples[None], layout.samples), masks)
+    return Context(None, _fit(samples[None], layout.samples), masks)
 
 
 def continue_(frames, samples, layout):
     """Returns the Context for clips that go on: the first frames and their sound are context.
 
-    frames: uint8 [P, n, H, W, 3]. Only the last frames that fill whole latent frames are used: 1 + f_t * m of them,
-        with the largest m that n and the clip allow.
+    frames: uint8 [P, n, H, W, 3]. Only the last 1 + f_t * m are used, with the largest m that n and the clip allow.
     samples: float32 [P, n * samples_per_frame].
     """
     count = _latent_frames(frames.shape[1], layout)
     used = 1 + layout.f_t * (count - 1)
-    frames = frames[:, -used:]
-    samples = samples[:, -used * layout.samples_per_frame :]
-    masks = _first_frames(layout, video=count, audio=count)
-    return Context(_extend(frames, layout.frames), _pad(samples, layout.samples), masks)
+    frames = _fit(frames[:, -used:], layout.frames, "edge")
+    samples = _fit(samples[:, -used * layout.samples_per_frame :], layout.samples)
+    return Context(frames, samples, _first_frames(layout, video=count, audio=count))
 
 
 def between(start, end, layout, latents):
     """Returns the Context for a clip that leads from the end of one clip to the beginning of another.
 
-    start, end: the two clips, (frames uint8 [n, H, W, 3], samples float32 [n * samples_per_frame]). The last frames of
-        `start` become the first frames of the new clip, and the first frames of `end` its last.
-    latents: the number of latent frames that are context at each end: 1 + f_t * (latents - 1) frames of `start`, f_t *
-        latents of `end`.
+    start, end: the two clips, (frames uint8 [n, H, W, 3], samples float32 [n * samples_per_frame]).
+    latents: latent frames of context at each end: the last 1 + f_t * (latents - 1) frames of `start`, and the first
+        f_t * latents of `end`.
     """
     head = 1 + layout.f_t * (latents - 1)
     tail = layout.f_t * latents
     gap = layout.frames - head - tail
-    first, last = start[0][-head:], end[0][:tail]
     # The filler repeats the last frame of the head in its first half and the first frame of the tail in its second.
-    frames = [_extend(first[None], head + gap // 2)[0], np.repeat(last[:1], gap - gap // 2, 0), last]
+    first = np.pad(start[0][-head:], ((0, gap // 2), (0, 0), (0, 0), (0, 0)), "edge")
+    last = np.pad(end[0][:tail], ((gap - gap // 2, 0), (0, 0), (0, 0), (0, 0)), "edge")
     per_frame = layout.samples_per_frame
     sounds = [start[1][-head * per_frame :], np.zeros(gap * per_frame, np.float32), end[1][: tail * per_frame]]
     frame = np.arange(layout.latent_frames)
     mask = (frame < latents) | (frame >= layout.latent_frames - latents)
-    return Context(np.concatenate(frames)[None], np.concatenate(sounds)[None], {"video": mask, "audio": mask})
+    return Context(np.concatenate([first, last])[None], np.concatenate(sounds)[None], {"video": mask, "audio": mask})
 
 
 def _first_frames(layout, video, audio):
-    """Returns masks: the first `video` latent frames of the video are context, and the first `audio` of the audio."""
+    """Masks: the first `video` latent frames of the video are context, and the first `audio` of the audio."""
     frame = np.arange(layout.latent_frames)
     return {"video": frame < video, "audio": frame < audio}
 
 
 def _latent_frames(frames, layout):
-    """Returns the number of latent frames that `frames` video frames fill, at most the clip's."""
+    """The number of latent frames that `frames` video frames fill, at most the clip's."""
     return min(1 + (frames - 1) // layout.f_t, layout.latent_frames)
 
 
-def _extend(frames, count):
-    """[P, n, ...] -> [P, count, ...]: cut, or with the last frame repeated."""
-    return frames[:, np.minimum(np.arange(count), frames.shape[1] - 1)]
+def _fit(x, count, mode="constant"):
+    """[P, n, ...] -> [P, count, ...]: cut, or padded at the end as np.pad does in this mode."""
+    missing = max(count - x.shape[1], 0)
+    return np.pad(x[:, :count], ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)), mode)
 
 
-def _pad(samples, count):
-    """[P, n] -> [P, count]: cut, or followed by silence."""
-    out = np.zeros((len(samples), count), np.float32)
-    n = min(count, samples.shape[1])
-    out[:, :n] = samples[:, :n]
-    return out
+# --------------------------------------------- the scheduling matrix: the noise level of each frame after each step
 
 
-# --------------------------------------------------------------------------------------------------
-# The scheduling matrix: the noise level of each latent frame after each step
-
-
-def scheduling_matrix(
-    steps, frames, config, masks=None, lag=0, spacing="time", rho=7.0, context_noise=0.0, first_step_times=()
-):
+def scheduling_matrix(steps, frames, config, masks=None, lag=0, spacing="time", context_noise=0.0, first_step_times=()):
     """Returns the noise levels of sampling, {"video", "audio"}: log_snr [N+1, T], from pure noise to clean.
 
     Row 0 is the start and row N the end. N is steps + lag * (generated frames - 1).
 
     steps: denoising steps of each frame.
     frames: T, latent frames.
-    config: the diffusion config; see vdm_jax.diffusion.
-    masks: {"video", "audio"}: bool [T], True in context frames, whose level is the same in all rows. A modality that is
-        left out has no context frames.
-    lag: steps by which each generated frame is behind the one before. With 0 all frames lose their noise together. More
-        is a pyramid: later frames are noisier.
-    spacing: what is evenly spaced over the steps: 'time' t, 'log_snr', or (sigma / alpha)^(1 / rho) with 'karras'.
-    rho: the exponent of 'karras'.
-    context_noise: time t in [0, 1] to which context frames are noised (arXiv:2502.06764); 0 leaves them clean. A
-        modality that is context as a whole always stays clean.
+    masks: {"video", "audio"}: bool [T], True in context frames. A modality that is left out has none.
+    lag: steps by which each generated frame is behind the one before; more than 0 is a pyramid.
+    spacing: what is evenly spaced over the steps: 'time' t, 'log_snr', or (sigma / alpha)^(1 / 7) with 'karras'.
+    context_noise: time t in [0, 1] to which context frames are noised (arXiv:2502.06764). A modality that is context as
+        a whole always stays clean.
     first_step_times: times t in [0, 1] that the first generated frame, the second, and so on reach in their first step.
-        Frames past the end of the list have steps of the usual size. A small time is a long first step, which puts the
-        frame near the mean of all frames that may follow. The expected squared error of the mean is half that of a
-        random sample. Use it if the context leaves little open. Do not use it if several futures are likely: the mean
-        is then blurred.
+        Other frames have steps of the usual size. A small time puts the frame near the mean of all frames that may
+        follow, whose expected squared error is half that of a random sample. Use it if the context leaves little open.
+        If several futures are likely, the mean is blurred.
     Raises UserError for an unknown spacing, too few steps, a negative lag or a mask of another length.
     """
     one_of("spacing", spacing, SPACINGS)
@@ -167,10 +133,10 @@ def scheduling_matrix(
     # Video and audio of one frame start together, even if one of them is context.
     # `order` [T] is the place of a frame among the generated frames.
     order = np.maximum(np.cumsum(~(masks["video"] & masks["audio"])) - 1, 0)
-    levels = np.tile(_frame_levels(steps, 1.0, config, spacing, rho), (order[-1] + 1, 1))  # [generated, steps + 1]
+    levels = np.tile(_frame_levels(steps, 1.0, config, spacing), (order[-1] + 1, 1))  # [generated, steps + 1]
     if steps > 1:
         for frame_levels, time in zip(levels, first_step_times):  # writes into `levels`
-            frame_levels[1:] = _frame_levels(steps - 1, time, config, spacing, rho)
+            frame_levels[1:] = _frame_levels(steps - 1, time, config, spacing)
     row = np.arange(steps + lag * order[-1] + 1)[:, None]  # [N+1, 1]
     generated = levels[order, np.clip(row - lag * order, 0, steps)]  # [N+1, T]
 
@@ -181,8 +147,8 @@ def scheduling_matrix(
     }
 
 
-def _frame_levels(steps, start, config, spacing, rho):
-    """Returns log_snr [steps + 1] of one frame, from time `start` to clean."""
+def _frame_levels(steps, start, config, spacing):
+    """log_snr [steps + 1] of one frame, from time `start` to clean."""
     low = float(log_snr_at(start, config))
     high = config["log_snr_max"]
     part = np.arange(steps + 1) / steps
@@ -190,7 +156,8 @@ def _frame_levels(steps, start, config, spacing, rho):
         levels = np.array(log_snr_at(start * (1 - part), config), np.float64)
     elif spacing == "log_snr":
         levels = low + part * (high - low)
-    else:  # arXiv:2206.00364, eq. 5, with sigma / alpha = exp(-log_snr / 2) as its sigma
+    else:
+        rho = 7  # arXiv:2206.00364, eq. 5, with sigma / alpha = exp(-log_snr / 2) as its sigma
         noisiest = np.exp(-low / 2 / rho)
         cleanest = np.exp(-high / 2 / rho)
         levels = -2 * rho * np.log(noisiest + part * (cleanest - noisiest))

@@ -35,7 +35,7 @@ def make_models(config, layout):
 def remat_modes(config, stage):
     """Which activations the backward pass of a stage computes again: (mode,), or one mode for each resolution.
 
-    Raises UserError for an unknown mode, or for another number of modes.
+    Raises UserError for an unknown mode or a wrong number of modes.
     """
     modes = tuple(one_of(f"{stage}.remat", mode, REMAT) for mode in config[stage].remat.split(","))
     by_resolution = "cross_modal" in config[stage].model  # only the U-Net has a mode for each resolution
@@ -48,25 +48,19 @@ def remat_modes(config, stage):
 
 def init_fns(models, config, layout):
     """{stage: init(key) -> params}. Call them inside jit or eval_shape: the forward pass is traced, never executed."""
-    frames, side, length = layout.frames, config.data.size, config.data.text_length
-    width = config.clip.model.text.width
+    side, length, width = config.data.size, config.data.text_length, config.clip.model.text.width
     tokens = jnp.zeros((1, length), jnp.int32)
+    video = jnp.zeros((1, layout.frames, side, side, 3))
+    sound = jnp.zeros((1, layout.latent_frames * layout.f_t * layout.samples_per_frame))
+    latents = {name: jnp.zeros((1, *shape)) for name, shape in layout.latent_shapes.items()}
+    log_snr = {name: jnp.zeros((1, layout.latent_frames)) for name in latents}
+    states, pooled = jnp.zeros((1, length, width)), jnp.zeros((1, width))
+    cond = {"states": states, "mask": jnp.ones((1, length), bool), "pooled": pooled}
     arguments = {
-        "video_autoencoder": (jnp.zeros((1, frames, side, side, 3)), jax.random.key(0)),
-        "audio_autoencoder": (
-            jnp.zeros((1, layout.latent_frames * layout.f_t * layout.samples_per_frame)),
-            jax.random.key(0),
-        ),
-        "clip": (tokens, tokens == 0, jnp.zeros((1, frames, side, side, 3))),
-        "denoiser": (
-            {name: jnp.zeros((1, *shape)) for name, shape in layout.latent_shapes.items()},
-            {name: jnp.zeros((1, layout.latent_frames)) for name in layout.latent_shapes},
-            {
-                "states": jnp.zeros((1, length, width)),
-                "mask": jnp.ones((1, length), bool),
-                "pooled": jnp.zeros((1, width)),
-            },
-        ),
+        "video_autoencoder": (video, jax.random.key(0)),
+        "audio_autoencoder": (sound, jax.random.key(0)),
+        "clip": (tokens, tokens == 0, video),
+        "denoiser": (latents, log_snr, cond),
     }
     return {name: lambda key, name=name: models[name].init(key, *arguments[name])["params"] for name in STAGES}
 
@@ -76,7 +70,7 @@ class Codec:
     """The models of a config, with the conversions between clips, latents and text.
 
     `params` in the methods is {stage: tree of parameters}, with 'statistics' {modality: {'mean' [C], 'std' [C]}} of the
-    latents beside the stages; a method reads only the entries that it needs.
+    latents beside the stages. A method reads only the entries that it needs.
     """
 
     config: ConfigDict
@@ -84,7 +78,7 @@ class Codec:
     models: dict  # {stage: Flax module}
 
     def apply(self, stage, params, *arguments, method=None):
-        """What a stage's model gives. params: {stage: tree}. method: of the module; None for its __call__."""
+        """What a stage's model gives, by a method of the module; None is its __call__."""
         with jax.named_scope(f"{stage}_{method}" if method else stage):
             gathered = sharding.all_gather_params(params[stage], self.models[stage].dtype)
             return self.models[stage].apply({"params": gathered}, *arguments, method=method)
@@ -99,11 +93,9 @@ class Codec:
         return apply_remat(call, modes[0]) if len(modes) == 1 else call  # else by resolution, inside the model
 
     def encode(self, params, video, audio):
-        """Clips -> latents {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}.
+        """Clips, uint8 [B, F, H, W, 3] and float32 [B, N] -> latents {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}.
 
-        params: both autoencoders. With 'statistics', every channel gets mean 0 and variance 1.
-        video: uint8 [B, F, H, W, 3].
-        audio: float32 [B, N] in [-1, 1].
+        With 'statistics', every channel gets mean 0 and variance 1.
         """
         mean = {
             "video": self.apply("video_autoencoder", params, to_float(video), method="encode")[0],
@@ -115,11 +107,7 @@ class Codec:
         return {name: (mean[name] - statistics[name]["mean"]) / statistics[name]["std"] for name in mean}
 
     def decode(self, params, z):
-        """Latents -> (video uint8 [B, F, H, W, 3], audio float32 [B, N] in [-1, 1]).
-
-        params: both autoencoders and 'statistics'.
-        z: latents as `encode` gives them.
-        """
+        """Latents as `encode` gives them -> (video uint8 [B, F, H, W, 3], audio float32 [B, N] in [-1, 1])."""
         statistics = params["statistics"]
         z = {name: z[name] * statistics[name]["std"] + statistics[name]["mean"] for name in z}
         video = self.apply("video_autoencoder", params, z["video"], method="decode")
@@ -127,10 +115,7 @@ class Codec:
         return to_uint8(video), self.trim_audio(audio)
 
     def reconstruct(self, stage, params, x):
-        """x encoded and decoded by one autoencoder, from the mean of the latents: video uint8 or audio float32.
-
-        params: {stage: tree}.
-        """
+        """x encoded and decoded by one autoencoder, from the mean of the latents: video uint8 or audio float32."""
         video = stage == "video_autoencoder"
         x = to_float(x) if video else self.pad_audio(x)
         z = self.apply(stage, params, x, method="encode")[0]
@@ -138,11 +123,7 @@ class Codec:
         return to_uint8(out) if video else self.trim_audio(out)
 
     def encode_text(self, params, tokens):
-        """Tokens -> the text that the denoiser reads, {'states': [B, L, D], 'mask': bool [B, L], 'pooled': [B, D]}.
-
-        params: 'clip'.
-        tokens: int32 [B, L].
-        """
+        """int32 [B, L] -> what the denoiser reads, {'states': [B, L, D], 'mask': bool [B, L], 'pooled': [B, D]}."""
         mask = text.mask(tokens)
         return self.apply("clip", params, tokens, mask, method="encode_text") | {"mask": mask}
 
@@ -151,10 +132,9 @@ class Codec:
         return self.encode_text(params, text.encode([text.NULL_TEXT], self.config.data.text_length))
 
     def pad_audio(self, audio):
-        """[B, N] -> [B, T * f_t * samples_per_frame].
+        """[B, N] -> [B, T * f_t * samples_per_frame], with f_t - 1 video frames of silence before frame 0.
 
-        Adds f_t - 1 video frames of silence before frame 0: the first latent frame holds one video frame, but its
-        audio tokens cover the length of f_t frames.
+        The first latent frame holds one video frame, but its audio tokens cover the length of f_t frames.
         """
         return jnp.pad(audio, ((0, 0), ((self.layout.f_t - 1) * self.layout.samples_per_frame, 0)))
 

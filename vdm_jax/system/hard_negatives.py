@@ -5,7 +5,6 @@ has which direction. The loss here makes the denoiser a classifier of two captio
 caption its error must be lower than with the hard negative.
 """
 
-import functools
 import math
 import re
 import zlib
@@ -21,18 +20,11 @@ from vdm_jax import diffusion
 FIELD = "hard_negative"  # of a batch: the tokens, or the encoded text, of one hard negative per clip
 
 
-# --------------------------------------------------------------------------------------------------
-# The draw
-
-
 def swap_words(caption, groups):
-    """Returns the hard negative of a caption: two words of one group swap places.
+    """Returns the hard negative of a caption: two words of one group, such as ("left", "right"), swap places.
 
     A caption without two different words of one group gets one of its words replaced by another of the same group. A
     caption without any of the words is returned as it is. The draw depends only on the caption and the groups.
-
-    caption: a text.
-    groups: groups of words, for example (("red", "blue"), ("left", "right")).
     """
     rng = np.random.default_rng(zlib.crc32(caption.encode("utf-8", errors="replace")))
     words = re.split(r"(\W+)", caption)  # words, and the separators between them
@@ -51,15 +43,6 @@ def swap_words(caption, groups):
     return "".join(words)
 
 
-def swapper(groups):
-    """Returns a function caption -> hard negative, for data.batches.Examples. Without groups of words it is None."""
-    return functools.partial(swap_words, groups=groups) if groups else None
-
-
-# --------------------------------------------------------------------------------------------------
-# The loss
-
-
 class Pairs(NamedTuple):
     """P noised clips, each once with the right caption and once with its hard negative: 2 P rows for the network."""
 
@@ -71,23 +54,16 @@ class Pairs(NamedTuple):
     differ: jax.Array  # bool [P]: False if the hard negative is the right caption
 
 
-def first_of_every(every, rows):
-    """Returns the first row of each group of `every` rows, a tree like rows."""
-    return jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:])[:, 0], rows)  # [B / every, ...]
-
-
 def make_pairs(key, z, right, wrong, target, config):
-    """Returns the Pairs of P clips: the first half of the loss, before the network.
+    """Returns the Pairs of P = B / config.every of the clips: the first half of the loss, before the network.
 
     Both rows of a clip have the same noise and the same noise level, which is one number for all of the clip. The noise
     levels of the clips are evenly spaced over config.log_snr.
 
-    key: for noise levels and noise.
-    z: {"video": [P, T, h, w, C], "audio": [P, K*T, D]}, clean latents.
-    right, wrong: conditions, trees of arrays [P, ...]: the captions and their hard negatives.
-    target: what the network predicts, one of diffusion.TARGETS.
-    config: log_snr, (lowest, highest).
+    right, wrong: conditions, trees of arrays [B, ...]: the captions and their hard negatives.
     """
+    every = config["every"]
+    z, right, wrong = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:])[:, 0], (z, right, wrong))  # [P, ...]
     level_key, noise_key = jax.random.split(key)
     count, frames = z["video"].shape[:2]
     low, high = config["log_snr"]
@@ -97,21 +73,19 @@ def make_pairs(key, z, right, wrong, target, config):
     x = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), z)
     eps = diffusion.noise_like(noise_key, x)
     z_t = diffusion.add_noise(x, eps, log_snr)
-    leaves = zip(jax.tree.leaves(right), jax.tree.leaves(wrong))
-    differ = [jnp.any((a != b).reshape(count, -1), 1) for a, b in leaves]  # bool [P] per array of the condition
+    differ = jax.tree.map(lambda a, b: jnp.any((a != b).reshape(count, -1), 1), right, wrong)  # bool [P] per array
+
+    def interleave(a, b):  # the rows of a clip are neighbors, so that on a mesh one device has both
+        return jax.tree.map(lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]), a, b)
+
     return Pairs(
-        z_t=jax.tree.map(_interleave, z_t, z_t),
-        log_snr=jax.tree.map(_interleave, log_snr, log_snr),
-        cond=jax.tree.map(_interleave, right, wrong),
+        z_t=interleave(z_t, z_t),
+        log_snr=interleave(log_snr, log_snr),
+        cond=interleave(right, wrong),
         target=diffusion.to_target(x, eps, log_snr, target)["video"],
         error_factor=diffusion.eps_error_factor(level, target),
-        differ=jnp.any(jnp.stack(differ), 0),
+        differ=jnp.any(jnp.stack(jax.tree.leaves(differ)), 0),
     )
-
-
-def _interleave(a, b):
-    """[P, ...] twice -> [2 P, ...]. The rows of a clip are neighbors, so that on a mesh one device has both."""
-    return jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])
 
 
 def classification_loss(prediction, pairs, config):
@@ -124,10 +98,6 @@ def classification_loss(prediction, pairs, config):
 
     The first mean is over the clips whose captions differ. The metrics are `hard_negative_loss`, the first mean, and
     `hard_negative_accuracy`, the share of the same clips with logit > 0. Both are nan if no captions differ.
-
-    prediction: the network's output for the 2 P rows, a dict like pairs.z_t.
-    pairs: from `make_pairs`.
-    config: weight and anchor.
     """
     chex.assert_equal_shape([prediction["video"], pairs.z_t["video"]])
     differ = pairs.differ
@@ -142,35 +112,24 @@ def classification_loss(prediction, pairs, config):
     return loss, {"hard_negative_loss": total / differ.sum(), "hard_negative_accuracy": accuracy}
 
 
-# --------------------------------------------------------------------------------------------------
-# One network call
-
-
 def call_together(denoise_fn, rows_a, rows_b):
     """Returns the predictions for two batches, (prediction_a, prediction_b), by one call of the network.
 
-    A program with two calls takes twice as long to compile.
-
-    The call takes the rows of both batches in turns, for example 3 rows of a, 2 of b, 3 of a, 2 of b. On a mesh that
-    splits rows, each device then keeps its share of either batch.
-
-    denoise_fn: (z_t, log_snr, cond) -> prediction, trees of arrays with rows as first axis.
-    rows_a, rows_b: (z_t, log_snr, cond). The batches may differ in their number of rows.
+    A program with two calls takes twice as long to compile. The call takes the rows of both batches in turns, for
+    example 3 rows of a, 2 of b, 3 of a, 2 of b. On a mesh that splits rows, each device then keeps its share of either.
     """
-    count_a = len(jax.tree.leaves(rows_a)[0])
-    count_b = len(jax.tree.leaves(rows_b)[0])
+    count_a, count_b = (len(jax.tree.leaves(rows)[0]) for rows in (rows_a, rows_b))
     turns = math.gcd(count_a, count_b)
-    in_turn_a = count_a // turns  # rows of a in one turn
-    in_turn_both = in_turn_a + count_b // turns
+    own = count_a // turns  # rows of a in one turn
 
     def join(a, b):
         parts = [x.reshape(turns, -1, *x.shape[1:]) for x in (a, b)]  # [turns, rows in a turn, ...]
         return jnp.concatenate(parts, 1).reshape(-1, *a.shape[1:])
 
-    def part(x, start, end):
-        return x.reshape(turns, in_turn_both, *x.shape[1:])[:, start:end].reshape(-1, *x.shape[1:])
+    def part(x, rows):
+        return x.reshape(turns, -1, *x.shape[1:])[:, rows].reshape(-1, *x.shape[1:])
 
     prediction = denoise_fn(*jax.tree.map(join, rows_a, rows_b))
-    prediction_a = jax.tree.map(lambda x: part(x, 0, in_turn_a), prediction)
-    prediction_b = jax.tree.map(lambda x: part(x, in_turn_a, in_turn_both), prediction)
+    prediction_a = jax.tree.map(lambda x: part(x, slice(own)), prediction)
+    prediction_b = jax.tree.map(lambda x: part(x, slice(own, None)), prediction)
     return prediction_a, prediction_b

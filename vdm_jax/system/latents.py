@@ -25,14 +25,11 @@ ENCODING_SECONDS = 24 * 3600  # longest wait for the slowest process to encode i
 
 
 def prepare(system, workdir, examples, mesh):
-    """-> (encoder_params, items) for training the denoiser.
+    """-> (encoder_params on the mesh, items) for training the denoiser on data/batches.Examples.
 
-    examples: data/batches.Examples of the training clips.
-
-    encoder_params: {stage: EMA parameters of the three earlier stages, 'statistics': ...}, on the mesh. They have the
-        precision of exported weights, so that the denoiser is trained on what is exported with it.
-    items: `examples` itself, or with config.denoiser.cached_clips > 0 a source of that many encoded clips, kept in the
-        run's folder.
+    The encoders have the precision of exported weights, so that the denoiser fits what is exported with it. The items
+    are `examples` itself, or with config.denoiser.cached_clips > 0 that many clips as `Encoded`, kept in the run's
+    folder.
     Raises UserError where an earlier stage has no checkpoint.
     """
     encoders = [name for name in system.stages["denoiser"].encoder_params if name != "statistics"]
@@ -45,19 +42,13 @@ def prepare(system, workdir, examples, mesh):
             folder.write_statistics(path, statistics)
         hosts.barrier("statistics", ENCODING_SECONDS)
     params["statistics"] = folder.read_statistics(path)
-    items = examples
     if system.config.denoiser.cached_clips:
-        items = _cached(system, params, examples, workdir / "denoiser" / "latents")
-    return jax.device_put(params, sharding.state_shardings(params, mesh)), items
+        examples = _cached(system, params, examples, workdir / "denoiser" / "latents")
+    return jax.device_put(params, sharding.state_shardings(params, mesh)), examples
 
 
 def measure(system, params, examples):
-    """Mean and standard deviation of the latents of training clips, by channel.
-
-    It measures config.denoiser.statistics_clips clips, and more where these do not fill batches of ENCODE_BATCH.
-
-    -> {modality: {'mean' float32 [C], 'std' float32 [C]}}.
-    """
+    """{modality: {'mean', 'std'}}, float32 [C], of the latents of at least config.denoiser.statistics_clips clips."""
     count = system.config.denoiser.statistics_clips
     logger.info("measuring latent statistics on %d clips", count)
     sums = {}
@@ -75,12 +66,9 @@ def measure(system, params, examples):
 
 
 def _encoder(system, params, examples):
-    """-> encoded(first, count): yields batches of ENCODE_BATCH encoded examples.
+    """-> encoded(first, count): yields batches of ENCODE_BATCH encoded examples, from the batch of example `first` on.
 
-    It starts with the batch that holds example number `first`.
-
-    The devices of this process encode together if their number divides ENCODE_BATCH, else one device does. Other
-    processes are not waited for.
+    The devices of this process encode together if their number divides ENCODE_BATCH, else one device does.
     """
     config = system.config
     devices = jax.local_devices()
@@ -145,10 +133,9 @@ def _record(wanted):
 
 
 def _cached(system, params, examples, directory):
-    """The cache in `directory`, in half precision. If other parameters or data made it, it is made again.
+    """The Encoded clips in `directory`. If other parameters or data made them, they are made again.
 
-    Each process makes some of the files. A file appears when it is whole, so the next run makes only the
-    files that are missing.
+    Each process makes some of the files. A file appears when it is whole: the next run makes the missing ones.
     """
     mark, mark_path = _fingerprint(system.config, params), directory / "fingerprint"
     count = system.config.denoiser.cached_clips
@@ -193,16 +180,9 @@ def _write(path, encoded, record, count, progress):
 
 def _fingerprint(config, params):
     """What the cache depends on, as a hash: settings, data and parameters."""
-    digest = hashlib.sha256()
-    denoiser = config.denoiser
-    settings = [
-        CLIPS_PER_FILE,
-        config.seed,
-        denoiser.cached_clips,
-        denoiser.hard_negatives.words,
-        config.data.to_json(),
-    ]
-    digest.update(json.dumps(settings).encode())
+    denoiser, data = config.denoiser, config.data.to_json()
+    settings = [CLIPS_PER_FILE, config.seed, denoiser.cached_clips, denoiser.hard_negatives.words, data]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()

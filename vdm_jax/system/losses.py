@@ -31,20 +31,27 @@ class Stage(NamedTuple):
 
 
 def make_stages(codec):
-    """{name: Stage} of the four stages of a Codec."""
+    """{name: Stage} of the four stages of a Codec. Raises UserError for a wrong `remat`."""
     config, layout = codec.config, codec.layout
     inits = init_fns(codec.models, config, layout)
     params = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in inits.items()}
     for name in STAGES:
-        remat_modes(config, name)  # raises UserError for a wrong one
+        remat_modes(config, name)
 
-    def stage(name, loss, axes, length, preview=None, encoder_params=None):
-        side = layout.video[0]
-        shape = (1, length, side, side, 1) if axes is VIDEO_AXES else (1, length, 1)
-        words = config[name].hard_negatives.words if "hard_negatives" in config[name] else ()
-        encoders = encoder_params or {}
-        batch = abstract_clips(config, layout, config[name].batch_size, with_hard_negatives=bool(words))
-        if encoders and config[name].cached_clips:
+    def stage(name, loss, axes, length, preview, encoders):
+        settings = config[name]
+        side, latent_side = config.data.size, layout.video[0]
+        negatives = settings.get("hard_negatives", {})
+        words = negatives.get("words", ())
+        rows = settings.batch_size
+        tokens = jax.ShapeDtypeStruct((rows, config.data.text_length), jnp.int32)
+        batch = {
+            "video": jax.ShapeDtypeStruct((rows, layout.frames, side, side, 3), jnp.uint8),
+            "audio": jax.ShapeDtypeStruct((rows, layout.samples), jnp.float32),
+            "tokens": tokens,
+        }
+        batch |= {hard_negatives.FIELD: tokens} if words else {}
+        if encoders and settings.cached_clips:
             batch = jax.eval_shape(functools.partial(encode_batch, codec), encoders, batch)
             batch = jax.tree.map(lambda x: x if x.dtype == bool else x.update(dtype=jnp.float16), batch)
         return Stage(
@@ -54,50 +61,24 @@ def make_stages(codec):
             batch=batch,
             encoder_params=encoders,
             preview=preview,
-            activation=(shape, axes),
-            make_hard_negative=hard_negatives.swapper(words),
-            group=config[name].hard_negatives.every if words and "every" in config[name].hard_negatives else 1,
+            activation=((1, length, latent_side, latent_side, 1) if axes is VIDEO_AXES else (1, length, 1), axes),
+            make_hard_negative=functools.partial(hard_negatives.swap_words, groups=words) if words else None,
+            group=negatives.get("every", 1) if words else 1,
         )
 
-    tokens = layout.latent_frames * layout.audio[0]
-    encoders = {name: params[name] for name in STAGES[:3]} | {"statistics": abstract_statistics(layout)}
-    return {
-        "video_autoencoder": stage(
-            "video_autoencoder",
-            video_autoencoder_loss,
-            VIDEO_AXES,
-            layout.frames,
-            previews.reconstruction(codec, "video"),
-        ),
-        "audio_autoencoder": stage(
-            "audio_autoencoder", audio_autoencoder_loss, AUDIO_AXES, tokens, previews.reconstruction(codec, "audio")
-        ),
-        "clip": stage("clip", clip_loss, VIDEO_AXES, layout.frames),
-        "denoiser": stage(
-            "denoiser", denoiser_loss, VIDEO_AXES, layout.latent_frames, previews.samples(codec), encoders
-        ),
-    }
-
-
-def abstract_clips(config, layout, rows, with_hard_negatives=False):
-    """`rows` training examples that are not encoded yet, as ShapeDtypeStructs; see data/batches.Examples."""
-    side = config.data.size
-    tokens = jax.ShapeDtypeStruct((rows, config.data.text_length), jnp.int32)
-    clips = {
-        "video": jax.ShapeDtypeStruct((rows, layout.frames, side, side, 3), jnp.uint8),
-        "audio": jax.ShapeDtypeStruct((rows, layout.samples), jnp.float32),
-        "tokens": tokens,
-    }
-    return clips | ({hard_negatives.FIELD: tokens} if with_hard_negatives else {})
-
-
-def abstract_statistics(layout):
-    """Mean and standard deviation of the latents, {modality: {'mean' [C], 'std' [C]}}, as ShapeDtypeStructs."""
+    audio_tokens = layout.latent_frames * layout.audio[0]
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
-    return {m: {"mean": x, "std": x} for m, x in channels.items()}
-
-
-# ---------------------------------------------------------------------------------------------------- autoencoders
+    encoders = {name: params[name] for name in STAGES[:3]}
+    encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
+    remade = {m: previews.reconstruction(codec, m) for m in ("video", "audio")}
+    samples = previews.samples(codec)
+    stages = (
+        ("video_autoencoder", video_autoencoder_loss, VIDEO_AXES, layout.frames, remade["video"], {}),
+        ("audio_autoencoder", audio_autoencoder_loss, AUDIO_AXES, audio_tokens, remade["audio"], {}),
+        ("clip", clip_loss, VIDEO_AXES, layout.frames, None, {}),
+        ("denoiser", denoiser_loss, VIDEO_AXES, layout.latent_frames, samples, encoders),
+    )
+    return {name: stage(name, *rest) for name, *rest in stages}
 
 
 def video_autoencoder_loss(codec, params, key, batch, encoder_params):
@@ -129,10 +110,9 @@ def kl_divergence(mean, log_variance):
 
 
 def stft_distance(a, b, window):
-    """Spectral convergence plus L1 of log magnitudes (arXiv:1910.11480, eq. 4 and 5), hops of window / 4.
+    """Spectral convergence plus L1 of log magnitudes (arXiv:1910.11480, eq. 4 and 5), hops of window / 4 samples.
 
     a, b: sounds [B, N]; b is the true one.
-    window: samples.
     """
     a, b = _magnitudes(a, window), _magnitudes(b, window)
     floor = 1e-7 * b.size  # a mean power of 1e-7 (-70 dB), so that silence does not make the divisor zero
@@ -150,9 +130,6 @@ def _magnitudes(audio, window):
     spectrum = jnp.fft.rfft(windows * hann)  # [B, frames, window/2 + 1]
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
     return jnp.sqrt(power + 1e-12) * (2 / hann.sum())  # a sine of full scale has magnitude 1
-
-
-# ------------------------------------------------------------------------------------------------------------ text
 
 
 def clip_loss(codec, params, key, batch, encoder_params):
@@ -180,32 +157,19 @@ def clip_loss(codec, params, key, batch, encoder_params):
 
 
 def drop_text(key, words, null, share):
-    """The text, replaced by the null text in some rows: guidance needs one network that predicts with and without text.
-
-    key: decides in which rows.
-    words: text of batch size B, as Codec.encode_text gives it.
-    null: text of batch size 1.
-    share: chance of a row to be replaced.
-    """
-    batch = words["pooled"].shape[0]
-    dropped = jax.random.uniform(key, (batch,)) < share
+    """The text, replaced in a share of the rows by the null text, of batch size 1. Guidance by the text needs both."""
+    dropped = jax.random.uniform(key, words["pooled"].shape[:1]) < share  # [B]
 
     def choose(empty, full):
         return jnp.where(dropped.reshape(-1, *(1,) * (full.ndim - 1)), empty, full)
 
-    null = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), null)
     return jax.tree.map(choose, null, words)
-
-
-# -------------------------------------------------------------------------------------------------------- denoiser
 
 
 def encode_batch(codec, encoder_params, batch):
     """What the denoiser trains on, of a batch of clips: {'z': latents, 'text': text[, 'hard_negative': text]}."""
-    texts = {"text": batch["tokens"]} | (
-        {hard_negatives.FIELD: batch[hard_negatives.FIELD]} if hard_negatives.FIELD in batch else {}
-    )
-    encoded = {name: codec.encode_text(encoder_params, tokens) for name, tokens in texts.items()}
+    texts = {"text": "tokens", hard_negatives.FIELD: hard_negatives.FIELD}
+    encoded = {name: codec.encode_text(encoder_params, batch[x]) for name, x in texts.items() if x in batch}
     return encoded | {"z": codec.encode(encoder_params, batch["video"], batch["audio"])}
 
 
@@ -221,17 +185,16 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
         batch = jax.lax.stop_gradient(encode_batch(codec, encoder_params, batch))
     z, words = batch["z"], batch["text"]
     drop_key, key = jax.random.split(key)
-    null = codec.encode_null_text(encoder_params)
-    cond = drop_text(drop_key, words, null, settings.text_dropout)
+    cond = drop_text(drop_key, words, codec.encode_null_text(encoder_params), settings.text_dropout)
     denoise_fn = functools.partial(codec.apply_fn("denoiser"), params)
     if hard_negatives.FIELD not in batch:
         loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
         return loss, {"loss": loss, **metrics}
 
     # The hard negatives share the network call.
-    pair_inputs = hard_negatives.first_of_every(settings.hard_negatives.every, (z, words, batch[hard_negatives.FIELD]))
     pair_key = jax.random.fold_in(key, 1)
-    pairs = hard_negatives.make_pairs(pair_key, *pair_inputs, settings.diffusion.target, settings.hard_negatives)
+    wrong = batch[hard_negatives.FIELD]
+    pairs = hard_negatives.make_pairs(pair_key, z, words, wrong, settings.diffusion.target, settings.hard_negatives)
     noised = diffusion.corrupt(key, z, settings.diffusion)
     prediction, pair_prediction = hard_negatives.call_together(
         denoise_fn, (noised.z_t, noised.log_snr, cond), (pairs.z_t, pairs.log_snr, pairs.cond)

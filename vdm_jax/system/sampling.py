@@ -22,8 +22,8 @@ BATCH = 8  # prompts sampled at once
 class Sampler:
     """Samples with the models of a Codec; compiles once for each shape and each set of static arguments.
 
-    `program` is the jitted function. Compiled programs are kept, so a second call of the same shape starts at once.
-    If a mesh is set, clips are split over its axes `data` and `fsdp`, and every process gets all clips.
+    `program` is the jitted function. If a mesh is set, clips are split over its axes `data` and `fsdp`, and every
+    process gets all clips.
     """
 
     def __init__(self, codec):
@@ -37,12 +37,12 @@ class Sampler:
     def __call__(self, params, prompts, *, seed=0, window=0, frames=None, context=None, **options):
         """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]) for P prompts, as NumPy arrays.
 
-        params: {stage: parameters of all stages, 'statistics': ...}.
-        prompts: P texts. Prompt i draws its noise from (seed, window, i), whatever the batch.
+        Prompt i draws its noise from (seed, window, i), whatever the batch.
+
         window: number of the window of a long clip.
         frames: video frames, 1 + f_t * n; None: as in training.
-        context: tasks.Context of clips of that length, for P clips or for one that all share; None: no context.
-            Context frames in the result are the autoencoder's reconstruction, not the original pixels.
+        context: tasks.Context of clips of that length; None: no context. Context frames in the result are the
+            autoencoder's reconstruction, not the original pixels.
         options: settings of config.sample (steps, method, guidance, ...); None leaves a setting as it is.
         Raises UserError where these do not fit.
         """
@@ -55,18 +55,16 @@ class Sampler:
         def rows(start):
             # The last prompt fills up the last batch.
             numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
-            context = {name: x[numbers] if len(x) > 1 else x for name, x in clean.items()}
-            return dict(key=key, numbers=numbers, tokens=tokens[numbers], clean=context, **arrays)
+            own = {name: x[numbers] if len(x) > 1 else x for name, x in clean.items()}
+            return dict(key=key, numbers=numbers, tokens=tokens[numbers], clean=own, **arrays)
 
         program = self._compile(params, rows(0), static)
         made = []
         with progress("sampling", len(prompts), "clip") as advance:
             for start in range(0, len(prompts), batch):
-                video, audio = program(params, **rows(start))
-                keep = min(batch, len(prompts) - start)
-                made.append((np.asarray(video)[:keep], np.asarray(audio)[:keep]))
-                advance(keep)
-        return tuple(np.concatenate(parts) for parts in zip(*made, strict=True))
+                made.append(jax.tree.map(np.asarray, program(params, **rows(start))))
+                advance(min(batch, len(prompts) - start))
+        return tuple(np.concatenate(parts)[: len(prompts)] for parts in zip(*made, strict=True))
 
     def _compile(self, params, arrays, static):
         """`program`, compiled for these shapes and static arguments, or the compiled program of an earlier call."""
@@ -90,42 +88,28 @@ class Sampler:
         context = context or tasks.text(layout)
         masks = context.masks
         clean = self._context_latents(params, context, layout)
-
-        weights = settings["guidance"]
+        guidance = settings["guidance"]
         continued = all(mask[:2].all() for mask in masks.values())  # two frames of both show what moves
-        text_weight = weights["text"]
-        if continued:
-            text_weight = weights["text_continue"]
-        elif any(mask.all() for mask in masks.values()):
-            text_weight = weights["text_cross_modal"]
+        cross_modal = any(mask.all() for mask in masks.values())
+        text_weight = guidance["text_continue" if continued else "text_cross_modal" if cross_modal else "text"]
+        weights = {"text": text_weight, "rescale": settings["rescale"]}
+        weights |= {name: guidance[name] for name in ("history", "modality")}
         levels = tasks.scheduling_matrix(
             settings["steps"],
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            lag=settings["lag"],
-            spacing=settings["spacing"],
-            context_noise=settings["context_noise"],
             first_step_times=settings["first_step_times"] if continued else (),
+            **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
-        arrays = dict(
-            clean=clean,
-            masks=masks,
-            levels=levels,
-            weights={
-                "text": float(text_weight),
-                "history": float(weights["history"]),
-                "modality": float(weights["modality"]),
-                "rescale": float(settings["rescale"]),
-            },
-        )
+        weights = {name: float(weight) for name, weight in weights.items()}
+        arrays = dict(clean=clean, masks=masks, levels=levels, weights=weights)
         has_context = any(mask.any() for mask in masks.values())
-        # Each guidance makes every network call larger, so those that add nothing are left out.
-        guides = (text_weight != 1, has_context and weights["history"] != 1, weights["modality"] != 1)
         return arrays, dict(
             method=settings["method"],
             interval=tuple(settings["interval"]),
-            guides=guides,
+            # Each guidance makes every network call larger, so those that add nothing are left out.
+            guides=(text_weight != 1, has_context and guidance["history"] != 1, guidance["modality"] != 1),
             history_noise=float(settings["history_noise"]),
         )
 
@@ -146,9 +130,9 @@ class Sampler:
 
 
 def resolve(defaults, options):
-    """config.sample with `options` in place of its values. Raises UserError for an unknown name or a bad value.
+    """config.sample with `options` in place of its values. None leaves a value; a number for guidance is the text's.
 
-    options: {name: value}. `guidance` is a dict of weights, or a number, the weight of the text.
+    Raises UserError for an unknown name or a bad value.
     """
     for name in options:
         one_of("option", name, tuple(defaults))
@@ -174,15 +158,10 @@ def sample(
 ):
     """-> (video uint8 [B, F, H, W, 3], audio float32 [B, N]). Pure; to be jitted.
 
-    codec: a Codec.
-    params: {stage: parameters of all stages, 'statistics': ...}.
-    key, numbers: the noise of row i is drawn from (key, numbers[i]); numbers int [B].
-    tokens: int32 [B, L].
+    numbers: int [B]; the noise of row i is drawn from (key, numbers[i]).
     clean: latents of the context frames, {modality: [B or 1, ...]}.
-    masks: {modality: bool [T]}, True in context frames.
-    levels: scheduling matrix {modality: [N+1, T]}, log SNR.
+    masks, levels: bool [T] and log_snr [N+1, T] per modality; see tasks.py.
     weights: of guidance, {'text', 'history', 'modality'}, and 'rescale'.
-    method, interval, history_noise: as in config.sample.
     guides: three bools: whether the text, the context frames and the other modality guide.
     """
     noise_key, sampler_key = jax.random.split(key)
@@ -193,22 +172,16 @@ def sample(
     clean = {name: jnp.broadcast_to(x, (len(numbers), *x.shape[1:])) for name, x in clean.items()}
     is_context = {name: broadcast_to_latent(masks[name][None], x) for name, x in clean.items()}
     noise, second_noise = (draw_noise(noise_key, numbers, shapes, which) for which in (0, 1))
-    first = {name: levels[name][:1] for name in shapes}  # [1, T]
-    exact = {name: broadcast_to_latent(first[name] >= settings.log_snr_max, clean[name]) for name in shapes}
-    noised = add_noise(
-        clean, second_noise, {name: jnp.broadcast_to(x, (len(numbers), x.shape[1])) for name, x in first.items()}
-    )
-    context = {name: jnp.where(exact[name], clean[name], noised[name]) for name in shapes}
-    z = {name: jnp.where(is_context[name], context[name], noise[name]) for name in shapes}
+    start = {name: jnp.broadcast_to(levels[name][:1], (len(numbers), levels[name].shape[1])) for name in shapes}
+    is_clean = {name: broadcast_to_latent(start[name] >= settings.log_snr_max, clean[name]) for name in shapes}
+    noised = add_noise(clean, second_noise, start)
+    where = functools.partial(jax.tree.map, jnp.where)
+    z = where(is_context, where(is_clean, clean, noised), noise)
     z = {"video": constrain(z["video"], *VIDEO_AXES), "audio": constrain(z["audio"], *AUDIO_AXES)}
 
     # 2. The denoiser, guided.
     model = codec.models["denoiser"]
-    gathered = sharding.all_gather_params(params["denoiser"], model.dtype)
-
-    def denoise_fn(z, log_snr, cond):
-        return model.apply({"params": gathered}, z, log_snr, cond)
-
+    denoise_fn = functools.partial(model.apply, {"params": sharding.all_gather_params(params["denoiser"], model.dtype)})
     cond = codec.encode_text(params, tokens)
     terms = []
     if guides[0]:
@@ -223,21 +196,17 @@ def sample(
     # always has the same first number and the same row. So the noise that ddpm adds depends only on (key, number), too.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
-    z = {name: jnp.where(is_context[name], clean[name], z[name]) for name in z}
+    z = where(is_context, clean, z)
     return sharding.replicate(codec.decode(params, z))
 
 
 def draw_noise(key, numbers, shapes, which):
-    """Standard normal noise {name: [B, *shapes[name]]} for clips `numbers` [B].
-
-    which: 0 or 1; tells two draws of one clip apart.
-    """
+    """Standard normal noise {name: [B, *shapes[name]]} for clips `numbers` [B]; `which` of 0 and 1: two draws each."""
 
     def draw(number, name):
         place = 2 * which + sorted(shapes).index(name)
         clip_key = jax.random.fold_in(jax.random.fold_in(key, number), place)
-        # Drawn with one axis and then reshaped, which gives the same numbers and compiles faster; see
-        # diffusion.noise_like.
+        # One axis, reshaped, gives the same numbers and compiles faster; see diffusion.noise_like.
         return jax.random.normal(clip_key, (math.prod(shapes[name]),)).reshape(shapes[name])
 
     return {name: jax.vmap(lambda number, name=name: draw(number, name))(numbers) for name in shapes}
