@@ -73,6 +73,7 @@ def get_config():
     def optimizer(**different):
         base = dict(
             steps=2000,  # of the whole stage
+            phases=(),  # parts of the training with settings of their own, see system/phases.py; () for one part
             batch_size=16,  # clips, over all devices
             accumulate=1,  # parts of a batch, whose gradients are computed one after the other
             remat="none",  # what the backward pass computes again: "none", "pointwise" or "blocks"; models/layers.py

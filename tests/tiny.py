@@ -2,8 +2,9 @@
 
     python -m vdm_jax.train --config=tests/tiny.py --workdir=DIR
     python -m vdm_jax.train --config=tests/tiny.py:hard_negatives --workdir=DIR
+    python -m vdm_jax.train --config=tests/tiny.py:phases --workdir=DIR
 
-In the second the denoiser tells captions from hard negatives, too.
+In the second the denoiser has hard negatives, too. In the third it has two phases.
 """
 
 from configs import common
@@ -44,6 +45,11 @@ def get_config(more=None):
     denoiser.update(cached_clips=32, statistics_clips=32)
     denoiser.hard_negatives.words = (captions.DIRECTIONS,) if more == "hard_negatives" else ()
     denoiser.hard_negatives.every = 1
+    if more == "phases":
+        denoiser.phases = (
+            {"share": 0.5, "data.frames": 3, "denoiser.batch_size": 2},
+            {"share": 0.5, "denoiser.learning_rate": 1e-3, "denoiser.diffusion.patterns.text": 0.5},
+        )
     # Time halves once, so T = 3 is odd there.
     denoiser.model.update(
         channels=(16, 16), blocks=(1, 0), attention=(False, False), cross_modal=(False, False), time_strides=(2,)

@@ -3,7 +3,8 @@
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
-run after the current step, with a checkpoint and exit code 0. A second signal ends it at once.
+run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. A stage may have phases,
+with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -19,8 +20,9 @@ from vdm_jax.errors import UserError
 from vdm_jax.metrics import figures
 from vdm_jax.run import checkpoint, cli, folder, hosts, preemption, profiling, storage
 from vdm_jax.run.log import RunLog, Watch
-from vdm_jax.system import System, build, latents
+from vdm_jax.system import build, latents
 from vdm_jax.system.layout import STAGES
+from vdm_jax.system.phases import first_params, phases
 
 logger = logging.getLogger("vdm_jax")
 
@@ -30,10 +32,10 @@ PREVIEWED = 4  # held-out clips that previews show
 class Run(NamedTuple):
     """What all stages of a run share."""
 
-    system: System
     workdir: Any  # epath.Path
     mesh: jax.sharding.Mesh
-    source: Any  # data source of training clips
+    plan: dict  # {stage: its Phases}
+    sources: dict  # {System: data source of its training clips}
     stop: preemption.Stop  # stop(step) -> whether a signal asks the run to end
     alive: Any  # alive(what) tells the watchdog what was just done; alive(None) ends the watch
     trace_span: tuple | None  # first and last step to trace
@@ -52,8 +54,11 @@ def main(argv):
 
     names = STAGES if options.stage == "all" else (options.stage,)
     system = build(config)
-    mesh = checked_mesh(system, names)
-    source = batches.source(config)  # wrong settings end the run before anything is written
+    # Wrong settings end the run before anything is written.
+    plan = {name: phases(system, name) for name in names}
+    mesh = sharding.make_mesh(config.mesh)
+    check(config, mesh, plan)
+    sources = {phase.system: batches.source(phase.system.config) for stage in plan.values() for phase in stage}
     alive = hosts.watchdog(config.watchdog_seconds)
     with (
         folder.exclusive_lock(workdir),
@@ -63,32 +68,34 @@ def main(argv):
     ):
         folder.write_config(workdir, config, STAGES)
         logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
-        run = Run(system, workdir, mesh, source, stop, alive, span)
+        run = Run(workdir, mesh, plan, sources, stop, alive, span)
         for name in names:
             with folder.explain_disk_faults(workdir, name):
-                if not train_stage(run, name):
+                if not all(train_phase(run, name, phase) for phase in plan[name]):
                     break
 
 
-def checked_mesh(system, names):
-    """The mesh for training the stages `names`. Raises UserError where settings do not fit."""
-    config = system.config
-    mesh = sharding.make_mesh(config.mesh)
-    counts = {f"{name}.steps": config[name].steps for name in names}
+def check(config, mesh, plan):
+    """Raises UserError where settings do not fit.
+
+    plan: {stage: its Phases}.
+    """
+    counts = {f"{name}.steps": config[name].steps for name in plan}
     counts |= {key: config[key] for key in ("checkpoint_every", "log_every")}
     counts["skip.stop_after"] = config.skip.stop_after
     for key, value in counts.items():
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
-    for name in names:
-        system.check_batch(mesh, name)
-    system.check_mesh(mesh, names)
-    return mesh
+    for name, stage_phases in plan.items():
+        for phase in stage_phases:
+            phase.system.check_batch(mesh, name)
+            phase.system.check_mesh(mesh, [name])
 
 
-def train_stage(run, name):
-    """Trains one stage. -> True if the run should go on to the next stage; False if a signal asks it to end."""
-    config, settings, stage = run.system.config, run.system.config[name], run.system.stages[name]
+def train_phase(run, name, phase):
+    """Trains one phase of a stage. -> True if the run should go on; False if a signal asks it to end."""
+    system = phase.system
+    config, settings, stage = system.config, system.config[name], system.stages[name]
     directory = run.workdir / name
     directory.mkdir(parents=True, exist_ok=True)
     watch = Watch()
@@ -98,42 +105,52 @@ def train_stage(run, name):
     # 1. The state, as shapes only. A large model leaves no room for an initialized state beside a restored one.
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     step_key = jax.device_put(step_key, sharding.replicated(run.mesh))
-    program = train_state.program(stage, settings, init_key, run.mesh, config.skip.loss_over_mean)
+    program = train_state.program(stage, settings, init_key, run.mesh, config.skip.loss_over_mean, phase.start)
     # 2. Damaged checkpoints are moved aside before the newest one is looked for.
     checkpoint.quarantine_damaged(directory / "checkpoints")
     checkpoints = checkpoint.manager(directory / "checkpoints", **config.keep)
     newest = checkpoints.latest_step()  # None: no checkpoint; 0: imported weights, not trained here yet
     done = newest or 0
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(stage.params))
-    logger.info("%s: %.2f M parameters, %d of %d steps done", name, parameters / 1e6, done, settings.steps)
+    logger.info("%s: %.2f M parameters, %d of %d steps done", phase.title, parameters / 1e6, done, phase.stop)
     for line in sharding.table(stage.params, run.mesh.shape) if run.mesh.size > 1 else ():
         logger.info("  %s", line)
-    if done >= settings.steps:
+    if done >= phase.stop:
         checkpoints.close()
         return True
     # 3. Data: clips, or clips that the earlier stages have encoded.
-    encoder_params, items = {}, batches.Examples(run.source, config.data.text_length, stage.make_hard_negative)
+    encoder_params, items = {}, batches.Examples(run.sources[system], config.data.text_length, stage.make_hard_negative)
     if stage.encoder_params:
-        encoder_params, items = latents.prepare(run.system, run.workdir, items, run.mesh)
+        encoder_params, items = latents.prepare(system, run.workdir, items, run.mesh)
     batch_sharding = sharding.batch_sharding(run.mesh)
     order = dict(batch_size=settings.batch_size, seed=config.seed)  # decides which clip is in which batch
     rows = sharding.local_rows(batch_sharding, settings.batch_size)
     data = batches.batches(items, **order, rows=rows, start=done, data=config.data)
-    # 4. The state itself: initialized at random, or restored directly onto the mesh.
-    state = program.init() if newest is None else checkpoint.restore(checkpoints, program.abstract)
+    # 4. The state itself: initialized at random, begun from the phase before, or restored directly onto the mesh.
+    if newest is None:
+        state = program.init()
+    elif 0 < done == phase.start:
+        before = run.plan[name][phase.number - 2].system.params[name]
+        params = first_params(folder.read_params(run.workdir, name, before)[0], stage.params)
+        state = program.begin(jax.device_put(params, sharding.state_shardings(params, run.mesh)))
+    else:
+        state = checkpoint.restore(checkpoints, program.abstract)
     # 5. The step is compiled before the first batch is read, and by all processes before any of them runs it.
     #    In the record of compile times, the number of parameters tells models apart.
-    with watch("compiling"), profiling.compiling(f"the training step of {name}", key=parameters):
+    with watch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameters):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
-    run.alive(f"compiling the step of {name}")  # the watchdog begins only now: a compile may take any time
+    run.alive(f"compiling the step of {phase.title}")  # the watchdog begins only now: a compile may take any time
 
     # --------------------------------------------------------------------------------------------------------- loop
-    show_preview = previewer(run, name)
+    show_preview = previewer(run, name, system)
     log = RunLog(
         name,
+        phase.title,
+        phase.number,
         directory,
-        steps=settings.steps,
+        steps=run.plan[name][-1].stop,
+        stop=phase.stop,
         done=done,
         saved=newest,
         watch=watch,
@@ -154,9 +171,9 @@ def train_stage(run, name):
             state, metrics = step_fn(state, step_key, batch, encoder_params)
         log.add(metrics)
         trace(number, metrics)
-        run.alive(f"step {number} of {name}")
+        run.alive(f"step {number} of {phase.title}")
         stopped = run.stop(number)
-        last = stopped or number == settings.steps
+        last = stopped or number == phase.stop
         save_due = save_due or last or number % config.checkpoint_every == 0
         if save_due or number % config.log_every == 0:  # before each save, so that a resumed run has all lines
             log.write(number, flush=save_due)
@@ -177,24 +194,24 @@ def train_stage(run, name):
     run.stop.stepping = False
     log.close()
     if stopped:
-        logger.info("%s: stopped at step %d, saved; the same command continues from there", name, number)
+        logger.info("%s: stopped at step %d, saved; the same command continues from there", phase.title, number)
     return not stopped and run.stop.signal is None
 
 
-def previewer(run, name):
+def previewer(run, name, system):
     """Returns show(params, encoder_params, step), or None if there is nothing to preview.
 
     show writes <step>.png (and .mp4) to the stage's folder `previews`.
 
     All processes call it: they compute together, and the first one writes.
     """
-    preview = run.system.stages[name].preview
-    if not preview or not run.system.config.preview_every:
+    preview = system.stages[name].preview
+    if not preview or not system.config.preview_every:
         return None
-    data = run.system.config.data
+    data = system.config.data
     directory = run.workdir / name / "previews"
     directory.mkdir(parents=True, exist_ok=True)
-    held_out = batches.source(run.system.config, "held_out")
+    held_out = batches.source(system.config, "held_out")
     items = [held_out[i] for i in range(PREVIEWED)]
     captions = [item["caption"] for item in items]
     clips = {part: np.stack([item[part] for item in items]) for part in ("video", "audio")}

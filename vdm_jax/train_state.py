@@ -12,14 +12,15 @@ from vdm_jax import optim, sharding
 LOSS_DECAY = 0.98  # decay a step of the moving average of the loss
 
 
-def create(params, config):
-    """Returns the state before the first step.
+def create(params, config, step=0):
+    """Returns the state before the first step, or before the first step of a phase.
 
     params: tree of parameters.
     config: the settings of a stage, such as config.clip.
+    step: number of steps done.
     """
     return {
-        "step": jnp.zeros((), jnp.int32),
+        "step": jnp.full((), step, jnp.int32),
         "params": params,
         "opt": optim.optimizer(config).init(params),
         "ema": jax.tree.map(jnp.copy, params),
@@ -27,12 +28,13 @@ def create(params, config):
     }
 
 
-def make_step(loss_fn, config, loss_over_mean=0.0):
+def make_step(loss_fn, config, loss_over_mean=0.0, start=0):
     """Returns step(state, key, batch, encoder_params) -> (state, metrics).
 
     loss_fn: loss_fn(params, key, batch, encoder_params) -> (scalar, metrics).
     config: the settings of a stage.
     loss_over_mean: see below; 0 for any loss.
+    start: number of steps before the phase; the learning rate and the EMA count from there.
 
     A step folds its number into `key`. So a resumed run draws the same random numbers as an uninterrupted one.
 
@@ -47,14 +49,14 @@ def make_step(loss_fn, config, loss_over_mean=0.0):
         grads, metrics = gradients(state["params"], key, batch, encoder_params)
         updates, opt = jax.named_scope("optimizer")(optimizer.update)(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        ema = optim.update_ema(state["ema"], params, state["step"], config.ema)
+        ema = optim.update_ema(state["ema"], params, state["step"] - start, config.ema)
         loss, norm, mean = metrics["loss"], optax.tree.norm(grads), state["loss_mean"]
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         if loss_over_mean:
             good &= ~(loss > loss_over_mean * mean)  # false for the mean before the first step, which is nan
         metrics |= {
             "grad_norm": norm,
-            "learning_rate": jnp.asarray(optim.schedule(config)(state["step"])),
+            "learning_rate": jnp.asarray(optim.schedule(config)(state["step"] - start)),
             "skipped": 1.0 - good,
         }
         mean = jnp.where(jnp.isnan(mean), loss, LOSS_DECAY * mean + (1 - LOSS_DECAY) * loss)
@@ -95,29 +97,34 @@ class Program(NamedTuple):
     """A stage's training on a mesh. Nothing is compiled or run yet."""
 
     init: Callable  # init() -> state; jitted and sharded
+    begin: Callable  # begin(params) -> state before the first step of a phase; jitted and sharded
     step: Callable  # step(state, key, batch, encoder_params) -> (state, metrics); jitted, sharded, donates the state
     abstract: Any  # the state as ShapeDtypeStructs with shardings
 
 
-def program(stage, config, key, mesh, loss_over_mean):
+def program(stage, config, key, mesh, loss_over_mean, start=0):
     """Returns the Program of a stage.
 
     stage: its record, with init(key) -> params and the loss_fn of `make_step` as `loss`.
     config: its settings.
     key: for the initial parameters.
     mesh: see sharding.make_mesh.
-    loss_over_mean: see `make_step`.
+    loss_over_mean, start: see `make_step`.
     """
 
     def init():
         return create(stage.init(key), config)
 
+    def begin(params):
+        return create(params, config, start)
+
     abstract = jax.eval_shape(init)
     shardings = sharding.state_shardings(abstract, mesh)
     return Program(
         init=jax.jit(init, out_shardings=shardings),
+        begin=jax.jit(begin, out_shardings=shardings),
         step=jax.jit(
-            make_step(stage.loss, config, loss_over_mean),
+            make_step(stage.loss, config, loss_over_mean, start),
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(mesh)),
         ),

@@ -226,6 +226,11 @@ def write_exported(folder, weights):
     checksums.write(folder)
 
 
+def as_exported(params):
+    """Returns NumPy parameters, float32, with the values that `write_safetensors` keeps."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), params)
+
+
 def write_safetensors(path, params, step):
     """Writes parameters in half precision under flat names 'a/b/c', and the step that they are from as metadata."""
     flat = {name: np.asarray(x, np.float16) for name, x in named_leaves(params).items()}

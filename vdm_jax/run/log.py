@@ -38,8 +38,11 @@ class RunLog:
     """
 
     stage: str
+    title: str  # of the stage, or of a phase of it, for the user
+    phase: int
     directory: Path  # of the stage, for metrics.jsonl and events; heartbeat.json is in the folder above
-    steps: int
+    steps: int  # of the stage
+    stop: int  # number of the last step to do
     done: int  # how many of the steps an earlier start did
     saved: int | None  # step of the newest checkpoint
     watch: "Watch"  # began with the stage
@@ -49,8 +52,8 @@ class RunLog:
     finish: Callable  # finish() waits for the current save; called before that error
 
     def __post_init__(self):
-        left = range(self.done + 1, self.steps + 1)
-        self.numbers = tqdm(left, self.stage, self.steps, initial=self.done, disable=None, unit="step")
+        left = range(self.done + 1, self.stop + 1)
+        self.numbers = tqdm(left, self.title, self.steps, initial=self.done, disable=None, unit="step")
         self.metrics = MetricsLog(self.directory, self.done) if hosts.is_primary() else None
         self.history = []  # metrics of the steps since the last log boundary, on the device
         self.losses = []  # (mean loss, number of steps) for each log boundary since the last save
@@ -72,7 +75,7 @@ class RunLog:
         if counted := len(self.history) - len(skipped):
             self.losses.append((means["loss"], counted))
         means |= self.watch.lap(len(self.history))
-        means["goodput"] = self.watch.goodput()
+        means |= {"goodput": self.watch.goodput(), "phase": self.phase}
         self.history = []
         if self.metrics:
             self.metrics.write(number, self.stage, means)
@@ -93,7 +96,7 @@ class RunLog:
             left = tqdm.format_interval((self.steps - number) * means["step_seconds"])
             logger.info(
                 "%s %d/%d loss %s  %.0f ms/step, %s of it waiting for data  %d skipped  saved %s  %s left",
-                self.stage, number, self.steps, loss, 1e3 * means["step_seconds"], waiting, self.metrics.skipped,
+                self.title, number, self.steps, loss, 1e3 * means["step_seconds"], waiting, self.metrics.skipped,
                 saved, left,
             )  # fmt: skip
 
@@ -131,8 +134,8 @@ class RunLog:
         if self.metrics and (last or time.monotonic() - self.last_beat > self.heartbeat_every):
             self.last_beat = time.monotonic()
             beat = dict(
-                time=time.time(), process=os.getpid(), stage=self.stage, step=number, steps=self.steps,
-                saved=self.saved, skipped=self.metrics.skipped, goodput=self.watch.goodput(),
+                time=time.time(), process=os.getpid(), stage=self.stage, phase=self.phase, step=number,
+                steps=self.steps, saved=self.saved, skipped=self.metrics.skipped, goodput=self.watch.goodput(),
             )  # fmt: skip
             storage.replace(self.directory.parent / "heartbeat.json", json.dumps(beat) + "\n")
 

@@ -27,12 +27,14 @@ ENCODING_SECONDS = 24 * 3600  # longest wait for the slowest process to encode i
 def prepare(system, workdir, examples, mesh):
     """-> (encoder_params on the mesh, items) for training the denoiser on data/batches.Examples.
 
-    The items are `examples` itself, or with config.denoiser.cached_clips > 0 that many clips as `Encoded`, kept in the
-    run's folder.
+    The encoders have the precision of exported weights, so that the denoiser fits what is exported with it. The items
+    are `examples` itself, or with config.denoiser.cached_clips > 0 that many clips as `Encoded`, kept in the run's
+    folder.
     Raises UserError where an earlier stage has no checkpoint.
     """
     encoders = [name for name in system.stages["denoiser"].encoder_params if name != "statistics"]
     params = {name: folder.read_params(workdir, name, system.params[name])[0] for name in encoders}
+    params = folder.as_exported(params)
     path = workdir / "denoiser" / "statistics.json"
     if not hosts.broadcast_from_primary(path.exists()):
         statistics = measure(system, params, examples)

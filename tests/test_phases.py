@@ -1,0 +1,106 @@
+"""Phases of a stage: shares become steps, and a run may move to another machine between two phases."""
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.helpers import digest, final_state
+from vdm_jax import train, weights
+from vdm_jax.errors import UserError
+from vdm_jax.run import folder
+from vdm_jax.system import build
+from vdm_jax.system.phases import first_params, phases
+
+CONFIG = "--config=tests/tiny.py:phases"
+
+
+def with_phases(*parts, steps=10):
+    config = tiny.get_config()
+    config.denoiser.update(phases=parts, steps=steps)
+    return build(config)
+
+
+def test_shares_become_steps_and_settings():
+    system = with_phases({"share": 0.25, "data.size": 8}, {"share": 0.75, "denoiser.diffusion.patterns.text": 1.0})
+    first, second = phases(system, "denoiser")
+    assert first[:4] == (1, "denoiser, phase 1 of 2", 0, 2)
+    assert second[:4] == (2, "denoiser, phase 2 of 2", 2, 10)
+    assert [phase.system.config.denoiser.steps for phase in (first, second)] == [2, 8]
+    assert (first.system.config.data.size, second.system.config.data.size) == (8, 16)
+    assert second.system.config.denoiser.diffusion.patterns.text == 1.0
+    assert system.config.denoiser.diffusion.patterns.text == 0.6  # the recipe itself is as it was
+
+
+def test_a_stage_without_phases_is_one_phase():
+    system = build(tiny.get_config())
+    assert phases(system, "clip") == [(1, "clip", 0, 8, system)]
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        (({"share": 0.5}, {"share": 0.4}), "have the shares [0.5, 0.4]: each must be above 0, and their sum must be 1"),
+        (({"share": 1.0}, {}), "have the shares [1.0, 0]"),
+        (({"share": 0.01}, {"share": 0.99}), "denoiser.steps=10 leave no step for phase 1 of 2"),
+        (({"share": 1, "denoiser.lerning_rate": 1.0},), "did you mean 'denoiser.learning_rate'?"),
+        (({"share": 1, "denoiser.model.patch": 2},), "phase 1 cannot set 'denoiser.model.patch'"),
+        (({"share": 1, "denoiser.steps": 2},), "phase 1 cannot set 'denoiser.steps'"),
+        (({"share": 1, "clip.steps": 2},), "phase 1 cannot set 'clip.steps'"),
+        (({"share": 1, "data.frames": "x"},), "phase 1 sets data.frames='x'"),
+        (({"share": 1, "data.text_length": 32},), "phase 1 cannot set 'data.text_length'"),
+        (({"share": 1, "data.frames": 4},), "4 frames do not fill latent frames of 2"),
+    ],
+)
+def test_wrong_phases(parts, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        phases(with_phases(*parts), "denoiser")
+
+
+def test_a_phase_starts_from_rounded_parameters_and_interpolated_positions():
+    rng = np.random.default_rng(0)
+    ramp = np.broadcast_to(np.arange(4, dtype=np.float32)[:, None, None], (1, 4, 4, 1))
+    made = first_params(
+        {"kernel": rng.standard_normal(5, np.float32), "pos_embed": ramp},
+        {"kernel": jax.ShapeDtypeStruct((5,), np.float32), "pos_embed": jax.ShapeDtypeStruct((1, 8, 4, 1), np.float32)},
+    )
+    kernel = np.random.default_rng(0).standard_normal(5, np.float32)
+    np.testing.assert_array_equal(made["kernel"], kernel.astype(np.float16).astype(np.float32))
+    np.testing.assert_allclose(made["pos_embed"][0, :, 0, 0], [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3], atol=1e-6)
+
+
+def test_a_run_with_phases_is_resumed_and_moved_bit_for_bit(command, tiny_run, tmp_path):
+    """Whole; resumed at the border of its phases, and within the second; and begun anew from weights of the border."""
+    options = (CONFIG, "--config.checkpoint_every=2", "--config.keep.newest=9", "--config.preview_every=0")
+
+    def finish(workdir):
+        done = command(train, *options, f"--workdir={workdir}", "--stage=denoiser")
+        assert done.code == 0, done.err
+        return done.err, digest(final_state(workdir, "denoiser", tiny.get_config()))
+
+    whole = tmp_path / "whole"
+    shutil.copytree(tiny_run, whole, ignore=shutil.ignore_patterns("denoiser"))
+    err, expected = finish(whole)
+    assert any("denoiser, phase 1 of 2: " in line and "0 of 4 steps done" in line for line in err)
+    assert any("denoiser, phase 2 of 2: " in line and "4 of 8 steps done" in line for line in err)
+    told = [json.loads(line) for line in (whole / "denoiser/metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["phase"]) for line in told] == [(n, 1 if n < 5 else 2) for n in range(1, 9)]
+    assert any("denoiser, phase 2 of 2 5/8 loss" in line for line in err)
+    for newest in (4, 6):
+        shutil.copytree(whole, tmp_path / str(newest))
+        for step in range(newest + 2, 10, 2):
+            shutil.rmtree(tmp_path / str(newest) / f"denoiser/checkpoints/{step}")
+        assert finish(tmp_path / str(newest))[1] == expected
+
+    shutil.copytree(whole, tmp_path / "border")
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / f"border/denoiser/checkpoints/{step}")
+    assert command(weights, "export", f"--workdir={tmp_path / 'border'}", f"--out={tmp_path / 'out'}").code == 0
+    moved = tmp_path / "moved"
+    assert command(weights, "import", f"--weights={tmp_path / 'out'}", f"--workdir={moved}").code == 0
+    assert folder.newest_step(moved, "denoiser") == 4
+    assert finish(moved)[1] == expected

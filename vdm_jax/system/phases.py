@@ -1,0 +1,102 @@
+"""Phases of a stage: parts of its training, one after the other, each with settings of its own.
+
+    config.denoiser.phases = (
+        {"share": 0.7, "data.frames": 9},
+        {"share": 0.3, "denoiser.learning_rate": 1e-3},
+    )
+
+`share` is the share of config.denoiser.steps, and shares sum to 1. Every other key names a setting of config.data or of
+the stage.
+
+A phase starts from the EMA weights at the end of the phase before, in half precision, with a fresh optimizer. Exported
+weights have the same precision. So a run can move to another machine at the end of a phase: the next phase needs only
+the exported weights and the config.
+"""
+
+import dataclasses
+import difflib
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from vdm_jax.errors import UserError
+from vdm_jax.run import folder
+from vdm_jax.system import System, build
+
+FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases")  # settings of a stage that no phase changes
+
+
+class Phase(NamedTuple):
+    number: int  # from 1
+    title: str  # for the user
+    start: int  # steps of the stage before this phase
+    stop: int  # steps of the stage when this phase ends
+    system: System  # with the settings of this phase; <stage>.steps in its config are the steps of this phase
+
+
+def phases(system, name):
+    """The Phases of stage `name`, a list. A stage without phases is one Phase.
+
+    Raises UserError for shares that do not sum to 1, an unknown setting, or a setting that does not fit.
+    """
+    steps, parts = system.config[name].steps, system.config[name].phases
+    if not parts:
+        return [Phase(1, name, 0, steps, system)]
+    shares = [part.get("share", 0) for part in parts]
+    if min(shares) <= 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+        raise UserError(f"{name}.phases have the shares {shares}: each must be above 0, and their sum must be 1")
+    ends = [round(steps * sum(shares[: i + 1])) for i in range(len(parts))]
+    made = []
+    for number, (part, start, stop) in enumerate(zip(parts, [0, *ends], ends), 1):
+        if start == stop:
+            raise UserError(f"{name}.steps={steps} leave no step for phase {number} of {len(parts)}: raise the steps")
+        changed = {key: value for key, value in part.items() if key != "share"}
+        config = _changed(system.config, name, number, changed)
+        config[name].update(phases=(), steps=stop - start)
+        title = f"{name}, phase {number} of {len(parts)}"
+        made.append(Phase(number, title, start, stop, _with_stage(system, build(config), name)))
+    return made
+
+
+def _changed(config, name, number, changed):
+    """A copy of the config with the settings {dotted key: value} of one phase. Raises UserError."""
+    config = config.copy_and_resolve_references()
+    known = [*_keys("data", config.data), *_keys(name, config[name])]
+    known = [key for key in known if not key.startswith(tuple(fixed.format(name) for fixed in FIXED))]
+    for key, value in changed.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"{name}.phases: phase {number} cannot set {key!r}: did you mean {nearest!r}?")
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name}.phases: phase {number} sets {key}={value!r}: {error}") from None
+    return config
+
+
+def _keys(prefix, settings):
+    """The dotted keys of all settings in a ConfigDict."""
+    for key, value in settings.items():
+        yield from _keys(f"{prefix}.{key}", value) if hasattr(value, "items") else [f"{prefix}.{key}"]
+
+
+def _with_stage(system, changed, name):
+    """The System of a phase: one stage of `changed`, and the other stages of `system`, which are trained already."""
+    stage = changed.stages[name]._replace(encoder_params=system.stages[name].encoder_params)
+    return dataclasses.replace(changed, stages=system.stages | {name: stage})
+
+
+def first_params(ema, expected):
+    """The parameters that a phase starts from, float32 NumPy arrays with values of half precision.
+
+    ema: EMA parameters at the end of the phase before, a tree of NumPy arrays.
+    expected: tree of ShapeDtypeStruct. Embeddings of positions follow the size of a frame: they are interpolated to the
+        expected shapes (arXiv:2010.11929, section 3.2).
+    """
+
+    def resize(x, want):
+        return x if x.shape == want.shape else np.asarray(jax.image.resize(x, want.shape, "linear"))
+
+    return jax.tree.map(resize, folder.as_exported(ema), expected)
