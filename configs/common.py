@@ -54,6 +54,7 @@ def get_config():
             pan=0.2,  # chance of a moving camera
             light=0.2,  # chance of changing light
             undirected=0.0,  # chance of a caption that leaves directions out
+            wordings=0.0,  # chance of a caption in the many words of data/wordings.py
         )
     )
     data.files = ConfigDict(dict(held_out=0.2))  # share of each video, at its end, that training does not see

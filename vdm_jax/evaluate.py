@@ -88,6 +88,8 @@ def main(argv):
         made = dict(zip(AUTOENCODERS, pipe.sample(texts, seed=options.seed)))
         metrics["samples"] = measure(config, made, wanted)
         figures = show_samples(config, out, texts, made) + figures
+        if config.data.source == "world":
+            metrics["wordings"] = measure_wordings(pipe, choose_prompts(config, held_out, options.seed, wordings=True))
         if methods:
             metrics["samplers"] = {}
         for method, steps in methods:
@@ -152,10 +154,18 @@ def measure(config, clips, asked):
     return tracker.summarize(found)
 
 
-def choose_prompts(config, held_out, seed):
+def measure_wordings(pipe, prompts):
+    """The outcomes of prompts in words that training did not combine, {'one_object', 'two_objects', 'empty'}."""
+    made = dict(zip(AUTOENCODERS, pipe.sample([prompt["text"] for prompt in prompts])))
+    measured = measure(pipe.config, made, [prompt["objects"] for prompt in prompts])
+    return {key: measured[key] for key in ("one_object", "two_objects", "empty")}
+
+
+def choose_prompts(config, held_out, seed, wordings=False):
     """[{'text', 'objects'}] that ask for nothing that the previews of training show.
 
     Of the world, config.evaluate.prompts of one object, and as many of two where it has two; else held-out captions.
+    wordings: of the world, in words that training did not combine.
     """
     count, shown = config.evaluate.prompts, [held_out[i] for i in range(PREVIEWED)]
     if config.data.source != "world":
@@ -171,7 +181,7 @@ def choose_prompts(config, held_out, seed):
     prompts = []
     for number, chance in enumerate(settings.objects[:2], 1):
         if chance > 0:
-            drawn = captions.prompts(seed, 4 * count + 64, number, **known)
+            drawn = captions.prompts(seed, 4 * count + 64, number, **known, held_out=wordings)
             fresh = [p for p in drawn if tuple(sorted(tuple(o.values()) for o in p["objects"])) not in meanings]
             prompts += fresh[:count]
     if not prompts:

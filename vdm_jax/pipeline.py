@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from vdm_jax import sharding, tasks
-from vdm_jax.data import media
+from vdm_jax.data import captions, media
 from vdm_jax.errors import UserError
 from vdm_jax.run import folder
 from vdm_jax.run.progress import progress
@@ -101,7 +101,7 @@ class Pipeline:
 
         Raises UserError where these do not fit.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = self._prompts(prompt)
         frames = self.config.data.frames if seconds is None else self.frames_of(seconds)
         context = self.context(
             frames,
@@ -126,7 +126,7 @@ class Pipeline:
         seconds: length of what is added; None: the length of a clip in training.
         seed, options: as in a call.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = self._prompts(prompt)
         video, audio = self._read(clip)
         frames = len(video) + (self.config.data.frames if seconds is None else self.frames_of(seconds))
         start = tuple(np.repeat(part[None], len(prompts), 0) for part in (video, audio))
@@ -229,6 +229,16 @@ class Pipeline:
         if between is not None:
             return self._between(between, layout, context_frames)
         return tasks.text(layout)
+
+    def _prompts(self, prompt):
+        """The texts of a call, a list. Warns of words that no caption in training had."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if self.config.data.source == "world":
+            unknown = captions.unknown_words(" ".join(prompts), self.config.data.world.get("wordings", 0.0))
+            if unknown:
+                words = ", ".join(f"{word!r} (nearest: {nearest!r})" for word, nearest in unknown.items())
+                logger.warning("training had no caption with the words %s: the model may ignore them", words)
+        return prompts
 
     def _between(self, clips, layout, context_frames):
         if isinstance(clips, str) or len(clips) != 2:

@@ -4,13 +4,27 @@ A state is the dict that `World` returns with a clip (see world.py); its 'shape'
 into the names below.
 """
 
+import difflib
+
 import numpy as np
+
+from vdm_jax.data import wordings
 
 SHAPES = ("circle", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 MATERIALS = ("rubber", "metal")
 DIRECTIONS = ("left", "right", "up", "down")
 
+# Groups of words for hard negatives, with synonyms.
+COLOR_WORDS = wordings.group(COLORS)
+SHAPE_WORDS = wordings.group(SHAPES)
+DIRECTION_WORDS = (*wordings.DIRECTIONS, *zip(*wordings.VERTICAL.values()))
+
+PLAIN = frozenset(  # words of a caption without wordings.py
+    wordings.split(" ".join([*SHAPES, *COLORS, *MATERIALS, *DIRECTIONS]))
+    + wordings.split("a an empty box small large moving going heading there is we see two three objects shapes and")
+    + wordings.split("hits bumps into collides with bounces off the wall floor ceiling")
+)
 SMALL = 0.13  # frame widths: an object of a smaller radius may be called small
 LARGE = 0.16  # frame widths: an object of a larger radius may be called large
 
@@ -44,12 +58,15 @@ def asked(state):
     return [dict(zip(("color", "shape", "direction"), thing)) for thing in meaning(state)]
 
 
-def caption(state, rng, undirected=0.0):
+def caption(state, rng, undirected=0.0, wording=0.0):
     """Returns a sentence about a clip: its objects, usually their directions, and usually its first impact.
 
     undirected: chance, in 0..1, of a sentence that may leave directions out, each with a chance of 3 in 4
+    wording: chance, in 0..1, of a sentence in the words of wordings.py
     """
     indices = seen(state)
+    if wording and rng.random() < wording and indices:
+        return _free_caption(state, rng, indices, undirected)
     vague = undirected and rng.random() < undirected
     things = {}
     for o, (color, shape, direction) in zip(indices, describe(state)):
@@ -62,18 +79,51 @@ def caption(state, rng, undirected=0.0):
             material = MATERIALS[state["material"][o]]
         direction = "" if vague and rng.integers(4) else direction
         things[o] = _noun_phrase(rng, color, shape, direction, size, material)
-    if rng.integers(10) < 7:
-        for event in state["events"]:
-            if event["kind"] != "turn" and set(event["objects"]) <= set(indices):
-                return _impact(rng, event, things)
+    event = _first_impact(state, indices)
+    if event and rng.integers(10) < 7:
+        return _impact(rng, event, things)
     return _list(rng, list(things.values())) if things else "an empty box"
 
 
-def prompts(seed, n, objects=1, shapes=SHAPES, colors=COLORS):
+def _first_impact(state, indices):
+    """Returns the first impact of objects that are seen, or None."""
+    impacts = (event for event in state["events"] if event["kind"] != "turn")
+    return next((event for event in impacts if set(event["objects"]) <= set(indices)), None)
+
+
+def _side(position):
+    x, y = position
+    return "wall" if min(x, 1 - x) < min(y, 1 - y) else "floor" if y > 0.5 else "ceiling"
+
+
+def _free_caption(state, rng, indices, undirected):
+    """Returns a caption in the words of wordings.py. A vague one may also leave out a color or a shape."""
+    vague = rng.random() < undirected
+    things = []
+    for o, (color, shape, direction) in zip(indices, describe(state)):
+        radius, thing = state["radius"][o], {"color": color, "shape": shape, "direction": direction}
+        size = "small" if radius < SMALL else "large" if radius > LARGE else ""
+        thing |= {"size": "" if rng.integers(4) else size, "material": ""}
+        if len(indices) == 1 and rng.integers(4) == 0:
+            thing["material"] = MATERIALS[state["material"][o]]
+        if vague and rng.integers(4):
+            thing["direction"] = ""
+            if rng.integers(4) == 0:
+                thing[("color", "shape")[rng.integers(2)]] = ""
+        things.append(thing)
+    event = _first_impact(state, indices)
+    if not event or rng.integers(2):
+        return wordings.draw(rng, things)
+    first, *hit = (indices.index(o) for o in event["objects"])
+    return wordings.draw(rng, things, impact=(first, hit[0] if hit else None, _side(event["position"])))
+
+
+def prompts(seed, n, objects=1, shapes=SHAPES, colors=COLORS, held_out=False):
     """Returns n sentences of the captions' grammar, without impacts, and what each of them asks for.
 
     The result is [{'text': str, 'objects': [{'color', 'shape', 'direction'}]}]. `objects` is the number of objects in
-    each sentence, all of different colors.
+    each sentence, all of different colors. held_out: sentences of wordings.py with pairs of words that training never
+    sees.
     """
     rng = np.random.default_rng([seed, objects, 77])
     drawn = []
@@ -82,8 +132,26 @@ def prompts(seed, n, objects=1, shapes=SHAPES, colors=COLORS):
         for c in rng.permutation(len(colors))[:objects]:
             shape, direction = shapes[rng.integers(len(shapes))], DIRECTIONS[rng.integers(4)]
             things.append({"color": colors[c], "shape": shape, "direction": direction})
-        drawn.append({"text": _list(rng, [_noun_phrase(rng, **thing) for thing in things]), "objects": things})
+        if held_out:
+            text = wordings.draw(rng, [{**thing, "size": "", "material": ""} for thing in things], held_out=True)
+        else:
+            text = _list(rng, [_noun_phrase(rng, **thing) for thing in things])
+        drawn.append({"text": text, "objects": things})
     return drawn
+
+
+def unknown_words(text, wording):
+    """Returns {word: the nearest known word} of the words in a text that no caption has.
+
+    wording: chance of captions in the words of wordings.py; with 0 only the plain words are known
+    """
+    known = sorted(wordings.KNOWN if wording else PLAIN)
+    nearest = {}
+    for word in wordings.split(text):
+        if word not in known:
+            synonyms = [plain for plain, words in wordings.WORDS.items() if word in words]
+            nearest[word] = (synonyms or difflib.get_close_matches(word, known, n=1, cutoff=0.0))[0]
+    return nearest
 
 
 def _noun_phrase(rng, color, shape, direction, size="", material=""):
@@ -112,6 +180,4 @@ def _impact(rng, event, things):
         verb = ("hits", "bumps into", "collides with")[rng.integers(3)]
         return f"{things[first]} {verb} {things[hit[0]]}{others}"
     verb = ("bounces off", "hits")[rng.integers(2)]
-    x, y = event["position"]
-    side = "wall" if min(x, 1 - x) < min(y, 1 - y) else "floor" if y > 0.5 else "ceiling"
-    return f"{things[first]} {verb} the {side}{others}"
+    return f"{things[first]} {verb} the {_side(event['position'])}{others}"

@@ -99,6 +99,7 @@ class World:
     speed: tuple = (0.35, 0.7)  # range of the speed at the beginning, in frame widths per second
     radius: tuple = (0.10, 0.19)  # range, in frame widths
     undirected: float = 0.0  # chance in 0..1 of a caption that may leave directions out, each with a chance of 3 in 4
+    wordings: float = 0.0  # chance in 0..1 of a caption in the many words of wordings.py
 
     def __post_init__(self):
         objects, speed, radius = self.objects, self.speed, self.radius
@@ -148,7 +149,7 @@ class World:
             {"time": e.time, "kind": e.kind, "objects": e.objects, "position": tuple((e.contact - at).tolist())}
             for e, at in zip(events, cameras)
         ]
-        text = caption(state, np.random.default_rng([self.seed, int(i), 0]), self.undirected)
+        text = caption(state, np.random.default_rng([self.seed, int(i), 0]), self.undirected, self.wordings)
         return {"video": video, "audio": self._sound(episode, events), "caption": text, "state": state}
 
     def _episode(self, rng):

@@ -3,7 +3,8 @@
 `metrics` is {"truth": M, "autoencoder": M, "samples": M, "reconstruction": {...}, "clip": {...}}; M has the keys of
 OUTCOMES, and None where a value is missing. "truth" is held-out clips, "autoencoder" is the same clips encoded and
 decoded. Three more keys may be there: "loss_per_noise_level" holds columns of one length, "log_snr" (natural logarithm)
-and a loss for each modality; "samplers" holds {name: M}; "tasks" holds {task: {figure: value}}, where the values of a
+and a loss for each modality; "samplers" holds {name: M}; "wordings" holds outcomes of
+prompts in words that training did not combine; "tasks" holds {task: {figure: value}}, where the values of a
 task with "seconds" are columns of one length.
 """
 
@@ -22,6 +23,7 @@ LABELS = {  # key -> (label, unit of the value); %: the value is a share in 0..1
     "two_objects": ("two objects: color and shape right", "%"),
     "direction": ("direction of motion right", "%"),
     "count": ("number of objects right", "%"),
+    "empty": ("clips that show nothing", "%"),
     "permanence": ("frames that show the object", "%"),
     "size_drift": ("change of size (less is better)", "%"),
     "color_drift": ("change of color (less is better)", "%"),
@@ -89,6 +91,8 @@ def _tables(metrics: Mapping) -> list[tuple]:
         tables.append(("Loss by noise level", *curve(levels, "log_snr", "log SNR {:+.1f}")))
     if samplers := metrics.get("samplers"):
         tables.append(("The same prompts, by sampler and steps", [*samplers], rows(*samplers.values())))
+    if wordings := metrics.get("wordings"):
+        tables.append(("Prompts in words that training did not combine", [""], rows(wordings)))
     for task, figures in metrics.get("tasks", {}).items():
         if "seconds" in figures:
             columns, points = curve(figures, "seconds", "after {:g} s")

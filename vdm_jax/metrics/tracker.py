@@ -281,6 +281,7 @@ def measure(video, audio, fps, sample_rate, objects):
                     one dict for each object that is asked for; a drift is None where too little of the object is seen
       right         bool, whether all of these objects are right
       count_right   bool, whether the number of objects is right
+      empty         bool, whether no object is seen for a quarter of the clip
       sync_impacts  (visible impacts with an onset within one frame, visible impacts)
       sync_onsets   (onsets with a visible impact within one frame, onsets)
 
@@ -307,6 +308,7 @@ def measure(video, audio, fps, sample_rate, objects):
         "objects": judged,
         "right": all(j["right"] for j in judged),
         "count_right": len(lasting) + more == len(objects),
+        "empty": not lasting,
         "sync_impacts": (partners(struck, heard), len(struck)),
         "sync_onsets": (partners(counted, struck), len(counted)),
     }
@@ -365,6 +367,7 @@ def summarize(measures):
         "two_objects": mean([m["right"] for m in measures if len(m["objects"]) == 2]),
         "direction": mean([judged["direction_right"] for judged in objects]),
         "count": mean([m["count_right"] for m in measures]),
+        "empty": mean([m["empty"] for m in measures]),
         "permanence": mean([judged["present_share"] for judged in objects]),
         "size_drift": mean([judged["size_drift"] for judged in objects]),
         "color_drift": mean([judged["color_drift"] for judged in objects]),

@@ -5,6 +5,7 @@ has which direction. The loss here makes the denoiser a classifier of two captio
 caption its error must be lower than with the hard negative.
 """
 
+import functools
 import math
 import re
 import zlib
@@ -25,22 +26,47 @@ def swap_words(caption, groups):
 
     A caption without two different words of one group gets one of its words replaced by another of the same group. A
     caption without any of the words is returned as it is. The draw depends only on the caption and the groups.
+
+    groups: tuples of words. An entry may be several words, such as "to the left", or synonyms, such as "red|scarlet".
+        Synonyms never replace each other.
     """
     rng = np.random.default_rng(zlib.crc32(caption.encode("utf-8", errors="replace")))
-    words = re.split(r"(\W+)", caption)  # words, and the separators between them
-    places = [[i for i, word in enumerate(words) if word in group] for group in groups]  # by group
-    swaps = [(i, j) for found in places for i in found for j in found if i < j and words[i] != words[j]]
+    pattern, tables = _search(groups)
+    words = pattern.split(caption)  # what is between the words of the groups, and at odd places these words
+    words[1::2] = [word.lower() for word in words[1::2]]
+    places = [[i for i, word in enumerate(words) if word in table] for table in tables]  # by group
+    swaps = [
+        (i, j)
+        for found, table in zip(places, tables)
+        for i in found
+        for j in found
+        if i < j and table[words[i]] != table[words[j]]
+    ]
+    replacements = [
+        (i, word)
+        for found, table in zip(places, tables)
+        for i in found
+        for word in table
+        if table[word] != table[words[i]]
+    ]
     if swaps:
         i, j = swaps[rng.integers(len(swaps))]
         words[i], words[j] = words[j], words[i]
-        return "".join(words)
-    replacements = [
-        (i, word) for found, group in zip(places, groups) for i in found for word in group if word != words[i]
-    ]
-    if replacements:
+    elif replacements:
         i, word = replacements[rng.integers(len(replacements))]
         words[i] = word
-    return "".join(words)
+    else:
+        return caption
+    wrong = "".join(words)
+    return wrong[0].upper() + wrong[1:] if caption[0].isupper() else wrong
+
+
+@functools.lru_cache
+def _search(groups):
+    """(a pattern that finds the longest words first, and for each group {word: number of its entry})."""
+    tables = [{word: n for n, entry in enumerate(group) for word in entry.split("|")} for group in groups]
+    words = sorted({word for table in tables for word in table}, key=len, reverse=True)
+    return re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE), tables
 
 
 class Pairs(NamedTuple):

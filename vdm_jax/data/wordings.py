@@ -1,0 +1,160 @@
+"""How people ask for the things of the procedural world: synonyms, verbs, and sentences for one to three things.
+
+A wording is a sentence with the pairs of words that meet in it, such as ("crimson", "ball") and ("ball", "rolling").
+Some pairs are held out: training never sees them together, though it sees each word in other pairs. Sentences with a
+held-out pair test whether a model understands words, or has learned sentences by heart.
+"""
+
+import re
+import zlib
+
+WORDS = {  # the plain word -> all words for it
+    "circle": ("circle", "ball", "disc", "disk", "dot"),
+    "square": ("square", "box", "block", "cube"),
+    "triangle": ("triangle", "pyramid", "wedge"),
+    "red": ("red", "crimson", "scarlet"),
+    "green": ("green", "emerald", "grass-green"),
+    "blue": ("blue", "cobalt", "royal blue"),
+    "yellow": ("yellow", "golden", "lemon"),
+    "magenta": ("magenta", "pink", "purple", "fuchsia"),
+    "cyan": ("cyan", "turquoise", "teal", "aqua"),
+    "small": ("small", "little", "tiny"),
+    "large": ("large", "big", "huge"),
+    "rubber": ("rubber", "rubbery"),
+    "metal": ("metal", "metallic", "steel"),
+}
+VERBS = (  # participle, finite form
+    ("moving", "moves"),
+    ("going", "goes"),
+    ("heading", "heads"),
+    ("sliding", "slides"),
+    ("rolling", "rolls"),
+    ("traveling", "travels"),
+    ("travelling", "travels"),
+    ("drifting", "drifts"),
+    ("flying", "flies"),
+    ("gliding", "glides"),
+)
+DIRECTIONS = (  # ways to say left, right, up and down
+    ("left", "right", "up", "down"),
+    ("to the left", "to the right", "to the top", "to the bottom"),
+    ("leftwards", "rightwards", "upwards", "downwards"),
+    ("leftward", "rightward", "upward", "downward"),
+    ("towards the left", "towards the right", "towards the top", "towards the bottom"),
+    ("toward the left", "toward the right", "toward the top", "toward the bottom"),
+)
+VERTICAL = {"up": ("rising", "rises"), "down": ("falling", "falls")}  # participle, finite form
+ARTICLES = ("a", "a", "a", "a", "one", "the", "")
+OPENINGS = ("", "", "", "there is ", "we see ", "I see ", "here is ", "a video of ", "show me ")
+JOINTS = (" and ", " and ", " and ", " while ", " as ", " with ", " next to ", ", ", "; ")
+HITS = ("hits", "bumps into", "collides with", "crashes into")
+BOUNCES = ("bounces off", "hits", "bumps into")
+LONGEST = 126  # bytes of a sentence: with its begin and end it fills config.data.text_length = 128
+HELD_OUT = 7  # one pair in this number of pairs is held out
+
+
+def draw(rng, things, held_out=False, impact=None):
+    """Returns a sentence about things.
+
+    things: [{'color', 'shape', 'direction', 'size', 'material'}], plain words; '' where the sentence does not tell.
+    held_out: True: the sentence has a held-out pair; False: it has none.
+    impact: (number of the thing, number of the thing that it hits or None, 'wall', 'floor' or 'ceiling'); None for a
+        sentence without an impact.
+    """
+    while True:
+        text, pairs = _impact(rng, things, *impact) if impact else _sentence(rng, things)
+        if rng.integers(4) == 0:
+            text = text[0].upper() + text[1:]
+        if rng.integers(4) == 0:
+            text += "."
+        if len(text) <= LONGEST and held_out == any(map(is_held_out, pairs)):
+            return text
+
+
+def is_held_out(pair):
+    """Whether training never sees this pair of words. Pairs of plain words are always seen."""
+    plain = all(word in WORDS or word in ("moving", *DIRECTIONS[0]) for word in pair)
+    return not plain and zlib.crc32(" ".join(pair).encode()) % HELD_OUT == 0
+
+
+def _sentence(rng, things):
+    opening = _pick(rng, OPENINGS)
+    way = rng.integers(len(DIRECTIONS)) if rng.integers(2) else 0
+    if len(things) > 2 or (len(things) == 2 and rng.integers(5) == 0):
+        phrases = [_phrase(rng, thing, way, finite=False) for thing in things]
+        count = f"{('two', 'three')[len(things) - 2]} {_pick(rng, ('objects', 'shapes', 'things'))}: "
+        listed = ", ".join(text for text, _ in phrases[:-1]) + " and " + phrases[-1][0]
+        return (count if rng.integers(2) else "") + listed, [pair for _, pairs in phrases for pair in pairs]
+    joint = _pick(rng, JOINTS)
+    phrases = [_phrase(rng, things[0], way, finite=not opening)]
+    if len(things) == 2:
+        phrases.append(_phrase(rng, things[1], way, finite=joint in (" while ", " as ")))
+    pairs = [pair for _, pairs in phrases for pair in pairs]
+    if len(things) == 2 and all(thing["direction"] for thing in things):
+        pairs.append((opening.strip() or "-", joint.strip()))
+    return opening + joint.join(text for text, _ in phrases), pairs
+
+
+def _impact(rng, things, first, hit, side):
+    way = rng.integers(len(DIRECTIONS)) if rng.integers(2) else 0
+    phrases = [_phrase(rng, thing, way, finite=False) for thing in things]
+    others = [text for i, (text, _) in enumerate(phrases) if i not in (first, hit)]
+    event = f"{_pick(rng, BOUNCES)} the {side}" if hit is None else f"{_pick(rng, HITS)} {phrases[hit][0]}"
+    text = " and ".join([f"{phrases[first][0]} {event}", *others])
+    return text, [pair for _, pairs in phrases for pair in pairs]
+
+
+def _phrase(rng, thing, way, finite):
+    """A thing in words -> (text, pairs).
+
+    way: index into DIRECTIONS. finite: whether the phrase may be a sentence of its own, such as 'a ball moves left'.
+    """
+    color, shape, size, material = (_word(rng, thing[key]) for key in ("color", "shape", "size", "material"))
+    noun = shape or _pick(rng, ("shape", "object", "thing"))
+    pairs = [(color, noun)] if color and shape else []
+    if color and rng.integers(12) == 0:
+        color += _pick(rng, ("-colored", "-coloured"))
+    words = " ".join(word for word in (size, material, color, noun) if word)
+    article = _pick(rng, ARTICLES)
+    if article == "a" and words[0] in "aeio":
+        article = "an"
+    text = f"{article} {words}".strip()
+    direction = thing["direction"]
+    if not direction:
+        return text, pairs
+    forms, where = _pick(rng, VERBS) if rng.integers(2) else VERBS[0], DIRECTIONS[way]
+    where = where[DIRECTIONS[0].index(direction)]
+    if direction in VERTICAL and rng.integers(5) == 0:
+        forms, where = VERTICAL[direction], ""
+    participle, verb = forms
+    pairs += [(noun, participle), (participle, where)]
+    own = (verb, verb, f"is {participle}") if finite else (f"that {verb}", f"which is {participle}")
+    told = (participle, participle, *own)
+    return f"{text} {_pick(rng, told)} {where}".strip(), pairs
+
+
+def _word(rng, plain):
+    """The plain word in half of the draws, and else any word for it; '' for ''."""
+    return _pick(rng, WORDS[plain]) if plain and rng.integers(2) else plain
+
+
+def _pick(rng, options):
+    return options[rng.integers(len(options))]
+
+
+def group(words):
+    """Returns plain words with their synonyms, ("red|crimson|scarlet", ...), as a group for hard negatives."""
+    return tuple("|".join(WORDS[word]) for word in words)
+
+
+def split(text):
+    """Returns the words of a text in small letters."""
+    return re.findall(r"[^\W\d_]+", text.lower())
+
+
+GRAMMAR = """an a one the two three objects shapes things shape object thing there is we see i here video of show me and
+while as with next to that which colored coloured wall floor ceiling empty"""
+FORMS = (*WORDS.values(), *VERBS, *DIRECTIONS, *VERTICAL.values(), HITS, BOUNCES)
+KNOWN = frozenset(
+    split(" ".join([GRAMMAR, *(word for forms in FORMS for word in forms)]))
+)  # all words of all sentences
