@@ -72,7 +72,7 @@ def test_held_out_pairs_are_never_trained():
     assert not any(wordings.is_held_out((color, shape)) for color in captions.COLORS for shape in captions.SHAPES)
     for seen in (False, True):
         texts = [wordings.draw(rng, [thing("cyan", "square", "")], held_out=seen) for _ in range(200)]
-        found = {pair for pair in held_out for text in texts if " ".join(pair) in text.lower()}
+        found = {pair for pair in held_out for text in texts if f" {' '.join(pair)} " in f" {text.lower()} "}
         assert bool(found) == seen
 
 
