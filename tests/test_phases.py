@@ -47,12 +47,18 @@ def test_a_stage_without_phases_is_one_phase():
         (({"share": 0.5}, {"share": 0.4}), "have the shares [0.5, 0.4]: each must be above 0, and their sum must be 1"),
         (({"share": 1.0}, {}), "have the shares [1.0, 0]"),
         (({"share": 0.01}, {"share": 0.99}), "denoiser.steps=10 leave no step for phase 1 of 2"),
-        (({"share": 1, "denoiser.lerning_rate": 1.0},), "did you mean 'denoiser.learning_rate'?"),
-        (({"share": 1, "denoiser.model.patch": 2},), "phase 1 cannot set 'denoiser.model.patch'"),
-        (({"share": 1, "denoiser.steps": 2},), "phase 1 cannot set 'denoiser.steps'"),
-        (({"share": 1, "clip.steps": 2},), "phase 1 cannot set 'clip.steps'"),
+        (
+            ({"share": 1, "denoiser.lerning_rate": 1.0},),
+            "lerning_rate': did you mean 'denoiser.learning_rate'?",
+        ),
+        (
+            ({"share": 1, "denoiser.model.patch": 2},),
+            "cannot change denoiser.model.patch, which is the same",
+        ),
+        (({"share": 1, "denoiser.steps": 2},), "phase 1 cannot change denoiser.steps"),
+        (({"share": 1, "clip.steps": 2},), "phase 1 has no setting 'clip.steps'"),
         (({"share": 1, "data.frames": "x"},), "phase 1 sets data.frames='x'"),
-        (({"share": 1, "data.text_length": 32},), "phase 1 cannot set 'data.text_length'"),
+        (({"share": 1, "data.text_length": 32},), "phase 1 cannot change data.text_length"),
         (({"share": 1, "data.frames": 4},), "4 frames do not fill latent frames of 2"),
     ],
 )

@@ -39,8 +39,9 @@ def log_snr_at(t, config):
 
     'cosine' and 'sigmoid' fall from log_snr_max at t = 0 to log_snr_min at t = 1. 'linear_beta' has the 1000 noise
     levels of DDPM: its step n = 0..999 is t = (n + 1) / 1000, exact if shift is 1, log_snr_min <= -10.13 and
-    log_snr_max >= 9.22. The shift multiplies alpha / sigma of the whole curve, before the curve is fitted to its ends.
-    A shift below 1 gives more noise at every t between. Use it for larger or more redundant latents
+    log_snr_max >= 9.22. The shift multiplies alpha / sigma everywhere. Then the curve is cut at log_snr_max and
+    log_snr_min, so its ends do not move ('linear_beta' is clipped there). A shift below 1 gives more noise at every t
+    between the ends. Use it for larger or more redundant latents
     (arXiv:2301.11093, section 3.1: 64 / d for images of d x d pixels).
 
     Raises UserError for an unknown schedule, an empty range or a shift that is not positive.
@@ -56,16 +57,16 @@ def log_snr_at(t, config):
 
 
 # The cosine and sigmoid curves reach infinity at t = 0 and t = 1. Only the part within the bounds is used, stretched
-# over [0, 1]: `start` is cut off the beginning of the curve and `rest` off its end. The signal is computed from
-# rest + (1 - t) * width, because the float32 difference 1 - (start + t * width) would lose digits near t = 1.
+# over [0, 1]: `start` and `end` are cut off, and `width` is left. alpha is computed from end + (1 - t) * width, because
+# the float32 difference 1 - (start + t * width) would lose digits near t = 1.
 
 
 def _cosine(t, low, high, offset):
     """alpha = cos(angle), the angle from 0 to pi / 2: arXiv:2102.09672, eq. 17 with s = 0."""
     start = np.arctan(np.exp((offset - high) / 2))
-    rest = np.arctan(np.exp((low - offset) / 2))
-    width = np.pi / 2 - start - rest
-    cosine = jnp.sin(rest + (1 - t) * width)
+    end = np.arctan(np.exp((low - offset) / 2))
+    width = np.pi / 2 - start - end
+    cosine = jnp.sin(end + (1 - t) * width)
     sine = jnp.sin(start + t * width)
     return 2 * (jnp.log(cosine) - jnp.log(sine)) + offset  # log_snr = -2 log tan(angle)
 
@@ -81,9 +82,9 @@ def _sigmoid(t, low, high, offset):
         return np.arctanh(np.sinh(3) / (np.exp(log_snr) + np.cosh(3))) / 3
 
     start = time_of(high - offset)
-    rest = time_of(offset - low)
-    width = 1 - start - rest
-    signal = jnp.sinh(3 * (rest + (1 - t) * width))
+    end = time_of(offset - low)
+    width = 1 - start - end
+    signal = jnp.sinh(3 * (end + (1 - t) * width))
     noise = jnp.sinh(3 * (start + t * width))
     return jnp.log(signal) - jnp.log(noise) + offset
 
@@ -200,8 +201,11 @@ def stratified_uniform(key, batch, columns):
 
 
 def _patterns(u, T):
-    """{pattern: (t of video, t of audio, context of video, context of audio)}; all broadcast to [B, T]."""
-    t = u["first"]
+    """{pattern: (t of video, t of audio, context of video, context of audio)}; all broadcast to [B, T].
+
+    u: {name: uniform random numbers in [0, 1), [B, 1] or [B, T]}.
+    """
+    t = u["t"]
     frame = jnp.arange(T)[None]
     last = T - 1
     start = frame < jnp.minimum(1 + jnp.floor(u["head"] * last), last)  # 1 .. T-1 frames
@@ -213,11 +217,11 @@ def _patterns(u, T):
     ends = ((frame < head) | (frame >= T - tail)) & (inner > 0)
 
     # A pyramid: t rises from frame to frame. Before clipping, t of the first frame is in [-rise, 1].
-    rise = u["second"]  # t of the last frame minus t of the first
-    pyramid = jnp.clip(-rise + u["first"] * (1 + rise) + rise * frame / max(last, 1), 0, 1)
+    rise = u["other"]  # t of the last frame minus t of the first
+    pyramid = jnp.clip(-rise + t * (1 + rise) + rise * frame / max(last, 1), 0, 1)
     return {
         "text": (t, t, False, False),
-        "per_modality": (t, u["second"], False, False),  # UniDiffuser, arXiv:2303.06555
+        "per_modality": (t, u["other"], False, False),  # UniDiffuser, arXiv:2303.06555
         "per_frame": (u["video"], u["audio"], False, False),  # Diffusion Forcing, arXiv:2407.01392
         "foley": (t, t, True, False),
         "audio": (t, t, False, True),
@@ -233,7 +237,7 @@ def sample_times(key, shape, patterns):
 
     Each example follows one pattern. Times are 0 in context frames.
 
-    patterns: {name of PATTERNS: share of any sum}. A pattern gets its share of the batch, rounded up or down.
+    patterns: {pattern: share}. The shares need not sum to 1. A pattern gets its share of the batch, rounded up or down.
     Raises UserError for an unknown pattern, a negative share, or no share above 0.
     """
     for name in patterns:
@@ -243,7 +247,7 @@ def sample_times(key, shape, patterns):
     if not len(names) or not (shares > 0).all():
         raise UserError(f"patterns={dict(patterns)}: every share must be at least 0, and one of them above 0")
     batch, T = shape
-    widths = {"pattern": 1, "first": 1, "second": 1, "head": 1, "tail": 1, "video": T, "audio": T}
+    widths = {"pattern": 1, "t": 1, "other": 1, "head": 1, "tail": 1, "video": T, "audio": T}
     uniforms = stratified_uniform(key, batch, sum(widths.values()))
     u = dict(zip(widths, jnp.split(uniforms, np.cumsum([*widths.values()])[:-1], axis=1)))  # [B, 1] or [B, T] each
     edges = jnp.asarray(np.cumsum(shares)[:-1] / shares.sum())

@@ -1,8 +1,8 @@
 """A task: which latent frames are context, and in which order and in how many steps the other frames are denoised.
 
-Later frames do not change earlier latents, because the autoencoders are causal. So the frames and the sound after the
-context may hold anything when it is encoded, and are called filler. In `between`, filler also lies before the last
-context frames and influences them a little, so there it repeats the nearest frames.
+The autoencoders are causal, so later frames do not change earlier latents. Therefore, when a context is encoded, the
+frames and the sound after it may hold anything. They are called filler. In `between`, filler also lies before the last
+context frames and changes their latents a little. So there the filler repeats the nearest frames, without sound.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,8 @@ SPACINGS = ("time", "log_snr", "karras")
 
 
 # --------------------------------------------------------------------------------- context: one function per task
-# A long clip, the task `rollout`, is a series of windows of the task `continue`. The layout is a system.layout.Layout.
+# A long clip, the task `rollout`, is a series of windows of the task `continue`. (The training pattern `rollout`
+# prepares for windows that are pyramids, with `lag` above 0.) The layout is a system.layout.Layout.
 
 
 class Context(NamedTuple):
@@ -52,9 +53,10 @@ def audio(samples, layout):
 
 
 def continue_(frames, samples, layout):
-    """Returns the Context for clips that go on: the first frames and their sound are context.
+    """Returns the Context for clips that continue others: the last frames of the others are their first frames.
 
-    frames: uint8 [P, n, H, W, 3]. Only the last 1 + f_t * m are used, with the largest m that n and the clip allow.
+    frames: the others, uint8 [P, n, H, W, 3]. Only the last 1 + f_t * m are used, with the largest m that n and the new
+        clip allow.
     samples: float32 [P, n * samples_per_frame].
     """
     count = _latent_frames(frames.shape[1], layout)
@@ -64,15 +66,15 @@ def continue_(frames, samples, layout):
     return Context(frames, samples, _first_frames(layout, video=count, audio=count))
 
 
-def between(start, end, layout, latents):
+def between(start, end, layout, context_frames):
     """Returns the Context for a clip that leads from the end of one clip to the beginning of another.
 
     start, end: the two clips, (frames uint8 [n, H, W, 3], samples float32 [n * samples_per_frame]).
-    latents: latent frames of context at each end: the last 1 + f_t * (latents - 1) frames of `start`, and the first
-        f_t * latents of `end`.
+    context_frames: latent frames of context at each end: the last 1 + f_t * (context_frames - 1) video frames of
+        `start`, and the first f_t * context_frames of `end`.
     """
-    head = 1 + layout.f_t * (latents - 1)
-    tail = layout.f_t * latents
+    head = 1 + layout.f_t * (context_frames - 1)
+    tail = layout.f_t * context_frames
     gap = layout.frames - head - tail
     # The filler repeats the last frame of the head in its first half and the first frame of the tail in its second.
     first = np.pad(start[0][-head:], ((0, gap // 2), (0, 0), (0, 0), (0, 0)), "edge")
@@ -80,7 +82,7 @@ def between(start, end, layout, latents):
     per_frame = layout.samples_per_frame
     sounds = [start[1][-head * per_frame :], np.zeros(gap * per_frame, np.float32), end[1][: tail * per_frame]]
     frame = np.arange(layout.latent_frames)
-    mask = (frame < latents) | (frame >= layout.latent_frames - latents)
+    mask = (frame < context_frames) | (frame >= layout.latent_frames - context_frames)
     return Context(np.concatenate([first, last])[None], np.concatenate(sounds)[None], {"video": mask, "audio": mask})
 
 
@@ -105,9 +107,9 @@ def _fit(x, count, mode="constant"):
 
 
 def scheduling_matrix(steps, frames, config, masks=None, lag=0, spacing="time", context_noise=0.0, first_step_times=()):
-    """Returns the noise levels of sampling, {"video", "audio"}: log_snr [N+1, T], from pure noise to clean.
+    """Returns the noise levels of sampling, {"video", "audio"}: log_snr [S+1, T], from pure noise to clean.
 
-    Row 0 is the start and row N the end. N is steps + lag * (generated frames - 1).
+    Row 0 is the start and row S the end. S is steps + lag * (generated frames - 1).
 
     steps: denoising steps of each frame.
     frames: T, latent frames.
@@ -117,9 +119,9 @@ def scheduling_matrix(steps, frames, config, masks=None, lag=0, spacing="time", 
     context_noise: time t in [0, 1] to which context frames are noised (arXiv:2502.06764). A modality that is context as
         a whole always stays clean.
     first_step_times: times t in [0, 1] that the first generated frame, the second, and so on reach in their first step.
-        Other frames have steps of the usual size. A small time puts the frame near the mean of all frames that may
-        follow, whose expected squared error is half that of a random sample. Use it if the context leaves little open.
-        If several futures are likely, the mean is blurred.
+        Other frames have steps of the usual size. A small time puts the frame near the mean of all possible next
+        frames. The mean has half the expected squared error of a random sample. Use it if the context leaves little
+        open. If several futures are likely, the mean is blurred.
     Raises UserError for an unknown spacing, too few steps, a negative lag or a mask of another length.
     """
     one_of("spacing", spacing, SPACINGS)
@@ -137,8 +139,8 @@ def scheduling_matrix(steps, frames, config, masks=None, lag=0, spacing="time", 
     if steps > 1:
         for frame_levels, time in zip(levels, first_step_times):  # writes into `levels`
             frame_levels[1:] = _frame_levels(steps - 1, time, config, spacing)
-    row = np.arange(steps + lag * order[-1] + 1)[:, None]  # [N+1, 1]
-    generated = levels[order, np.clip(row - lag * order, 0, steps)]  # [N+1, T]
+    row = np.arange(steps + lag * order[-1] + 1)[:, None]  # [S+1, 1]
+    generated = levels[order, np.clip(row - lag * order, 0, steps)]  # [S+1, T]
 
     clean = config["log_snr_max"]
     context = float(log_snr_at(context_noise, config)) if context_noise else clean

@@ -3,8 +3,9 @@
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
-run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. A stage may have phases,
-with settings of their own: see system/phases.py.
+run after the current step, with a checkpoint and exit code 0. Before the first step there is nothing to save, and the
+run ends at once. A second signal ends it at once, too. A stage may have phases with settings of their own: see
+system/phases.py.
 """
 
 import logging
@@ -36,8 +37,8 @@ class Run(NamedTuple):
     mesh: jax.sharding.Mesh
     plan: dict  # {stage: its Phases}
     sources: dict  # {System: data source of its training clips}
-    stop: preemption.Stop  # stop(step) -> whether a signal asks the run to end
-    alive: Any  # alive(what) tells the watchdog what was just done; alive(None) ends the watch
+    stop: preemption.Stop  # stop.is_due(step) -> whether a signal asks the run to end
+    report_progress: Any  # report_progress(what) tells the watchdog what was just done; None ends the watch
     trace_span: tuple | None  # first and last step to trace
 
 
@@ -54,12 +55,12 @@ def main(argv):
 
     names = STAGES if options.stage == "all" else (options.stage,)
     system = build(config)
-    # Wrong settings end the run before anything is written.
+    # Sizes, phases, batches and the mesh are checked before anything is written; other settings, when a stage starts.
     plan = {name: phases(system, name) for name in names}
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh, plan)
     sources = {phase.system: batches.source(phase.system.config) for stage in plan.values() for phase in stage}
-    alive = hosts.watchdog(config.watchdog_seconds)
+    report_progress = hosts.watchdog(config.watchdog_seconds)
     with (
         folder.exclusive_lock(workdir),
         jax.set_mesh(mesh),
@@ -68,7 +69,7 @@ def main(argv):
     ):
         folder.write_config(workdir, config, STAGES)
         logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
-        run = Run(workdir, mesh, plan, sources, stop, alive, span)
+        run = Run(workdir, mesh, plan, sources, stop, report_progress, span)
         for name in names:
             with folder.explain_disk_faults(workdir, name):
                 if not all(train_phase(run, name, phase) for phase in plan[name]):
@@ -112,10 +113,10 @@ def train_phase(run, name, phase):
     newest = checkpoints.latest_step()  # None: no checkpoint; 0: imported weights, not trained here yet
     done = newest or 0
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(stage.params))
-    logger.info("%s: %.2f M parameters, %d of %d steps done", phase.title, parameters / 1e6, done, phase.stop)
+    logger.info("%s: %.2f M parameters, %d of %d steps done", phase.title, parameters / 1e6, done, phase.last_step)
     for line in sharding.table(stage.params, run.mesh.shape) if run.mesh.size > 1 else ():
         logger.info("  %s", line)
-    if done >= phase.stop:
+    if done >= phase.last_step:
         checkpoints.close()
         return True
     # 3. Data: clips, or clips that the earlier stages have encoded.
@@ -130,8 +131,9 @@ def train_phase(run, name, phase):
     if newest is None:
         state = program.init()
     elif 0 < done == phase.start:
-        before = run.plan[name][phase.number - 2].system.params[name]
-        params = first_params(folder.read_params(run.workdir, name, before)[0], stage.params)
+        phase_before = run.plan[name][phase.number - 2]  # phase numbers start at 1
+        ema, _ = folder.read_params(run.workdir, name, phase_before.system.params[name])
+        params = first_params(ema, stage.params)
         state = program.begin(jax.device_put(params, sharding.state_shardings(params, run.mesh)))
     else:
         state = checkpoint.restore(checkpoints, program.abstract)
@@ -140,7 +142,7 @@ def train_phase(run, name, phase):
     with watch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameters):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
-    run.alive(f"compiling the step of {phase.title}")  # the watchdog begins only now: a compile may take any time
+    run.report_progress(f"compiling the step of {phase.title}")  # the first call starts the watchdog
 
     # --------------------------------------------------------------------------------------------------------- loop
     show_preview = previewer(run, name, system)
@@ -150,7 +152,7 @@ def train_phase(run, name, phase):
         phase.number,
         directory,
         steps=run.plan[name][-1].stop,
-        stop=phase.stop,
+        stop=phase.last_step,
         done=done,
         saved=newest,
         watch=watch,
@@ -171,9 +173,9 @@ def train_phase(run, name, phase):
             state, metrics = step_fn(state, step_key, batch, encoder_params)
         log.add(metrics)
         trace(number, metrics)
-        run.alive(f"step {number} of {phase.title}")
-        stopped = run.stop(number)
-        last = stopped or number == phase.stop
+        run.report_progress(f"step {number} of {phase.title}")
+        stopped = run.stop.is_due(number)
+        last = stopped or number == phase.last_step
         save_due = save_due or last or number % config.checkpoint_every == 0
         if save_due or number % config.log_every == 0:  # before each save, so that a resumed run has all lines
             log.write(number, flush=save_due)
@@ -190,7 +192,7 @@ def train_phase(run, name, phase):
             break
     checkpoint.finish(checkpoints)
     checkpoints.close()
-    run.alive(None)
+    run.report_progress(None)
     run.stop.stepping = False
     log.close()
     if stopped:

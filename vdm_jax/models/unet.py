@@ -60,8 +60,8 @@ class SpaceTimeAttention(layers.Layer):
         attention = functools.partial(layers.Attention, self.head_dim, dtype=self.dtype)
         norm = functools.partial(layers.LayerNorm, dtype=self.dtype)
         tokens = tokens + attention(name="self")(norm(name="norm_self")(tokens) + pos_embed, positions=seconds)
-        words = cond["states"].astype(self.activation_dtype)
-        tokens = tokens + attention(name="cross")(norm(name="norm_cross")(tokens), words, cond["mask"])
+        states = cond["states"].astype(self.activation_dtype)
+        tokens = tokens + attention(name="cross")(norm(name="norm_cross")(tokens), states, cond["mask"])
         return layers.constrain_activation(tokens.reshape(x.shape))
 
 
@@ -96,7 +96,7 @@ class TextRefiner(layers.Layer):
     layers have rotary positions. They change nothing at first.
     """
 
-    layers: int
+    depth: int  # number of layers
     head_dim: int  # channels of a head
 
     @nn.compact
@@ -104,7 +104,7 @@ class TextRefiner(layers.Layer):
         x = states.astype(self.activation_dtype)
         heads = max(1, x.shape[-1] // self.head_dim)
         positions = jnp.arange(x.shape[1]) / 20  # bytes; rotary periods of 1 to 100 units are 20 to 2,000 bytes here
-        for i in range(self.layers):
+        for i in range(self.depth):
             x = layers.transformer_layer(x, mask, heads, i, positions, zero=True, dtype=self.dtype)
         return x
 
@@ -209,7 +209,7 @@ class UNet(layers.Layer):
 
         # Head
         norm = functools.partial(layers.GroupNorm, self.groups, frames, activation=nn.silu, dtype=self.dtype)
-        x = {m: norm(name=f"norm_{m}")(x[m]) for m in x}  # statistics per latent frame, of both modalities
+        x = {m: norm(name=f"norm_{m}")(x[m]) for m in x}  # each modality has statistics of its own
         features = {"video": z["video"].shape[-1] * self.patch**2, "audio": z["audio"].shape[-1]}
         x = {m: conv(features[m], WINDOW[m], zero=True, name=f"head_{m}")(x[m]) for m in x}
         x = {**x, "video": layers.depth_to_space(x["video"], self.patch)}

@@ -127,14 +127,14 @@ def exit_on_lost_peer():
 
 
 def watchdog(seconds):
-    """Returns alive(what), which the program calls after each step. When the calls stop, the process ends by `abort`.
+    """Returns report_progress(what), to be called after each step. When the calls stop, the process ends by `abort`.
 
     seconds: the longest pause between two calls; 0 for any. A single process has no limit: it waits for no other.
-    what: what was done last, for the message. alive(None) ends the watch.
+    what: what was done last, for the message. report_progress(None) ends the watch.
     """
     last = None, 0.0  # what was done, and when
 
-    def alive(what):
+    def report_progress(what):
         nonlocal last
         last = what, time.monotonic()
 
@@ -147,4 +147,4 @@ def watchdog(seconds):
 
     if seconds and jax.process_count() > 1:
         threading.Thread(target=watch, daemon=True).start()
-    return alive
+    return report_progress

@@ -18,13 +18,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """stop(step) returns whether the run must end after `step`. All processes get the same answer."""
+    """What a signal asks of the run."""
 
     def __init__(self):
         self.signal = None  # name of the signal that this process received
         self.stepping = False  # whether training has begun; before, a signal ends the run at once
 
-    def __call__(self, step):
+    def is_due(self, step):
+        """Whether the run must end after `step`. All processes get the same answer."""
         if jax.distributed.is_initialized():  # JAX handles SIGTERM, and chooses a step for all processes
             return multihost_utils.reached_preemption_sync_point(step)
         return self.signal is not None

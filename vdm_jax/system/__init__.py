@@ -1,4 +1,4 @@
-"""The system of four parts. `build(config)` makes it from a config. Build it once, and pass it to all other code."""
+"""A System: the four models of a config, and what each stage trains. `build(config)` makes it once for a config."""
 
 import dataclasses
 

@@ -78,13 +78,13 @@ class Codec:
     models: dict  # {stage: Flax module}
 
     def apply(self, stage, params, *arguments, method=None):
-        """What a stage's model gives, by a method of the module; None is its __call__."""
+        """The output of a stage's model. method: of the module; None: __call__."""
         with jax.named_scope(f"{stage}_{method}" if method else stage):
             gathered = sharding.all_gather_params(params[stage], self.models[stage].dtype)
             return self.models[stage].apply({"params": gathered}, *arguments, method=method)
 
     def apply_fn(self, stage, method=None):
-        """call(params of the stage, *arguments), as `apply`; its backward pass recomputes as configured."""
+        """call(params of the stage, *arguments), like `apply`; its backward pass follows config.<stage>.remat."""
 
         def call(params, *arguments):
             return self.apply(stage, {stage: params}, *arguments, method=method)
@@ -107,7 +107,10 @@ class Codec:
         return {name: (mean[name] - statistics[name]["mean"]) / statistics[name]["std"] for name in mean}
 
     def decode(self, params, z):
-        """Latents as `encode` gives them -> (video uint8 [B, F, H, W, 3], audio float32 [B, N] in [-1, 1])."""
+        """Latents -> (video uint8 [B, F, H, W, 3], audio float32 [B, N] in [-1, 1]).
+
+        The latents are as `encode` gives them with 'statistics'.
+        """
         statistics = params["statistics"]
         z = {name: z[name] * statistics[name]["std"] + statistics[name]["mean"] for name in z}
         video = self.apply("video_autoencoder", params, z["video"], method="decode")
@@ -123,7 +126,10 @@ class Codec:
         return to_uint8(out) if video else self.trim_audio(out)
 
     def encode_text(self, params, tokens):
-        """int32 [B, L] -> what the denoiser reads, {'states': [B, L, D], 'mask': bool [B, L], 'pooled': [B, D]}."""
+        """Tokens, int32 [B, L] -> the encoded text that the denoiser reads.
+
+        It is {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]}.
+        """
         mask = text.mask(tokens)
         return self.apply("clip", params, tokens, mask, method="encode_text") | {"mask": mask}
 

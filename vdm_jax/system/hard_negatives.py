@@ -81,12 +81,14 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(key, z, right, wrong, target, config):
-    """Returns the Pairs of P = B / config.every of the clips: the first half of the loss, before the network.
+    """Returns the Pairs of every config.every-th clip, P = B / every: the first half of the loss, before the network.
 
     Both rows of a clip have the same noise and the same noise level, which is one number for all of the clip. The noise
     levels of the clips are evenly spaced over config.log_snr.
 
+    z: clean latents of both modalities, [B, ...].
     right, wrong: conditions, trees of arrays [B, ...]: the captions and their hard negatives.
+    target: what the network predicts, one of diffusion.TARGETS.
     """
     every = config["every"]
     z, right, wrong = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:])[:, 0], (z, right, wrong))  # [P, ...]

@@ -94,9 +94,9 @@ class Encoded:
     The clips are records of .npy files with CLIPS_PER_FILE each, on a disk or in a bucket. Any thread may read them.
     """
 
-    def __init__(self, paths, wanted, count):
-        self.paths, self.count, self.tree = paths, count, jax.tree.structure(wanted)
-        self.record = _record(wanted)
+    def __init__(self, paths, abstract_batch, count):
+        self.paths, self.count, self.tree = paths, count, jax.tree.structure(abstract_batch)
+        self.record = _record(abstract_batch)
         self.open = functools.lru_cache(OPEN_FILES)(self._open)
 
     def __len__(self):
@@ -126,9 +126,9 @@ class Encoded:
         return UserError(f"{self.paths[part]} is damaged: remove it, to encode its clips anew")
 
 
-def _record(wanted):
+def _record(abstract_batch):
     """The NumPy type of one encoded clip: a field for each leaf of a batch, {'z/video': ...}."""
-    leaves = jax.tree_util.tree_leaves_with_path(wanted)
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_batch)
     return np.dtype([(sharding.path_name(path), leaf.dtype, leaf.shape[1:]) for path, leaf in leaves])
 
 
@@ -139,7 +139,7 @@ def _cached(system, params, examples, directory):
     """
     mark, mark_path = _fingerprint(system.config, params), directory / "fingerprint"
     count = system.config.denoiser.cached_clips
-    wanted = system.stages["denoiser"].batch
+    abstract_batch = system.stages["denoiser"].batch
     if hosts.is_primary() and not (mark_path.exists() and mark_path.read_text() == mark):
         if directory.exists():
             directory.rmtree()
@@ -157,9 +157,9 @@ def _cached(system, params, examples, directory):
         hidden = None if hosts.is_primary() else True  # None: tqdm decides
         with tqdm(total=sum(sizes), desc="encode", disable=hidden, unit="clip") as progress:
             for part, clips in zip(parts, sizes):
-                _write(paths[part], encoded(part * CLIPS_PER_FILE, clips), _record(wanted), clips, progress)
+                _write(paths[part], encoded(part * CLIPS_PER_FILE, clips), _record(abstract_batch), clips, progress)
     hosts.barrier("encoded", ENCODING_SECONDS)
-    return Encoded(paths, wanted, count)
+    return Encoded(paths, abstract_batch, count)
 
 
 def _write(path, encoded, record, count, progress):
@@ -179,7 +179,7 @@ def _write(path, encoded, record, count, progress):
 
 
 def _fingerprint(config, params):
-    """What the cache depends on, as a hash: settings, data and parameters."""
+    """A hash of the data settings, the seed, the words of hard negatives and the parameters that encode."""
     denoiser, data = config.denoiser, config.data.to_json()
     settings = [CLIPS_PER_FILE, config.seed, denoiser.cached_clips, denoiser.hard_negatives.words, data]
     digest = hashlib.sha256(json.dumps(settings).encode())

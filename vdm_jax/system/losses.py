@@ -16,7 +16,7 @@ from vdm_jax.system.layout import AUDIO_AXES, STAGES, VIDEO_AXES
 
 
 class Stage(NamedTuple):
-    """One stage of training. The training loop, the benchmark and the dry run know no more of a stage than this."""
+    """One stage of training. The training loop, the benchmark and the dry run read it, and the stage's settings."""
 
     init: Callable  # init(key) -> params; call it under jit or eval_shape
     loss: Callable  # loss(params, key, batch, encoder_params) -> (scalar, metrics)
@@ -42,7 +42,8 @@ def make_stages(codec):
         settings = config[name]
         side, latent_side = config.data.size, layout.video[0]
         negatives = settings.get("hard_negatives", {})
-        words = negatives.get("words", ())
+        make_hard_negative = None
+        word_groups = negatives.get("words", ())
         rows = settings.batch_size
         tokens = jax.ShapeDtypeStruct((rows, config.data.text_length), jnp.int32)
         batch = {
@@ -50,7 +51,9 @@ def make_stages(codec):
             "audio": jax.ShapeDtypeStruct((rows, layout.samples), jnp.float32),
             "tokens": tokens,
         }
-        batch |= {hard_negatives.FIELD: tokens} if words else {}
+        if word_groups:
+            batch[hard_negatives.FIELD] = tokens
+            make_hard_negative = functools.partial(hard_negatives.swap_words, groups=word_groups)
         if encoders and settings.cached_clips:
             batch = jax.eval_shape(functools.partial(encode_batch, codec), encoders, batch)
             batch = jax.tree.map(lambda x: x if x.dtype == bool else x.update(dtype=jnp.float16), batch)
@@ -62,8 +65,8 @@ def make_stages(codec):
             encoder_params=encoders,
             preview=preview,
             activation=((1, length, latent_side, latent_side, 1) if axes is VIDEO_AXES else (1, length, 1), axes),
-            make_hard_negative=functools.partial(hard_negatives.swap_words, groups=words) if words else None,
-            group=negatives.get("every", 1) if words else 1,
+            make_hard_negative=make_hard_negative,
+            group=negatives.get("every", 1) if word_groups else 1,
         )
 
     audio_tokens = layout.latent_frames * layout.audio[0]
@@ -156,14 +159,14 @@ def clip_loss(codec, params, key, batch, encoder_params):
     return loss, {"loss": loss, **metrics}
 
 
-def drop_text(key, words, null, share):
+def drop_text(key, encoded_text, null, share):
     """The text, replaced in a share of the rows by the null text, of batch size 1. Guidance by the text needs both."""
-    dropped = jax.random.uniform(key, words["pooled"].shape[:1]) < share  # [B]
+    dropped = jax.random.uniform(key, encoded_text["pooled"].shape[:1]) < share  # [B]
 
     def choose(empty, full):
         return jnp.where(dropped.reshape(-1, *(1,) * (full.ndim - 1)), empty, full)
 
-    return jax.tree.map(choose, null, words)
+    return jax.tree.map(choose, null, encoded_text)
 
 
 def encode_batch(codec, encoder_params, batch):
@@ -183,9 +186,9 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
         batch = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32), batch)
     else:
         batch = jax.lax.stop_gradient(encode_batch(codec, encoder_params, batch))
-    z, words = batch["z"], batch["text"]
+    z, encoded_text = batch["z"], batch["text"]
     drop_key, key = jax.random.split(key)
-    cond = drop_text(drop_key, words, codec.encode_null_text(encoder_params), settings.text_dropout)
+    cond = drop_text(drop_key, encoded_text, codec.encode_null_text(encoder_params), settings.text_dropout)
     denoise_fn = functools.partial(codec.apply_fn("denoiser"), params)
     if hard_negatives.FIELD not in batch:
         loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
@@ -194,7 +197,8 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
     # The hard negatives share the network call.
     pair_key = jax.random.fold_in(key, 1)
     wrong = batch[hard_negatives.FIELD]
-    pairs = hard_negatives.make_pairs(pair_key, z, words, wrong, settings.diffusion.target, settings.hard_negatives)
+    target = settings.diffusion.target
+    pairs = hard_negatives.make_pairs(pair_key, z, encoded_text, wrong, target, settings.hard_negatives)
     noised = diffusion.corrupt(key, z, settings.diffusion)
     prediction, pair_prediction = hard_negatives.call_together(
         denoise_fn, (noised.z_t, noised.log_snr, cond), (pairs.z_t, pairs.log_snr, pairs.cond)

@@ -6,7 +6,7 @@
     )
 
 `share` is the share of config.denoiser.steps, and shares sum to 1. Every other key names a setting of config.data or of
-the stage.
+the stage. A phase cannot change the model, the steps, the phases or data.text_length.
 
 A phase starts from the EMA weights at the end of the phase before, in half precision, with a fresh optimizer. Exported
 weights have the same precision. So a run can move to another machine at the end of a phase: the next phase needs only
@@ -25,14 +25,14 @@ from vdm_jax.errors import UserError
 from vdm_jax.run import folder
 from vdm_jax.system import System, build
 
-FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases")  # settings of a stage that no phase changes
+FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases")  # settings that no phase changes; {} is the stage
 
 
 class Phase(NamedTuple):
     number: int  # from 1
     title: str  # for the user
-    start: int  # steps of the stage before this phase
-    stop: int  # steps of the stage when this phase ends
+    start: int  # number of steps in the phases before
+    last_step: int  # of this phase, counted over all phases
     system: System  # with the settings of this phase; <stage>.steps in its config are the steps of this phase
 
 
@@ -52,23 +52,25 @@ def phases(system, name):
     for number, (part, start, stop) in enumerate(zip(parts, [0, *ends], ends), 1):
         if start == stop:
             raise UserError(f"{name}.steps={steps} leave no step for phase {number} of {len(parts)}: raise the steps")
-        changed = {key: value for key, value in part.items() if key != "share"}
-        config = _changed(system.config, name, number, changed)
+        settings = {key: value for key, value in part.items() if key != "share"}
+        config = _changed(system.config, name, number, settings)
         config[name].update(phases=(), steps=stop - start)
         title = f"{name}, phase {number} of {len(parts)}"
         made.append(Phase(number, title, start, stop, _with_stage(system, build(config), name)))
     return made
 
 
-def _changed(config, name, number, changed):
+def _changed(config, name, number, settings):
     """A copy of the config with the settings {dotted key: value} of one phase. Raises UserError."""
     config = config.copy_and_resolve_references()
     known = [*_keys("data", config.data), *_keys(name, config[name])]
-    known = [key for key in known if not key.startswith(tuple(fixed.format(name) for fixed in FIXED))]
-    for key, value in changed.items():
+    fixed = tuple(key.format(name) for key in FIXED)
+    for key, value in settings.items():
+        if key in known and key.startswith(fixed):
+            raise UserError(f"{name}.phases: phase {number} cannot change {key}, which is the same in all phases")
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"{name}.phases: phase {number} cannot set {key!r}: did you mean {nearest!r}?")
+            raise UserError(f"{name}.phases: phase {number} has no setting {key!r}: did you mean {nearest!r}?")
         try:
             config.update_from_flattened_dict({key: value})
         except (TypeError, ValueError) as error:
@@ -82,10 +84,10 @@ def _keys(prefix, settings):
         yield from _keys(f"{prefix}.{key}", value) if hasattr(value, "items") else [f"{prefix}.{key}"]
 
 
-def _with_stage(system, changed, name):
-    """The System of a phase: one stage of `changed`, and the other stages of `system`, which are trained already."""
-    stage = changed.stages[name]._replace(encoder_params=system.stages[name].encoder_params)
-    return dataclasses.replace(changed, stages=system.stages | {name: stage})
+def _with_stage(system, phase_system, name):
+    """The System of a phase. Only stage `name` has the settings of the phase; parameters of other stages stay as is."""
+    stage = phase_system.stages[name]._replace(encoder_params=system.stages[name].encoder_params)
+    return dataclasses.replace(phase_system, stages=system.stages | {name: stage})
 
 
 def first_params(ema, expected):

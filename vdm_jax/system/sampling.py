@@ -89,7 +89,7 @@ class Sampler:
         masks = context.masks
         clean = self._context_latents(params, context, layout)
         guidance = settings["guidance"]
-        continued = all(mask[:2].all() for mask in masks.values())  # two frames of both show what moves
+        continued = all(mask[:2].all() for mask in masks.values())  # so motion is known
         cross_modal = any(mask.all() for mask in masks.values())
         text_weight = guidance["text_continue" if continued else "text_cross_modal" if cross_modal else "text"]
         weights = {"text": text_weight, "rescale": settings["rescale"]}
@@ -130,8 +130,9 @@ class Sampler:
 
 
 def resolve(defaults, options):
-    """config.sample with `options` in place of its values. None leaves a value; a number for guidance is the text's.
+    """config.sample with `options` in place of its values; None leaves a value.
 
+    A number as guidance sets only guidance.text, not text_continue or text_cross_modal.
     Raises UserError for an unknown name or a bad value.
     """
     for name in options:
@@ -160,7 +161,7 @@ def sample(
 
     numbers: int [B]; the noise of row i is drawn from (key, numbers[i]).
     clean: latents of the context frames, {modality: [B or 1, ...]}.
-    masks, levels: bool [T] and log_snr [N+1, T] per modality; see tasks.py.
+    masks, levels: bool [T] and log_snr [S+1, T] per modality; see tasks.py.
     weights: of guidance, {'text', 'history', 'modality'}, and 'rescale'.
     guides: three bools: whether the text, the context frames and the other modality guide.
     """
@@ -172,9 +173,9 @@ def sample(
     clean = {name: jnp.broadcast_to(x, (len(numbers), *x.shape[1:])) for name, x in clean.items()}
     is_context = {name: broadcast_to_latent(masks[name][None], x) for name, x in clean.items()}
     noise, second_noise = (draw_noise(noise_key, numbers, shapes, which) for which in (0, 1))
-    start = {name: jnp.broadcast_to(levels[name][:1], (len(numbers), levels[name].shape[1])) for name in shapes}
-    is_clean = {name: broadcast_to_latent(start[name] >= settings.log_snr_max, clean[name]) for name in shapes}
-    noised = add_noise(clean, second_noise, start)
+    first_levels = {name: jnp.broadcast_to(levels[name][:1], (len(numbers), levels[name].shape[1])) for name in shapes}
+    is_clean = {name: broadcast_to_latent(first_levels[name] >= settings.log_snr_max, clean[name]) for name in shapes}
+    noised = add_noise(clean, second_noise, first_levels)
     where = functools.partial(jax.tree.map, jnp.where)
     z = where(is_context, where(is_clean, clean, noised), noise)
     z = {"video": constrain(z["video"], *VIDEO_AXES), "audio": constrain(z["audio"], *AUDIO_AXES)}
@@ -192,16 +193,16 @@ def sample(
         terms += samplers.modality_guidance(weights["modality"], second_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. Its key depends on the first number of the batch. Batches begin at multiples of BATCH, so a number
-    # always has the same first number and the same row. So the noise that ddpm adds depends only on (key, number), too.
+    # 3. The sampler. Prompt i is always row i % BATCH of a batch that begins at the same number. So the noise of ddpm
+    # depends only on (key, i), too.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
-    z = where(is_context, clean, z)
+    z = where(is_context, clean, z)  # the context may be noised until here
     return sharding.replicate(codec.decode(params, z))
 
 
 def draw_noise(key, numbers, shapes, which):
-    """Standard normal noise {name: [B, *shapes[name]]} for clips `numbers` [B]; `which` of 0 and 1: two draws each."""
+    """Standard normal noise {name: [B, *shapes[name]]} for clips `numbers` [B]; `which`: 0 or 1, independent draws."""
 
     def draw(number, name):
         place = 2 * which + sorted(shapes).index(name)
