@@ -94,7 +94,7 @@ def test_means_leave_out_skipped_steps_and_what_was_not_measured():
 
 
 def test_goodput_is_the_share_of_time_in_steps():
-    watch = run_log.Watch()
+    watch = run_log.Stopwatch()
     time.sleep(0.2)  # set-up
     watch.start()
     with watch("compiling"):
@@ -117,12 +117,12 @@ def test_goodput_is_the_share_of_time_in_steps():
 def report(directory, done=0, **changed):
     """A RunLog of 6 steps in a folder of its own, and the list of what it called."""
     called = []
-    watch = run_log.Watch()
+    watch = run_log.Stopwatch()
     watch.start()
     directory.mkdir(parents=True, exist_ok=True)
     settings = dict(
-        steps=6, stop=6, done=done, saved=None, watch=watch, stop_after=3, heartbeat_every=1000.0,
-        sample_ids=lambda number: f"those of {number}", finish=lambda: called.append("finish"),
+        steps=6, stop=6, done=done, saved=None, stopwatch=watch, stop_after=3, heartbeat_every=1000.0,
+        sample_ids=lambda number: f"those of {number}", wait_for_save=lambda: called.append("finish"),
     )  # fmt: skip
     return run_log.RunLog("clip", "clip", 1, directory, **{**settings, **changed}), called
 

@@ -35,7 +35,7 @@ from vdm_jax.run import preemption
 logging.getLogger("vdm_jax").addHandler(logging.StreamHandler())
 logging.getLogger("vdm_jax").setLevel("INFO")
 with preemption.watching() as stop:
-    stop.stepping = sys.argv[1] == "second"
+    stop.after_step = sys.argv[1] == "second"
     print("ready", flush=True)
     while True:
         time.sleep(0.1)

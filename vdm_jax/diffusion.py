@@ -38,10 +38,10 @@ def log_snr_at(t, config):
     """Returns log_snr at times t in [0, 1], an array like t. It falls as t rises.
 
     'cosine' and 'sigmoid' fall from log_snr_max at t = 0 to log_snr_min at t = 1. 'linear_beta' has the 1000 noise
-    levels of DDPM: its step n = 0..999 is t = (n + 1) / 1000, exact if shift is 1, log_snr_min <= -10.13 and
-    log_snr_max >= 9.22. The shift multiplies alpha / sigma everywhere. Then the curve is cut at log_snr_max and
-    log_snr_min, so its ends do not move ('linear_beta' is clipped there). A shift below 1 gives more noise at every t
-    between the ends. Use it for larger or more redundant latents
+    levels of DDPM: step n = 0..999 is t = (n + 1) / 1000. It has exactly these levels if no shift and no bound changes
+    them: shift 1, log_snr_min <= -10.13 and log_snr_max >= 9.22. The shift multiplies alpha / sigma. Then 'cosine' and
+    'sigmoid' use the part of their curve between the bounds, stretched over [0, 1]; 'linear_beta' is clipped to the
+    bounds. A shift below 1 gives more noise at every t between the ends. Use it for larger or more redundant latents
     (arXiv:2301.11093, section 3.1: 64 / d for images of d x d pixels).
 
     Raises UserError for an unknown schedule, an empty range or a shift that is not positive.
@@ -57,8 +57,8 @@ def log_snr_at(t, config):
 
 
 # The cosine and sigmoid curves reach infinity at t = 0 and t = 1. Only the part within the bounds is used, stretched
-# over [0, 1]: `start` and `end` are cut off, and `width` is left. alpha is computed from end + (1 - t) * width, because
-# the float32 difference 1 - (start + t * width) would lose digits near t = 1.
+# over [0, 1]: `start` and `end` are cut off, and `width` is left. alpha is computed from end + (1 - t) * width. The
+# difference of the whole curve (pi / 2 or 1) and start + t * width is the same, but would lose digits near t = 1.
 
 
 def _cosine(t, low, high, offset):
@@ -66,13 +66,13 @@ def _cosine(t, low, high, offset):
     start = np.arctan(np.exp((offset - high) / 2))
     end = np.arctan(np.exp((low - offset) / 2))
     width = np.pi / 2 - start - end
-    cosine = jnp.sin(end + (1 - t) * width)
+    cosine = jnp.sin(end + (1 - t) * width)  # cos(x) = sin(pi / 2 - x)
     sine = jnp.sin(start + t * width)
     return 2 * (jnp.log(cosine) - jnp.log(sine)) + offset  # log_snr = -2 log tan(angle)
 
 
 def _sigmoid(t, low, high, offset):
-    """alpha^2 is a sigmoid of t, scaled to span [0, 1]: arXiv:2301.10972, Algorithm 1 (start -3, end 3, tau 1).
+    """alpha^2 is a sigmoid of t, scaled to span [0, 1]: arXiv:2301.10972, Algorithm 1 (its start -3, end 3, tau 1).
 
     With sigmoid(a) - sigmoid(b) = sinh((a - b) / 2) / (2 cosh(a / 2) cosh(b / 2)) the curve becomes
     log_snr = log(sinh(3 (1 - t)) / sinh(3 t)).
@@ -82,7 +82,7 @@ def _sigmoid(t, low, high, offset):
         return np.arctanh(np.sinh(3) / (np.exp(log_snr) + np.cosh(3))) / 3
 
     start = time_of(high - offset)
-    end = time_of(offset - low)
+    end = time_of(offset - low)  # the curve is antisymmetric: 1 - time_of(x) = time_of(-x)
     width = 1 - start - end
     signal = jnp.sinh(3 * (end + (1 - t) * width))
     noise = jnp.sinh(3 * (start + t * width))

@@ -2,11 +2,11 @@
 
 The scheduling matrix says which noise level each latent frame has before the first step and after each step:
 
-    levels = {"video": [S+1, T], "audio": [S+1, T]}     log_snr; row 0 is the start, row N the end
+    levels = {"video": [S+1, T], "audio": [S+1, T]}     log_snr; row 0 is the start, row S the end
 
-One loop serves all tasks and methods. Frames may change in different steps: in a pyramid, earlier frames come first. A
-frame whose level stays the same in a step, as that of a context frame does, does not change in that step, not by one
-bit. A frame that reaches log_snr_max becomes the predicted x0 itself.
+One loop serves all tasks and methods. Frames may change in different steps: in a pyramid, earlier frames come first. If
+the level of a frame stays the same in a step, the frame stays the same, bit for bit. So context frames never change. A
+frame that reaches log_snr_max becomes the predicted x0 itself.
 The notation is that of vdm_jax.diffusion. Papers on solvers write lambda for log_snr / 2.
 """
 
@@ -81,8 +81,8 @@ def heun(z, x0, past, step):
     """Heun's method, second order with two network calls per step; not the form of EDM (arXiv:2206.00364, Algorithm 1).
 
     It solves the linear part of the equation exactly (arXiv:2211.01095, Proposition 4.1), and takes x0 as linear in
-    lambda over a step: ETD2RK of Cox and Matthews (2002). EDM's form has a large error in a long first step: on
-    Gaussian data of variance 1, with 8 steps even in time, samples are off by up to 24, and by 0.04 here.
+    lambda over a step: ETD2RK of Cox and Matthews (2002). EDM's form has a large error in a long first step. On
+    Gaussian data of variance 1, with 8 steps even in time, its error is 24; the error of this form is 0.04.
     """
 
     def average(x0, x0_next, now, after):
@@ -100,7 +100,7 @@ METHODS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun}
 
 
 def _exact_step(z, x0, step):
-    """The step without noise, exact if x0 is constant: arXiv:2010.02502, eq. 12; eps = (z - alpha x0) / sigma."""
+    """The step without noise, exact if x0 is constant: arXiv:2010.02502, eq. 12, its eps written with z and x0."""
 
     def leaf(z, x0, now, after):
         sigma = alpha_sigma(now)[1]
@@ -217,9 +217,10 @@ def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
     return guided_fn
 
 
-# A weight of 1 adds nothing. With a weight above 1 the text, the context or the other modality has more influence than
-# in training. `noise` is standard normal, like z.
-# `null_cond` is the condition of the empty text, with batch size B or 1.
+# Arguments of the three functions below:
+# weight: 1 adds nothing. Above 1 the text, the context or the other modality has more influence than in training.
+# noise: standard normal, like z.
+# null_cond: the condition of the empty text, with batch size B or 1.
 
 
 def text_guidance(weight, null_cond):
@@ -250,7 +251,8 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
 def modality_guidance(weight, noise, config):
     """Returns Terms: the video guides the audio, and the audio the video.
 
-    The prediction without a modality has pure noise for it: UniDiffuser, arXiv:2303.06555, section 4.3.
+    For the prediction without a modality the network reads pure noise in its place: UniDiffuser, arXiv:2303.06555,
+    section 4.3.
     """
 
     def without(other, z, log_snr, cond):

@@ -20,7 +20,7 @@ from vdm_jax.data import batches
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import figures
 from vdm_jax.run import checkpoint, cli, folder, hosts, preemption, profiling, storage
-from vdm_jax.run.log import RunLog, Watch
+from vdm_jax.run.log import RunLog, Stopwatch
 from vdm_jax.system import build, latents
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.phases import first_params, phases
@@ -38,7 +38,7 @@ class Run(NamedTuple):
     plan: dict  # {stage: its Phases}
     sources: dict  # {System: data source of its training clips}
     stop: preemption.Stop  # stop.is_due(step) -> whether a signal asks the run to end
-    report_progress: Any  # report_progress(what) tells the watchdog what was just done; None ends the watch
+    report_progress: Any  # report_progress(what) tells the watchdog what was just done; None stops the watchdog
     trace_span: tuple | None  # first and last step to trace
 
 
@@ -99,7 +99,7 @@ def train_phase(run, name, phase):
     config, settings, stage = system.config, system.config[name], system.stages[name]
     directory = run.workdir / name
     directory.mkdir(parents=True, exist_ok=True)
-    watch = Watch()
+    stopwatch = Stopwatch()
 
     # ------------------------------------------------------------------------------------------- how training starts
     # The order matters.
@@ -139,7 +139,7 @@ def train_phase(run, name, phase):
         state = checkpoint.restore(checkpoints, program.abstract)
     # 5. The step is compiled before the first batch is read, and by all processes before any of them runs it.
     #    In the record of compile times, the number of parameters tells models apart.
-    with watch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameters):
+    with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameters):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
     run.report_progress(f"compiling the step of {phase.title}")  # the first call starts the watchdog
@@ -151,23 +151,23 @@ def train_phase(run, name, phase):
         phase.title,
         phase.number,
         directory,
-        steps=run.plan[name][-1].stop,
+        steps=run.plan[name][-1].last_step,
         stop=phase.last_step,
         done=done,
         saved=newest,
-        watch=watch,
+        stopwatch=stopwatch,
         sample_ids=lambda number: batches.sample_ids(items, **order, step=number - 1),
         stop_after=config.skip.stop_after,
         heartbeat_every=config.heartbeat_every,
-        finish=lambda: checkpoint.finish(checkpoints),
+        wait_for_save=lambda: checkpoint.finish(checkpoints),  # before the error of too many skipped steps
     )
     trace = profiling.tracer(run.trace_span, directory)
     trace(done)
-    run.stop.stepping = True
+    run.stop.after_step = True  # from now on a signal ends the run after a step, and not at once
     save_due = stopped = False
-    watch.start()
+    stopwatch.start()
     for number in log.numbers:
-        with watch("data"):
+        with stopwatch("data"):
             batch = batches.to_devices(next(data), batch_sharding, settings.batch_size)
         with jax.transfer_guard("disallow"):  # a hidden copy between host and device would stall every step
             state, metrics = step_fn(state, step_key, batch, encoder_params)
@@ -180,20 +180,20 @@ def train_phase(run, name, phase):
         if save_due or number % config.log_every == 0:  # before each save, so that a resumed run has all lines
             log.write(number, flush=save_due)
         if save_due and (last or not log.skipping):  # a skipped step may mean that the state was already bad
-            with watch("saving"):
+            with stopwatch("saving"):
                 checkpoint.save(checkpoints, state, log.mean_loss())
             log.mark_saved(number)
             save_due = False
         log.heartbeat(number, last)
         if show_preview and not stopped and (last or number % config.preview_every == 0):
-            with watch("preview"):
+            with stopwatch("preview"):
                 show_preview(state["ema"], encoder_params, number)
         if stopped:
             break
     checkpoint.finish(checkpoints)
     checkpoints.close()
     run.report_progress(None)
-    run.stop.stepping = False
+    run.stop.after_step = False
     log.close()
     if stopped:
         logger.info("%s: stopped at step %d, saved; the same command continues from there", phase.title, number)
@@ -205,7 +205,7 @@ def previewer(run, name, system):
 
     show writes <step>.png (and .mp4) to the stage's folder `previews`.
 
-    All processes call it: they compute together, and the first one writes.
+    All processes call show. They compute together, and only the primary process writes.
     """
     preview = system.stages[name].preview
     if not preview or not system.config.preview_every:

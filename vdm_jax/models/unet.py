@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from vdm_jax.models import layers
 
-WINDOW = {"video": (1, 3, 3), "audio": (3,)}  # of the convolutions outside residual blocks
+WINDOW = {"video": (1, 3, 3), "audio": (3,)}  # of the first and last convolutions, and of those after upsampling
 
 
 class NoiseEmbedding(layers.Layer):
@@ -103,7 +103,7 @@ class TextRefiner(layers.Layer):
     def __call__(self, states, mask):
         x = states.astype(self.activation_dtype)
         heads = max(1, x.shape[-1] // self.head_dim)
-        positions = jnp.arange(x.shape[1]) / 20  # bytes; rotary periods of 1 to 100 units are 20 to 2,000 bytes here
+        positions = jnp.arange(x.shape[1]) / 20  # a token is a byte: rotary periods are 20 to 2,000 bytes
         for i in range(self.depth):
             x = layers.transformer_layer(x, mask, heads, i, positions, zero=True, dtype=self.dtype)
         return x

@@ -45,11 +45,11 @@ class RunLog:
     stop: int  # number of the last step to do
     done: int  # how many of the steps an earlier start did
     saved: int | None  # step of the newest checkpoint
-    watch: "Watch"  # began with the stage
+    stopwatch: "Stopwatch"  # began with the stage
     sample_ids: Callable  # sample_ids(number) returns the names of the samples in the batch of a step
     stop_after: int  # number of skipped steps in a row that ends the run with an error
     heartbeat_every: float  # seconds
-    finish: Callable  # finish() waits for the current save; called before that error
+    wait_for_save: Callable  # wait_for_save() waits for the current save; called before that error
 
     def __post_init__(self):
         left = range(self.done + 1, self.stop + 1)
@@ -74,8 +74,8 @@ class RunLog:
         means, skipped = summarize(self.history, number + 1 - len(self.history))
         if counted := len(self.history) - len(skipped):
             self.losses.append((means["loss"], counted))
-        means |= self.watch.lap(len(self.history))
-        means |= {"goodput": self.watch.goodput(), "phase": self.phase}
+        means |= self.stopwatch.lap(len(self.history))
+        means |= {"goodput": self.stopwatch.goodput(), "phase": self.phase}
         self.history = []
         if self.metrics:
             self.metrics.write(number, self.stage, means)
@@ -105,7 +105,7 @@ class RunLog:
             follows = self.streak and self.streak[-1].number == step.number - 1
             self.streak = [*self.streak, step] if follows else [step]
             if len(self.streak) >= self.stop_after:
-                self.finish()
+                self.wait_for_save()
                 first = self.streak[0]
                 raise UserError(
                     f"{self.stage}: {len(self.streak)} steps in a row were skipped, from step {first.number} on "
@@ -135,7 +135,7 @@ class RunLog:
             self.last_beat = time.monotonic()
             beat = dict(
                 time=time.time(), process=os.getpid(), stage=self.stage, phase=self.phase, step=number,
-                steps=self.steps, saved=self.saved, skipped=self.metrics.skipped, goodput=self.watch.goodput(),
+                steps=self.steps, saved=self.saved, skipped=self.metrics.skipped, goodput=self.stopwatch.goodput(),
             )  # fmt: skip
             storage.replace(self.directory.parent / "heartbeat.json", json.dumps(beat) + "\n")
 
@@ -170,7 +170,7 @@ def summarize(history, first):
     return {"loss": float("nan"), **means, "skipped": len(skipped)}, skipped
 
 
-class Watch:
+class Stopwatch:
     """Measures where wall time goes. `with watch(what):` marks "data", "compiling", "saving" or "preview"."""
 
     def __init__(self):

@@ -22,7 +22,7 @@ class Stop:
 
     def __init__(self):
         self.signal = None  # name of the signal that this process received
-        self.stepping = False  # whether training has begun; before, a signal ends the run at once
+        self.after_step = False  # whether training has begun; before, a signal ends the run at once
 
     def is_due(self, step):
         """Whether the run must end after `step`. All processes get the same answer."""
@@ -44,7 +44,7 @@ def watching():
         stop.signal = signal.Signals(number).name
         if distributed:
             os.kill(os.getpid(), signal.SIGTERM)  # passes SIGINT on to JAX
-        if stop.stepping or distributed:
+        if stop.after_step or distributed:
             logger.info(
                 "%s: the run saves and ends after this step; the same signal again ends it at once", stop.signal
             )

@@ -1,4 +1,4 @@
-"""A System: the four models of a config, and what each stage trains. `build(config)` makes it once for a config."""
+"""A System: the four models of a config, and what each stage trains. `build(config)` makes one."""
 
 import dataclasses
 

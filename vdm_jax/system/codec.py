@@ -48,14 +48,14 @@ def remat_modes(config, stage):
 
 def init_fns(models, config, layout):
     """{stage: init(key) -> params}. Call them inside jit or eval_shape: the forward pass is traced, never executed."""
-    side, length, width = config.data.size, config.data.text_length, config.clip.model.text.width
-    tokens = jnp.zeros((1, length), jnp.int32)
+    side, text_length, text_width = config.data.size, config.data.text_length, config.clip.model.text.width
+    tokens = jnp.zeros((1, text_length), jnp.int32)
     video = jnp.zeros((1, layout.frames, side, side, 3))
     sound = jnp.zeros((1, layout.latent_frames * layout.f_t * layout.samples_per_frame))
     latents = {name: jnp.zeros((1, *shape)) for name, shape in layout.latent_shapes.items()}
     log_snr = {name: jnp.zeros((1, layout.latent_frames)) for name in latents}
-    states, pooled = jnp.zeros((1, length, width)), jnp.zeros((1, width))
-    cond = {"states": states, "mask": jnp.ones((1, length), bool), "pooled": pooled}
+    states, pooled = jnp.zeros((1, text_length, text_width)), jnp.zeros((1, text_width))
+    cond = {"states": states, "mask": jnp.ones((1, text_length), bool), "pooled": pooled}
     arguments = {
         "video_autoencoder": (video, jax.random.key(0)),
         "audio_autoencoder": (sound, jax.random.key(0)),

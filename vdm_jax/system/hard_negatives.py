@@ -32,7 +32,7 @@ def swap_words(caption, groups):
     """
     rng = np.random.default_rng(zlib.crc32(caption.encode("utf-8", errors="replace")))
     pattern, tables = _search(groups)
-    words = pattern.split(caption)  # what is between the words of the groups, and at odd places these words
+    words = pattern.split(caption)  # at odd places words of the groups, at even places the text between
     words[1::2] = [word.lower() for word in words[1::2]]
     places = [[i for i, word in enumerate(words) if word in table] for table in tables]  # by group
     swaps = [
@@ -81,7 +81,7 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(key, z, right, wrong, target, config):
-    """Returns the Pairs of every config.every-th clip, P = B / every: the first half of the loss, before the network.
+    """Returns the Pairs of one clip out of config.every: the first half of the loss, before the network.
 
     Both rows of a clip have the same noise and the same noise level, which is one number for all of the clip. The noise
     levels of the clips are evenly spaced over config.log_snr.

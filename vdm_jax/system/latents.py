@@ -27,9 +27,9 @@ ENCODING_SECONDS = 24 * 3600  # longest wait for the slowest process to encode i
 def prepare(system, workdir, examples, mesh):
     """-> (encoder_params on the mesh, items) for training the denoiser on data/batches.Examples.
 
-    The encoders have the precision of exported weights, so that the denoiser fits what is exported with it. The items
-    are `examples` itself, or with config.denoiser.cached_clips > 0 that many clips as `Encoded`, kept in the run's
-    folder.
+    The encoders are rounded to the precision of exported weights. So the denoiser trains on the encoders that are
+    exported with it. The items are `examples` itself. If config.denoiser.cached_clips is n > 0, the items are n encoded
+    clips, kept in the run's folder.
     Raises UserError where an earlier stage has no checkpoint.
     """
     encoders = [name for name in system.stages["denoiser"].encoder_params if name != "statistics"]
@@ -114,7 +114,7 @@ class Encoded:
             rows[i] = np.frombuffer(clip, self.record)[0]
         return jax.tree.unflatten(self.tree, [np.ascontiguousarray(rows[name]) for name in self.record.names])
 
-    def _open(self, thread, part):
+    def _open(self, thread, part):  # `thread` is a key of the cache: each thread has a position in a file of its own
         file = storage.reader(self.paths[part])
         np.lib.format.read_magic(file)
         _, _, record = np.lib.format.read_array_header_1_0(file)

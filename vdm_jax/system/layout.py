@@ -13,7 +13,7 @@ STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 VIDEO_AXES = ("batch", "time", "height", "width", "channel")
 AUDIO_AXES = ("batch", "token", "channel")
 
-# Settings of a model that have one value for each resolution, and those that may be 0.
+# Settings of a model that have one value for each resolution, and those that may be 0 or False.
 PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")
 MAY_BE_ZERO = ("blocks", "middle_blocks", "layers", "text_layers", "attention", "cross_modal", "factorized")
 
@@ -140,7 +140,7 @@ def _check_halvings(denoiser, side, tokens):
     side //= denoiser.patch
     if side % 2**halvings:
         raise UserError(
-            f"denoiser.model.channels halve the {side}x{side} latents {halvings} times, and {side} is no multiple of "
+            f"denoiser.model.channels halve {side}x{side} places {halvings} times, and {side} is no multiple of "
             f"{2**halvings}: use fewer resolutions or another data.size"
         )
     for i in range(1, halvings + 1):  # at each resolution, a latent frame must keep a whole number of audio tokens

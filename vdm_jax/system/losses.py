@@ -73,13 +73,13 @@ def make_stages(codec):
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
     encoders = {name: params[name] for name in STAGES[:3]}
     encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
-    remade = {m: previews.reconstruction(codec, m) for m in ("video", "audio")}
-    samples = previews.samples(codec)
+    reconstructed = {m: previews.reconstruction(codec, m) for m in ("video", "audio")}
+    sampled = previews.samples(codec)
     stages = (
-        ("video_autoencoder", video_autoencoder_loss, VIDEO_AXES, layout.frames, remade["video"], {}),
-        ("audio_autoencoder", audio_autoencoder_loss, AUDIO_AXES, audio_tokens, remade["audio"], {}),
+        ("video_autoencoder", video_autoencoder_loss, VIDEO_AXES, layout.frames, reconstructed["video"], {}),
+        ("audio_autoencoder", audio_autoencoder_loss, AUDIO_AXES, audio_tokens, reconstructed["audio"], {}),
         ("clip", clip_loss, VIDEO_AXES, layout.frames, None, {}),
-        ("denoiser", denoiser_loss, VIDEO_AXES, layout.latent_frames, samples, encoders),
+        ("denoiser", denoiser_loss, VIDEO_AXES, layout.latent_frames, sampled, encoders),
     )
     return {name: stage(name, *rest) for name, *rest in stages}
 
@@ -160,7 +160,10 @@ def clip_loss(codec, params, key, batch, encoder_params):
 
 
 def drop_text(key, encoded_text, null, share):
-    """The text, replaced in a share of the rows by the null text, of batch size 1. Guidance by the text needs both."""
+    """Replaces the text by the null text in a share of the rows: text guidance needs a network trained with both.
+
+    null: the null text, of batch size 1.
+    """
     dropped = jax.random.uniform(key, encoded_text["pooled"].shape[:1]) < share  # [B]
 
     def choose(empty, full):
@@ -170,7 +173,7 @@ def drop_text(key, encoded_text, null, share):
 
 
 def encode_batch(codec, encoder_params, batch):
-    """What the denoiser trains on, of a batch of clips: {'z': latents, 'text': text[, 'hard_negative': text]}."""
+    """Encodes a batch of clips for the denoiser -> {'z': latents, 'text': text[, 'hard_negative': text]}."""
     texts = {"text": "tokens", hard_negatives.FIELD: hard_negatives.FIELD}
     encoded = {name: codec.encode_text(encoder_params, batch[x]) for name, x in texts.items() if x in batch}
     return encoded | {"z": codec.encode(encoder_params, batch["video"], batch["audio"])}

@@ -85,7 +85,10 @@ def _keys(prefix, settings):
 
 
 def _with_stage(system, phase_system, name):
-    """The System of a phase. Only stage `name` has the settings of the phase; parameters of other stages stay as is."""
+    """The System of a phase. Its config, layout and models have the settings of the phase.
+
+    The records of the other stages, and the shapes of their parameters, are those of `system`.
+    """
     stage = phase_system.stages[name]._replace(encoder_params=system.stages[name].encoder_params)
     return dataclasses.replace(phase_system, stages=system.stages | {name: stage})
 

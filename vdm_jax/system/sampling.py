@@ -1,4 +1,4 @@
-"""Prompts, context frames and a scheduling matrix to clips: the one compiled program that samples."""
+"""Makes clips from prompts, context frames and a scheduling matrix, in one compiled program."""
 
 import functools
 import math
@@ -89,9 +89,9 @@ class Sampler:
         masks = context.masks
         clean = self._context_latents(params, context, layout)
         guidance = settings["guidance"]
-        continued = all(mask[:2].all() for mask in masks.values())  # so motion is known
-        cross_modal = any(mask.all() for mask in masks.values())
-        text_weight = guidance["text_continue" if continued else "text_cross_modal" if cross_modal else "text"]
+        continued = all(mask[:2].all() for mask in masks.values())  # these latent frames show motion
+        given = any(mask.all() for mask in masks.values())  # the whole of one modality is context
+        text_weight = guidance["text_continue" if continued else "text_cross_modal" if given else "text"]
         weights = {"text": text_weight, "rescale": settings["rescale"]}
         weights |= {name: guidance[name] for name in ("history", "modality")}
         levels = tasks.scheduling_matrix(
@@ -193,8 +193,8 @@ def sample(
         terms += samplers.modality_guidance(weights["modality"], second_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. Prompt i is always row i % BATCH of a batch that begins at the same number. So the noise of ddpm
-    # depends only on (key, i), too.
+    # 3. The sampler. Prompt i is always row i % BATCH of the batch that begins at prompt i - i % BATCH. The key of a
+    # batch depends only on where the batch begins. So the noise of ddpm, too, depends only on (key, i).
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
