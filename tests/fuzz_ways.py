@@ -29,6 +29,7 @@ from vdm_jax.run import folder as run_folder
 from vdm_jax.run import log as run_log
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
+from vdm_jax.system.phases import phases
 
 CLIP = dict(fps=8, size=16, sample_rate=2000)
 for name in ("vdm_jax", "absl"):
@@ -428,7 +429,9 @@ def command_line(draw, folder):
         options = flags.FLAGS
         if options.config is not None and options.workdir:
             names = STAGES if options.stage == "all" else (options.stage,)
-            train.checked_mesh(build(options.config), names)
+            system = build(options.config)
+            plan = {name: phases(system, name) for name in names}
+            train.check(options.config, sharding.make_mesh(options.config.mesh), plan)
     finally:
         sys.argv = typed
         for name in set(flags.FLAGS) - known:
