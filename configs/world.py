@@ -16,7 +16,7 @@ def get_config():
     config = world_tiny.get_config()
     config.unlock()
 
-    config.data.world = dict(
+    config.data.world.update(
         objects=(0.4, 0.35, 0.25), gravity=0.2, occluder=0.2, leave=0.2, pan=0.2, light=0.2, undirected=0.25
     )
     config.video_autoencoder.steps = 12000

@@ -18,7 +18,7 @@ def get_config():
     config = common.get_config()
     config.unlock()
 
-    config.data.world = dict(
+    config.data.world.update(
         objects=(0.4, 0.6), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0, undirected=0.0
     )
 
