@@ -26,13 +26,11 @@ from vdm_jax.system import build, sampling
 from vdm_jax.system.layout import STAGES, VIDEO_AXES
 
 ONE = dict(data=-1, fsdp=1, sequence=1, tensor=1)
-MESHES = {
-    "data": dict(data=8),
-    "fsdp": dict(fsdp=8),
+MESHES = {  # together they have every axis
     "fsdp, tensor": dict(fsdp=4, tensor=2),
     "data, sequence": dict(data=4, sequence=2),
 }
-BOTH = ("fsdp, tensor", "data, sequence")  # every axis; the denoiser takes a minute to compile for each mesh
+SAMPLED = MESHES | {"data": dict(data=8)}  # where each device has whole clips, samples are equal bit for bit
 CUT = ("data, sequence",)  # the mesh that cuts clips in time or height
 
 
@@ -200,7 +198,7 @@ def test_eight_devices_compute_what_one_does():
     code, out, err = finish(start(__file__, JAX_NUM_CPU_DEVICES="8"), seconds=2400)
     assert code == 0, "\n".join(err[-20:])
     lines = [line for line in out.splitlines() if line.startswith("equal")]
-    assert len(lines) == (3 + 2) * len(MESHES) + len(BOTH) + 2 * len(CUT), out
+    assert len(lines) == 4 * len(MESHES) + 2 * len(SAMPLED) + 2 * len(CUT), out
 
 
 def distance(tree, want):
@@ -211,7 +209,7 @@ def distance(tree, want):
 
 def on_meshes(among):
     for title in among:
-        sizes = MESHES[title]
+        sizes = SAMPLED[title]
         yield title, sharding.make_mesh({**ONE, **dict(data=1), **sizes})
 
 
@@ -254,7 +252,7 @@ def compare_losses(config, convolved=False):
             return gradients(params, jax.random.key(0), batch, encoder_params)
 
         want_grads, want = jax.device_get(jax.jit(run)(params, batch, encoder_params))
-        among = CUT if convolved else BOTH if name == "denoiser" else MESHES
+        among = CUT if convolved else MESHES
         for title, mesh in on_meshes(among):
             split = sharding.state_shardings(params, mesh)
             place = jax.device_put(params, split), jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -295,13 +293,13 @@ def compare_samples(config):
         return sampling.draw_noise(jax.random.key(3), jnp.arange(8), shapes, 0)
 
     want = jax.device_get(jax.jit(noise)())
-    for title, mesh in on_meshes(MESHES):
+    for title, mesh in on_meshes(SAMPLED):
         with jax.set_mesh(mesh):
             drawn = jax.jit(noise, out_shardings=sharding.batch_sharding(mesh))()
         video, audio = pipeline.Pipeline(system, params, mesh).sample(prompts)
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(drawn), want)
         print(f"equal: noise, {title}")
-        if title in ("data", "fsdp"):
+        if title == "data":
             np.testing.assert_array_equal(video, singly[0])
             np.testing.assert_array_equal(audio, singly[1])
         # A frame may round to the next of 256 values.
