@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import tiny
 from tests.gaussian import prediction_of
 from tests.test_diffusion import latents, make_config
 from vdm_jax import diffusion
-from vdm_jax.system import hard_negatives
+from vdm_jax.system import build, hard_negatives
 
 GROUPS = (("red", "green", "blue"), ("circle", "square"), ("left", "right", "up"))
 SETTINGS = dict(every=1, log_snr=(-6.0, -2.0), weight=0.5, anchor=0.25)
@@ -93,3 +94,28 @@ def test_two_batches_share_one_network_call():
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-6), together, tuple(denoise(*part) for part in rows)
     )
+
+
+def test_pairs_share_no_key_with_the_noise_of_the_batch(monkeypatch):
+    """diffusion.corrupt splits its key, and the second half of split(key) is fold_in(key, 1)."""
+    keys = {}
+
+    def spy(module, name):
+        original = getattr(module, name)
+
+        def call(key, *rest):
+            keys[name] = jax.random.key_data(key).tolist()
+            return original(key, *rest)
+
+        monkeypatch.setattr(module, name, call)
+
+    system = build(tiny.get_config("hard_negatives"))
+    stage = system.stages["denoiser"]
+    monkeypatch.setattr(type(system), "apply_fn", lambda self, name: lambda params, z, *rest: z)
+    spy(hard_negatives, "make_pairs")
+    spy(diffusion, "corrupt")
+    batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), stage.batch)
+    encoder_params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), stage.encoder_params)
+    stage.loss({}, jax.random.key(0), batch, encoder_params)
+    halves = jax.random.key_data(jax.random.split(jax.random.wrap_key_data(jnp.array(keys["corrupt"], jnp.uint32))))
+    assert keys["make_pairs"] not in [keys["corrupt"], *halves.tolist()]

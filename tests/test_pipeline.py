@@ -1,6 +1,7 @@
 """One compiled program for each shape, noise that belongs to a prompt, and context that stays; then the public API."""
 
 import base64
+import functools
 import re
 
 import jax
@@ -99,6 +100,27 @@ def test_batches_and_windows_are_counted(pipe, caplog):
     caplog.clear()
     pipe.rollout(["a red circle"], 10, steps=2, context_frames=2)
     assert caplog.messages == [f"sampling: {done} of 3 windows" for done in (1, 2, 3)]
+
+
+def test_noisy_context_and_history_guidance_draw_their_own_noise(pipe, monkeypatch):
+    """Guidance adds noise to the context. It would not be independent of noise that the context has already."""
+    seen = {}
+
+    def add_noise(x, eps, log_snr):
+        seen["context"] = eps["video"]
+        return x
+
+    def history_guidance(weight, masks, noise, *rest):
+        seen["guidance"] = noise["video"]
+        return []
+
+    monkeypatch.setattr(sampling, "add_noise", add_noise)
+    monkeypatch.setattr(sampling.samplers, "history_guidance", history_guidance)
+    picture = tasks.image(np.zeros((16, 16, 3), np.uint8), pipe.system.layout)
+    arrays, static = pipe.sampler.arguments(pipe.params, context=picture, guidance={"history": 2.0}, steps=1)
+    more = dict(key=jax.random.key(0), numbers=np.arange(1), tokens=np.zeros((1, 96), np.int32))
+    jax.eval_shape(functools.partial(sampling.sample, pipe.system, **static), pipe.params, **more, **arrays)
+    assert seen["context"] is not seen["guidance"]
 
 
 @pytest.mark.parametrize("method", ["dpmpp_2m", "ddpm"])

@@ -172,10 +172,10 @@ def sample(
     # 1. What the sampler starts from: noise, and context frames, clean or lightly noised.
     clean = {name: jnp.broadcast_to(x, (len(numbers), *x.shape[1:])) for name, x in clean.items()}
     is_context = {name: broadcast_to_latent(masks[name][None], x) for name, x in clean.items()}
-    noise, second_noise = (draw_noise(noise_key, numbers, shapes, which) for which in (0, 1))
+    noise, guidance_noise, context_noise = (draw_noise(noise_key, numbers, shapes, which) for which in range(3))
     first_levels = {name: jnp.broadcast_to(levels[name][:1], (len(numbers), levels[name].shape[1])) for name in shapes}
     is_clean = {name: broadcast_to_latent(first_levels[name] >= settings.log_snr_max, clean[name]) for name in shapes}
-    noised = add_noise(clean, second_noise, first_levels)
+    noised = add_noise(clean, context_noise, first_levels)
     where = functools.partial(jax.tree.map, jnp.where)
     z = where(is_context, where(is_clean, clean, noised), noise)
     z = {"video": constrain(z["video"], *VIDEO_AXES), "audio": constrain(z["audio"], *AUDIO_AXES)}
@@ -188,9 +188,9 @@ def sample(
     if guides[0]:
         terms += samplers.text_guidance(weights["text"], codec.encode_null_text(params))
     if guides[1]:
-        terms += samplers.history_guidance(weights["history"], masks, second_noise, settings, history_noise)
+        terms += samplers.history_guidance(weights["history"], masks, guidance_noise, settings, history_noise)
     if guides[2]:
-        terms += samplers.modality_guidance(weights["modality"], second_noise, settings)
+        terms += samplers.modality_guidance(weights["modality"], guidance_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
     # 3. The sampler. Prompt i is always row i % BATCH of the batch that begins at prompt i - i % BATCH. The key of a
@@ -202,7 +202,7 @@ def sample(
 
 
 def draw_noise(key, numbers, shapes, which):
-    """Standard normal noise {name: [B, *shapes[name]]} for clips `numbers` [B]; `which`: 0 or 1, independent draws."""
+    """Standard normal noise {name: [B, *shapes[name]]} for clips `numbers` [B]; `which` tells draws apart: 0 to 2."""
 
     def draw(number, name):
         place = 2 * which + sorted(shapes).index(name)
