@@ -11,8 +11,8 @@ The noise level is an array. Every latent frame of each modality has its own:
     z_t     = {"video": [B, T, h, w, C], "audio": [B, K*T, D]}     K audio tokens per latent frame; x, eps alike
     log_snr = {"video": [B, T],          "audio": [B, T]}
 
-Functions of latents take one array or a dict of arrays by modality; the loss and `noise_like` take only dicts. Time t
-is in [0, 1]: 0 is clean, 1 is pure noise.
+Functions of latents take one array or a dict of arrays by modality; the loss and `noise_like` take only dicts, and
+`broadcast_to_latent` only one array. Time t is in [0, 1]: 0 is clean, 1 is pure noise.
 """
 
 from typing import NamedTuple
@@ -39,9 +39,10 @@ def log_snr_at(t, config):
 
     'cosine' and 'sigmoid' fall from log_snr_max at t = 0 to log_snr_min at t = 1. 'linear_beta' has the 1000 noise
     levels of DDPM: step n = 0..999 is t = (n + 1) / 1000. It has exactly these levels if no shift and no bound changes
-    them: shift 1, log_snr_min <= -10.13 and log_snr_max >= 9.22. The shift multiplies alpha / sigma. Then 'cosine' and
-    'sigmoid' use the part of their curve between the bounds, stretched over [0, 1]; 'linear_beta' is clipped to the
-    bounds. A shift below 1 gives more noise at every t between the ends. Use it for larger or more redundant latents
+    them: shift 1, log_snr_min <= -10.13 and log_snr_max >= 9.22.
+
+    The shift multiplies alpha / sigma. After that, 'cosine' and 'sigmoid' use the part of their curve between the
+    bounds, stretched over [0, 1], and 'linear_beta' is clipped to the bounds. A shift below 1 gives more noise at every t between the ends. Use it for larger or more redundant latents
     (arXiv:2301.11093, section 3.1: 64 / d for images of d x d pixels).
 
     Raises UserError for an unknown schedule, an empty range or a shift that is not positive.
@@ -57,8 +58,9 @@ def log_snr_at(t, config):
 
 
 # The cosine and sigmoid curves reach infinity at t = 0 and t = 1. Only the part within the bounds is used, stretched
-# over [0, 1]: `start` and `end` are cut off, and `width` is left. alpha is computed from end + (1 - t) * width. The
-# difference of the whole curve (pi / 2 or 1) and start + t * width is the same, but would lose digits near t = 1.
+# over [0, 1]. The parameter of a curve runs from 0 to its end, pi / 2 or 1. A length `start` is cut off at the
+# beginning and a length `end` at the end; `width` is left. alpha needs the distance to the end of the curve. It is computed as
+# end + (1 - t) * width, because a difference would lose digits near t = 1.
 
 
 def _cosine(t, low, high, offset):
@@ -233,7 +235,7 @@ def _patterns(u, T):
 
 
 def sample_times(key, shape, patterns):
-    """Returns times and context masks of a batch: (t, context), {"video", "audio"} of float [B, T] and bool [B, T].
+    """Returns (t, context) of a batch: times {modality: float [B, T]}, and context masks {modality: bool [B, T]}.
 
     Each example follows one pattern. Times are 0 in context frames.
 

@@ -3,9 +3,9 @@
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
-run after the current step, with a checkpoint and exit code 0. Before the first step there is nothing to save, and the
-run ends at once. A second signal ends it at once, too. A stage may have phases with settings of their own: see
-system/phases.py.
+run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step a
+run of one process has nothing to save: the first signal ends it at once. A stage may have phases with settings of their
+own: see system/phases.py.
 """
 
 import logging
@@ -152,17 +152,17 @@ def train_phase(run, name, phase):
         phase.number,
         directory,
         steps=run.plan[name][-1].last_step,
-        stop=phase.last_step,
+        last_step=phase.last_step,
         done=done,
         saved=newest,
         stopwatch=stopwatch,
         sample_ids=lambda number: batches.sample_ids(items, **order, step=number - 1),
         stop_after=config.skip.stop_after,
         heartbeat_every=config.heartbeat_every,
-        wait_for_save=lambda: checkpoint.finish(checkpoints),  # before the error of too many skipped steps
+        wait_for_save=lambda: checkpoint.finish(checkpoints),  # called before the error that ends a run
     )
     trace = profiling.tracer(run.trace_span, directory)
-    trace(done)
+    trace(done)  # begins, if the next step is the first one to trace
     run.stop.after_step = True  # from now on a signal ends the run after a step, and not at once
     save_due = stopped = False
     stopwatch.start()

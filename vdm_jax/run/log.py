@@ -42,7 +42,7 @@ class RunLog:
     phase: int
     directory: Path  # of the stage, for metrics.jsonl and events; heartbeat.json is in the folder above
     steps: int  # of the stage
-    stop: int  # number of the last step to do
+    last_step: int  # to do
     done: int  # how many of the steps an earlier start did
     saved: int | None  # step of the newest checkpoint
     stopwatch: "Stopwatch"  # began with the stage
@@ -52,7 +52,7 @@ class RunLog:
     wait_for_save: Callable  # wait_for_save() waits for the current save; called before that error
 
     def __post_init__(self):
-        left = range(self.done + 1, self.stop + 1)
+        left = range(self.done + 1, self.last_step + 1)
         self.numbers = tqdm(left, self.title, self.steps, initial=self.done, disable=None, unit="step")
         self.metrics = MetricsLog(self.directory, self.done) if hosts.is_primary() else None
         self.history = []  # metrics of the steps since the last log boundary, on the device

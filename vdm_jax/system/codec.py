@@ -23,7 +23,8 @@ def make_models(config, layout):
     text_size = dict(vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
     clip = config.clip.model  # of the stage "clip", the text encoder; in other names a clip is a video with its sound
     modes = remat_modes(config, "denoiser")
-    unet = dict(config.denoiser.model, remat=modes if len(modes) > 1 else (), latent_fps=layout.latent_fps)
+    by_resolution = modes if len(modes) > 1 else ()  # a single mode is for the whole model, in Codec.apply_fn
+    unet = dict(config.denoiser.model, remat=by_resolution, latent_fps=layout.latent_fps)
     return {
         "video_autoencoder": VideoAutoencoder(**config.video_autoencoder.model, dtype=dtype),
         "audio_autoencoder": AudioAutoencoder(**config.audio_autoencoder.model, dtype=dtype),
@@ -69,8 +70,8 @@ def init_fns(models, config, layout):
 class Codec:
     """The models of a config, with the conversions between clips, latents and text.
 
-    `params` in the methods is {stage: tree of parameters}, with 'statistics' {modality: {'mean' [C], 'std' [C]}} of the
-    latents beside the stages. A method reads only the entries that it needs.
+    `params` in the methods is {stage: tree of parameters}. It may have one more key, 'statistics', for the latents:
+    {modality: {'mean' [C], 'std' [C]}}. A method reads only the entries that it needs.
     """
 
     config: ConfigDict

@@ -81,7 +81,7 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(key, z, right, wrong, target, config):
-    """Returns the Pairs of one clip out of config.every: the first half of the loss, before the network.
+    """Returns the Pairs of every config.every-th clip of a batch: the first half of the loss, before the network.
 
     Both rows of a clip have the same noise and the same noise level, which is one number for all of the clip. The noise
     levels of the clips are evenly spaced over config.log_snr.
@@ -144,7 +144,7 @@ def call_together(denoise_fn, rows_a, rows_b):
     """Returns the predictions for two batches, (prediction_a, prediction_b), by one call of the network.
 
     A program with two calls takes twice as long to compile. The call takes the rows of both batches in turns, for
-    example 3 rows of a, 2 of b, 3 of a, 2 of b. On a mesh that splits rows, each device then keeps its share of either.
+    example 3 rows of a, 2 of b, 3 of a, 2 of b. On a mesh that splits rows, each device then keeps its own rows.
     """
     count_a, count_b = (len(jax.tree.leaves(rows)[0]) for rows in (rows_a, rows_b))
     turns = math.gcd(count_a, count_b)

@@ -133,7 +133,7 @@ def _record(abstract_batch):
 
 
 def _cached(system, params, examples, directory):
-    """The Encoded clips in `directory`. If other parameters or data made them, they are made again.
+    """The Encoded clips in `directory`. If anything in the fingerprint has changed, they are made again.
 
     Each process makes some of the files. A file appears when it is whole: the next run makes the missing ones.
     """
@@ -148,7 +148,7 @@ def _cached(system, params, examples, directory):
     hosts.barrier("folder", ENCODING_SECONDS)
     paths = [directory / f"clips_{part:05d}.npy" for part in range(-(-count // CLIPS_PER_FILE))]
     missing = [part for part, path in enumerate(paths) if not path.exists()]
-    hosts.barrier("looked", ENCODING_SECONDS)
+    hosts.barrier("looked", ENCODING_SECONDS)  # no process writes before all have listed the missing files
     if missing:
         logger.info("encoding %d clips once, %d of %d files", count, len(missing), len(paths))
         encoded = _encoder(system, params, examples)
@@ -179,7 +179,7 @@ def _write(path, encoded, record, count, progress):
 
 
 def _fingerprint(config, params):
-    """A hash of the data settings, the seed, the words of hard negatives and the parameters that encode."""
+    """A hash of the data settings, seed, number of clips, words of hard negatives, and parameters that encode."""
     denoiser, data = config.denoiser, config.data.to_json()
     settings = [CLIPS_PER_FILE, config.seed, denoiser.cached_clips, denoiser.hard_negatives.words, data]
     digest = hashlib.sha256(json.dumps(settings).encode())

@@ -8,9 +8,9 @@
 `share` is the share of config.denoiser.steps, and shares sum to 1. Every other key names a setting of config.data or of
 the stage. A phase cannot change the model, the steps, the phases or data.text_length.
 
-A phase starts from the EMA weights at the end of the phase before, in half precision, with a fresh optimizer. Exported
-weights have the same precision. So a run can move to another machine at the end of a phase: the next phase needs only
-the exported weights and the config.
+A phase starts from the EMA weights at the end of the phase before, rounded to half precision, with a fresh optimizer.
+Exported weights are rounded in the same way. So a run can move to another machine at the end of a phase: the next phase
+needs only the exported weights and the config.
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ def _keys(prefix, settings):
 def _with_stage(system, phase_system, name):
     """The System of a phase. Its config, layout and models have the settings of the phase.
 
-    The records of the other stages, and the shapes of their parameters, are those of `system`.
+    The other stages are those of `system`, because their checkpoints have its shapes.
     """
     stage = phase_system.stages[name]._replace(encoder_params=system.stages[name].encoder_params)
     return dataclasses.replace(phase_system, stages=system.stages | {name: stage})

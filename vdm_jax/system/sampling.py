@@ -89,7 +89,7 @@ class Sampler:
         masks = context.masks
         clean = self._context_latents(params, context, layout)
         guidance = settings["guidance"]
-        continued = all(mask[:2].all() for mask in masks.values())  # these latent frames show motion
+        continued = all(mask[:2].all() for mask in masks.values())  # the first two latent frames show motion
         given = any(mask.all() for mask in masks.values())  # the whole of one modality is context
         text_weight = guidance["text_continue" if continued else "text_cross_modal" if given else "text"]
         weights = {"text": text_weight, "rescale": settings["rescale"]}
@@ -194,7 +194,8 @@ def sample(
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
     # 3. The sampler. Prompt i is always row i % BATCH of the batch that begins at prompt i - i % BATCH. The key of a
-    # batch depends only on where the batch begins. So the noise of ddpm, too, depends only on (key, i).
+    # batch depends only on where the batch begins. In JAX a row of random numbers does not depend on the number of
+    # rows. So the noise of ddpm, too, depends only on (key, i).
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
