@@ -42,8 +42,9 @@ def log_snr_at(t, config):
     them: shift 1, log_snr_min <= -10.13 and log_snr_max >= 9.22.
 
     The shift multiplies alpha / sigma. After that, 'cosine' and 'sigmoid' use the part of their curve between the
-    bounds, stretched over [0, 1], and 'linear_beta' is clipped to the bounds. A shift below 1 gives more noise at every t between the ends. Use it for larger or more redundant latents
-    (arXiv:2301.11093, section 3.1: 64 / d for images of d x d pixels).
+    bounds, stretched over [0, 1], and 'linear_beta' is clipped to the bounds. A shift below 1 gives more noise at every
+    t between the ends. Use it for larger or more redundant latents (arXiv:2301.11093, section 3.1: 64 / d for images of
+    d x d pixels).
 
     Raises UserError for an unknown schedule, an empty range or a shift that is not positive.
     """
@@ -59,8 +60,8 @@ def log_snr_at(t, config):
 
 # The cosine and sigmoid curves reach infinity at t = 0 and t = 1. Only the part within the bounds is used, stretched
 # over [0, 1]. The parameter of a curve runs from 0 to its end, pi / 2 or 1. A length `start` is cut off at the
-# beginning and a length `end` at the end; `width` is left. alpha needs the distance to the end of the curve. It is computed as
-# end + (1 - t) * width, because a difference would lose digits near t = 1.
+# beginning and a length `end` at the end; `width` is left. alpha needs the distance to the end of the curve. It is
+# computed as end + (1 - t) * width, because a difference would lose digits near t = 1.
 
 
 def _cosine(t, low, high, offset):
