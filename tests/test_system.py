@@ -96,7 +96,7 @@ WRONG = {  # changes -> the message holds these words, and what it names works
     "fps": ({"data.fps": 0}, "data.fps=0"),
     "sample rate": ({"data.sample_rate": 2001}, "not a multiple of data.fps=8"),
     "sound tokens": ({"audio_autoencoder.model.patch": 30}, "500 samples is no multiple of the 150 samples"),
-    "odd latents": ({"data.size": 20}, "5x5 latents"),
+    "odd latents": ({"data.size": 20}, "5x5 places"),
     "odd tokens": (
         {"audio_autoencoder.model.patch": 100, "denoiser.model.time_strides": (1,)},
         "1 audio tokens per latent frame",

@@ -17,7 +17,7 @@ from vdm_jax.run import folder
 from vdm_jax.run.progress import progress
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
-from vdm_jax.system.sampling import Sampler
+from vdm_jax.system.sampling import Sampler, resolve
 
 logger = logging.getLogger("vdm_jax")
 
@@ -101,7 +101,7 @@ class Pipeline:
 
         Raises UserError where these do not fit.
         """
-        prompts = self._prompts(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         frames = self.config.data.frames if seconds is None else self.frames_of(seconds)
         context = self.context(
             frames,
@@ -111,6 +111,7 @@ class Pipeline:
             between=between,
             context_frames=options.get("context_frames"),
         )
+        self._check(prompts, options)
         if frames > self.config.data.frames:
             made = self.rollout(prompts, frames, seed=seed, context=context, **options)
         else:
@@ -126,9 +127,10 @@ class Pipeline:
         seconds: length of what is added; None: the length of a clip in training.
         seed, options: as in a call.
         """
-        prompts = self._prompts(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         video, audio = self._read(clip)
         frames = len(video) + (self.config.data.frames if seconds is None else self.frames_of(seconds))
+        self._check(prompts, options)
         start = tuple(np.repeat(part[None], len(prompts), 0) for part in (video, audio))
         clips = self._clips(prompts, *self.rollout(prompts, frames, seed=seed, start=start, **options))
         return clips[0] if isinstance(prompt, str) else clips
@@ -230,15 +232,14 @@ class Pipeline:
             return self._between(between, layout, context_frames)
         return tasks.text(layout)
 
-    def _prompts(self, prompt):
-        """The texts of a call, a list. Warns of words that no caption in training had."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    def _check(self, prompts, options):
+        """Raises UserError for wrong options. Warns of words that no caption in training had."""
+        resolve(self.config.sample, options)
         if self.config.data.source == "world":
             unknown = captions.unknown_words(" ".join(prompts), self.config.data.world.get("wordings", 0.0))
             if unknown:
                 words = ", ".join(f"{word!r} (nearest: {nearest!r})" for word, nearest in unknown.items())
                 logger.warning("training had no caption with the words %s: the model may ignore them", words)
-        return prompts
 
     def _between(self, clips, layout, context_frames):
         if isinstance(clips, str) or len(clips) != 2:
