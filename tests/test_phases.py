@@ -41,6 +41,20 @@ def test_a_stage_without_phases_is_one_phase():
     assert phases(system, "clip") == [(1, "clip", 0, 8, system)]
 
 
+def test_only_positions_may_have_another_shape_and_not_in_the_last_phase():
+    config = tiny.get_config()
+    config.denoiser.model.update(attention=(False, True))
+    small, large = {"share": 0.5, "data.size": 8}, {"share": 0.5}
+    config.denoiser.phases = (small, large)
+    assert len(phases(build(config), "denoiser")) == 2
+    config.denoiser.phases = (large, small)
+    with pytest.raises(UserError, match="phase 2 changes denoiser/.*pos_embed from .* keep data.size"):
+        phases(build(config), "denoiser")
+    config.clip.phases = (small, large)
+    with pytest.raises(UserError, match="phase 1 changes clip/video_tower/summary/kernel"):
+        phases(build(config), "clip")
+
+
 @pytest.mark.parametrize(
     "parts, message",
     [
@@ -59,6 +73,9 @@ def test_a_stage_without_phases_is_one_phase():
         (({"share": 1, "clip.steps": 2},), "phase 1 has no setting 'clip.steps'"),
         (({"share": 1, "data.frames": "x"},), "phase 1 sets data.frames='x'"),
         (({"share": 1, "data.text_length": 32},), "phase 1 cannot change data.text_length"),
+        ((0.5, 0.5), "0.5 is no phase"),
+        (({"share": "0.5"},), "share='0.5' must be a number"),
+        (({"share": 1, "data.frames": None},), "phase 1 sets data.frames=None"),
         (({"share": 1, "data.frames": 4},), "4 frames do not fill latent frames of 2"),
     ],
 )

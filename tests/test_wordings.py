@@ -7,6 +7,7 @@ import pytest
 
 from vdm_jax.data import captions, wordings
 from vdm_jax.data.world import World
+from vdm_jax.errors import UserError
 from vdm_jax.system import hard_negatives
 
 BOX = dict(objects=(0.4, 0.6), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0)
@@ -102,6 +103,22 @@ def test_hard_negatives_swap_phrases(caption, wrong):
     assert hard_negatives.swap_words(caption, captions.DIRECTION_WORDS) == wrong
 
 
+@pytest.mark.parametrize(
+    "groups",
+    [("left", "right"), (("",),), (("left|", "right"),), ((1, 2),), (("Left", "right"),), ((" left", "right"),)],
+)
+def test_wrong_groups_of_words(groups):
+    with pytest.raises(UserError, match="clip.hard_negatives.words has the group"):
+        hard_negatives.check_groups("clip.hard_negatives.words", groups)
+    hard_negatives.check_groups("", (captions.COLOR_WORDS, captions.SHAPE_WORDS, *captions.DIRECTION_WORDS))
+
+
+def test_chances_are_from_0_to_1():
+    for value in (-1, 2.0, float("nan"), None, "x"):
+        with pytest.raises(UserError, match="wordings=.* must be a chance from 0 to 1"):
+            World(wordings=value)
+
+
 def test_synonyms_are_no_hard_negatives():
     groups = (captions.COLOR_WORDS,)
     assert hard_negatives.swap_words("Scarlet ball, royal blue box", groups) == "Royal blue ball, scarlet box"
@@ -112,4 +129,5 @@ def test_synonyms_are_no_hard_negatives():
 def test_unknown_words_have_a_nearest_word():
     assert captions.unknown_words("A green BOX and a dog", 0.5) == {"dog": "dot"}
     assert captions.unknown_words("one ball that is moving left", 0.0)["ball"] == "circle"
+    assert captions.unknown_words("红色", 0.0) == {"红色": ""}
     assert captions.unknown_words("", 0.0) == captions.unknown_words("a red circle moving left", 0.0) == {}

@@ -235,10 +235,13 @@ class Pipeline:
     def _check(self, prompts, options):
         """Raises UserError for wrong options. Warns of words that no caption in training had."""
         resolve(self.config.sample, options)
+        if not prompts:
+            raise UserError("there is no prompt: give a text, or a list with at least one")
         if self.config.data.source == "world":
             unknown = captions.unknown_words(" ".join(prompts), self.config.data.world.get("wordings", 0.0))
             if unknown:
-                words = ", ".join(f"{word!r} (nearest: {nearest!r})" for word, nearest in unknown.items())
+                words = [f"{word[:30]!r}" + (f" (nearest: {near!r})" if near else "") for word, near in unknown.items()]
+                words = ", ".join(words[:10]) + (f" and {len(words) - 10} more" if len(words) > 10 else "")
                 logger.warning("training had no caption with the words %s: the model may ignore them", words)
 
     def _between(self, clips, layout, context_frames):
@@ -273,6 +276,8 @@ class Pipeline:
                 f"the clip has {clip.fps:g} fps and {clip.sample_rate} Hz, the system {data.fps} fps and "
                 f"{data.sample_rate} Hz: save the clip, and give the file"
             )
+        if not len(clip.video) or len(clip.audio) < len(clip.video) * per_frame:
+            raise UserError(f"the clip has {len(clip.video)} frames and {len(clip.audio)} samples of sound: too few")
         video = np.stack([media.fit(frame, data.size) for frame in clip.video[:frames]])
         return video, clip.audio[: len(video) * per_frame]
 

@@ -122,7 +122,11 @@ def train_phase(run, name, phase):
     # 3. Data: clips, or clips that the earlier stages have encoded.
     encoder_params, items = {}, batches.Examples(run.sources[system], config.data.text_length, stage.make_hard_negative)
     if stage.encoder_params:
-        encoder_params, items = latents.prepare(system, run.workdir, items, run.mesh)
+        try:
+            encoder_params, items = latents.prepare(system, run.workdir, items, run.mesh)
+        except UserError:
+            checkpoints.close()  # its threads would print a traceback after the message
+            raise
     batch_sharding = sharding.batch_sharding(run.mesh)
     order = dict(batch_size=settings.batch_size, seed=config.seed)  # decides which clip is in which batch
     rows = sharding.local_rows(batch_sharding, settings.batch_size)

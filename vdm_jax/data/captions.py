@@ -141,7 +141,7 @@ def prompts(seed, n, objects=1, shapes=SHAPES, colors=COLORS, held_out=False):
 
 
 def unknown_words(text, wording):
-    """Returns {word: the nearest known word} of the words in a text that no caption has.
+    """Returns {word: the nearest known word, or ''} of the words in a text that no caption has.
 
     wording: chance of captions in the words of wordings.py; with 0 only the plain words are known
     """
@@ -150,7 +150,7 @@ def unknown_words(text, wording):
     for word in wordings.split(text):
         if word not in known:
             synonyms = [plain for plain, words in wordings.WORDS.items() if word in words]
-            nearest[word] = (synonyms or difflib.get_close_matches(word, known, n=1, cutoff=0.0))[0]
+            nearest[word] = next(iter(synonyms or difflib.get_close_matches(word[:30], known, n=1)), "")
     return nearest
 
 

@@ -108,6 +108,10 @@ class World:
                 raise UserError(f"world: {name}={value} must be some of {', '.join(known)}")
         if len(objects) > 3 or min(objects) < 0 or not math.isclose(sum(objects), 1, abs_tol=1e-6):
             raise UserError(f"world: objects={objects} must be the chances of 1 to 3 objects and sum to 1")
+        for name in ("gravity", "occluder", "leave", "pan", "light", "undirected", "wordings"):
+            chance = getattr(self, name)
+            if not isinstance(chance, int | float) or not 0 <= chance <= 1:
+                raise UserError(f"world: {name}={chance!r} must be a chance from 0 to 1")
         if any(p > 0 and n >= len(set(self.colors)) for n, p in enumerate(objects)):
             raise UserError("world: no two objects share a color; name at least as many colors as objects")
         if self.frames < 1 or self.size < 8 or self.fps <= 0 or self.sample_rate < 2000:

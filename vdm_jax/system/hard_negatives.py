@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdm_jax import diffusion
+from vdm_jax.errors import UserError
 
 FIELD = "hard_negative"  # of a batch: the tokens, or the encoded text, of one hard negative per clip
 
@@ -59,6 +60,18 @@ def swap_words(caption, groups):
         return caption
     wrong = "".join(words)
     return wrong[0].upper() + wrong[1:] if caption[0].isupper() else wrong
+
+
+def check_groups(where, groups):
+    """Raises UserError unless `groups` are as `swap_words` takes them. where: the setting, for the message."""
+    for group in groups:
+        entries = [word for entry in group for word in str(entry).split("|")] if isinstance(group, tuple) else []
+        if len(group) < 2 or not entries or not all(isinstance(entry, str) for entry in group):
+            raise UserError(f'{where} has the group {group!r}: a group is two words or more, such as ("left", "right")')
+        if any(word != word.strip().lower() or not word for word in entries):
+            raise UserError(
+                f"{where} has the group {group!r}: write words in small letters, without spaces around them"
+            )
 
 
 @functools.lru_cache

@@ -51,6 +51,7 @@ def make_stages(codec):
             "audio": jax.ShapeDtypeStruct((rows, layout.samples), jnp.float32),
             "tokens": tokens,
         }
+        hard_negatives.check_groups(f"{name}.hard_negatives.words", word_groups)
         if word_groups:
             batch[hard_negatives.FIELD] = tokens
             make_hard_negative = functools.partial(hard_negatives.swap_words, groups=word_groups)

@@ -23,8 +23,10 @@ import numpy as np
 
 from vdm_jax.errors import UserError
 from vdm_jax.run import folder
+from vdm_jax.sharding import named_leaves
 from vdm_jax.system import System, build
 
+RESIZED = "pos_embed"  # embeddings of positions have the size of a frame
 FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases")  # settings that no phase changes; {} is the stage
 
 
@@ -44,6 +46,11 @@ def phases(system, name):
     steps, parts = system.config[name].steps, system.config[name].phases
     if not parts:
         return [Phase(1, name, 0, steps, system)]
+    for part in parts:
+        if not hasattr(part, "items") or not all(isinstance(key, str) for key in part):
+            raise UserError(f'{name}.phases: {part!r} is no phase: write {{"share": 0.5, "data.frames": 9}}')
+        if not isinstance(part.get("share", 0), int | float):
+            raise UserError(f"{name}.phases: share={part['share']!r} must be a number above 0")
     shares = [part.get("share", 0) for part in parts]
     if min(shares) <= 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
         raise UserError(f"{name}.phases have the shares {shares}: each must be above 0, and their sum must be 1")
@@ -57,6 +64,7 @@ def phases(system, name):
         config[name].update(phases=(), steps=stop - start)
         title = f"{name}, phase {number} of {len(parts)}"
         made.append(Phase(number, title, start, stop, _with_stage(system, build(config), name)))
+        _check_shapes(f"{name}.phases: phase {number}", made[-1], system, name, last=number == len(parts))
     return made
 
 
@@ -72,6 +80,8 @@ def _changed(config, name, number, settings):
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise UserError(f"{name}.phases: phase {number} has no setting {key!r}: did you mean {nearest!r}?")
         try:
+            if value is None:
+                raise TypeError("give a value")
             config.update_from_flattened_dict({key: value})
         except (TypeError, ValueError) as error:
             raise UserError(f"{name}.phases: phase {number} sets {key}={value!r}: {error}") from None
@@ -91,6 +101,17 @@ def _with_stage(system, phase_system, name):
     """
     stage = phase_system.stages[name]._replace(encoder_params=system.stages[name].encoder_params)
     return dataclasses.replace(phase_system, stages=system.stages | {name: stage})
+
+
+def _check_shapes(where, phase, system, name, last):
+    """Raises UserError where a phase has parameters of other shapes than the recipe.
+
+    Only embeddings of positions may differ, and not in the last phase, whose weights are the result.
+    """
+    recipe = named_leaves(system.params[name])
+    for path, leaf in named_leaves(phase.system.params[name]).items():
+        if leaf.shape != recipe[path].shape and (last or path.split("/")[-1] != RESIZED):
+            raise UserError(f"{where} changes {name}/{path} from {recipe[path].shape} to {leaf.shape}: keep data.size")
 
 
 def first_params(ema, expected):
