@@ -128,6 +128,7 @@ def test_synonyms_are_no_hard_negatives():
 
 def test_unknown_words_have_a_nearest_word():
     assert captions.unknown_words("A green BOX and a dog", 0.5) == {"dog": "dot"}
+    assert captions.unknown_words("a dog and a box", 0.0) == {"dog": "down", "box": "square"}
     assert captions.unknown_words("one ball that is moving left", 0.0)["ball"] == "circle"
     assert captions.unknown_words("红色", 0.0) == {"红色": ""}
     assert captions.unknown_words("", 0.0) == captions.unknown_words("a red circle moving left", 0.0) == {}

@@ -22,7 +22,7 @@ DIRECTION_WORDS = (*wordings.DIRECTIONS, *zip(*wordings.VERTICAL.values()))
 
 PLAIN = frozenset(  # words of a caption without wordings.py
     wordings.split(" ".join([*SHAPES, *COLORS, *MATERIALS, *DIRECTIONS]))
-    + wordings.split("a an empty box small large moving going heading there is we see two three objects shapes and")
+    + wordings.split("a an empty small large moving going heading there is we see two three objects shapes and")
     + wordings.split("hits bumps into collides with bounces off the wall floor ceiling")
 )
 SMALL = 0.13  # frame widths: an object of a smaller radius may be called small
@@ -150,7 +150,7 @@ def unknown_words(text, wording):
     for word in wordings.split(text):
         if word not in known:
             synonyms = [plain for plain, words in wordings.WORDS.items() if word in words]
-            nearest[word] = next(iter(synonyms or difflib.get_close_matches(word[:30], known, n=1)), "")
+            nearest[word] = next(iter(synonyms or difflib.get_close_matches(word[:30], known, n=1, cutoff=0.3)), "")
     return nearest
 
 
