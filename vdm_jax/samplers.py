@@ -191,7 +191,7 @@ def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
         return jnp.concatenate([first, *(jnp.broadcast_to(x, first.shape) for x in others)])
 
     def guided_fn(z, log_snr, cond):
-        views = [(z, log_snr, cond)]  # inputs of the network, first those of the unguided prediction
+        views = [(z, log_snr, cond)]  # what the network reads; the first view is for the unguided prediction
         for term in terms:
             views += [view(z, log_snr, cond) for view in (term.more, term.less) if view is not None]
         predictions = denoise_fn(*jax.tree.map(concatenate, *views))

@@ -95,10 +95,18 @@ def check(config, mesh, plan):
 
 def train_phase(run, name, phase):
     """Trains one phase of a stage. -> True if the run should go on; False if a signal asks it to end."""
+    directory = run.workdir / name / "checkpoints"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.quarantine_damaged(directory)  # before the newest checkpoint is looked for
+    with checkpoint.manager(directory, **phase.system.config.keep) as checkpoints:
+        return take_steps(run, name, phase, checkpoints)
+
+
+def take_steps(run, name, phase, checkpoints):
+    """Takes the steps of a phase that its checkpoints lack. Returns as `train_phase`."""
     system = phase.system
     config, settings, stage = system.config, system.config[name], system.stages[name]
     directory = run.workdir / name
-    directory.mkdir(parents=True, exist_ok=True)
     stopwatch = Stopwatch()
 
     # ------------------------------------------------------------------------------------------- how training starts
@@ -107,9 +115,7 @@ def train_phase(run, name, phase):
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     step_key = jax.device_put(step_key, sharding.replicated(run.mesh))
     program = train_state.program(stage, settings, init_key, run.mesh, config.skip.loss_over_mean, phase.start)
-    # 2. Damaged checkpoints are moved aside before the newest one is looked for.
-    checkpoint.quarantine_damaged(directory / "checkpoints")
-    checkpoints = checkpoint.manager(directory / "checkpoints", **config.keep)
+    # 2. What an earlier start has done.
     newest = checkpoints.latest_step()  # None: no checkpoint; 0: imported weights, not trained here yet
     done = newest or 0
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(stage.params))
@@ -117,16 +123,11 @@ def train_phase(run, name, phase):
     for line in sharding.table(stage.params, run.mesh.shape) if run.mesh.size > 1 else ():
         logger.info("  %s", line)
     if done >= phase.last_step:
-        checkpoints.close()
         return True
     # 3. Data: clips, or clips that the earlier stages have encoded.
     encoder_params, items = {}, batches.Examples(run.sources[system], config.data.text_length, stage.make_hard_negative)
     if stage.encoder_params:
-        try:
-            encoder_params, items = latents.prepare(system, run.workdir, items, run.mesh)
-        except UserError:
-            checkpoints.close()  # its threads would print a traceback after the message
-            raise
+        encoder_params, items = latents.prepare(system, run.workdir, items, run.mesh)
     batch_sharding = sharding.batch_sharding(run.mesh)
     order = dict(batch_size=settings.batch_size, seed=config.seed)  # decides which clip is in which batch
     rows = sharding.local_rows(batch_sharding, settings.batch_size)
@@ -195,7 +196,6 @@ def train_phase(run, name, phase):
         if stopped:
             break
     checkpoint.finish(checkpoints)
-    checkpoints.close()
     run.report_progress(None)
     run.stop.after_step = False
     log.close()

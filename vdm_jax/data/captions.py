@@ -65,10 +65,9 @@ def caption(state, rng, undirected=0.0, wording=0.0):
     wording: chance, in 0..1, of a sentence in the words of wordings.py
     """
     indices = seen(state)
-    if wording and rng.random() < wording and indices:
-        return _free_caption(state, rng, indices, undirected)
+    free = wording and rng.random() < wording
     vague = undirected and rng.random() < undirected
-    things = {}
+    things, phrases = [], {}
     for o, (color, shape, direction) in zip(indices, describe(state)):
         radius = state["radius"][o]
         size = material = ""
@@ -78,11 +77,21 @@ def caption(state, rng, undirected=0.0, wording=0.0):
         if len(indices) < (2 if size else 3) and rng.integers(3) == 0:
             material = MATERIALS[state["material"][o]]
         direction = "" if vague and rng.integers(4) else direction
-        things[o] = _noun_phrase(rng, color, shape, direction, size, material)
+        thing = dict(color=color, shape=shape, direction=direction, size=size, material=material)
+        if not free:
+            phrases[o] = _noun_phrase(rng, **thing)
+        elif not direction and rng.integers(4) == 0:
+            thing[("color", "shape")[rng.integers(2)]] = ""
+        things.append(thing)
+    if not things:
+        return "an empty box"
     event = _first_impact(state, indices)
-    if event and rng.integers(10) < 7:
-        return _impact(rng, event, things)
-    return _list(rng, list(things.values())) if things else "an empty box"
+    if rng.integers(10) < 7 and event:
+        if not free:
+            return _impact(rng, event, phrases)
+        first, *hit = (indices.index(o) for o in event["objects"])
+        return wordings.draw(rng, things, impact=(first, hit[0] if hit else None, _side(event["position"])))
+    return wordings.draw(rng, things) if free else _list(rng, list(phrases.values()))
 
 
 def _first_impact(state, indices):
@@ -94,28 +103,6 @@ def _first_impact(state, indices):
 def _side(position):
     x, y = position
     return "wall" if min(x, 1 - x) < min(y, 1 - y) else "floor" if y > 0.5 else "ceiling"
-
-
-def _free_caption(state, rng, indices, undirected):
-    """Returns a caption in the words of wordings.py. A vague one may also leave out a color or a shape."""
-    vague = rng.random() < undirected
-    things = []
-    for o, (color, shape, direction) in zip(indices, describe(state)):
-        radius, thing = state["radius"][o], {"color": color, "shape": shape, "direction": direction}
-        size = "small" if radius < SMALL else "large" if radius > LARGE else ""
-        thing |= {"size": "" if rng.integers(4) else size, "material": ""}
-        if len(indices) == 1 and rng.integers(4) == 0:
-            thing["material"] = MATERIALS[state["material"][o]]
-        if vague and rng.integers(4):
-            thing["direction"] = ""
-            if rng.integers(4) == 0:
-                thing[("color", "shape")[rng.integers(2)]] = ""
-        things.append(thing)
-    event = _first_impact(state, indices)
-    if not event or rng.integers(2):
-        return wordings.draw(rng, things)
-    first, *hit = (indices.index(o) for o in event["objects"])
-    return wordings.draw(rng, things, impact=(first, hit[0] if hit else None, _side(event["position"])))
 
 
 def prompts(seed, n, objects=1, shapes=SHAPES, colors=COLORS, held_out=False):
