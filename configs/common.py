@@ -182,6 +182,7 @@ def get_config():
             head_dim=32,  # channels of an attention head
             embedding=256,  # channels of the embedding of noise level, time and text
             text_layers=0,  # transformer layers on the text, trained with the denoiser
+            use_bias=True,  # False leaves out most biases, for faster steps and a shorter compilation
             groups=8,  # of group normalization
         )
     )

@@ -54,6 +54,7 @@ def make_step(loss_fn, config, loss_over_mean=0.0, start=0):
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         if loss_over_mean:
             good &= ~(loss > loss_over_mean * mean)  # false for the mean before the first step, which is nan
+        good = optim.once(good)
         metrics |= {
             "grad_norm": norm,
             "learning_rate": jnp.asarray(optim.schedule(config)(state["step"] - start)),

@@ -46,6 +46,12 @@ class Layer(nn.Module, kw_only=True):
     """A module whose products are computed in `dtype`."""
 
     dtype: jnp.dtype = jnp.float32
+    use_bias: bool = True  # False leaves out biases, and scales and biases of norms before a product or before FiLM
+
+    @property
+    def common(self):
+        """The settings that a layer passes on to the layers inside it."""
+        return dict(dtype=self.dtype, use_bias=self.use_bias)
 
     @property
     def activation_dtype(self):
@@ -58,7 +64,6 @@ class Dense(Layer):
 
     features: int | tuple[int, ...]  # size of the output, or one size for each of several dimensions
     axes: int = 1  # number of trailing dimensions of x that are inputs
-    use_bias: bool = True
     zero: bool = False
 
     @nn.compact
@@ -87,7 +92,7 @@ class Conv(Layer):
     def __call__(self, x):
         init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (*self.window, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         strides = tuple(self.strides or (1,) * len(self.window))
         padding = [((k - 1) // 2, k // 2) for k in self.window]
         if self.time_padding == "causal":
@@ -107,7 +112,7 @@ class FactorizedConv(Layer):
 
     @nn.compact
     def __call__(self, x):
-        conv = functools.partial(Conv, self.features, time_padding=self.time_padding, dtype=self.dtype)
+        conv = functools.partial(Conv, self.features, time_padding=self.time_padding, **self.common)
         if x.ndim == 3:
             return conv(window=(3,), zero=self.zero, name="time")(x)
         if not self.factorized:
@@ -154,8 +159,10 @@ class GroupNorm(Layer):
     @nn.compact
     def __call__(self, x, offset=None, film=None):
         shape, channels = x.shape, x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale, bias = 1.0, 0.0
+        if self.use_bias or film is None:
+            scale = self.param("scale", nn.initializers.ones, (channels,))
+            bias = self.param("bias", nn.initializers.zeros, (channels,))
         groups = math.gcd(self.groups, channels)
         frames = self.frames or shape[1]
         x = x.reshape(shape[0], frames, shape[1] // frames, *shape[2:])  # [B, frames, ..., C]
@@ -181,7 +188,7 @@ class GroupNorm(Layer):
                 a, b = a * (1 + film[0]), b * (1 + film[0]) + film[1]
             return a, b if offset is None else b + offset * a
 
-        parameters = jax.tree.map(lambda p: p.astype(jnp.float32), (scale, bias, offset, film))
+        parameters = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), (scale, bias, offset, film))
         return ops.current().norm_act(coefficients, self.activation, self.dtype, x, parameters).reshape(shape)
 
 
@@ -192,13 +199,15 @@ class LayerNorm(Layer):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         x = x.astype(jnp.float32)
         mean = x.mean(-1, keepdims=True)
         variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
         y = (x - mean) * jax.lax.rsqrt(variance + self.eps)
-        return ops.current().affine(y, scale, bias).astype(self.activation_dtype)
+        if self.use_bias:
+            scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+            y = ops.current().affine(y, scale, bias)
+        return y.astype(self.activation_dtype)
 
 
 class RMSNorm(nn.Module):
@@ -253,29 +262,32 @@ class Attention(Layer):
         context = x if context is None else context
         context_positions = positions if context_positions is None else context_positions
         heads = self.heads or max(1, x.shape[-1] // self.head_dim)
-        dense = functools.partial(Dense, (heads, self.head_dim), use_bias=not self.plain, dtype=self.dtype)
+        biases = self.use_bias and not self.plain
+        dense = functools.partial(Dense, (heads, self.head_dim), dtype=self.dtype, use_bias=biases)
         query, key, value = dense(name="query")(x), dense(name="key")(context), dense(name="value")(context)
         if not self.plain:
             query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
         if positions is not None:
             query, key = rotary(query, positions), rotary(key, context_positions)
         out = checkpoint_name(ops.current().attention(query, key, value, mask, not self.plain), PRODUCT)
-        return constrain_activation(Dense(x.shape[-1], axes=2, zero=True, dtype=self.dtype, name="out")(out))
+        return constrain_activation(Dense(x.shape[-1], axes=2, zero=True, **self.common, name="out")(out))
 
 
-def transformer_layer(x, mask, heads, index, positions=None, zero=False, dtype=jnp.float32):
+def transformer_layer(x, mask, heads, index, positions=None, zero=False, **common):
     """One layer of a pre-norm transformer over tokens x [B, L, C]; for use inside a compact module.
 
     index: number of the layer; it is part of the parameters' names
     positions: [L], for rotary embeddings
+    zero: whether the layer changes nothing at first
+    common: see Layer.common
     """
     channels = x.shape[-1]
-    attention = Attention(channels // heads, heads, dtype=dtype, name=f"attention_{index}")
-    h = LayerNorm(dtype=dtype, name=f"norm_attention_{index}")(x)
+    attention = Attention(channels // heads, heads, **common, name=f"attention_{index}")
+    h = LayerNorm(**common, name=f"norm_attention_{index}")(x)
     x = x + attention(h, mask=mask, positions=positions)
-    h = LayerNorm(dtype=dtype, name=f"norm_mlp_{index}")(x)
-    h = nn.gelu(Dense(4 * channels, dtype=dtype, name=f"expand_{index}")(h))
-    return x + Dense(channels, zero=zero, dtype=dtype, name=f"contract_{index}")(h)
+    h = LayerNorm(**common, name=f"norm_mlp_{index}")(x)
+    h = nn.gelu(Dense(4 * channels, **common, name=f"expand_{index}")(h))
+    return x + Dense(channels, zero=zero, **common, name=f"contract_{index}")(h)
 
 
 class ResidualBlock(Layer):
@@ -293,8 +305,8 @@ class ResidualBlock(Layer):
     @nn.compact
     def __call__(self, x, embedding=None):
         frames = embedding.shape[1] if embedding is not None else 0
-        norm = functools.partial(GroupNorm, self.groups, frames, activation=nn.silu, dtype=self.dtype)
-        conv = functools.partial(FactorizedConv, self.features, self.factorized, self.time_padding, dtype=self.dtype)
+        norm = functools.partial(GroupNorm, self.groups, frames, activation=nn.silu, **self.common)
+        conv = functools.partial(FactorizedConv, self.features, self.factorized, self.time_padding, **self.common)
         h = conv(name="conv_in")(norm(name="norm_in")(x))
         film = None
         if embedding is not None:
@@ -302,7 +314,7 @@ class ResidualBlock(Layer):
             film = jnp.split(film, 2, -1)  # scale and shift, [B, T, C] each
         h = conv(zero=True, name="conv_out")(norm(name="norm_out")(h, film=film))
         if x.shape[-1] != self.features:
-            x = Dense(self.features, dtype=self.dtype, name="skip")(x)
+            x = Dense(self.features, **self.common, name="skip")(x)
         return constrain_activation(x + h)
 
 

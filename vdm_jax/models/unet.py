@@ -28,7 +28,7 @@ class NoiseEmbedding(layers.Layer):
 
     @nn.compact
     def __call__(self, log_snr, pooled):
-        dense = functools.partial(layers.Dense, self.features, dtype=self.dtype)
+        dense = functools.partial(layers.Dense, self.features, **self.common)
         # log_snr is in about [-12, 12]; times are in seconds. The factor 10 lets the sinusoids resolve steps of 0.01.
         noise_level = layers.fourier_features(log_snr * 10.0, self.features, max_period=1000.0)
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
@@ -57,8 +57,8 @@ class SpaceTimeAttention(layers.Layer):
             shape = (1, *x.shape[2:4], channels)
             pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), shape)
             pos_embed = jnp.broadcast_to(pos_embed, (x.shape[1], *shape[1:])).reshape(1, -1, channels)  # [1, T*h*w, C]
-        attention = functools.partial(layers.Attention, self.head_dim, dtype=self.dtype)
-        norm = functools.partial(layers.LayerNorm, dtype=self.dtype)
+        attention = functools.partial(layers.Attention, self.head_dim, **self.common)
+        norm = functools.partial(layers.LayerNorm, **self.common)
         tokens = tokens + attention(name="self")(norm(name="norm_self")(tokens) + pos_embed, positions=seconds)
         states = cond["states"].astype(self.activation_dtype)
         tokens = tokens + attention(name="cross")(norm(name="norm_cross")(tokens), states, cond["mask"])
@@ -80,9 +80,9 @@ class CrossModalAttention(layers.Layer):
     @nn.compact
     def __call__(self, video, audio, video_seconds, audio_seconds):
         tokens = video.reshape(video.shape[0], -1, video.shape[-1])  # [B, T*h*w, C]
-        norm = functools.partial(layers.LayerNorm, dtype=self.dtype)
+        norm = functools.partial(layers.LayerNorm, **self.common)
         v, a = norm(name="norm_video")(tokens), norm(name="norm_audio")(audio)
-        attention = functools.partial(layers.Attention, self.head_dim, dtype=self.dtype)
+        attention = functools.partial(layers.Attention, self.head_dim, **self.common)
         to_video = attention(name="to_video")(v, a, positions=video_seconds, context_positions=audio_seconds)
         to_audio = attention(name="to_audio")(a, v, positions=audio_seconds, context_positions=video_seconds)
         return (tokens + to_video).reshape(video.shape), audio + to_audio
@@ -105,7 +105,7 @@ class TextRefiner(layers.Layer):
         heads = max(1, x.shape[-1] // self.head_dim)
         positions = jnp.arange(x.shape[1]) / 20  # a token is a byte: rotary periods are 20 to 2,000 bytes
         for i in range(self.depth):
-            x = layers.transformer_layer(x, mask, heads, i, positions, zero=True, dtype=self.dtype)
+            x = layers.transformer_layer(x, mask, heads, i, positions, zero=True, **self.common)
         return x
 
 
@@ -144,12 +144,12 @@ class UNet(layers.Layer):
         z, log_snr = _pad_frames(z, log_snr, math.prod(self.time_strides))
         frames = z["video"].shape[1]
         channels = {"video": self.channels, "audio": self.audio_channels or self.channels}
-        refine = TextRefiner(self.text_layers, self.head_dim, dtype=self.dtype, name="text")
+        refine = TextRefiner(self.text_layers, self.head_dim, **self.common, name="text")
         cond = {**cond, "states": refine(cond["states"], cond["mask"])}
-        embed = functools.partial(NoiseEmbedding, self.embedding, self.latent_fps, dtype=self.dtype)
+        embed = functools.partial(NoiseEmbedding, self.embedding, self.latent_fps, **self.common)
         embedding = {m: embed(name=f"embedding_{m}")(log_snr[m], cond["pooled"]) for m in ("video", "audio")}
-        block = dict(factorized=self.factorized, groups=self.groups, dtype=self.dtype)
-        conv = functools.partial(layers.Conv, dtype=self.dtype)
+        block = dict(factorized=self.factorized, groups=self.groups, **self.common)
+        conv = functools.partial(layers.Conv, **self.common)
 
         def seconds(x):
             """The time of the centre of every token of x, in seconds. Latent frame t is centred on t / latent_fps."""
@@ -168,10 +168,10 @@ class UNet(layers.Layer):
         def attend(x, resolution, name, attention, cross_modal):
             time = seconds(x)
             if attention:
-                module = functools.partial(at(resolution, SpaceTimeAttention), self.head_dim, dtype=self.dtype)
+                module = functools.partial(at(resolution, SpaceTimeAttention), self.head_dim, **self.common)
                 x = {m: module(name=f"{name}_attention_{m}")(x[m], time[m], cond) for m in x}
             if cross_modal:
-                module = functools.partial(at(resolution, CrossModalAttention), self.head_dim, dtype=self.dtype)
+                module = functools.partial(at(resolution, CrossModalAttention), self.head_dim, **self.common)
                 video, audio = module(name=f"{name}_cross_modal")(x["video"], x["audio"], time["video"], time["audio"])
                 x = {"video": layers.constrain_activation(video), "audio": layers.constrain_activation(audio)}
             return x
@@ -208,7 +208,7 @@ class UNet(layers.Layer):
                 x = {m: conv(channels[m][i - 1], WINDOW[m], name=f"upsample_{i}_{m}")(x[m]) for m in x}
 
         # Head
-        norm = functools.partial(layers.GroupNorm, self.groups, frames, activation=nn.silu, dtype=self.dtype)
+        norm = functools.partial(layers.GroupNorm, self.groups, frames, activation=nn.silu, **self.common)
         x = {m: norm(name=f"norm_{m}")(x[m]) for m in x}  # each modality has statistics of its own
         features = {"video": z["video"].shape[-1] * self.patch**2, "audio": z["audio"].shape[-1]}
         x = {m: conv(features[m], WINDOW[m], zero=True, name=f"head_{m}")(x[m]) for m in x}

@@ -20,8 +20,12 @@ def activation_dtype(dtype):
 
 def dense(x, kernel, bias, dtype):
     """x [..., K] @ kernel [K, N] + bias [N], in `dtype`; bias may be None."""
-    out = x.astype(dtype) @ kernel.astype(dtype)
-    return out if bias is None else out + bias.astype(dtype)
+    return add_bias(x.astype(dtype) @ kernel.astype(dtype), bias)
+
+
+def add_bias(x, bias):
+    """x + bias, in the type of x; bias may be None."""
+    return x if bias is None else x + bias.astype(x.dtype)
 
 
 def upsample(x, factors):
@@ -51,19 +55,19 @@ def attention(query, key, value, mask, bounded=False):
 
 
 def conv(x, kernel, bias, strides, padding, dtype):
-    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out] and adds the bias, in `dtype`.
+    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out] and adds the bias, in `dtype`; bias may be None.
 
     strides: one for each space dimension
     padding: a pair (before, after) for each space dimension
     """
-    x, kernel, bias = x.astype(dtype), kernel.astype(dtype), bias.astype(dtype)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
     if split("sequence"):
         # XLA may choose a split along time that is finer than sharding.MIN_SHARD allows, and then computes wrong
         # values. Constraints on input and output prevent this, also for the gradients.
-        return constrain_clips(xla_conv(constrain_clips(x), kernel, strides, padding) + bias)
+        return constrain_clips(add_bias(xla_conv(constrain_clips(x), kernel, strides, padding), bias))
     if kernel.ndim == 5:
         return _conv_video(x, kernel, bias, strides, padding)
-    return xla_conv(x, kernel, strides, padding) + bias
+    return add_bias(xla_conv(x, kernel, strides, padding), bias)
 
 
 def _conv_video(x, kernel, bias, strides, padding):
@@ -76,23 +80,23 @@ def _conv_video(x, kernel, bias, strides, padding):
     def space(x, kernel, bias):  # a 2-D convolution, whose batch is all frames of all clips
         b, t = x.shape[:2]
         x = x.swapaxes(0, 1).reshape(t * b, *x.shape[2:])  # [T*B, H, W, C]
-        out = xla_conv(x, kernel[0], strides[1:], padding[1:]) + bias
+        out = add_bias(xla_conv(x, kernel[0], strides[1:], padding[1:]), bias)
         return out.reshape(t, b, *out.shape[1:]).swapaxes(0, 1)
 
     def time(x, kernel, bias):  # a 1-D convolution, whose batch is all pixels of all clips
         b, t, h, w, c = x.shape
         x = x.swapaxes(0, 1).reshape(t, b * h * w, c)  # [T, B*H*W, C]
-        out = xla_conv(x, kernel[:, 0, 0], strides[:1], padding[:1], "WNC") + bias
+        out = add_bias(xla_conv(x, kernel[:, 0, 0], strides[:1], padding[:1], "WNC"), bias)
         return out.reshape(-1, b, h, w, out.shape[-1]).swapaxes(0, 1)
 
     def full(x, kernel, bias):  # a sum of 2-D convolutions, one for each frame of the window
         b, t = x.shape[:2]
         if b >= 8 or strides[0] > 1:
-            return xla_conv(x, kernel, strides, padding) + bias
+            return add_bias(xla_conv(x, kernel, strides, padding), bias)
         x = jnp.pad(x.swapaxes(0, 1), (padding[0], *[(0, 0)] * 4))  # [T + padding, B, H, W, C]
         shifted = (x[i : i + t].reshape(t * b, *x.shape[2:]) for i in range(kernel.shape[0]))
-        out = sum(xla_conv(frames, tap, strides[1:], padding[1:]) for frames, tap in zip(shifted, kernel)) + bias
-        return out.reshape(t, b, *out.shape[1:]).swapaxes(0, 1)
+        out = sum(xla_conv(frames, tap, strides[1:], padding[1:]) for frames, tap in zip(shifted, kernel))
+        return add_bias(out, bias).reshape(t, b, *out.shape[1:]).swapaxes(0, 1)
 
     if kernel.shape[0] == strides[0] == 1:
         return shard_map_batch(space, x, kernel, bias)

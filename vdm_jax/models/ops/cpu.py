@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdm_jax.models.ops import accelerator, winograd
+from vdm_jax.models.ops.accelerator import add_bias
 
 
 def activation_dtype(dtype):
@@ -76,8 +77,11 @@ def _places(tap, size, strides=None):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def dense(x, kernel, bias, dtype):
     """x [..., K] @ kernel [K, N] + bias [N]; bias may be None."""
-    out = _product(x.astype(dtype), kernel.astype(dtype))
-    return out if bias is None else out + bias
+    return add_bias(_product(x.astype(dtype), kernel.astype(dtype)), bias)
+
+
+def _bias_grad(bias, grad):
+    return None if bias is None else _row_sum(_flat(grad))
 
 
 def _dense_forward(x, kernel, bias, dtype):
@@ -92,14 +96,14 @@ def _dense_backward(dtype, saved, grad):
         kernel_grad = _transpose_apart(_product(_transpose_to_bfloat16(_flat(grad)), _flat(x)))
     else:
         kernel_grad = _product(_flat(x).T, _flat(grad))
-    return x_grad, kernel_grad, None if bias is None else _row_sum(_flat(grad))
+    return x_grad, kernel_grad, _bias_grad(bias, grad)
 
 
 dense.defvjp(_dense_forward, _dense_backward)
 
 
 def conv(x, kernel, bias, strides, padding, dtype):
-    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out] and adds the bias."""
+    """Convolves x [B, *space, C_in] with kernel [*window, C_in, C_out] and adds the bias; bias may be None."""
     if max(strides) > 1:
         return _conv_strided(x, kernel, bias, strides, padding, dtype)
     if max(kernel.shape[:-2]) == 1:
@@ -109,19 +113,19 @@ def conv(x, kernel, bias, strides, padding, dtype):
 
 def _conv_strided(x, kernel, bias, strides, padding, dtype):
     """One product of matrices: the inputs of all taps lie side by side in the channels."""
-    x, kernel, bias = x.astype(dtype), kernel.astype(dtype), bias.astype(dtype)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
     x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
     *window, _, c_out = kernel.shape
     size = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:-1], window, strides)]
     inputs = [x[_places(tap, size, strides)] for tap in np.ndindex(*window)]
     columns = jnp.concatenate(inputs, -1)  # [B, *space, taps * C_in]
-    return (dense(columns, kernel.reshape(-1, c_out), None, dtype) + bias).astype(jnp.float32)
+    return add_bias(dense(columns, kernel.reshape(-1, c_out), None, dtype), bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def conv_unit_strides(x, kernel, bias, padding, dtype):
     """`conv` with unit strides."""
-    return _unit_form(x, kernel, dtype)(x, kernel, padding) + bias
+    return add_bias(_unit_form(x, kernel, dtype)(x, kernel, padding), bias)
 
 
 def _unit_form(x, kernel, dtype):
@@ -133,14 +137,14 @@ def _unit_form(x, kernel, dtype):
 
 def _conv_forward(x, kernel, bias, padding, dtype):
     x = x.astype(dtype)
-    return conv_unit_strides(x, kernel, bias, padding, dtype), (x, kernel)
+    return conv_unit_strides(x, kernel, bias, padding, dtype), (x, kernel, bias)
 
 
 def _conv_backward(padding, dtype, saved, grad):
-    x, kernel = saved
+    x, kernel, bias = saved
     form = _unit_form(x, kernel, dtype)
     if form is winograd.conv:
-        return *winograd.gradients(x, kernel, grad, padding), _row_sum(_flat(grad))
+        return *winograd.gradients(x, kernel, grad, padding), _bias_grad(bias, grad)
     window = kernel.shape[:-2]
     flipped = jnp.flip(kernel, range(len(window))).swapaxes(-1, -2)
     # The gradient of the input is a convolution too. Padding p before the input becomes k - 1 - p before the gradient.
@@ -155,7 +159,7 @@ def _conv_backward(padding, dtype, saved, grad):
         taps = [_transpose_apart(_product(flat, _flat(part))) for part in parts]
     else:
         taps = [_product(_flat(part).T, flat) for part in parts]
-    return x_grad, jnp.stack(taps).reshape(kernel.shape), _row_sum(_flat(grad))
+    return x_grad, jnp.stack(taps).reshape(kernel.shape), _bias_grad(bias, grad)
 
 
 conv_unit_strides.defvjp(_conv_forward, _conv_backward)
@@ -298,7 +302,7 @@ affine = jax.custom_vjp(accelerator.affine)
 
 def _affine_backward(saved, grad):
     x, scale, bias = saved
-    return grad * scale, _row_sum(_flat(grad * x)), None if bias is None else _row_sum(_flat(grad))
+    return grad * scale, _row_sum(_flat(grad * x)), _bias_grad(bias, grad)
 
 
 affine.defvjp(lambda x, scale, bias: (affine(x, scale, bias), (x, scale, bias)), _affine_backward)
