@@ -136,7 +136,7 @@ def test_prompts_ask_for_nothing_that_previews_show(config):
     held_out = batches.source(config, "held_out")
     prompts = evaluate.choose_prompts(config, held_out, seed=3)
     assert [len(p["objects"]) for p in prompts] == [1] * 5 + [2] * 5
-    shown = [task_metrics.objects(held_out[i]) for i in range(evaluate.PREVIEWED)]
+    shown = [task_metrics.objects(held_out[i]) for i in range(evaluate.PREVIEW_CLIPS)]
     for prompt in prompts:
         assert prompt["objects"] not in shown and prompt["objects"][::-1] not in shown
         for thing in prompt["objects"]:

@@ -56,7 +56,7 @@ def clips(batch=4, seed=0):
 def test_layout(config):
     sizes = layout(config)
     assert sizes == Layout(5, 1250, 250, 2, 3, 4.0, (4, 4, 4), (4, 4))
-    assert sizes.at(13) == sizes._replace(frames=13, samples=3250, latent_frames=7)
+    assert sizes.with_frames(13) == sizes._replace(frames=13, samples=3250, latent_frames=7)
     assert sizes.latent_shapes == {"video": (3, 4, 4, 4), "audio": (12, 4)}
 
 

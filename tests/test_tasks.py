@@ -11,7 +11,7 @@ from vdm_jax.system.layout import layout
 
 FRAMES = 9  # video frames a clip
 PER_FRAME = 250  # audio samples a video frame
-LAYOUT = layout(tiny.get_config()).at(FRAMES)  # f_t = 2, so T = 5
+LAYOUT = layout(tiny.get_config()).with_frames(FRAMES)  # f_t = 2, so T = 5
 CONFIG = dict(schedule="cosine", log_snr_min=-12.0, log_snr_max=12.0, shift=1.0)
 
 

@@ -5,10 +5,12 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from tests.helpers import init_weights, names
 from vdm_jax.data import text
 from vdm_jax.models.clip import TextEncoder
+from vdm_jax.models.ops import backend
 from vdm_jax.models.unet import CrossModalAttention, NoiseEmbedding, SpaceTimeAttention, UNet
 from vdm_jax.system.losses import drop_text
 
@@ -221,6 +223,28 @@ def test_convolutions_are_factorized_or_full():
     assert full["middle_in_video/conv_in/full/kernel"] == (3, 3, 3, 16, 16)
     sound = {path: shape for path, shape in full.items() if "_audio" in path}
     assert sound == {path: shape for path, shape in factorized.items() if "_audio" in path}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_without_biases_the_model_is_the_one_whose_biases_are_zero(platform):
+    z, log_snr, cond = inputs()
+    lean = UNet(**SETTINGS, use_bias=False)
+    params = init_weights(lean, z, log_snr, cond)
+    kept = {path.rsplit("/", 2)[-2] for path in names(params) if path.endswith("/bias")}
+    assert kept == {"norm_in", "film", "norm_video", "norm_audio"}
+
+    full = UNet(**SETTINGS)
+    shapes = names(jax.eval_shape(full.init, jax.random.key(0), z, log_snr, cond)["params"])
+    assert len(names(params)) < 0.6 * len(shapes)
+    neutral = {path: np.full(shape, path.endswith("/scale"), np.float32) for path, shape in shapes.items()}
+    given = traverse_util.flatten_dict(params, sep="/")
+    filled = traverse_util.unflatten_dict({**neutral, **given}, sep="/")
+    with backend(platform):
+        expected = jax.jit(full.apply)({"params": filled}, z, log_snr, cond)
+        out = jax.jit(lean.apply)({"params": params}, z, log_snr, cond)
+    for m in z:
+        assert np.std(out[m]) > 0
+        np.testing.assert_allclose(out[m], expected[m], atol=1e-5)
 
 
 def test_full_convolutions_run_where_time_does_not_shrink():

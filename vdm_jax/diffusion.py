@@ -1,8 +1,9 @@
 """The maths of diffusion: noise schedules, noising, prediction targets, loss weights, training patterns, the loss.
 
-All are pure functions of arrays, keys and a config (configs/common.py explains its keys). None knows a network.
+All are pure functions of arrays, random keys and a config (explained in configs/common.py). None knows a network.
 
-The process is variance preserving. Its noise level is the natural logarithm of the signal-to-noise ratio:
+The process is variance preserving. Its noise level is the natural logarithm of the signal-to-noise ratio. A low log_snr
+is a noisy frame, and a high log_snr a clean one:
 
     z_t = alpha x + sigma eps,    alpha^2 = sigmoid(log_snr),    sigma^2 = sigmoid(-log_snr)
 
@@ -59,18 +60,18 @@ def log_snr_at(t, config):
 
 
 # The cosine and sigmoid curves reach infinity at t = 0 and t = 1. Only the part within the bounds is used, stretched
-# over [0, 1]. The parameter of a curve runs from 0 to its end, pi / 2 or 1. A length `start` is cut off at the
-# beginning and a length `end` at the end; `width` is left. alpha needs the distance to the end of the curve. It is
-# computed as end + (1 - t) * width, because a difference would lose digits near t = 1.
+# over [0, 1]. The parameter of a curve runs from 0 to pi / 2 or to 1. We cut off `cut_low` at its lower side and
+# `cut_high` at its upper side; `width` is left. alpha needs the distance to the upper side. It is computed as
+# cut_high + (1 - t) * width, because a difference would lose digits near t = 1.
 
 
 def _cosine(t, low, high, offset):
     """alpha = cos(angle), the angle from 0 to pi / 2: arXiv:2102.09672, eq. 17 with s = 0."""
-    start = np.arctan(np.exp((offset - high) / 2))
-    end = np.arctan(np.exp((low - offset) / 2))
-    width = np.pi / 2 - start - end
-    cosine = jnp.sin(end + (1 - t) * width)  # cos(x) = sin(pi / 2 - x)
-    sine = jnp.sin(start + t * width)
+    cut_low = np.arctan(np.exp((offset - high) / 2))
+    cut_high = np.arctan(np.exp((low - offset) / 2))
+    width = np.pi / 2 - cut_low - cut_high
+    cosine = jnp.sin(cut_high + (1 - t) * width)  # cos(x) = sin(pi / 2 - x)
+    sine = jnp.sin(cut_low + t * width)
     return 2 * (jnp.log(cosine) - jnp.log(sine)) + offset  # log_snr = -2 log tan(angle)
 
 
@@ -84,11 +85,11 @@ def _sigmoid(t, low, high, offset):
     def time_of(log_snr):  # inverse of the curve
         return np.arctanh(np.sinh(3) / (np.exp(log_snr) + np.cosh(3))) / 3
 
-    start = time_of(high - offset)
-    end = time_of(offset - low)  # the curve is antisymmetric: 1 - time_of(x) = time_of(-x)
-    width = 1 - start - end
-    signal = jnp.sinh(3 * (end + (1 - t) * width))
-    noise = jnp.sinh(3 * (start + t * width))
+    cut_low = time_of(high - offset)
+    cut_high = time_of(offset - low)  # the curve is antisymmetric: 1 - time_of(x) = time_of(-x)
+    width = 1 - cut_low - cut_high
+    signal = jnp.sinh(3 * (cut_high + (1 - t) * width))
+    noise = jnp.sinh(3 * (cut_low + t * width))
     return jnp.log(signal) - jnp.log(noise) + offset
 
 
@@ -96,7 +97,7 @@ def _linear_beta(t, low, high, offset):
     """The noise levels of DDPM, beta from 1e-4 to 0.02, with linear interpolation of log_snr: arXiv:2006.11239."""
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # arXiv:2006.11239, eq. 4
     table = np.log(alpha_bar) - np.log1p(-alpha_bar)
-    table = np.concatenate([[max(high - offset, table[0])], table])  # t = 0 is clean
+    table = np.concatenate([[max(high - offset, table[0])], table])  # t = 0 is clean; the table never rises
     times = jnp.linspace(0, 1, len(table), dtype=t.dtype)
     return jnp.clip(jnp.interp(t, times, jnp.asarray(table, t.dtype)) + offset, low, high)
 
@@ -173,12 +174,13 @@ def eps_error_factor(log_snr, target):
 def loss_weight(log_snr, slope, config):
     """Returns the weight on the squared error of config.target, an array like log_snr.
 
-    The same error of x0 costs the same for every target. The weightings, as factors of |eps error|^2:
+    Two networks with the same error of x0 have the same loss, whatever their targets. The weightings, as factors of
+    |eps error|^2:
       'uniform'  1, the simple loss: arXiv:2006.11239, eq. 14
       'min_snr'  min(1, gamma / snr), which is min(snr, gamma) for x0: arXiv:2303.09556, section 3.4
-      'sigmoid'  sigmoid(bias - log_snr) * slope, slope = -d log_snr / dt: arXiv:2303.00848, section 2, with the w
-                 of arXiv:2410.19324. The slope makes the expected loss an integral over log_snr, the same for every
-                 schedule. This is exact for every pattern but 'rollout', whose t is not uniform.
+      'sigmoid'  sigmoid(bias - log_snr) * slope, slope = -d log_snr / dt: arXiv:2303.00848, section 2, with the
+                 sigmoid of arXiv:2410.19324. The slope makes the expected loss an integral over log_snr, the same for
+                 every schedule. This is exact for every pattern but 'rollout', whose t is not uniform.
     """
     name = one_of("weighting", config["weighting"], WEIGHTINGS)
     if name == "uniform":
@@ -206,12 +208,12 @@ def stratified_uniform(key, batch, columns):
 def _patterns(u, T):
     """{pattern: (t of video, t of audio, context of video, context of audio)}; all broadcast to [B, T].
 
-    u: {name: uniform random numbers in [0, 1), [B, 1] or [B, T]}.
+    u: {name: uniform random numbers in [0, 1), [B, 1] or [B, T]}; 'other' is a second number per clip.
     """
     t = u["t"]
     frame = jnp.arange(T)[None]
     last = T - 1
-    start = frame < jnp.minimum(1 + jnp.floor(u["head"] * last), last)  # 1 .. T-1 frames
+    beginning = frame < jnp.minimum(1 + jnp.floor(u["head"] * last), last)  # the first 1 .. T-1 frames
 
     # At least one frame at each end is context, and at least one frame between them is not.
     inner = max(T - 2, 0)
@@ -229,7 +231,7 @@ def _patterns(u, T):
         "foley": (t, t, True, False),
         "audio": (t, t, False, True),
         "image": (t, t, frame < min(1, last), False),  # the first video frame, unless it is the only frame
-        "continue": (t, t, start, start),
+        "continue": (t, t, beginning, beginning),
         "between": (t, t, ends, ends),
         "rollout": (pyramid, pyramid, pyramid <= 0, pyramid <= 0),
     }
@@ -257,7 +259,7 @@ def sample_times(key, shape, patterns):
     chosen = jnp.searchsorted(edges, u["pattern"][:, 0], side="right")  # [B]
     drawn = _patterns(u, T)
 
-    def of_chosen(i):  # value i of the pattern of each example
+    def of_chosen(i):  # value i of the tuples in `_patterns`, of the pattern that each example follows
         stack = jnp.stack([jnp.broadcast_to(drawn[name][i], shape) for name in names])  # [patterns, B, T]
         return stack[chosen, jnp.arange(batch)]  # [B, T]
 
@@ -312,7 +314,7 @@ def corrupt(key, z, config):
     t, context = sample_times(time_key, z["video"].shape[:2], config["patterns"])
     t = {name: t[name] for name in z}
     context = {name: context[name] for name in z}
-    backwards = jax.tree.map(lambda t: -jnp.ones_like(t), t)
+    backwards = jax.tree.map(lambda t: -jnp.ones_like(t), t)  # the derivative along it is the slope, -d log_snr / dt
     log_snr, slope = jax.jvp(lambda t: {name: log_snr_at(t[name], config) for name in t}, (t,), (backwards,))
     log_snr = {name: jnp.where(context[name], config["log_snr_max"], log_snr[name]) for name in z}
 
@@ -329,7 +331,8 @@ def weighted_error(prediction, noised, config):
 
     The loss of a modality is the mean of the weighted squared error over all elements but the context frames. The
     total is the mean of the modalities, weighted by config.loss_weights. The metrics are `loss_<modality>` and
-    `eps_mse_<modality>_<i>`, the mean squared error of eps in the i-th of NOISE_BINS equal bins of t, or nan.
+    `eps_mse_<modality>_<i>`, the mean squared error of eps in the i-th of NOISE_BINS equal bins of t. It is nan if no
+    generated frame is in the bin.
     """
     chex.assert_trees_all_equal_shapes(prediction, noised.target)  # other shapes would broadcast without an error
     total, total_weight, metrics = 0.0, 0.0, {}

@@ -44,7 +44,7 @@ SUITES = ("prompts", "tasks", "reconstruction", "all")
 CANDIDATES = 64  # clips, all of different meaning, among which a text has to find its own
 NOISE_LEVELS = 8  # at which the loss is measured
 ALONE = 3  # frames: an impact with no other this near counts as isolated
-PREVIEWED = 4  # held-out clips that previews of training show
+PREVIEW_CLIPS = 4  # held-out clips that previews of training show
 SHOWN = 8  # samples on the page
 
 
@@ -167,9 +167,9 @@ def choose_prompts(config, held_out, seed, wordings=False):
     Of the world, config.evaluate.prompts of one object, and as many of two where it has two; else held-out captions.
     wordings: of the world, in words that training did not combine.
     """
-    count, shown = config.evaluate.prompts, [held_out[i] for i in range(PREVIEWED)]
+    count, shown = config.evaluate.prompts, [held_out[i] for i in range(PREVIEW_CLIPS)]
     if config.data.source != "world":
-        texts = [held_out[PREVIEWED + i]["caption"] for i in range(count)]
+        texts = [held_out[PREVIEW_CLIPS + i]["caption"] for i in range(count)]
         fresh = [caption for caption in texts if caption not in {item["caption"] for item in shown}]
         if not fresh:
             logger.warning("too few captions: the samples here have the same captions as the previews of training")
@@ -314,8 +314,8 @@ def show_samples(config, out, texts, made):
 
 def show_reconstruction(config, out, items, truth, remade):
     """Held-out clips, each followed by its reconstruction: pictures, sounds and one pair of MP4s."""
-    pairs = {part: [x for pair in zip(truth[part], remade[part]) for x in pair][: 2 * PREVIEWED] for part in truth}
-    labels = [label for item in items[:PREVIEWED] for label in (item["caption"], "reconstruction")]
+    pairs = {part: [x for pair in zip(truth[part], remade[part]) for x in pair][: 2 * PREVIEW_CLIPS] for part in truth}
+    labels = [label for item in items[:PREVIEW_CLIPS] for label in (item["caption"], "reconstruction")]
     drawing.contact_sheet(out / "reconstruction.png", pairs["video"], labels)
     drawing.spectrogram(out / "spectrogram.png", np.concatenate(pairs["audio"]), config.data.sample_rate)
     for name, clips in (("truth", truth), ("autoencoder", remade)):

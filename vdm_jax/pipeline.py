@@ -217,7 +217,7 @@ class Pipeline:
         if len(given) > 1:
             raise UserError(f"give only one of {', '.join(given)}")
         data = self.config.data
-        layout = self.system.layout.at(min(frames, data.frames))
+        layout = self.system.layout.with_frames(min(frames, data.frames))
         for name in given:
             if name != "image" and frames > data.frames:
                 raise UserError(f"{name} is for clips of up to {data.frames / data.fps:g} s: lower seconds")

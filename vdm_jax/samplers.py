@@ -49,9 +49,9 @@ def ddpm(z, x0, past, step):
         alpha, sigma = alpha_sigma(now)
         alpha_next, sigma_next = alpha_sigma(after)
         ratio = sigma_next / sigma
-        new_signal = -jnp.expm1(jax.nn.softplus(-after) - jax.nn.softplus(-now))  # 1 - alpha^2 / alpha_next^2, accurate
-        deviation = ratio * jnp.sqrt(new_signal)
-        kept = ratio * jnp.sqrt(jnp.maximum(1 - new_signal / sigma**2, 0))  # share of the old noise
+        gain = -jnp.expm1(jax.nn.softplus(-after) - jax.nn.softplus(-now))  # 1 - alpha^2 / alpha_next^2, accurate
+        deviation = ratio * jnp.sqrt(gain)
+        kept = ratio * jnp.sqrt(jnp.maximum(1 - gain / sigma**2, 0))  # share of the old noise
         return kept * z + (alpha_next - kept * alpha) * x0 + deviation * noise
 
     return jax.tree.map(leaf, z, x0, step.now, step.after, noise_like(step.key, z)), past
@@ -82,7 +82,7 @@ def heun(z, x0, past, step):
 
     It solves the linear part of the equation exactly (arXiv:2211.01095, Proposition 4.1), and takes x0 as linear in
     lambda over a step: ETD2RK of Cox and Matthews (2002). EDM's form is far off in a long first step, such as the
-    first of 8 steps even in time.
+    first of 8 steps that are evenly spaced in t.
     """
 
     def average(x0, x0_next, now, after):
@@ -116,7 +116,7 @@ def _exact_step(z, x0, step):
 def sample(denoise_fn, key, z_T, cond, levels, method, config):
     """Returns latents like z_T: generated frames are clean, and context frames are as in z_T.
 
-    Call it inside jax.jit, with the arrays as arguments of the jitted function: then only new shapes compile again.
+    Call it inside jax.jit, and pass the arrays as arguments of the jitted function. Then it compiles once per shape.
 
     denoise_fn: (z, log_snr, cond) -> prediction of config.target. The function that `guided` returns is one.
     z_T: the start, at the noise levels of row 0: standard normal noise in frames to generate; clean or noised latents
@@ -138,7 +138,7 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config):
         x0 = to_x0(prediction, z, log_snr, config["target"])
         return jax.tree.map(lambda x0, z: x0.astype(z.dtype), x0, z)
 
-    def finish(z_next, z, x0, now, after):  # x0 in frames that are clean after the step, z in frames that do not change
+    def settle(z_next, z, x0, now, after):  # x0 in frames that are clean after the step, z in frames that do not change
         return jnp.where(now != after, jnp.where(after >= config["log_snr_max"], x0, z_next), z)
 
     def body(carry, row):
@@ -146,13 +146,13 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config):
         key, now, after = row
         now, after = to_batch(now), to_batch(after)
         x0 = predict_x0(now, z)
-        z_now, z_after = to_latent(now, z), to_latent(after, z)  # log_snr with the axes of z
+        now_of_z, after_of_z = to_latent(now, z), to_latent(after, z)  # log_snr with the axes of z
 
         def predict_next_x0(z_next):
-            return predict_x0(after, jax.tree.map(finish, z_next, z, x0, z_now, z_after))
+            return predict_x0(after, jax.tree.map(settle, z_next, z, x0, now_of_z, after_of_z))
 
-        z_next, past = step_fn(z, x0, past, Step(z_now, z_after, key, predict_next_x0))
-        return (jax.tree.map(finish, z_next, z, x0, z_now, z_after), past), None
+        z_next, past = step_fn(z, x0, past, Step(now_of_z, after_of_z, key, predict_next_x0))
+        return (jax.tree.map(settle, z_next, z, x0, now_of_z, after_of_z), past), None
 
     first_levels = to_latent(to_batch(jax.tree.map(lambda x: x[0], levels)), z_T)
     past = Past(x0=z_T, h=jax.tree.map(jnp.zeros_like, first_levels))
@@ -167,15 +167,14 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config):
 
 
 class Term(NamedTuple):
-    """One kind of guidance: it adds extra * (more - less) to the prediction.
+    """One kind of guidance. It adds extra * (prediction from more_inputs - prediction from less_inputs).
 
-    In this formula `more` and `less` are predictions from other inputs. The fields are the functions that change the
-    inputs: (z, log_snr, cond) -> inputs of the same shapes, or of batch size 1.
+    Both functions change the network's inputs: (z, log_snr, cond) -> inputs of the same shapes, or of batch size 1.
     """
 
     extra: float | dict  # the weight of guidance minus 1: a number, or {modality: number}; 0 adds nothing
-    more: Callable | None  # None: the unguided prediction
-    less: Callable
+    more_inputs: Callable | None  # None: the inputs as they are
+    less_inputs: Callable
 
 
 def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
@@ -193,7 +192,7 @@ def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
     def guided_fn(z, log_snr, cond):
         views = [(z, log_snr, cond)]  # what the network reads; the first view is for the unguided prediction
         for term in terms:
-            views += [view(z, log_snr, cond) for view in (term.more, term.less) if view is not None]
+            views += [view(z, log_snr, cond) for view in (term.more_inputs, term.less_inputs) if view is not None]
         predictions = denoise_fn(*jax.tree.map(concatenate, *views))
 
         def combine(name):
@@ -202,7 +201,7 @@ def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
             plain = total = next(parts)
             active = jnp.zeros_like(inside)
             for term in terms:
-                more = plain if term.more is None else next(parts)
+                more = plain if term.more_inputs is None else next(parts)
                 less = next(parts)
                 extra = jnp.where(inside, term.extra[name] if isinstance(term.extra, dict) else term.extra, 0)
                 total = total + broadcast_to_latent(extra, total) * (more - less)
@@ -220,7 +219,7 @@ def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
 # Arguments of the three functions below:
 # weight: 1 adds nothing. Above 1 the text, the context or the other modality has more influence than in training.
 # noise: standard normal, like z.
-# null_cond: the condition of the empty text, with batch size B or 1.
+# null_cond: the encoded null text, with batch size B or 1.
 
 
 def text_guidance(weight, null_cond):
@@ -232,11 +231,11 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
     """Returns Terms: guidance by the context frames, arXiv:2502.06764, section 4.
 
     masks: {modality: bool [T]}, True in context frames.
-    history_noise: 0: the context guides as it is (vanilla history guidance). A time t in (0, 1): only the low
-        frequencies of the context guide, because it is noised to t (fractional history guidance).
+    history_noise: 0 for guidance by the context as it is (vanilla history guidance). A time t in (0, 1) for guidance by
+        the context noised to t, of which only low frequencies are left (fractional history guidance).
     """
 
-    def context_at(t, z, log_snr, cond):  # if the context in z is noised already, this adds more noise to it
+    def context_at(t, z, log_snr, cond):  # a context that was noised before gets a little more noise than `level` says
         level = log_snr_at(t, config)
         mask = {name: jnp.broadcast_to(masks[name], log_snr[name].shape) for name in z}  # [B, T]
         noised = add_noise(z, noise, {name: jnp.full_like(log_snr[name], level) for name in z})

@@ -3,9 +3,9 @@
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
-run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step a
-run of one process has nothing to save: the first signal ends it at once. A stage may have phases with settings of their
-own: see system/phases.py.
+run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step of
+a stage there is nothing to save: then the first signal ends a run of one process at once. A stage may have phases with
+settings of their own: see system/phases.py.
 """
 
 import logging
@@ -27,7 +27,7 @@ from vdm_jax.system.phases import first_params, phases
 
 logger = logging.getLogger("vdm_jax")
 
-PREVIEWED = 4  # held-out clips that previews show
+PREVIEW_CLIPS = 4  # number of held-out clips in a preview
 
 
 class Run(NamedTuple):
@@ -38,7 +38,7 @@ class Run(NamedTuple):
     plan: dict  # {stage: its Phases}
     sources: dict  # {System: data source of its training clips}
     stop: preemption.Stop  # stop.is_due(step) -> whether a signal asks the run to end
-    report_progress: Any  # report_progress(what) tells the watchdog what was just done; None stops the watchdog
+    report_progress: Any  # report_progress(what) tells the watchdog what is done; report_progress(None) stops it
     trace_span: tuple | None  # first and last step to trace
 
 
@@ -55,7 +55,7 @@ def main(argv):
 
     names = STAGES if options.stage == "all" else (options.stage,)
     system = build(config)
-    # Sizes, phases, batches and the mesh are checked before anything is written; other settings, when a stage starts.
+    # Sizes, phases, batches and the mesh are checked before anything is written, the rest when a stage starts.
     plan = {name: phases(system, name) for name in names}
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh, plan)
@@ -103,7 +103,7 @@ def train_phase(run, name, phase):
 
 
 def take_steps(run, name, phase, checkpoints):
-    """Takes the steps of a phase that its checkpoints lack. Returns as `train_phase`."""
+    """Takes the steps of a phase that no checkpoint has yet. Returns as `train_phase`."""
     system = phase.system
     config, settings, stage = system.config, system.config[name], system.stages[name]
     directory = run.workdir / name
@@ -125,17 +125,19 @@ def take_steps(run, name, phase, checkpoints):
     if done >= phase.last_step:
         return True
     # 3. Data: clips, or clips that the earlier stages have encoded.
-    encoder_params, items = {}, batches.Examples(run.sources[system], config.data.text_length, stage.make_hard_negative)
+    examples = batches.Examples(run.sources[system], config.data.text_length, stage.make_hard_negative)
+    encoder_params = {}
     if stage.encoder_params:
-        encoder_params, items = latents.prepare(system, run.workdir, items, run.mesh)
+        encoder_params, examples = latents.prepare(system, run.workdir, examples, run.mesh)
     batch_sharding = sharding.batch_sharding(run.mesh)
     order = dict(batch_size=settings.batch_size, seed=config.seed)  # decides which clip is in which batch
     rows = sharding.local_rows(batch_sharding, settings.batch_size)
-    data = batches.batches(items, **order, rows=rows, start=done, data=config.data)
+    data = batches.batches(examples, **order, rows=rows, start=done, data=config.data)
     # 4. The state itself: initialized at random, begun from the phase before, or restored directly onto the mesh.
+    begins_phase = done > 0 and done == phase.start  # the newest checkpoint is the last one of the phase before
     if newest is None:
         state = program.init()
-    elif 0 < done == phase.start:
+    elif begins_phase:
         phase_before = run.plan[name][phase.number - 2]  # phase numbers start at 1
         ema, _ = folder.read_params(run.workdir, name, phase_before.system.params[name])
         params = first_params(ema, stage.params)
@@ -143,7 +145,7 @@ def take_steps(run, name, phase, checkpoints):
     else:
         state = checkpoint.restore(checkpoints, program.abstract)
     # 5. The step is compiled before the first batch is read, and by all processes before any of them runs it.
-    #    In the record of compile times, the number of parameters tells models apart.
+    #    `key` tells models apart in the file that keeps the compile times of earlier runs.
     with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameters):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
@@ -161,10 +163,10 @@ def take_steps(run, name, phase, checkpoints):
         done=done,
         saved=newest,
         stopwatch=stopwatch,
-        sample_ids=lambda number: batches.sample_ids(items, **order, step=number - 1),
+        sample_ids=lambda number: batches.sample_ids(examples, **order, step=number - 1),
         stop_after=config.skip.stop_after,
         heartbeat_every=config.heartbeat_every,
-        wait_for_save=lambda: checkpoint.finish(checkpoints),  # called before the error that ends a run
+        wait_for_save=lambda: checkpoint.finish(checkpoints),  # before the error of `stop_after`
     )
     trace = profiling.tracer(run.trace_span, directory)
     trace(done)  # begins, if the next step is the first one to trace
@@ -182,9 +184,10 @@ def take_steps(run, name, phase, checkpoints):
         stopped = run.stop.is_due(number)
         last = stopped or number == phase.last_step
         save_due = save_due or last or number % config.checkpoint_every == 0
-        if save_due or number % config.log_every == 0:  # before each save, so that a resumed run has all lines
+        if save_due or number % config.log_every == 0:  # also before a save, so that a resumed run has all lines
             log.write(number, flush=save_due)
-        if save_due and (last or not log.skipping):  # a skipped step may mean that the state was already bad
+        # A skipped step may mean that the state is bad, so a save waits for a good step. The last step cannot wait.
+        if save_due and (last or not log.skipping):
             with stopwatch("saving"):
                 checkpoint.save(checkpoints, state, log.mean_loss())
             log.mark_saved(number)
@@ -201,15 +204,14 @@ def take_steps(run, name, phase, checkpoints):
     log.close()
     if stopped:
         logger.info("%s: stopped at step %d, saved; the same command continues from there", phase.title, number)
-    return not stopped and run.stop.signal is None
+    return not stopped and run.stop.signal is None  # a signal may come after the last step, too
 
 
 def previewer(run, name, system):
     """Returns show(params, encoder_params, step), or None if there is nothing to preview.
 
-    show writes <step>.png (and .mp4) to the stage's folder `previews`.
-
-    All processes call show. They compute together, and only the primary process writes.
+    show writes <step>.png (and .mp4) to the stage's folder `previews`. All processes call show. They compute together,
+    and only the primary process writes.
     """
     preview = system.stages[name].preview
     if not preview or not system.config.preview_every:
@@ -218,7 +220,7 @@ def previewer(run, name, system):
     directory = run.workdir / name / "previews"
     directory.mkdir(parents=True, exist_ok=True)
     held_out = batches.source(system.config, "held_out")
-    items = [held_out[i] for i in range(PREVIEWED)]
+    items = [held_out[i] for i in range(PREVIEW_CLIPS)]
     captions = [item["caption"] for item in items]
     clips = {part: np.stack([item[part] for item in items]) for part in ("video", "audio")}
 

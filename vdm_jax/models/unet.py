@@ -13,11 +13,13 @@ import jax.numpy as jnp
 
 from vdm_jax.models import layers
 
-WINDOW = {"video": (1, 3, 3), "audio": (3,)}  # of the first and last convolutions, and of those after upsampling
+KERNEL_SIZE = {"video": (1, 3, 3), "audio": (3,)}  # of the first and last convolutions, and of those after upsampling
 
 
 class NoiseEmbedding(layers.Layer):
-    """The embedding [B, T, E] of one modality, one vector per frame, that goes into every residual block.
+    """The embedding of noise level, time and text: [B, T, E], one vector per latent frame of one modality.
+
+    Every residual block reads it.
 
     log_snr: [B, T]
     pooled: [B, D_text], the text in one vector
@@ -66,7 +68,7 @@ class SpaceTimeAttention(layers.Layer):
 
 
 class CrossModalAttention(layers.Layer):
-    """Video tokens attend to sound tokens, and sound tokens to video tokens; both read the state before this layer.
+    """Video tokens attend to sound tokens, and sound tokens to video tokens; both read the tokens before this layer.
 
     The rotary positions of both are in seconds. The outputs are zero at first, so the streams start independent.
 
@@ -103,7 +105,7 @@ class TextRefiner(layers.Layer):
     def __call__(self, states, mask):
         x = states.astype(self.activation_dtype)
         heads = max(1, x.shape[-1] // self.head_dim)
-        positions = jnp.arange(x.shape[1]) / 20  # a token is a byte: rotary periods are 20 to 2,000 bytes
+        positions = jnp.arange(x.shape[1]) / 20  # tokens are bytes: rotary periods 1 to 100 become 20 to 2,000 bytes
         for i in range(self.depth):
             x = layers.transformer_layer(x, mask, heads, i, positions, zero=True, **self.common)
         return x
@@ -119,8 +121,8 @@ class UNet(layers.Layer):
     cond: {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]}, the text
 
     Tuples have one value for each resolution i, the highest first; time_strides has one value fewer. From one
-    resolution to the next, space and sound tokens halve. The lowest resolution has a bottleneck, with both kinds of
-    attention.
+    resolution to the next, height, width and the number of sound tokens halve. The lowest resolution has a bottleneck,
+    with both kinds of attention.
     """
 
     patch: int  # patch x patch latents become the channels of one place
@@ -153,32 +155,32 @@ class UNet(layers.Layer):
 
         def seconds(x):
             """The time of the centre of every token of x, in seconds. Latent frame t is centred on t / latent_fps."""
-            steps = {m: x[m].shape[1] for m in x}
-            times = {m: ((jnp.arange(n) + 0.5) * (frames / n) - 0.5) / self.latent_fps for m, n in steps.items()}
+            lengths = {m: x[m].shape[1] for m in x}
+            times = {m: ((jnp.arange(n) + 0.5) * (frames / n) - 0.5) / self.latent_fps for m, n in lengths.items()}
             return {**times, "video": jnp.repeat(times["video"], math.prod(x["video"].shape[2:4]))}
 
-        def at(resolution, module):
+        def with_remat(module, resolution):
             return layers.apply_remat(module, self.remat[resolution]) if self.remat else module
 
         def residual(x, resolution, name):
             merged = {m: _merge_frames(e, x["video"].shape[1]) for m, e in embedding.items()}
-            module = at(resolution, layers.ResidualBlock)
+            module = with_remat(layers.ResidualBlock, resolution)
             return {m: module(channels[m][resolution], **block, name=f"{name}_{m}")(x[m], merged[m]) for m in x}
 
         def attend(x, resolution, name, attention, cross_modal):
             time = seconds(x)
             if attention:
-                module = functools.partial(at(resolution, SpaceTimeAttention), self.head_dim, **self.common)
+                module = functools.partial(with_remat(SpaceTimeAttention, resolution), self.head_dim, **self.common)
                 x = {m: module(name=f"{name}_attention_{m}")(x[m], time[m], cond) for m in x}
             if cross_modal:
-                module = functools.partial(at(resolution, CrossModalAttention), self.head_dim, **self.common)
+                module = functools.partial(with_remat(CrossModalAttention, resolution), self.head_dim, **self.common)
                 video, audio = module(name=f"{name}_cross_modal")(x["video"], x["audio"], time["video"], time["audio"])
                 x = {"video": layers.constrain_activation(video), "audio": layers.constrain_activation(audio)}
             return x
 
         # Down
         x = {"video": layers.space_to_depth(z["video"], self.patch), "audio": z["audio"]}
-        x = {m: conv(channels[m][0], WINDOW[m], name=f"stem_{m}")(x[m]) for m in x}
+        x = {m: conv(channels[m][0], KERNEL_SIZE[m], name=f"stem_{m}")(x[m]) for m in x}
         skips = []
         resolutions = range(len(self.channels))
         for i in resolutions:
@@ -205,13 +207,13 @@ class UNet(layers.Layer):
             if i:
                 factors = {"video": (self.time_strides[i - 1], 2, 2), "audio": (2,)}
                 x = {m: layers.upsample(x[m], factors[m]) for m in x}
-                x = {m: conv(channels[m][i - 1], WINDOW[m], name=f"upsample_{i}_{m}")(x[m]) for m in x}
+                x = {m: conv(channels[m][i - 1], KERNEL_SIZE[m], name=f"upsample_{i}_{m}")(x[m]) for m in x}
 
         # Head
         norm = functools.partial(layers.GroupNorm, self.groups, frames, activation=nn.silu, **self.common)
         x = {m: norm(name=f"norm_{m}")(x[m]) for m in x}  # each modality has statistics of its own
         features = {"video": z["video"].shape[-1] * self.patch**2, "audio": z["audio"].shape[-1]}
-        x = {m: conv(features[m], WINDOW[m], zero=True, name=f"head_{m}")(x[m]) for m in x}
+        x = {m: conv(features[m], KERNEL_SIZE[m], zero=True, name=f"head_{m}")(x[m]) for m in x}
         x = {**x, "video": layers.depth_to_space(x["video"], self.patch)}
         return {m: x[m][:, : output_length[m]].astype(jnp.float32) for m in x}
 

@@ -1,4 +1,4 @@
-"""Clips and text to what the denoiser reads, and latents back to clips."""
+"""Converts clips and text to what the denoiser reads, and latents back to clips."""
 
 import dataclasses
 
@@ -20,15 +20,15 @@ from vdm_jax.system.layout import STAGES, Layout
 def make_models(config, layout):
     """{stage: Flax module} of a config. Raises UserError for an unknown `compute_dtype` or `remat`."""
     dtype = jnp.dtype(one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16")))
-    text_size = dict(vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
-    clip = config.clip.model  # of the stage "clip", the text encoder; in other names a clip is a video with its sound
+    clip = config.clip.model
+    text_encoder = dict(clip.text, vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
     modes = remat_modes(config, "denoiser")
     by_resolution = modes if len(modes) > 1 else ()  # a single mode is for the whole model, in Codec.apply_fn
     unet = dict(config.denoiser.model, remat=by_resolution, latent_fps=layout.latent_fps)
     return {
         "video_autoencoder": VideoAutoencoder(**config.video_autoencoder.model, dtype=dtype),
         "audio_autoencoder": AudioAutoencoder(**config.audio_autoencoder.model, dtype=dtype),
-        "clip": Clip({**text_size, **clip.text}, clip.video.to_dict(), clip.embedding, dtype=dtype),
+        "clip": Clip(text_encoder, clip.video.to_dict(), clip.embedding, dtype=dtype),
         "denoiser": UNet(**unet, dtype=dtype),
     }
 
@@ -98,14 +98,14 @@ class Codec:
 
         With 'statistics', every channel gets mean 0 and variance 1.
         """
-        mean = {
+        z = {
             "video": self.apply("video_autoencoder", params, to_float(video), method="encode")[0],
             "audio": self.apply("audio_autoencoder", params, self.pad_audio(audio), method="encode")[0],
         }
         if "statistics" not in params:
-            return mean
+            return z
         statistics = params["statistics"]
-        return {name: (mean[name] - statistics[name]["mean"]) / statistics[name]["std"] for name in mean}
+        return {name: (z[name] - statistics[name]["mean"]) / statistics[name]["std"] for name in z}
 
     def decode(self, params, z):
         """Latents -> (video uint8 [B, F, H, W, 3], audio float32 [B, N] in [-1, 1]).
@@ -120,11 +120,11 @@ class Codec:
 
     def reconstruct(self, stage, params, x):
         """x encoded and decoded by one autoencoder, from the mean of the latents: video uint8 or audio float32."""
-        video = stage == "video_autoencoder"
-        x = to_float(x) if video else self.pad_audio(x)
+        is_video = stage == "video_autoencoder"
+        x = to_float(x) if is_video else self.pad_audio(x)
         z = self.apply(stage, params, x, method="encode")[0]
         out = self.apply(stage, params, z, method="decode")
-        return to_uint8(out) if video else self.trim_audio(out)
+        return to_uint8(out) if is_video else self.trim_audio(out)
 
     def encode_text(self, params, tokens):
         """Tokens, int32 [B, L] -> the encoded text that the denoiser reads.
@@ -135,7 +135,7 @@ class Codec:
         return self.apply("clip", params, tokens, mask, method="encode_text") | {"mask": mask}
 
     def encode_null_text(self, params):
-        """The text of a dropped condition, of batch size 1, as `encode_text` gives it."""
+        """The encoded null text, of batch size 1, as `encode_text` gives it."""
         return self.encode_text(params, text.encode([text.NULL_TEXT], self.config.data.text_length))
 
     def pad_audio(self, audio):

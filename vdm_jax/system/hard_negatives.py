@@ -25,8 +25,8 @@ FIELD = "hard_negative"  # of a batch: the tokens, or the encoded text, of one h
 def swap_words(caption, groups):
     """Returns the hard negative of a caption: two words of one group, such as ("left", "right"), swap places.
 
-    A caption without two different words of one group gets one of its words replaced by another of the same group. A
-    caption without any of the words is returned as it is. The draw depends only on the caption and the groups.
+    In a caption without two different words of one group, one word of a group is replaced by another of that group. A
+    caption without any word of a group is returned as it is. The draw depends only on the caption and the groups.
 
     groups: tuples of words. An entry may be several words, such as "to the left", or synonyms, such as "red|scarlet".
         Synonyms never replace each other.
@@ -94,7 +94,7 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(key, z, right, wrong, target, config):
-    """Returns the Pairs of every config.every-th clip of a batch: the first half of the loss, before the network.
+    """Returns the Pairs of the first in each config.every clips of a batch: the first half of the loss.
 
     Both rows of a clip have the same noise and the same noise level, which is one number for all of the clip. The noise
     levels of the clips are evenly spaced over config.log_snr.
@@ -102,6 +102,7 @@ def make_pairs(key, z, right, wrong, target, config):
     z: clean latents of both modalities, [B, ...].
     right, wrong: conditions, trees of arrays [B, ...]: the captions and their hard negatives.
     target: what the network predicts, one of diffusion.TARGETS.
+    config: config.denoiser.hard_negatives.
     """
     every = config["every"]
     z, right, wrong = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:])[:, 0], (z, right, wrong))  # [P, ...]

@@ -25,15 +25,15 @@ ENCODING_SECONDS = 24 * 3600  # longest wait for the slowest process to encode i
 
 
 def prepare(system, workdir, examples, mesh):
-    """-> (encoder_params on the mesh, items) for training the denoiser on data/batches.Examples.
+    """-> (encoder_params on the mesh, examples) for training the denoiser.
 
-    The encoders are rounded to the precision of exported weights. So the denoiser trains on the encoders that are
-    exported with it. The items are `examples` itself. If config.denoiser.cached_clips is n > 0, the items are n encoded
-    clips, kept in the run's folder.
+    The encoders are rounded to the precision of exported weights, so that training has the same encoders as sampling.
+    With config.denoiser.cached_clips = 0 the given data/batches.Examples are returned. With n > 0 they are encoded
+    once, and the result is n Encoded clips in the folder of the run.
     Raises UserError where an earlier stage has no checkpoint.
     """
-    encoders = [name for name in system.stages["denoiser"].encoder_params if name != "statistics"]
-    params = {name: folder.read_params(workdir, name, system.params[name])[0] for name in encoders}
+    stages = [name for name in system.stages["denoiser"].encoder_params if name != "statistics"]
+    params = {name: folder.read_params(workdir, name, system.params[name])[0] for name in stages}
     params = folder.as_exported(params)
     path = workdir / "denoiser" / "statistics.json"
     if not hosts.broadcast_from_primary(path.exists()):
@@ -66,7 +66,7 @@ def measure(system, params, examples):
 
 
 def _encoder(system, params, examples):
-    """-> encoded(first, count): yields batches of ENCODE_BATCH encoded examples, from the batch of example `first` on.
+    """-> encoded_batches(first, count): yields the batches of ENCODE_BATCH with `count` examples from `first` on.
 
     The devices of this process encode together if their number divides ENCODE_BATCH, else one device does.
     """
@@ -77,7 +77,7 @@ def _encoder(system, params, examples):
     params = jax.device_put(params, sharding.replicated(mesh))
     encode = jax.jit(functools.partial(encode_batch, system))
 
-    def encoded(first, count):
+    def encoded_batches(first, count):
         start, stop = first // ENCODE_BATCH, -(-(first + count) // ENCODE_BATCH)
         order = dict(batch_size=ENCODE_BATCH, seed=config.seed, start=start, stop=stop)
         for batch in batches.batches(examples, data=config.data, **order):
@@ -85,7 +85,7 @@ def _encoder(system, params, examples):
                 made = encode(params, jax.device_put(batch, sharding.batch_sharding(mesh)))
             yield jax.device_get(made)
 
-    return encoded
+    return encoded_batches
 
 
 class Encoded:
@@ -114,7 +114,7 @@ class Encoded:
             rows[i] = np.frombuffer(clip, self.record)[0]
         return jax.tree.unflatten(self.tree, [np.ascontiguousarray(rows[name]) for name in self.record.names])
 
-    def _open(self, thread, part):  # `thread` is a key of the cache: each thread has a position in a file of its own
+    def _open(self, thread, part):  # `thread` is only a key of the cache: each thread opens the file for itself
         file = storage.reader(self.paths[part])
         np.lib.format.read_magic(file)
         _, _, record = np.lib.format.read_array_header_1_0(file)
@@ -135,7 +135,8 @@ def _record(abstract_batch):
 def _cached(system, params, examples, directory):
     """The Encoded clips in `directory`. If anything in the fingerprint has changed, they are made again.
 
-    Each process makes some of the files. A file appears when it is whole: the next run makes the missing ones.
+    Each process makes some of the files. A file gets its name when it is complete. So the next run makes only the
+    missing files.
     """
     mark, mark_path = _fingerprint(system.config, params), directory / "fingerprint"
     count = system.config.denoiser.cached_clips
@@ -151,24 +152,25 @@ def _cached(system, params, examples, directory):
     hosts.barrier("looked", ENCODING_SECONDS)  # no process writes before all have listed the missing files
     if missing:
         logger.info("encoding %d clips once, %d of %d files", count, len(missing), len(paths))
-        encoded = _encoder(system, params, examples)
+        encoded_batches = _encoder(system, params, examples)
         parts = missing[jax.process_index() :: jax.process_count()]  # of this process
         sizes = [min(CLIPS_PER_FILE, count - part * CLIPS_PER_FILE) for part in parts]
         hidden = None if hosts.is_primary() else True  # None: tqdm decides
         with tqdm(total=sum(sizes), desc="encode", disable=hidden, unit="clip") as progress:
             for part, clips in zip(parts, sizes):
-                _write(paths[part], encoded(part * CLIPS_PER_FILE, clips), _record(abstract_batch), clips, progress)
+                encoded = encoded_batches(part * CLIPS_PER_FILE, clips)
+                _write(paths[part], encoded, _record(abstract_batch), clips, progress)
     hosts.barrier("encoded", ENCODING_SECONDS)
     return Encoded(paths, abstract_batch, count)
 
 
-def _write(path, encoded, record, count, progress):
+def _write(path, encoded_batches, record, count, progress):
     """Writes the first `count` clips of the batches as a .npy file of records; holds one batch at a time."""
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("wb") as file:
         descr = np.lib.format.dtype_to_descr(record)
         np.lib.format.write_array_header_1_0(file, dict(descr=descr, fortran_order=False, shape=(count,)))
-        for batch in encoded:
+        for batch in encoded_batches:
             rows = np.empty(min(count, ENCODE_BATCH), record)
             for name, leaf in zip(record.names, jax.tree.leaves(batch), strict=True):
                 rows[name] = leaf[: len(rows)]

@@ -39,7 +39,7 @@ class Layout(NamedTuple):
             "audio": (self.latent_frames * tokens, channels),
         }
 
-    def at(self, frames):
+    def with_frames(self, frames):
         """The Layout of clips of another length.
 
         frames: video frames, 1 + f_t * n. Raises UserError for another number.
@@ -93,7 +93,7 @@ def layout(config):
         latent_fps=data.fps / f_t,
         video=(side, side, video.latent_channels),
         audio=(tokens, audio.latent_channels),
-    ).at(data.frames)
+    ).with_frames(data.frames)
     if max(config.audio_autoencoder.stft_windows) > sizes.samples:
         raise UserError(f"audio_autoencoder.stft_windows go past the {sizes.samples} samples of a clip")
     return sizes
@@ -143,7 +143,9 @@ def _check_halvings(denoiser, side, tokens):
             f"denoiser.model.channels halve {side}x{side} places {halvings} times, and {side} is no multiple of "
             f"{2**halvings}: use fewer resolutions or another data.size"
         )
-    for i in range(1, halvings + 1):  # at each resolution, a latent frame must keep a whole number of audio tokens
+    # At resolution i the tokens are halved i times, and the time strides have merged frames. A merged frame must have a
+    # whole number of tokens.
+    for i in range(1, halvings + 1):
         if tokens * math.prod(denoiser.time_strides[:i]) % 2**i:
             raise UserError(
                 f"{tokens} audio tokens per latent frame do not halve {i} times: use fewer denoiser resolutions "

@@ -36,7 +36,7 @@ def make_stages(codec):
     inits = init_fns(codec.models, config, layout)
     params = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in inits.items()}
     for name in STAGES:
-        remat_modes(config, name)
+        remat_modes(config, name)  # raises for a wrong setting
 
     def stage(name, loss, axes, length, preview, encoders):
         settings = config[name]
@@ -57,6 +57,7 @@ def make_stages(codec):
             make_hard_negative = functools.partial(hard_negatives.swap_words, groups=word_groups)
         if encoders and settings.cached_clips:
             batch = jax.eval_shape(functools.partial(encode_batch, codec), encoders, batch)
+            # On the disk they are in half precision.
             batch = jax.tree.map(lambda x: x if x.dtype == bool else x.update(dtype=jnp.float16), batch)
         return Stage(
             init=inits[name],
@@ -175,8 +176,9 @@ def drop_text(key, encoded_text, null, share):
 
 def encode_batch(codec, encoder_params, batch):
     """Encodes a batch of clips for the denoiser -> {'z': latents, 'text': text[, 'hard_negative': text]}."""
-    texts = {"text": "tokens", hard_negatives.FIELD: hard_negatives.FIELD}
-    encoded = {name: codec.encode_text(encoder_params, batch[x]) for name, x in texts.items() if x in batch}
+    encoded = {"text": codec.encode_text(encoder_params, batch["tokens"])}
+    if hard_negatives.FIELD in batch:
+        encoded[hard_negatives.FIELD] = codec.encode_text(encoder_params, batch[hard_negatives.FIELD])
     return encoded | {"z": codec.encode(encoder_params, batch["video"], batch["audio"])}
 
 
@@ -199,7 +201,7 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
         return loss, {"loss": loss, **metrics}
 
     # The hard negatives share the network call.
-    pair_key = jax.random.fold_in(drop_key, 1)  # fold_in(key, 1) is the key of the noise in diffusion.corrupt
+    pair_key = jax.random.fold_in(drop_key, 1)  # fold_in(key, 1) is not free: it is split(key)[1], used by `corrupt`
     wrong = batch[hard_negatives.FIELD]
     target = settings.diffusion.target
     pairs = hard_negatives.make_pairs(pair_key, z, encoded_text, wrong, target, settings.hard_negatives)

@@ -26,7 +26,7 @@ from vdm_jax.run import folder
 from vdm_jax.sharding import named_leaves
 from vdm_jax.system import System, build
 
-RESIZED = "pos_embed"  # embeddings of positions have the size of a frame
+RESIZED = "pos_embed"  # the embedding in unet.SpaceTimeAttention has the size of a frame
 FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases")  # settings that no phase changes; {} is the stage
 
 
@@ -97,7 +97,7 @@ def _keys(prefix, settings):
 def _with_stage(system, phase_system, name):
     """The System of a phase. Its config, layout and models have the settings of the phase.
 
-    The other stages are those of `system`, because their checkpoints have its shapes.
+    The other stages are those of `system`, because they are trained with its settings.
     """
     stage = phase_system.stages[name]._replace(encoder_params=system.stages[name].encoder_params)
     return dataclasses.replace(phase_system, stages=system.stages | {name: stage})

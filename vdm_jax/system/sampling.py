@@ -39,7 +39,7 @@ class Sampler:
 
         Prompt i draws its noise from (seed, window, i), whatever the batch.
 
-        window: number of the window of a long clip.
+        window: index of the window in a long clip, from 0.
         frames: video frames, 1 + f_t * n; None: as in training.
         context: tasks.Context of clips of that length; None: no context. Context frames in the result are the
             autoencoder's reconstruction, not the original pixels.
@@ -72,9 +72,9 @@ class Sampler:
         kind = (jax.sharding.get_abstract_mesh(), *shapes, *static.values())
         if kind not in self._compiled:
             clips = len(arrays["numbers"])
-            points, latent_frames = arrays["levels"]["video"].shape
+            rows, latent_frames = arrays["levels"]["video"].shape
             frames = 1 + self.codec.layout.f_t * (latent_frames - 1)
-            what = f"the sampler, {clips} clip(s) of {frames} frames in {points - 1} steps"
+            what = f"the sampler, {clips} clip(s) of {frames} frames in {rows - 1} steps"
             parameters = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
             with profiling.compiling(what, key=f"{static['method']} {static['guides']} {parameters}"):
                 self._compiled[kind] = hosts.compiled(self.program, params, **arrays, **static)
@@ -83,13 +83,13 @@ class Sampler:
     def arguments(self, params, *, frames=None, context=None, **options):
         """-> (arrays, static arguments) of `program`, except params, key, numbers and tokens. Raises UserError."""
         codec = self.codec
-        layout = codec.layout if frames is None else codec.layout.at(frames)
+        layout = codec.layout if frames is None else codec.layout.with_frames(frames)
         settings = resolve(codec.config.sample, options)
         context = context or tasks.text(layout)
         masks = context.masks
         clean = self._context_latents(params, context, layout)
         guidance = settings["guidance"]
-        continued = all(mask[:2].all() for mask in masks.values())  # the first two latent frames show motion
+        continued = all(mask[:2].all() for mask in masks.values())  # two latent frames at the start show the motion
         given = any(mask.all() for mask in masks.values())  # the whole of one modality is context
         text_weight = guidance["text_continue" if continued else "text_cross_modal" if given else "text"]
         weights = {"text": text_weight, "rescale": settings["rescale"]}
@@ -193,9 +193,9 @@ def sample(
         terms += samplers.modality_guidance(weights["modality"], guidance_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. Prompt i is always row i % BATCH of the batch that begins at prompt i - i % BATCH. The key of a
-    # batch depends only on where the batch begins. In JAX a row of random numbers does not depend on the number of
-    # rows. So the noise of ddpm, too, depends only on (key, i).
+    # 3. The sampler. The noise of ddpm, too, depends only on the key and the number of the prompt: prompt i is always
+    # row i % BATCH of its batch, the key of a batch depends only on its first prompt, and in JAX a row of random
+    # numbers does not depend on the number of rows.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
