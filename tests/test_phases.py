@@ -26,13 +26,13 @@ def with_phases(*parts, steps=10):
 
 
 def test_shares_become_steps_and_settings():
-    system = with_phases({"share": 0.25, "data.size": 8}, {"share": 0.75, "denoiser.diffusion.patterns.text": 1.0})
+    system = with_phases({"share": 0.25, "data.size": 8}, {"share": 0.75, "denoiser.diffusion.patterns": {"text": 1.0}})
     first, second = phases(system, "denoiser")
     assert first[:4] == (1, "denoiser, phase 1 of 2", 0, 2)
     assert second[:4] == (2, "denoiser, phase 2 of 2", 2, 10)
     assert [phase.system.config.denoiser.steps for phase in (first, second)] == [2, 8]
     assert (first.system.config.data.size, second.system.config.data.size) == (8, 16)
-    assert second.system.config.denoiser.diffusion.patterns.text == 1.0
+    assert second.system.config.denoiser.diffusion.patterns.to_dict() == {"text": 1.0}
     assert system.config.denoiser.diffusion.patterns.text == 0.6  # the recipe itself is as it was
 
 
@@ -75,6 +75,10 @@ def test_only_positions_may_have_another_shape_and_not_in_the_last_phase():
         (({"share": 1, "data.text_length": 32},), "phase 1 cannot change data.text_length"),
         ((0.5, 0.5), "0.5 is no phase"),
         (({"share": "0.5"},), "share='0.5' must be a number"),
+        (
+            ({"share": 1, "denoiser.diffusion.patterns": 1.0},),
+            "phase 1 sets denoiser.diffusion.patterns=1.0: give shares",
+        ),
         (({"share": 1, "data.frames": None},), "phase 1 sets data.frames=None"),
         (({"share": 1, "data.frames": 4},), "4 frames do not fill latent frames of 2"),
     ],

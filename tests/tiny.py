@@ -48,7 +48,11 @@ def get_config(more=None):
     if more == "phases":
         denoiser.phases = (
             {"share": 0.5, "data.frames": 3, "denoiser.batch_size": 2},
-            {"share": 0.5, "denoiser.learning_rate": 1e-3, "denoiser.diffusion.patterns.text": 0.5},
+            {
+                "share": 0.5,
+                "denoiser.learning_rate": 1e-3,
+                "denoiser.diffusion.patterns": {"text": 0.8, "continue": 0.2},
+            },
         )
     # Time halves once, so T = 3 is odd there.
     denoiser.model.update(

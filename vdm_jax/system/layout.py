@@ -94,8 +94,9 @@ def layout(config):
         video=(side, side, video.latent_channels),
         audio=(tokens, audio.latent_channels),
     ).with_frames(data.frames)
-    if max(config.audio_autoencoder.stft_windows) > sizes.samples:
-        raise UserError(f"audio_autoencoder.stft_windows go past the {sizes.samples} samples of a clip")
+    padded = sizes.latent_frames * f_t * per_frame  # see Codec.pad_audio
+    if max(config.audio_autoencoder.stft_windows) > padded:
+        raise UserError(f"audio_autoencoder.stft_windows go past the {padded} samples of a clip")
     return sizes
 
 

@@ -6,7 +6,8 @@
     )
 
 `share` is the share of config.denoiser.steps, and shares sum to 1. Every other key names a setting of config.data or of
-the stage. A phase cannot change the model, the steps, the phases or data.text_length.
+the stage. The value of "denoiser.diffusion.patterns" is {pattern: share}, and replaces all patterns. A phase cannot
+change the model, the steps, the phases or data.text_length.
 
 A phase starts from the EMA weights at the end of the phase before, rounded to half precision, with a fresh optimizer.
 Exported weights are rounded in the same way. So a run can move to another machine at the end of a phase: the next phase
@@ -27,6 +28,7 @@ from vdm_jax.sharding import named_leaves
 from vdm_jax.system import System, build
 
 RESIZED = "pos_embed"  # the embedding in unet.SpaceTimeAttention has the size of a frame
+PATTERNS = ".diffusion.patterns"
 FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases")  # settings that no phase changes; {} is the stage
 
 
@@ -82,14 +84,22 @@ def _changed(config, name, number, settings):
         try:
             if value is None:
                 raise TypeError("give a value")
-            config.update_from_flattened_dict({key: value})
+            if not key.endswith(PATTERNS):
+                config.update_from_flattened_dict({key: value})
+            elif hasattr(value, "items"):
+                config[name].diffusion.patterns = dict(value)
+            else:
+                raise TypeError('give shares, such as {"text": 1.0}')
         except (TypeError, ValueError) as error:
             raise UserError(f"{name}.phases: phase {number} sets {key}={value!r}: {error}") from None
     return config
 
 
 def _keys(prefix, settings):
-    """The dotted keys of all settings in a ConfigDict."""
+    """The dotted keys of all settings in a ConfigDict; the patterns are one setting."""
+    if prefix.endswith(PATTERNS):
+        yield prefix
+        return
     for key, value in settings.items():
         yield from _keys(f"{prefix}.{key}", value) if hasattr(value, "items") else [f"{prefix}.{key}"]
 
