@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from vdm_jax.metrics.report import LABELS, OUTCOMES, format_table, write_report
+from vdm_jax.metrics.shares import Share
 
 SETTINGS = {"prompts": 64, "weights": "<reference> & more"}
 
@@ -69,12 +70,25 @@ def test_json_has_plain_values(tmp_path, metrics):
     assert read["loss_per_noise_level"]["log_snr"] == [-8, 0, 8]
 
 
+def test_shares_have_their_interval_beside_them(tmp_path, metrics):
+    metrics["samples"]["one_object"] = Share(0.75, 64)
+    metrics["tasks"] = {"rollout": {"seconds": [2.0, 4.0], "right": [Share(1.0, 32), None]}}
+    page = Page(write_report(tmp_path, metrics, settings=SETTINGS))
+    assert page.row(LABELS["one_object"][0]) == ["100 %", "98 %", "75 % (63–84)"]
+    assert "75 % (63–84)" in format_table(metrics) and "100 % (89–100)" in format_table(metrics)
+    read = json.loads((tmp_path / "metrics.json").read_text())
+    assert read["samples"]["one_object"] == 0.75
+    (low, high), nothing = read["intervals"]["tasks"]["rollout"]["right"]
+    assert 0.89 < low < high <= 1 and nothing is None
+    assert read["intervals"]["samples"] == {"one_object": [Share(0.75, 64).low, Share(0.75, 64).high]}
+
+
 def test_table_in_the_terminal(metrics):
     metrics["samples"]["two_objects"] = float("nan")
     metrics["truth"]["position_error_px"] = 0.25  # a number of this source alone
     lines = format_table(metrics).splitlines()
     assert max(map(len, lines)) <= 80
-    by_label = {line[:36].strip(): line[36:].split() for line in lines}
+    by_label = {line[:35].strip(): line[35:].split() for line in lines}
     assert by_label[LABELS["one_object"][0]] == ["100", "%", "98", "%", "62", "%"]
     assert by_label[LABELS["two_objects"][0]] == ["100", "%", "98", "%", "–"]
     assert by_label["position error px"] == ["0.250", "–", "–"]

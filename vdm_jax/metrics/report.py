@@ -5,7 +5,8 @@ OUTCOMES, and None where a value is missing. "truth" is held-out clips, "autoenc
 decoded. Three more keys may be there: "loss_per_noise_level" holds columns of one length, "log_snr" (natural logarithm)
 and a loss for each modality; "samplers" holds {name: M}; "wordings" holds outcomes of
 prompts in words that training did not combine; "tasks" holds {task: {figure: value}}, where the values of a
-task with "seconds" are columns of one length.
+task with "seconds" are columns of one length. A shares.Share is shown with its 95 % interval; metrics.json has the
+intervals apart, under "intervals".
 """
 
 import base64
@@ -15,6 +16,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from etils import epath
+
+from vdm_jax.metrics.shares import Share
 
 SOURCES = ("truth", "autoencoder", "samples")
 OUTCOMES = ("one_object", "two_objects", "direction", "permanence", "size_drift", "sync_impacts", "sync_onsets")
@@ -65,6 +68,8 @@ def _cell(key: str, value: float | int | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     _, unit = _label(key)
+    if isinstance(value, Share):
+        return f"{100 * value:.0f} % ({100 * value.low:.0f}–{100 * value.high:.0f})"
     if unit == "%":
         return f"{100 * value:.0f} %"
     text = f"{value:.{PLACES.get(unit, 3)}f}" if isinstance(value, float) else str(value)
@@ -108,7 +113,7 @@ def format_table(metrics: Mapping) -> str:
     width = max(len(text) for title, _, rows in tables for text in [title, *(label for label, _ in rows)])
 
     def line(label, cells):
-        return (f"{label:<{width}}" + "".join(f"  {text:>11}" for text in cells)).rstrip()
+        return (f"{label:<{width}}" + "".join(f" {text:>14}" for text in cells)).rstrip()
 
     blocks = ([line(title, columns), *(line(*row) for row in rows)] for title, columns, rows in tables)
     return "\n\n".join("\n".join(lines) for lines in blocks)
@@ -138,7 +143,8 @@ img, video { width: 100%; image-rendering: pixelated; border-radius: 4px; displa
 
 def _html_table(title: str, columns: Sequence[str], rows: Sequence[tuple], kind: str = "numbers") -> str:
     def td(text):
-        bar = f' class="share" style="--share:{text[:-2]}%"' if text.endswith(" %") else ""
+        share, percent, _ = text.partition(" %")
+        bar = f' class="share" style="--share:{share}%"' if percent else ""
         return f"<td{bar}>{html.escape(text)}</td>"
 
     head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in columns)
@@ -155,6 +161,15 @@ def _figure(caption: str, path: epath.Path) -> str:
     return f"<figure>{element}<figcaption>{caption}</figcaption></figure>"
 
 
+def _intervals(metrics):
+    """Returns the 95 % interval of each Share, [low, high], at its place in metrics; None in place of other numbers."""
+    if isinstance(metrics, Mapping):
+        return {key: found for key, value in metrics.items() if (found := _intervals(value))}
+    if isinstance(metrics, list):
+        return [_intervals(value) for value in metrics] if any(isinstance(value, Share) for value in metrics) else None
+    return [metrics.low, metrics.high] if isinstance(metrics, Share) else None
+
+
 def write_report(
     directory: epath.Path, metrics: Mapping, *, settings: Mapping, media: Sequence[tuple[str, epath.Path]] = ()
 ) -> epath.Path:
@@ -164,7 +179,8 @@ def write_report(
     media: (caption, file) of small PNG and MP4 files. The page contains them and is therefore a single file. Videos
         form a grid, pictures take the full width.
     """
-    plain = json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
+    numbers = {**metrics, "intervals": _intervals(metrics)}
+    plain = json.loads(json.dumps(numbers), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
     (directory / "metrics.json").write_text(json.dumps(plain, indent=2) + "\n")
     clips = [_figure(caption, path) for caption, path in media if path.suffix == ".mp4"]
     pictures = [_figure(caption, path) for caption, path in media if path.suffix == ".png"]
@@ -185,7 +201,9 @@ def write_report(
         "<h1>Evaluation</h1>\n"
         "<p><b>truth</b>: held-out clips. <b>autoencoder</b>: the same clips, encoded and decoded. "
         "<b>samples</b>: clips that the model generates from prompts. The same tracker measures all three, so the "
-        "first two columns show the best that samples can reach.</p>\n" + "\n".join(parts) + "\n</body>\n</html>\n",
+        "first two columns show the best that samples can reach. In parentheses: the 95 % interval of a share.</p>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n",
         encoding="utf-8",
     )
     return page

@@ -16,6 +16,7 @@ from scipy import ndimage
 from vdm_jax.data.captions import COLORS, DIRECTIONS, SHAPES, direction_of
 from vdm_jax.data.world import AREA, PALETTE, coverage
 from vdm_jax.errors import UserError
+from vdm_jax.metrics import shares
 
 VISIBLE = 0.75  # an object is judged where at least this share of it is in sight
 MIN_AREA = 0.010  # share of the frame that the smallest object covers
@@ -355,24 +356,23 @@ def _judge(row, ask, kinks, fps):
 
 
 def summarize(measures):
-    """Returns the means of many results of `measure`, in 0..1, or None where there is nothing to count."""
+    """Returns the means of many results of `measure`, one per clip: {name: Share}, or None where nothing counts."""
 
-    def mean(values):
-        values = [value for value in values if value is not None]
-        return float(np.mean(values)) if values else None
+    def of_objects(key):
+        return shares.mean([[judged[key] for judged in m["objects"]] for m in measures])
 
-    objects = [judged for m in measures for judged in m["objects"]]
-    out = {
-        "one_object": mean([m["right"] for m in measures if len(m["objects"]) == 1]),
-        "two_objects": mean([m["right"] for m in measures if len(m["objects"]) == 2]),
-        "direction": mean([judged["direction_right"] for judged in objects]),
-        "count": mean([m["count_right"] for m in measures]),
-        "empty": mean([m["empty"] for m in measures]),
-        "permanence": mean([judged["present_share"] for judged in objects]),
-        "size_drift": mean([judged["size_drift"] for judged in objects]),
-        "color_drift": mean([judged["color_drift"] for judged in objects]),
+    def of_clips(key, objects=None):
+        return shares.mean([[m[key]] for m in measures if objects in (None, len(m["objects"]))])
+
+    return {
+        "one_object": of_clips("right", objects=1),
+        "two_objects": of_clips("right", objects=2),
+        "direction": of_objects("direction_right"),
+        "count": of_clips("count_right"),
+        "empty": of_clips("empty"),
+        "permanence": of_objects("present_share"),
+        "size_drift": of_objects("size_drift"),
+        "color_drift": of_objects("color_drift"),
+        "sync_impacts": shares.ratio([m["sync_impacts"] for m in measures]),
+        "sync_onsets": shares.ratio([m["sync_onsets"] for m in measures]),
     }
-    for key in ("sync_impacts", "sync_onsets"):
-        hits, total = np.sum([m[key] for m in measures], axis=0) if measures else (0, 0)
-        out[key] = float(hits / total) if total else None
-    return out
