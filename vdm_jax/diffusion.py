@@ -1,6 +1,7 @@
 """The maths of diffusion: noise schedules, noising, prediction targets, loss weights, training patterns, the loss.
 
-All are pure functions of arrays, random keys and a config (explained in configs/common.py). None knows a network.
+All are pure functions of arrays, random keys and `config`, which is config.denoiser.diffusion of a recipe (explained
+in configs/common.py). None knows a network.
 
 The process is variance preserving. Its noise level is the natural logarithm of the signal-to-noise ratio. A low log_snr
 is a noisy frame, and a high log_snr a clean one:
@@ -60,18 +61,18 @@ def log_snr_at(t, config):
 
 
 # The cosine and sigmoid curves reach infinity at t = 0 and t = 1. Only the part within the bounds is used, stretched
-# over [0, 1]. The parameter of a curve runs from 0 to pi / 2 or to 1. We cut off `cut_low` at its lower side and
-# `cut_high` at its upper side; `width` is left. alpha needs the distance to the upper side. It is computed as
-# cut_high + (1 - t) * width, because a difference would lose digits near t = 1.
+# over [0, 1]. The parameter of a curve runs from 0 to pi / 2 or to 1. A length `cut_clean` is cut off at t = 0
+# and a length `cut_noisy` at t = 1; `width` is left. alpha needs the distance to the noisy end. It is computed as
+# cut_noisy + (1 - t) * width, because a difference would lose digits near t = 1.
 
 
 def _cosine(t, low, high, offset):
     """alpha = cos(angle), the angle from 0 to pi / 2: arXiv:2102.09672, eq. 17 with s = 0."""
-    cut_low = np.arctan(np.exp((offset - high) / 2))
-    cut_high = np.arctan(np.exp((low - offset) / 2))
-    width = np.pi / 2 - cut_low - cut_high
-    cosine = jnp.sin(cut_high + (1 - t) * width)  # cos(x) = sin(pi / 2 - x)
-    sine = jnp.sin(cut_low + t * width)
+    cut_clean = np.arctan(np.exp((offset - high) / 2))
+    cut_noisy = np.arctan(np.exp((low - offset) / 2))
+    width = np.pi / 2 - cut_clean - cut_noisy
+    cosine = jnp.sin(cut_noisy + (1 - t) * width)  # cos(x) = sin(pi / 2 - x)
+    sine = jnp.sin(cut_clean + t * width)
     return 2 * (jnp.log(cosine) - jnp.log(sine)) + offset  # log_snr = -2 log tan(angle)
 
 
@@ -85,11 +86,11 @@ def _sigmoid(t, low, high, offset):
     def time_of(log_snr):  # inverse of the curve
         return np.arctanh(np.sinh(3) / (np.exp(log_snr) + np.cosh(3))) / 3
 
-    cut_low = time_of(high - offset)
-    cut_high = time_of(offset - low)  # the curve is antisymmetric: 1 - time_of(x) = time_of(-x)
-    width = 1 - cut_low - cut_high
-    signal = jnp.sinh(3 * (cut_high + (1 - t) * width))
-    noise = jnp.sinh(3 * (cut_low + t * width))
+    cut_clean = time_of(high - offset)
+    cut_noisy = time_of(offset - low)  # the curve is antisymmetric: 1 - time_of(x) = time_of(-x)
+    width = 1 - cut_clean - cut_noisy
+    signal = jnp.sinh(3 * (cut_noisy + (1 - t) * width))
+    noise = jnp.sinh(3 * (cut_clean + t * width))
     return jnp.log(signal) - jnp.log(noise) + offset
 
 

@@ -235,7 +235,7 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
         the context noised to t, of which only low frequencies are left (fractional history guidance).
     """
 
-    def context_at(t, z, log_snr, cond):  # a context that was noised before gets a little more noise than `level` says
+    def context_at(t, z, log_snr, cond):  # context that the caller has noised gets slightly noisier than `level`
         level = log_snr_at(t, config)
         mask = {name: jnp.broadcast_to(masks[name], log_snr[name].shape) for name in z}  # [B, T]
         noised = add_noise(z, noise, {name: jnp.full_like(log_snr[name], level) for name in z})

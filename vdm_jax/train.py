@@ -4,8 +4,8 @@
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
 run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step of
-a stage there is nothing to save: then the first signal ends a run of one process at once. A stage may have phases with
-settings of their own: see system/phases.py.
+a stage there is nothing to save. There the first signal ends the run immediately, if it has one process. A stage may
+have phases with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -103,7 +103,7 @@ def train_phase(run, name, phase):
 
 
 def take_steps(run, name, phase, checkpoints):
-    """Takes the steps of a phase that no checkpoint has yet. Returns as `train_phase`."""
+    """Takes the remaining steps of a phase, those after its newest checkpoint. Returns as `train_phase`."""
     system = phase.system
     config, settings, stage = system.config, system.config[name], system.stages[name]
     directory = run.workdir / name
@@ -111,7 +111,8 @@ def take_steps(run, name, phase, checkpoints):
 
     # ------------------------------------------------------------------------------------------- how training starts
     # The order matters.
-    # 1. The state, as shapes only. A large model leaves no room for an initialized state beside a restored one.
+    # 1. The functions that make and change the train state, and its shapes. The state itself comes later: a large model
+    #    leaves no room for an initialized state beside a restored one.
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     step_key = jax.device_put(step_key, sharding.replicated(run.mesh))
     program = train_state.program(stage, settings, init_key, run.mesh, config.skip.loss_over_mean, phase.start)
@@ -166,7 +167,7 @@ def take_steps(run, name, phase, checkpoints):
         sample_ids=lambda number: batches.sample_ids(examples, **order, step=number - 1),
         stop_after=config.skip.stop_after,
         heartbeat_every=config.heartbeat_every,
-        wait_for_save=lambda: checkpoint.finish(checkpoints),  # before the error of `stop_after`
+        wait_for_save=lambda: checkpoint.finish(checkpoints),  # before the error about too many skipped steps
     )
     trace = profiling.tracer(run.trace_span, directory)
     trace(done)  # begins, if the next step is the first one to trace
@@ -186,7 +187,8 @@ def take_steps(run, name, phase, checkpoints):
         save_due = save_due or last or number % config.checkpoint_every == 0
         if save_due or number % config.log_every == 0:  # also before a save, so that a resumed run has all lines
             log.write(number, flush=save_due)
-        # A skipped step may mean that the state is bad, so a save waits for a good step. The last step cannot wait.
+        # The step function skips an update that is not finite. This may mean that the state is bad, so a save waits for
+        # a good step. The last step cannot wait.
         if save_due and (last or not log.skipping):
             with stopwatch("saving"):
                 checkpoint.save(checkpoints, state, log.mean_loss())

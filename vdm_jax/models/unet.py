@@ -36,7 +36,7 @@ class NoiseEmbedding(layers.Layer):
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
         time = layers.fourier_features(seconds * 10.0, self.features, max_period=1000.0)
         x = nn.silu(dense(name="noise_in")(noise_level))
-        x = dense(name="noise_out")(x) + dense(name="pos_embed")(time)[None]
+        x = dense(name="noise_out")(x) + dense(name="pos_embed")(time)[None]  # not the pos_embed of a place in a frame
         return nn.silu(x + dense(name="text")(pooled)[:, None])
 
 
@@ -95,7 +95,7 @@ class TextRefiner(layers.Layer):
 
     A contrastive text encoder represents which words a text has, but hardly which color belongs to which shape
     (arXiv:2210.01936). These layers can learn the rest. Words that belong together stand close together, therefore the
-    layers have rotary positions. They change nothing at first.
+    layers have rotary positions. At first the layers change nothing.
     """
 
     depth: int  # number of layers
@@ -210,8 +210,8 @@ class UNet(layers.Layer):
                 x = {m: conv(channels[m][i - 1], KERNEL_SIZE[m], name=f"upsample_{i}_{m}")(x[m]) for m in x}
 
         # Head
-        norm = functools.partial(layers.GroupNorm, self.groups, frames, activation=nn.silu, **self.common)
-        x = {m: norm(name=f"norm_{m}")(x[m]) for m in x}  # each modality has statistics of its own
+        norm = functools.partial(layers.GroupNorm, self.groups, frames=frames, activation=nn.silu, **self.common)
+        x = {m: norm(name=f"norm_{m}")(x[m]) for m in x}  # with statistics of each latent frame of each modality
         features = {"video": z["video"].shape[-1] * self.patch**2, "audio": z["audio"].shape[-1]}
         x = {m: conv(features[m], KERNEL_SIZE[m], zero=True, name=f"head_{m}")(x[m]) for m in x}
         x = {**x, "video": layers.depth_to_space(x["video"], self.patch)}

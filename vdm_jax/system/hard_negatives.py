@@ -94,7 +94,7 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(key, z, right, wrong, target, config):
-    """Returns the Pairs of the first in each config.every clips of a batch: the first half of the loss.
+    """Returns the Pairs of clips 0, config.every, 2 * config.every, ... of a batch; the loss before the network.
 
     Both rows of a clip have the same noise and the same noise level, which is one number for all of the clip. The noise
     levels of the clips are evenly spaced over config.log_snr.

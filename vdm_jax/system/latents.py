@@ -66,7 +66,9 @@ def measure(system, params, examples):
 
 
 def _encoder(system, params, examples):
-    """-> encoded_batches(first, count): yields the batches of ENCODE_BATCH with `count` examples from `first` on.
+    """-> encoded_batches(first, count): yields the whole batches that contain examples first .. first + count - 1.
+
+    A batch has ENCODE_BATCH examples.
 
     The devices of this process encode together if their number divides ENCODE_BATCH, else one device does.
     """

@@ -201,7 +201,7 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
         return loss, {"loss": loss, **metrics}
 
     # The hard negatives share the network call.
-    pair_key = jax.random.fold_in(drop_key, 1)  # fold_in(key, 1) is not free: it is split(key)[1], used by `corrupt`
+    pair_key = jax.random.fold_in(drop_key, 1)  # not from `key`: fold_in(key, 1) equals the noise key in `corrupt`
     wrong = batch[hard_negatives.FIELD]
     target = settings.diffusion.target
     pairs = hard_negatives.make_pairs(pair_key, z, encoded_text, wrong, target, settings.hard_negatives)

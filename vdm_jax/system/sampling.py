@@ -85,7 +85,7 @@ class Sampler:
         codec = self.codec
         layout = codec.layout if frames is None else codec.layout.with_frames(frames)
         settings = resolve(codec.config.sample, options)
-        context = context or tasks.text(layout)
+        context = context or tasks.text(layout)  # the task `text`, where no frame is context
         masks = context.masks
         clean = self._context_latents(params, context, layout)
         guidance = settings["guidance"]
@@ -99,6 +99,7 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
+            # Where the context almost determines the next frames, their first step goes further.
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
@@ -193,8 +194,8 @@ def sample(
         terms += samplers.modality_guidance(weights["modality"], guidance_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. The noise of ddpm, too, depends only on the key and the number of the prompt: prompt i is always
-    # row i % BATCH of its batch, the key of a batch depends only on its first prompt, and in JAX a row of random
+    # 3. The sampler. The noise of ddpm, too, depends only on the key and the number of the prompt. The key of a batch
+    # comes from the number of its first prompt. Prompt i is always row i % BATCH of its batch. In JAX a row of random
     # numbers does not depend on the number of rows.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
