@@ -61,9 +61,10 @@ def log_snr_at(t, config):
 
 
 # The cosine and sigmoid curves reach infinity at t = 0 and t = 1. Only the part within the bounds is used, stretched
-# over [0, 1]. The parameter of a curve runs from 0 to pi / 2 or to 1. A length `cut_clean` is cut off at t = 0
-# and a length `cut_noisy` at t = 1; `width` is left. alpha needs the distance to the noisy end. It is computed as
-# cut_noisy + (1 - t) * width, because a difference would lose digits near t = 1.
+# over [0, 1]. A curve has an argument of its own: an angle from 0 to pi / 2 (cosine), or a time from 0 to 1 (sigmoid).
+# The bounds cut `cut_clean` off its clean end and `cut_noisy` off its noisy end. What is left is `width` long. alpha
+# needs the distance to the noisy end. It is computed as cut_noisy + (1 - t) * width, because a difference would lose
+# digits near t = 1.
 
 
 def _cosine(t, low, high, offset):
@@ -98,7 +99,7 @@ def _linear_beta(t, low, high, offset):
     """The noise levels of DDPM, beta from 1e-4 to 0.02, with linear interpolation of log_snr: arXiv:2006.11239."""
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # arXiv:2006.11239, eq. 4
     table = np.log(alpha_bar) - np.log1p(-alpha_bar)
-    table = np.concatenate([[max(high - offset, table[0])], table])  # t = 0 is clean; the table never rises
+    table = np.concatenate([[max(high - offset, table[0])], table])  # DDPM has no level for t = 0
     times = jnp.linspace(0, 1, len(table), dtype=t.dtype)
     return jnp.clip(jnp.interp(t, times, jnp.asarray(table, t.dtype)) + offset, low, high)
 
@@ -229,8 +230,8 @@ def _patterns(u, T):
         "text": (t, t, False, False),
         "per_modality": (t, u["other"], False, False),  # UniDiffuser, arXiv:2303.06555
         "per_frame": (u["video"], u["audio"], False, False),  # Diffusion Forcing, arXiv:2407.01392
-        "foley": (t, t, True, False),
-        "audio": (t, t, False, True),
+        "foley": (t, t, True, False),  # the video is given
+        "audio": (t, t, False, True),  # the sound is given
         "image": (t, t, frame < min(1, last), False),  # the first video frame, unless it is the only frame
         "continue": (t, t, beginning, beginning),
         "between": (t, t, ends, ends),

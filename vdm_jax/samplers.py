@@ -66,7 +66,7 @@ def dpmpp_2m(z, x0, past, step):
     """DPM-Solver++(2M), second order with one network call per step: arXiv:2211.01095, Algorithm 2."""
 
     def extrapolate(x0, h, past_x0, past_h):
-        # A frame's first step has no step before it: its order is 1.
+        # 1 / (2 r), with r = past_h / h. A frame's first step has no step before it: its order is 1.
         half_over_r = jnp.where(past_h > 0, h / (2 * jnp.where(past_h > 0, past_h, 1)), 0)
         return x0 + half_over_r * (x0 - past_x0)
 
@@ -235,9 +235,10 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
         the context noised to t, of which only low frequencies are left (fractional history guidance).
     """
 
-    def context_at(t, z, log_snr, cond):  # context that the caller has noised gets slightly noisier than `level`
+    def context_at(t, z, log_snr, cond):
         level = log_snr_at(t, config)
         mask = {name: jnp.broadcast_to(masks[name], log_snr[name].shape) for name in z}  # [B, T]
+        # Where the context in z is noised already, the sum is slightly noisier than `level`.
         noised = add_noise(z, noise, {name: jnp.full_like(log_snr[name], level) for name in z})
         z = {name: jnp.where(broadcast_to_latent(mask[name], z[name]), noised[name], z[name]) for name in z}
         log_snr = {name: jnp.where(mask[name], level, log_snr[name]) for name in z}

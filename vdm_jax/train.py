@@ -4,8 +4,8 @@
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
 run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step of
-a stage there is nothing to save. There the first signal ends the run immediately, if it has one process. A stage may
-have phases with settings of their own: see system/phases.py.
+a stage there is nothing to save, and the first signal ends the run immediately; several processes take that step
+first. A stage may have phases with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -38,7 +38,7 @@ class Run(NamedTuple):
     plan: dict  # {stage: its Phases}
     sources: dict  # {System: data source of its training clips}
     stop: preemption.Stop  # stop.is_due(step) -> whether a signal asks the run to end
-    report_progress: Any  # report_progress(what) tells the watchdog what is done; report_progress(None) stops it
+    report_progress: Any  # report_progress(what) tells the watchdog what has just been done; with None it stops
     trace_span: tuple | None  # first and last step to trace
 
 
@@ -167,7 +167,7 @@ def take_steps(run, name, phase, checkpoints):
         sample_ids=lambda number: batches.sample_ids(examples, **order, step=number - 1),
         stop_after=config.skip.stop_after,
         heartbeat_every=config.heartbeat_every,
-        wait_for_save=lambda: checkpoint.finish(checkpoints),  # before the error about too many skipped steps
+        wait_for_save=lambda: checkpoint.finish(checkpoints),  # RunLog calls it before it raises an error
     )
     trace = profiling.tracer(run.trace_span, directory)
     trace(done)  # begins, if the next step is the first one to trace
@@ -187,8 +187,8 @@ def take_steps(run, name, phase, checkpoints):
         save_due = save_due or last or number % config.checkpoint_every == 0
         if save_due or number % config.log_every == 0:  # also before a save, so that a resumed run has all lines
             log.write(number, flush=save_due)
-        # The step function skips an update that is not finite. This may mean that the state is bad, so a save waits for
-        # a good step. The last step cannot wait.
+        # The step function skips an update that is not finite or whose loss is far above the mean. Then the state may
+        # be bad, so a save waits for a good step. The last step cannot wait.
         if save_due and (last or not log.skipping):
             with stopwatch("saving"):
                 checkpoint.save(checkpoints, state, log.mean_loss())

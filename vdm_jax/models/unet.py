@@ -17,7 +17,7 @@ KERNEL_SIZE = {"video": (1, 3, 3), "audio": (3,)}  # of the first and last convo
 
 
 class NoiseEmbedding(layers.Layer):
-    """The embedding of noise level, time and text: [B, T, E], one vector per latent frame of one modality.
+    """The embedding of noise level, seconds since the start, and text: [B, T, E], for the frames of one modality.
 
     Every residual block reads it.
 
@@ -36,7 +36,7 @@ class NoiseEmbedding(layers.Layer):
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
         time = layers.fourier_features(seconds * 10.0, self.features, max_period=1000.0)
         x = nn.silu(dense(name="noise_in")(noise_level))
-        x = dense(name="noise_out")(x) + dense(name="pos_embed")(time)[None]  # not the pos_embed of a place in a frame
+        x = dense(name="noise_out")(x) + dense(name="pos_embed")(time)[None]  # of the time in the clip
         return nn.silu(x + dense(name="text")(pooled)[:, None])
 
 
@@ -105,7 +105,7 @@ class TextRefiner(layers.Layer):
     def __call__(self, states, mask):
         x = states.astype(self.activation_dtype)
         heads = max(1, x.shape[-1] // self.head_dim)
-        positions = jnp.arange(x.shape[1]) / 20  # tokens are bytes: rotary periods 1 to 100 become 20 to 2,000 bytes
+        positions = jnp.arange(x.shape[1]) / 20  # a token is a byte: periods of 1 to 100 become 20 to 2,000 bytes
         for i in range(self.depth):
             x = layers.transformer_layer(x, mask, heads, i, positions, zero=True, **self.common)
         return x

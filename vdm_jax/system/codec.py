@@ -48,7 +48,7 @@ def remat_modes(config, stage):
 
 
 def init_fns(models, config, layout):
-    """{stage: init(key) -> params}. Call them inside jit or eval_shape: the forward pass is traced, never executed."""
+    """{stage: init(key) -> params}. Call them inside jit, which drops the forward pass, or eval_shape."""
     side, text_length, text_width = config.data.size, config.data.text_length, config.clip.model.text.width
     tokens = jnp.zeros((1, text_length), jnp.int32)
     video = jnp.zeros((1, layout.frames, side, side, 3))

@@ -94,7 +94,9 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(key, z, right, wrong, target, config):
-    """Returns the Pairs of clips 0, config.every, 2 * config.every, ... of a batch; the loss before the network.
+    """Returns the Pairs of clips 0, config.every, 2 * config.every, ... of a batch.
+
+    This is the part of the loss before the call of the network; `classification_loss` is the part after it.
 
     Both rows of a clip have the same noise and the same noise level, which is one number for all of the clip. The noise
     levels of the clips are evenly spaced over config.log_snr.
@@ -131,7 +133,7 @@ def make_pairs(key, z, right, wrong, target, config):
 
 
 def classification_loss(prediction, pairs, config):
-    """Returns the loss of a prediction for Pairs: (float32 scalar, metrics). The second half, after the network.
+    """Returns the loss of a prediction for Pairs: (float32 scalar, metrics).
 
     The error of eps in the video, summed over a clip, stands for -log p(clip | caption): arXiv:2303.16203, section 3.
     With logit = (error with the hard negative) - (error with the right caption),

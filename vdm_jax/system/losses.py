@@ -25,9 +25,9 @@ class Stage(NamedTuple):
     encoder_params: dict  # what `loss` reads of earlier stages and 'statistics', as ShapeDtypeStructs; {} for none
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    activation: tuple  # (shape, names of dimensions) of an activation, to check that the mesh axis `sequence` splits it
+    activation: tuple  # (shape, names of dimensions) of an activation, to check that the mesh can split it
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
-    group: int = 1  # this number of neighboring clips of a batch must be on one device
+    group: int = 1  # number of neighboring clips that must be on one device, for hard negatives
 
 
 def make_stages(codec):
@@ -201,7 +201,8 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
         return loss, {"loss": loss, **metrics}
 
     # The hard negatives share the network call.
-    pair_key = jax.random.fold_in(drop_key, 1)  # not from `key`: fold_in(key, 1) equals the noise key in `corrupt`
+    # Not from `key`: `corrupt` splits it, and split(key)[1] is the same key as fold_in(key, 1).
+    pair_key = jax.random.fold_in(drop_key, 1)
     wrong = batch[hard_negatives.FIELD]
     target = settings.diffusion.target
     pairs = hard_negatives.make_pairs(pair_key, z, encoded_text, wrong, target, settings.hard_negatives)

@@ -27,7 +27,7 @@ from vdm_jax.run import folder
 from vdm_jax.sharding import named_leaves
 from vdm_jax.system import System, build
 
-RESIZED = "pos_embed"  # the embedding in unet.SpaceTimeAttention has the size of a frame
+RESIZED = "pos_embed"  # a parameter of unet.SpaceTimeAttention, of the size of a frame
 PATTERNS = ".diffusion.patterns"
 FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases")  # settings that no phase changes; {} is the stage
 

@@ -99,7 +99,7 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            # Where the context almost determines the next frames, their first step goes further.
+            # The beginning of a clip almost determines the next frames, so their first step may be very long.
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
@@ -194,9 +194,9 @@ def sample(
         terms += samplers.modality_guidance(weights["modality"], guidance_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. The noise of ddpm, too, depends only on the key and the number of the prompt. The key of a batch
-    # comes from the number of its first prompt. Prompt i is always row i % BATCH of its batch. In JAX a row of random
-    # numbers does not depend on the number of rows.
+    # 3. The sampler. The noise of ddpm, too, depends only on the key and the number of the prompt, although a batch has
+    # the key of its first prompt: prompt i is always row i % BATCH of the same batch, and in JAX a row of random
+    # numbers does not depend on how many rows there are.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
