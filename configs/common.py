@@ -143,6 +143,16 @@ def get_config():
             anchor=0.02,  # of the error with the right caption; without it both errors may grow
         )
     )
+    denoiser.distillation = ConfigDict(  # of a student that needs few steps, see vdm_jax/system/distillation.py
+        dict(
+            teacher="",  # folder of exported weights, or "reference"; "" for a denoiser that is no student
+            steps=(4, 8, 16, 32, 64),  # numbers of steps in a clip that the student learns; each is half of the next
+            teacher_share=0.75,  # of the batch, trained on the shortest step
+            guidance=ConfigDict(  # of the teacher, as in config.sample
+                dict(text=4.0, text_continue=1.0, text_cross_modal=2.5, history=1.0, modality=1.0)
+            ),
+        )
+    )
     denoiser.diffusion = ConfigDict(  # see vdm_jax/diffusion.py
         dict(
             schedule="cosine",  # or "sigmoid" or "linear_beta"
@@ -182,6 +192,7 @@ def get_config():
             head_dim=32,  # channels of an attention head
             embedding=256,  # channels of the embedding of noise level, time and text
             text_layers=0,  # transformer layers on the text, trained with the denoiser
+            student=False,  # whether the network reads where a step goes, as a student does; see distillation
             use_bias=True,  # False leaves out most biases, for faster steps and a shorter compilation
             groups=8,  # of group normalization
         )

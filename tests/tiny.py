@@ -3,8 +3,9 @@
     python -m vdm_jax.train --config=tests/tiny.py --workdir=DIR
     python -m vdm_jax.train --config=tests/tiny.py:hard_negatives --workdir=DIR
     python -m vdm_jax.train --config=tests/tiny.py:phases --workdir=DIR
+    python -m vdm_jax.train --config=tests/tiny.py:student --workdir=DIR
 
-In the second the denoiser has hard negatives, too. In the third it has two phases.
+In the second the denoiser has hard negatives, too. In the third it has two phases. In the fourth it is a student.
 """
 
 from configs import common
@@ -54,6 +55,9 @@ def get_config(more=None):
                 "denoiser.diffusion.patterns": {"text": 0.8, "continue": 0.2},
             },
         )
+    if more == "student":
+        denoiser.distillation.update(teacher="reference", steps=(2, 4, 8), teacher_share=0.5)
+        denoiser.model.student = True
     # Time halves once, so T = 3 is odd there.
     denoiser.model.update(
         channels=(16, 16), blocks=(1, 0), attention=(False, False), cross_modal=(False, False), time_strides=(2,)

@@ -63,8 +63,8 @@ def log_snr_at(t, config):
 # The cosine and sigmoid curves reach infinity at t = 0 and t = 1. Only the part within the bounds is used, stretched
 # over [0, 1]. A curve has an argument of its own: an angle from 0 to pi / 2 (cosine), or a time from 0 to 1 (sigmoid).
 # The bounds cut `cut_clean` off its clean end and `cut_noisy` off its noisy end. What is left is `width` long. alpha
-# needs the distance to the noisy end. It is computed as cut_noisy + (1 - t) * width, because a difference would lose
-# digits near t = 1.
+# needs the distance to the noisy end: cut_noisy + (1 - t) * width. (The end minus cut_clean + t * width is the same,
+# but loses digits near t = 1.)
 
 
 def _cosine(t, low, high, offset):

@@ -59,7 +59,7 @@ def ddpm(z, x0, past, step):
 
 def ddim(z, x0, past, step):
     """DDIM without noise, eta = 0: arXiv:2010.02502, eq. 12."""
-    return _exact_step(z, x0, step), past
+    return exact_step(z, x0, step.now, step.after), past
 
 
 def dpmpp_2m(z, x0, past, step):
@@ -71,7 +71,7 @@ def dpmpp_2m(z, x0, past, step):
         return x0 + half_over_r * (x0 - past_x0)
 
     h = jax.tree.map(lambda now, after: (after - now) / 2, step.now, step.after)
-    z_next = _exact_step(z, jax.tree.map(extrapolate, x0, h, past.x0, past.h), step)
+    z_next = exact_step(z, jax.tree.map(extrapolate, x0, h, past.x0, past.h), step.now, step.after)
     changes = jax.tree.map(jnp.not_equal, step.now, step.after)
     new_where_changed = functools.partial(jax.tree.map, jnp.where, changes)
     return z_next, Past(x0=new_where_changed(x0, past.x0), h=new_where_changed(h, past.h))
@@ -92,22 +92,26 @@ def heun(z, x0, past, step):
         next_weight = jnp.where(h < 0.05, 0.5 + h / 12, next_weight)  # its series, where the difference is inaccurate
         return x0 + next_weight * (x0_next - x0)
 
-    x0_next = step.predict_next_x0(_exact_step(z, x0, step))
-    return _exact_step(z, jax.tree.map(average, x0, x0_next, step.now, step.after), step), past
+    x0_next = step.predict_next_x0(exact_step(z, x0, step.now, step.after))
+    x0 = jax.tree.map(average, x0, x0_next, step.now, step.after)
+    return exact_step(z, x0, step.now, step.after), past
 
 
 METHODS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun}
 
 
-def _exact_step(z, x0, step):
-    """The step without noise, exact if x0 is constant: arXiv:2010.02502, eq. 12, its eps written with z and x0."""
+def exact_step(z, x0, now, after):
+    """Returns z after a step without noise, exact if x0 is constant: arXiv:2010.02502, eq. 12, with z and x0 for eps.
+
+    now, after: log_snr before and after the step, with the axes of z.
+    """
 
     def leaf(z, x0, now, after):
         sigma = alpha_sigma(now)[1]
         alpha_next, sigma_next = alpha_sigma(after)
         return sigma_next / sigma * z - alpha_next * jnp.expm1((now - after) / 2) * x0
 
-    return jax.tree.map(leaf, z, x0, step.now, step.after)
+    return jax.tree.map(leaf, z, x0, now, after)
 
 
 # -------------------------------------------------------------------------------------------------------- the loop
@@ -167,12 +171,12 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config):
 
 
 class Term(NamedTuple):
-    """One kind of guidance. It adds extra * (prediction from more_inputs - prediction from less_inputs).
+    """One kind of guidance. It adds extra * (prediction with more of a condition - prediction with less of it).
 
     Both functions change the network's inputs: (z, log_snr, cond) -> inputs of the same shapes, or of batch size 1.
     """
 
-    extra: float | dict  # the weight of guidance minus 1: a number, or {modality: number}; 0 adds nothing
+    extra: float | dict  # the weight of guidance minus 1, 0 adds nothing; a number or [B, 1], or a dict by modality
     more_inputs: Callable | None  # None: the inputs as they are
     less_inputs: Callable
 
@@ -230,7 +234,7 @@ def text_guidance(weight, null_cond):
 def history_guidance(weight, masks, noise, config, history_noise=0.0):
     """Returns Terms: guidance by the context frames, arXiv:2502.06764, section 4.
 
-    masks: {modality: bool [T]}, True in context frames.
+    masks: {modality: bool [T] or [B, T]}, True in context frames.
     history_noise: 0 for guidance by the context as it is (vanilla history guidance). A time t in (0, 1) for guidance by
         the context noised to t, of which only low frequencies are left (fractional history guidance).
     """
@@ -238,7 +242,7 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
     def context_at(t, z, log_snr, cond):
         level = log_snr_at(t, config)
         mask = {name: jnp.broadcast_to(masks[name], log_snr[name].shape) for name in z}  # [B, T]
-        # Where the context in z is noised already, the sum is slightly noisier than `level`.
+        # The context in z may be lightly noised already. Then it gets slightly noisier than `level`.
         noised = add_noise(z, noise, {name: jnp.full_like(log_snr[name], level) for name in z})
         z = {name: jnp.where(broadcast_to_latent(mask[name], z[name]), noised[name], z[name]) for name in z}
         log_snr = {name: jnp.where(mask[name], level, log_snr[name]) for name in z}

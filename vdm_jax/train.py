@@ -4,8 +4,8 @@
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
 run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step of
-a stage there is nothing to save, and the first signal ends the run immediately; several processes take that step
-first. A stage may have phases with settings of their own: see system/phases.py.
+a stage there is nothing to save: there a signal ends a run of one process immediately. A run of several processes
+still takes that step. A stage may have phases with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -119,8 +119,8 @@ def take_steps(run, name, phase, checkpoints):
     # 2. What an earlier start has done.
     newest = checkpoints.latest_step()  # None: no checkpoint; 0: imported weights, not trained here yet
     done = newest or 0
-    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(stage.params))
-    logger.info("%s: %.2f M parameters, %d of %d steps done", phase.title, parameters / 1e6, done, phase.last_step)
+    parameter_count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(stage.params))
+    logger.info("%s: %.2f M parameters, %d of %d steps done", phase.title, parameter_count / 1e6, done, phase.last_step)
     for line in sharding.table(stage.params, run.mesh.shape) if run.mesh.size > 1 else ():
         logger.info("  %s", line)
     if done >= phase.last_step:
@@ -147,7 +147,7 @@ def take_steps(run, name, phase, checkpoints):
         state = checkpoint.restore(checkpoints, program.abstract)
     # 5. The step is compiled before the first batch is read, and by all processes before any of them runs it.
     #    `key` tells models apart in the file that keeps the compile times of earlier runs.
-    with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameters):
+    with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameter_count):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
     run.report_progress(f"compiling the step of {phase.title}")  # the first call starts the watchdog
@@ -187,8 +187,8 @@ def take_steps(run, name, phase, checkpoints):
         save_due = save_due or last or number % config.checkpoint_every == 0
         if save_due or number % config.log_every == 0:  # also before a save, so that a resumed run has all lines
             log.write(number, flush=save_due)
-        # The step function skips an update that is not finite or whose loss is far above the mean. Then the state may
-        # be bad, so a save waits for a good step. The last step cannot wait.
+        # The step function skips an update that is not finite or whose loss is far above the mean. An earlier update
+        # may be the cause, and the state bad already. So a save waits for a step that is not skipped, or for the end.
         if save_due and (last or not log.skipping):
             with stopwatch("saving"):
                 checkpoint.save(checkpoints, state, log.mean_loss())

@@ -23,20 +23,24 @@ class NoiseEmbedding(layers.Layer):
 
     log_snr: [B, T]
     pooled: [B, D_text], the text in one vector
+    next_log_snr: [B, T], the noise level that a step goes to; None for a network that does not read it
     """
 
     features: int  # E
     latent_fps: float  # latent frames per second
 
     @nn.compact
-    def __call__(self, log_snr, pooled):
+    def __call__(self, log_snr, pooled, next_log_snr=None):
         dense = functools.partial(layers.Dense, self.features, **self.common)
         # log_snr is in about [-12, 12]; times are in seconds. The factor 10 lets the sinusoids resolve steps of 0.01.
-        noise_level = layers.fourier_features(log_snr * 10.0, self.features, max_period=1000.0)
+        features = functools.partial(layers.fourier_features, features=self.features, max_period=1000.0)
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
-        time = layers.fourier_features(seconds * 10.0, self.features, max_period=1000.0)
-        x = nn.silu(dense(name="noise_in")(noise_level))
-        x = dense(name="noise_out")(x) + dense(name="pos_embed")(time)[None]  # of the time in the clip
+        x = nn.silu(dense(name="noise_in")(features(log_snr * 10.0)))
+        x = (
+            dense(name="noise_out")(x) + dense(name="pos_embed")(features(seconds * 10.0))[None]
+        )  # of the time in the clip
+        if next_log_snr is not None:
+            x = x + dense(name="next_noise", zero=True)(features(next_log_snr * 10.0))
         return nn.silu(x + dense(name="text")(pooled)[:, None])
 
 
@@ -68,9 +72,9 @@ class SpaceTimeAttention(layers.Layer):
 
 
 class CrossModalAttention(layers.Layer):
-    """Video tokens attend to sound tokens, and sound tokens to video tokens; both read the tokens before this layer.
+    """Video tokens attend to sound tokens, and sound tokens to video tokens; both read the inputs of this layer.
 
-    The rotary positions of both are in seconds. The outputs are zero at first, so the streams start independent.
+    The rotary positions of both are in seconds. What attention adds is zero at first, so the streams start independent.
 
     video: [B, T, h, w, C]
     audio: [B, K*T, D]
@@ -118,7 +122,8 @@ class UNet(layers.Layer):
 
     z: {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}
     log_snr: {'video': [B, T], 'audio': [B, T]}, noise levels
-    cond: {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]}, the text
+    cond: {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]}, the text; with `student` also
+        'next_log_snr', a dict like log_snr: the noise level that the step goes to
 
     Tuples have one value for each resolution i, the highest first; time_strides has one value fewer. From one
     resolution to the next, height, width and the number of sound tokens halve. The lowest resolution has a bottleneck,
@@ -138,18 +143,20 @@ class UNet(layers.Layer):
     text_layers: int  # layers of the TextRefiner
     groups: int  # of GroupNorm
     latent_fps: float  # latent frames per second
+    student: bool = False  # whether cond has 'next_log_snr', see system/distillation.py
     remat: tuple[str, ...] = ()  # a mode of layers.apply_remat per resolution, or (); the bottleneck has the last one
 
     @nn.compact
     def __call__(self, z, log_snr, cond):
         output_length = {m: z[m].shape[1] for m in z}  # T, and K*T
-        z, log_snr = _pad_frames(z, log_snr, math.prod(self.time_strides))
+        after = cond["next_log_snr"] if self.student else {m: None for m in z}
+        z, log_snr, after = _pad_frames((z, log_snr, after), math.prod(self.time_strides))
         frames = z["video"].shape[1]
         channels = {"video": self.channels, "audio": self.audio_channels or self.channels}
         refine = TextRefiner(self.text_layers, self.head_dim, **self.common, name="text")
         cond = {**cond, "states": refine(cond["states"], cond["mask"])}
         embed = functools.partial(NoiseEmbedding, self.embedding, self.latent_fps, **self.common)
-        embedding = {m: embed(name=f"embedding_{m}")(log_snr[m], cond["pooled"]) for m in ("video", "audio")}
+        embedding = {m: embed(name=f"embedding_{m}")(log_snr[m], cond["pooled"], after[m]) for m in ("video", "audio")}
         block = dict(factorized=self.factorized, groups=self.groups, **self.common)
         conv = functools.partial(layers.Conv, **self.common)
 
@@ -218,16 +225,19 @@ class UNet(layers.Layer):
         return {m: x[m][:, : output_length[m]].astype(jnp.float32) for m in x}
 
 
-def _pad_frames(z, log_snr, multiple):
-    """Repeats the last latent frame, with its noise level, until the number of frames is a multiple of `multiple`."""
-    frames = z["video"].shape[1]
+def _pad_frames(inputs, multiple):
+    """Repeats the last latent frame, with its noise levels, until the number of frames is a multiple of `multiple`.
+
+    inputs: a tree of arrays with latent frames or their sound tokens on axis 1, which begins with z.
+    """
+    frames = inputs[0]["video"].shape[1]
     extra = -frames % multiple
 
     def pad(x):
         last = x[:, -(x.shape[1] // frames) :]  # one latent frame, or its K sound tokens
         return jnp.concatenate([x] + [last] * extra, 1)
 
-    return jax.tree.map(pad, (z, log_snr)) if extra else (z, log_snr)
+    return jax.tree.map(pad, inputs) if extra else inputs
 
 
 def _merge_frames(embedding, frames):

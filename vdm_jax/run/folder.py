@@ -231,6 +231,17 @@ def as_exported(params):
     return jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), params)
 
 
+def read_exported(folder, stage, expected):
+    """Returns the parameters of a stage in exported weights. Raises UserError.
+
+    folder: their folder, or "reference".
+    expected: see `read_safetensors`.
+    """
+    folder = REFERENCE if folder == "reference" else storage.given(folder)
+    checksums.check(folder)
+    return read_safetensors(folder / f"{stage}.safetensors", expected)[0]
+
+
 def write_safetensors(path, params, step):
     """Writes parameters in half precision under flat names 'a/b/c', and the step that they are from as metadata."""
     flat = {name: np.asarray(x, np.float16) for name, x in named_leaves(params).items()}

@@ -14,23 +14,29 @@ from vdm_jax.models.clip import Clip
 from vdm_jax.models.layers import REMAT, apply_remat
 from vdm_jax.models.unet import UNet
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
-from vdm_jax.system.layout import STAGES, Layout
+from vdm_jax.system.layout import Layout
 
 
 def make_models(config, layout):
-    """{stage: Flax module} of a config. Raises UserError for an unknown `compute_dtype` or `remat`."""
+    """{stage: Flax module} of a config, and the "teacher" of a student.
+
+    Raises UserError for an unknown `compute_dtype` or `remat`.
+    """
     dtype = jnp.dtype(one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16")))
     clip = config.clip.model
     text_encoder = dict(clip.text, vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
     modes = remat_modes(config, "denoiser")
     by_resolution = modes if len(modes) > 1 else ()  # a single mode is for the whole model, in Codec.apply_fn
     unet = dict(config.denoiser.model, remat=by_resolution, latent_fps=layout.latent_fps)
-    return {
+    models = {
         "video_autoencoder": VideoAutoencoder(**config.video_autoencoder.model, dtype=dtype),
         "audio_autoencoder": AudioAutoencoder(**config.audio_autoencoder.model, dtype=dtype),
         "clip": Clip(text_encoder, clip.video.to_dict(), clip.embedding, dtype=dtype),
         "denoiser": UNet(**unet, dtype=dtype),
     }
+    if models["denoiser"].student:
+        models["teacher"] = UNet(**{**unet, "student": False}, dtype=dtype)
+    return models
 
 
 def remat_modes(config, stage):
@@ -48,7 +54,7 @@ def remat_modes(config, stage):
 
 
 def init_fns(models, config, layout):
-    """{stage: init(key) -> params}. Call them inside jit, which drops the forward pass, or eval_shape."""
+    """{name: init(key) -> params} of the models. Call them inside eval_shape or jit; jit removes the forward pass."""
     side, text_length, text_width = config.data.size, config.data.text_length, config.clip.model.text.width
     tokens = jnp.zeros((1, text_length), jnp.int32)
     video = jnp.zeros((1, layout.frames, side, side, 3))
@@ -56,14 +62,15 @@ def init_fns(models, config, layout):
     latents = {name: jnp.zeros((1, *shape)) for name, shape in layout.latent_shapes.items()}
     log_snr = {name: jnp.zeros((1, layout.latent_frames)) for name in latents}
     states, pooled = jnp.zeros((1, text_length, text_width)), jnp.zeros((1, text_width))
-    cond = {"states": states, "mask": jnp.ones((1, text_length), bool), "pooled": pooled}
+    cond = {"states": states, "mask": jnp.ones((1, text_length), bool), "pooled": pooled, "next_log_snr": log_snr}
     arguments = {
         "video_autoencoder": (video, jax.random.key(0)),
         "audio_autoencoder": (sound, jax.random.key(0)),
-        "clip": (tokens, tokens == 0, video),
+        "clip": (tokens, cond["mask"], video),
         "denoiser": (latents, log_snr, cond),
+        "teacher": (latents, log_snr, cond),
     }
-    return {name: lambda key, name=name: models[name].init(key, *arguments[name])["params"] for name in STAGES}
+    return {name: lambda key, name=name: models[name].init(key, *arguments[name])["params"] for name in models}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,7 +83,7 @@ class Codec:
 
     config: ConfigDict
     layout: Layout
-    models: dict  # {stage: Flax module}
+    models: dict  # {stage: Flax module}; a student has a "teacher", too
 
     def apply(self, stage, params, *arguments, method=None):
         """The output of a stage's model. method: of the module; None: __call__."""
@@ -119,7 +126,7 @@ class Codec:
         return to_uint8(video), self.trim_audio(audio)
 
     def reconstruct(self, stage, params, x):
-        """x encoded and decoded by one autoencoder, from the mean of the latents: video uint8 or audio float32."""
+        """x encoded and decoded by one autoencoder, without noise in the latents: video uint8 or audio float32."""
         is_video = stage == "video_autoencoder"
         x = to_float(x) if is_video else self.pad_audio(x)
         z = self.apply(stage, params, x, method="encode")[0]

@@ -14,6 +14,7 @@ from vdm_jax import sharding
 from vdm_jax.data import batches
 from vdm_jax.errors import UserError
 from vdm_jax.run import folder, hosts, storage
+from vdm_jax.system.layout import STAGES
 from vdm_jax.system.losses import encode_batch
 
 logger = logging.getLogger("vdm_jax")
@@ -32,7 +33,7 @@ def prepare(system, workdir, examples, mesh):
     once, and the result is n Encoded clips in the folder of the run.
     Raises UserError where an earlier stage has no checkpoint.
     """
-    stages = [name for name in system.stages["denoiser"].encoder_params if name != "statistics"]
+    stages = STAGES[:3]
     params = {name: folder.read_params(workdir, name, system.params[name])[0] for name in stages}
     params = folder.as_exported(params)
     path = workdir / "denoiser" / "statistics.json"
@@ -44,6 +45,16 @@ def prepare(system, workdir, examples, mesh):
     params["statistics"] = folder.read_statistics(path)
     if system.config.denoiser.cached_clips:
         examples = _cached(system, params, examples, workdir / "denoiser" / "latents")
+    if "teacher" in system.models:
+        teacher, expected = (
+            system.config.denoiser.distillation.teacher,
+            system.stages["denoiser"].encoder_params["teacher"],
+        )
+        if not teacher:
+            raise UserError(
+                "a student needs a teacher: give denoiser.distillation.teacher, a folder of exported weights"
+            )
+        params["teacher"] = folder.read_exported(teacher, "denoiser", expected)
     return jax.device_put(params, sharding.state_shardings(params, mesh)), examples
 
 
@@ -66,7 +77,7 @@ def measure(system, params, examples):
 
 
 def _encoder(system, params, examples):
-    """-> encoded_batches(first, count): yields the whole batches that contain examples first .. first + count - 1.
+    """-> encoded_batches(first, count): yields the whole batches with places first .. first + count - 1 of the shuffle.
 
     A batch has ENCODE_BATCH examples.
 

@@ -15,7 +15,8 @@ AUDIO_AXES = ("batch", "token", "channel")
 
 # Settings of a model that have one value for each resolution, and those that may be 0 or False.
 PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")
-MAY_BE_ZERO = ("blocks", "middle_blocks", "layers", "text_layers", "attention", "cross_modal", "factorized", "use_bias")
+SWITCHES = ("attention", "cross_modal", "factorized", "use_bias", "student")
+MAY_BE_ZERO = ("blocks", "middle_blocks", "layers", "text_layers", *SWITCHES)
 
 
 class Layout(NamedTuple):

@@ -10,7 +10,7 @@ import optax
 
 from vdm_jax import diffusion
 from vdm_jax.data import text
-from vdm_jax.system import hard_negatives, previews
+from vdm_jax.system import distillation, hard_negatives, previews
 from vdm_jax.system.codec import init_fns, remat_modes, to_float
 from vdm_jax.system.layout import AUDIO_AXES, STAGES, VIDEO_AXES
 
@@ -74,6 +74,8 @@ def make_stages(codec):
     audio_tokens = layout.latent_frames * layout.audio[0]
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
     encoders = {name: params[name] for name in STAGES[:3]}
+    if "teacher" in params:
+        encoders["teacher"] = params["teacher"]
     encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
     reconstructed = {m: previews.reconstruction(codec, m) for m in ("video", "audio")}
     sampled = previews.samples(codec)
@@ -196,6 +198,11 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
     drop_key, key = jax.random.split(key)
     cond = drop_text(drop_key, encoded_text, codec.encode_null_text(encoder_params), settings.text_dropout)
     denoise_fn = functools.partial(codec.apply_fn("denoiser"), params)
+    if "teacher" in encoder_params:
+        teacher_fn = functools.partial(codec.apply, "teacher", encoder_params)
+        null = codec.encode_null_text(encoder_params)
+        loss, metrics = distillation.loss(denoise_fn, teacher_fn, key, z, encoded_text, null, settings)
+        return loss, {"loss": loss, **metrics}
     if hard_negatives.FIELD not in batch:
         loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
         return loss, {"loss": loss, **metrics}

@@ -1,4 +1,4 @@
-"""What a stage shows of itself while it trains: reconstructions of held-out clips, or samples of their captions."""
+"""What a stage shows while it trains: reconstructions of held-out clips, or clips made from their captions."""
 
 from typing import Any, NamedTuple
 

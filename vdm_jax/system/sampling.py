@@ -14,6 +14,7 @@ from vdm_jax.errors import UserError, one_of
 from vdm_jax.run import hosts, profiling
 from vdm_jax.run.progress import progress
 from vdm_jax.sharding import constrain
+from vdm_jax.system import distillation
 from vdm_jax.system.layout import AUDIO_AXES, VIDEO_AXES
 
 BATCH = 8  # prompts sampled at once
@@ -22,8 +23,8 @@ BATCH = 8  # prompts sampled at once
 class Sampler:
     """Samples with the models of a Codec; compiles once for each shape and each set of static arguments.
 
-    `program` is the jitted function. If a mesh is set, clips are split over its axes `data` and `fsdp`, and every
-    process gets all clips.
+    `program` is the jitted function. If a mesh is set, its axes `data` and `fsdp` split the work by clips. In the end
+    every process gets all clips.
     """
 
     def __init__(self, codec):
@@ -75,8 +76,8 @@ class Sampler:
             rows, latent_frames = arrays["levels"]["video"].shape
             frames = 1 + self.codec.layout.f_t * (latent_frames - 1)
             what = f"the sampler, {clips} clip(s) of {frames} frames in {rows - 1} steps"
-            parameters = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
-            with profiling.compiling(what, key=f"{static['method']} {static['guides']} {parameters}"):
+            parameter_count = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
+            with profiling.compiling(what, key=f"{static['method']} {static['guides']} {parameter_count}"):
                 self._compiled[kind] = hosts.compiled(self.program, params, **arrays, **static)
         return self._compiled[kind]
 
@@ -99,7 +100,7 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            # The beginning of a clip almost determines the next frames, so their first step may be very long.
+            # The beginning of a clip almost determines the next frames, so their first step may go almost to t = 0.
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
@@ -185,6 +186,12 @@ def sample(
     model = codec.models["denoiser"]
     denoise_fn = functools.partial(model.apply, {"params": sharding.all_gather_params(params["denoiser"], model.dtype)})
     cond = codec.encode_text(params, tokens)
+    if model.student:
+        read_levels = denoise_fn
+
+        def denoise_fn(z, log_snr, cond):
+            return read_levels(z, log_snr, {**cond, "next_log_snr": distillation.next_levels(levels, log_snr)})
+
     terms = []
     if guides[0]:
         terms += samplers.text_guidance(weights["text"], codec.encode_null_text(params))
@@ -195,8 +202,8 @@ def sample(
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
     # 3. The sampler. The noise of ddpm, too, depends only on the key and the number of the prompt, although a batch has
-    # the key of its first prompt: prompt i is always row i % BATCH of the same batch, and in JAX a row of random
-    # numbers does not depend on how many rows there are.
+    # one key, made from the number of its first prompt: prompt i is always row i % BATCH of batch i // BATCH, and in
+    # JAX a row of random numbers does not depend on how many rows there are.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here

@@ -1,0 +1,129 @@
+"""Distillation: a student learns to make the clips of a teacher in a few steps, with one row of the network a step.
+
+The student is a denoiser that also reads where a step goes: `cond["next_log_snr"]`, the noise level after the step. It
+predicts the x0 with which a DDIM step arrives where the teacher would be, instead of the x0 that is most likely here.
+Its targets are of two kinds (shortcut models, arXiv:2410.12557, as in Dreamer 4, arXiv:2509.24527, section 3.2):
+
+- For the shortest step, the x0 of the teacher. The teacher is a frozen denoiser with all its guidance, so that the
+  student needs none.
+- For a longer step, two steps of half the length by the student itself: the target is the x0 with which one step
+  arrives at the same place (arXiv:2202.00512, appendix G).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from vdm_jax import diffusion, samplers
+from vdm_jax.diffusion import alpha_sigma, broadcast_to_latent
+
+
+def next_levels(levels, log_snr):
+    """Returns the noise level that the next step of each frame goes to, {modality: [B, T]}.
+
+    levels: the scheduling matrix, {modality: [S+1, T]}. It rises from row to row.
+    log_snr: the noise levels now, {modality: [B, T]}. A frame at its last level stays there.
+    """
+
+    def leaf(rows, now):
+        higher = jnp.where(rows[:, None] > now, rows[:, None], jnp.inf).min(0)
+        return jnp.where(jnp.isinf(higher), now, higher)
+
+    return {name: leaf(levels[name], log_snr[name]) for name in log_snr}
+
+
+def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
+    """Returns the loss of the student on clean latents: (float32 scalar, metrics).
+
+    It is the squared error of x0, weighted by 0.9 (1 - t) + 0.1 (arXiv:2509.24527, section 3.2).
+
+    student_fn, teacher_fn: (z_t, log_snr, cond) -> a prediction of the target, a dict like z_t.
+    z: clean latents of both modalities, [B, ...].
+    cond, null_cond: the encoded text of the clips, and the null text.
+    config: config.denoiser.
+    """
+    settings, process = config.distillation, config.diffusion
+    t_key, noise_key, guidance_key = jax.random.split(key, 3)
+    batch = len(z["video"])
+    taught = round(batch * settings.teacher_share)  # rows that the teacher has the target of
+    *fewer, shortest = sorted(settings.steps)
+    own = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]
+    steps = jnp.concatenate([jnp.full(taught, shortest), own])[:, None]  # in a clip, [B, 1]
+
+    # Noising: a step begins at t, and goes to t - 1 / steps.
+    t, context = diffusion.sample_times(t_key, z["video"].shape[:2], process.patterns)
+    t = {name: jnp.ceil(t[name] * steps) / steps for name in z}
+
+    def levels_after(share):  # log_snr when this share of the step is done; context frames are clean
+        later = {name: jnp.maximum(t[name] - share / steps, 0) for name in z}
+        return {
+            name: jnp.where(context[name], process.log_snr_max, diffusion.log_snr_at(later[name], process))
+            for name in z
+        }
+
+    start, middle, end = (levels_after(share) for share in (0, 0.5, 1))
+    z_t = diffusion.add_noise(z, diffusion.noise_like(noise_key, z), start)
+    z_t = {name: jnp.where(broadcast_to_latent(context[name], z[name]), z[name], z_t[name]) for name in z}
+
+    # Targets of the teacher, then of the student
+    def predict_x0(denoise_fn, z_t, log_snr, cond):
+        return diffusion.to_x0(denoise_fn(z_t, log_snr, cond), z_t, log_snr, process.target)
+
+    first, rest = (
+        functools.partial(jax.tree.map, lambda x, rows=rows: x[rows]) for rows in (slice(taught), slice(taught, None))
+    )
+    noise = diffusion.noise_like(guidance_key, first(z))
+    guided_fn = samplers.guided(teacher_fn, guidance(settings.guidance, first(context), noise, null_cond, process))
+    by_teacher = predict_x0(guided_fn, first(z_t), first(start), first(cond))
+
+    def student_x0(z_t, now, after, cond):
+        return predict_x0(student_fn, z_t, now, {**cond, "next_log_snr": after})
+
+    z_middle = step(rest(z_t), student_x0(*map(rest, (z_t, start, middle, cond))), rest(start), rest(middle))
+    z_end = step(z_middle, student_x0(z_middle, *map(rest, (middle, end, cond))), rest(middle), rest(end))
+    by_student = x0_of_step(rest(z_t), z_end, rest(start), rest(end))
+    target = jax.lax.stop_gradient(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), by_teacher, by_student))
+
+    # The error
+    x0 = student_x0(z_t, start, end, cond)
+    total, metrics = 0.0, {}
+    for name in z:
+        error = jnp.square(x0[name] - target[name]).reshape(*t[name].shape, -1).mean(-1)  # [B, T]
+        weight = jnp.where(context[name], 0, 0.9 * (1 - t[name]) + 0.1)
+        metrics[f"loss_{name}"] = (weight * error).sum() / jnp.maximum((~context[name]).sum(), 1)
+        total += process.loss_weights[name] * metrics[f"loss_{name}"]
+    return total / sum(process.loss_weights[name] for name in z), metrics
+
+
+def guidance(weights, context, noise, null_cond, process):
+    """Returns the Terms of the teacher's guidance; each example has the weights of the task that its context makes.
+
+    weights: as config.sample.guidance.
+    context: {modality: bool [B, T]}, True in context frames.
+    """
+    both = jnp.stack([*context.values()])  # [modalities, B, T]
+    continued, given = both[:, :, :2].all((0, 2)), both.all(2).any(0)  # [B]
+    text = jnp.where(given, weights.text_cross_modal, weights.text)
+    text = jnp.where(continued, weights.text_continue, text)[:, None]
+    terms = samplers.text_guidance(text, null_cond)
+    terms += samplers.history_guidance(weights.history, context, noise, process)
+    return terms + samplers.modality_guidance(weights.modality, noise, process)
+
+
+def step(z, x0, now, after):
+    """Returns z after a DDIM step; now, after: log_snr, {modality: [B, T]}."""
+    to_latent = functools.partial(jax.tree.map, broadcast_to_latent)
+    return samplers.exact_step(z, x0, to_latent(now, z), to_latent(after, z))
+
+
+def x0_of_step(z, z_next, now, after):
+    """Returns the x0 with which `step` goes from z to z_next; z_next itself in frames whose level stays the same."""
+
+    def leaf(z, z_next, now, after):
+        now, after = broadcast_to_latent(now, z), broadcast_to_latent(after, z)
+        alpha_next, sigma_next = alpha_sigma(after)
+        share = jnp.where(now == after, 1, -alpha_next * jnp.expm1((now - after) / 2))
+        return jnp.where(now == after, z_next, (z_next - sigma_next / alpha_sigma(now)[1] * z) / share)
+
+    return jax.tree.map(leaf, z, z_next, now, after)
