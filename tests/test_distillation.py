@@ -12,6 +12,8 @@ from tests import tiny
 from tests.gaussian import prediction_of
 from vdm_jax import sample, train, weights
 from vdm_jax.diffusion import alpha_sigma, broadcast_to_latent
+from vdm_jax.errors import UserError
+from vdm_jax.pipeline import load
 from vdm_jax.system import distillation
 
 MEAN, SPREAD = 0.7, 0.4  # of every element of a clip
@@ -126,6 +128,21 @@ def test_a_student_is_trained_from_a_teacher_and_sampled(command, tiny_run, tmp_
     assert command(train, *recipe, f"--workdir={run}", "--stage=denoiser").code == 0
     assert command(sample, f"--workdir={run}", *clip, f"--out={tmp_path}/c.mp4").code == 0
     assert (tmp_path / "a.mp4").read_bytes() != (tmp_path / "c.mp4").read_bytes()
+
+    # Beside its teacher, it makes the clips of few steps.
+    assert command(weights, "export", f"--workdir={run}", f"--out={teacher}/student").code == 0
+    for name, more, maker in (("d", [], "student"), ("e", ["--teacher"], None), ("f", ["--student"], None)):
+        made = command(sample, f"--weights={teacher}", *clip, *more, f"--out={tmp_path}/{name}.mp4")
+        assert made.code == 0 and any(f"the {maker} makes the clips" in line for line in made.err) == bool(maker)
+    same = {name: (tmp_path / f"{name}.mp4").read_bytes() for name in "adef"}
+    assert same["d"] == same["f"] != same["a"] == same["e"]
+    pipe = load(teacher)
+    assert pipe.for_steps(5) is pipe.for_steps(1, student=False) is pipe
+    assert pipe.for_steps() is pipe.for_steps(4) is pipe.for_steps(9, student=True) is pipe.student
+    few = pipe("a red circle", steps=2, guidance=1.0)
+    np.testing.assert_array_equal(few.video, pipe.student("a red circle", steps=2, guidance=1.0).video)
+    with pytest.raises(UserError, match="have no student"):
+        pipe.student("a red circle", student=True)
 
 
 def test_a_student_without_its_teacher_is_told_so(command, tiny_run, tmp_path):

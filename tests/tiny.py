@@ -58,6 +58,8 @@ def get_config(more=None):
     if more == "student":
         denoiser.distillation.update(teacher="reference", steps=(2, 4, 8), teacher_share=0.5)
         denoiser.model.student = True
+        config.sample.update(method="ddim")
+        config.sample.guidance.text = 1.0
     # Time halves once, so T = 3 is odd there.
     denoiser.model.update(
         channels=(16, 16), blocks=(1, 0), attention=(False, False), cross_modal=(False, False), time_strides=(2,)

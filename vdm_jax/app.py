@@ -144,7 +144,7 @@ class WatchedPipeline(Pipeline):
     """
 
     def __init__(self, pipe):
-        super().__init__(pipe.system, pipe.params, pipe.mesh)
+        super().__init__(pipe.system, pipe.params, pipe.mesh, pipe.student and WatchedPipeline(pipe.student))
         self.durations = {}  # {program: s that its last window took}
         self.handler = logging.Handler(logging.INFO)
         self.handler.emit = self._log
@@ -173,7 +173,8 @@ class WatchedPipeline(Pipeline):
                 raise UserError(f"{Path(path).name!r} lasts {seconds:.0f} s: cut it to {MAX_SECONDS} s")
         logger.addHandler(self.handler)
         try:
-            return self.extend(**arguments) if "clip" in arguments else self(**arguments)
+            make = self.extend if "clip" in arguments else self
+            return make(**arguments, student=False)
         finally:
             logger.removeHandler(self.handler)
 
@@ -205,32 +206,33 @@ def page(pipe, folder, source):
     """
     import gradio as gr
 
-    config = pipe.config
+    config = (pipe.student or pipe).config  # of the first settings that the form shows
     worker = concurrent.futures.ThreadPoolExecutor(1)
 
     def generate(*values, progress=gr.Progress()):  # noqa: B008, gradio finds its progress bar by this default
         try:
             form = dict(zip(FIELDS, values, strict=True))
             form |= {field: form[field] and form[field]["path"] for field in FILES}
-            arguments, command = request(form, config, source)
-            pipe.begin()
-            job = worker.submit(pipe.make, arguments)
+            maker = pipe.for_steps(int(form["steps"] or 1))
+            arguments, command = request(form, maker.config, source)
+            maker.begin()
+            job = worker.submit(maker.make, arguments)
             while not concurrent.futures.wait([job], timeout=0.2).done:
-                progress(pipe.share(), desc=pipe.message)
+                progress(maker.share(), desc=maker.message)
             clip = job.result()
         except UserError as error:
             return None, None, "", f'<p class="error" role="alert">Error: {html.escape(str(error))}</p>'
         path = Path(tempfile.mkdtemp(dir=folder)) / "clip.mp4"
         clip.save(path)
-        rows, frames = pipe.levels["video"].shape
-        matrix = figures.scheduling_matrix(pipe.levels, (max(2, min(22, 200 // frames)), max(3, min(10, 330 // rows))))
-        text = " ".join([f"{clip.seconds:g} s, {len(clip.video)} frames.", *(f"Note: {note}." for note in pipe.notes)])
+        rows, frames = maker.levels["video"].shape
+        matrix = figures.scheduling_matrix(maker.levels, (max(2, min(22, 200 // frames)), max(3, min(10, 330 // rows))))
+        text = " ".join([f"{clip.seconds:g} s, {len(clip.video)} frames.", *(f"Note: {note}." for note in maker.notes)])
         return str(path), matrix, command, f"<p>{html.escape(text)}</p>"
 
-    def choose(task):
+    def choose(task, steps):
         names = TASKS[task].files
         uploads = [gr.update(visible=field in names, label=names.get(field)) for field in FILES]
-        return [*uploads, *defaults(task, config), ""]
+        return [*uploads, *defaults(task, pipe.for_steps(int(steps)).config), ""]
 
     with gr.Blocks(title="vdm_jax", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.Markdown("# Words to video with sound\nChoose what to make, describe it, and press the button.")
@@ -247,7 +249,7 @@ def page(pipe, folder, source):
                 with gr.Row():
                     seconds = gr.Number(start_seconds, label="Seconds to make", min_width=130)
                     seed = gr.Number(0, label="Seed", precision=0, min_width=130)
-                most = max(128, config.sample.steps)
+                most = max(128, pipe.config.sample.steps)
                 steps = gr.Slider(1, most, config.sample.steps, step=1, label="Steps: more is slower and finer")
                 guidance = gr.Slider(0, 12, start_guidance, step=0.1, label="Guidance: more is closer to the words")
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
@@ -258,7 +260,10 @@ def page(pipe, folder, source):
                 gr.Markdown(ABOUT_LEVELS)
                 matrix = gr.Image(show_label=False, buttons=[], elem_id="levels", **shown)
                 command = gr.Textbox(label="The same by command line", lines=4, buttons=["copy"], elem_id="command")
-        task.change(choose, task, [picture, clip, second_clip, sound, seconds, guidance, message], queue=False)
+        changed = [picture, clip, second_clip, sound, seconds, guidance, message]
+        task.change(choose, [task, steps], changed, queue=False)
+        if pipe.student:  # it has its own guidance
+            steps.release(lambda task, steps: choose(task, steps)[-2], [task, steps], guidance, queue=False)
         button.click(lambda: "", None, message, queue=False)
         inputs = [task, prompt, picture, clip, second_clip, sound, seconds, seed, steps, guidance]
         outputs = [video, matrix, command, message]

@@ -13,7 +13,7 @@ import numpy as np
 from vdm_jax import sharding, tasks
 from vdm_jax.data import captions, media
 from vdm_jax.errors import UserError
-from vdm_jax.run import folder
+from vdm_jax.run import folder, storage
 from vdm_jax.run.progress import progress
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
@@ -23,6 +23,7 @@ logger = logging.getLogger("vdm_jax")
 
 FADE = 0.005  # s, over which the sound of one window of a long clip gives way to the next window's
 MAX_SECONDS = 3600  # of a clip
+STUDENT = "student"  # subfolder of exported weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,12 +58,15 @@ class Clip:
 def load(path=None, *, stages=STAGES):
     """A trained system as a Pipeline.
 
-    path: a run's folder, or a folder of exported weights; None: the reference weights of this package.
+    path: a run's folder, or a folder of exported weights; None: the reference weights of this package. A student that
+        needs fewer steps may be in its subfolder "student": see Pipeline.for_steps.
     stages: the stages whose parameters are read. A Pipeline that samples needs all of them.
     Raises UserError where something is missing or damaged.
     """
     weights = folder.load(path, build, stages)
-    return Pipeline(weights.system, weights.params)
+    beside = storage.given(folder.REFERENCE if path is None else path) / STUDENT
+    student = load(beside, stages=stages) if beside.is_dir() else None
+    return Pipeline(weights.system, weights.params, student=student)
 
 
 class Pipeline:
@@ -71,10 +75,12 @@ class Pipeline:
     system: a System.
     params: {stage: parameters}, with 'statistics' of the latents.
     mesh: parameters and clips are split over it; None: parameters are split over all devices.
+    student: the Pipeline of a student, or None; see system/distillation.py.
     """
 
-    def __init__(self, system, params, mesh=None):
+    def __init__(self, system, params, mesh=None, student=None):
         self.system = system
+        self.student = student
         self.mesh = mesh or sharding.make_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1))
         self.params = jax.device_put(params, sharding.state_shardings(params, self.mesh))
         self.sampler = Sampler(system)
@@ -82,6 +88,20 @@ class Pipeline:
     @property
     def config(self):
         return self.system.config
+
+    def for_steps(self, steps=None, student=None):
+        """The Pipeline that makes clips in this number of steps: this one, or its student.
+
+        steps: None: those in config.sample.
+        student: True for the student, False for this Pipeline, None for the student where it was trained for so few
+            steps. Raises UserError for True without a student.
+        """
+        if student and not self.student:
+            raise UserError("these weights have no student: leave out --student, or give a folder with a student")
+        if student is None and self.student:
+            student = (steps or self.config.sample.steps) <= self.student.config.sample.steps
+            logger.info("the %s makes the clips, because of the number of steps", "student" if student else "teacher")
+        return self.student if student else self
 
     def __call__(self, prompt, *, seed=0, seconds=None, image=None, video=None, audio=None, between=None, **options):
         """A Clip of a prompt, or a list of Clips of a list of prompts.
@@ -95,12 +115,17 @@ class Pipeline:
         audio: a sound that gets a picture; a file, a Clip, or float32 [N] at the system's sample rate.
         between: two clips; the new clip leads from the end of the first to the beginning of the second.
 
-        Other arguments (less frequently used): any setting of config.sample, such as steps, method, context_noise, lag.
+        Other arguments (less frequently used): student, as in `for_steps`; any setting of config.sample, such as steps,
+        method, context_noise, lag.
         guidance is a dict of weights; a number sets only its weight `text`, which counts without context and after an
         image.
 
         Raises UserError where these do not fit.
         """
+        maker = self.for_steps(options.get("steps"), options.pop("student", None))
+        if maker is not self:
+            given = dict(image=image, video=video, audio=audio, between=between)
+            return maker(prompt, seed=seed, seconds=seconds, student=False, **given, **options)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         frames = self.config.data.frames if seconds is None else self.frames_of(seconds)
         context = self.context(
@@ -127,6 +152,9 @@ class Pipeline:
         seconds: length of what is added; None: the length of a clip in training.
         seed, options: as in a call.
         """
+        maker = self.for_steps(options.get("steps"), options.pop("student", None))
+        if maker is not self:
+            return maker.extend(clip, prompt, seconds=seconds, seed=seed, student=False, **options)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         video, audio = self._read(clip)
         frames = len(video) + (self.config.data.frames if seconds is None else self.frames_of(seconds))

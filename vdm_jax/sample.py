@@ -7,7 +7,8 @@
         [--history_noise=0 --context_noise=0.02 --lag=0]
     python -m vdm_jax.sample --prompts=file.txt --out=FOLDER
 
-Without --workdir and --weights the reference weights of this package are used.
+Without --workdir and --weights the reference weights of this package are used. Where the weights have a student, up to
+4 steps are the student's, and more the teacher's; --student or --teacher decides otherwise.
 
 --image     becomes the first frame of the clip
 --video     gets a sound
@@ -60,9 +61,9 @@ def main(argv):
     pipe = load_pipeline(options)
     storage.make_folder(out if many else out.parent)
     if start:
-        clips = pipe.extend(start, prompts, seconds=options.seconds, seed=options.seed)
+        clips = pipe.extend(start, prompts, seconds=options.seconds, seed=options.seed, student=False)
     else:
-        clips = pipe(prompts, seconds=options.seconds, seed=options.seed, **context)
+        clips = pipe(prompts, seconds=options.seconds, seed=options.seed, student=False, **context)
     if not hosts.is_primary():
         return
     # File names are numbers: a prompt must not become a path.
@@ -76,8 +77,10 @@ def main(argv):
 
 
 def load_pipeline(options, stages=STAGES):
-    """The Pipeline that --workdir or --weights name, with the sampler's flags in its config. Raises UserError."""
+    """The Pipeline that the flags name, or its student, with the sampler's flags in its config. Raises UserError."""
     pipe = load(cli.weights_folder(options), stages=stages)
+    chosen = True if options.student else False if options.teacher else None
+    pipe = pipe.for_steps(options["steps"].value, chosen)
     cli.use_cache(pipe.config)
     settings = pipe.config.sample
     settings.update({key: options[key].value for key in SAMPLER if options[key].value is not None})
@@ -90,6 +93,8 @@ def define_run_flags():
     """Which weights, and how to sample with them."""
     cli.define_weights()
     flags.DEFINE_integer("steps", None, "Denoising steps; default: the run's config.", lower_bound=1)
+    flags.DEFINE_bool("student", False, "Use the student of the weights, whatever the steps.")
+    flags.DEFINE_bool("teacher", False, "Do not use the student of the weights, whatever the steps.")
     flags.DEFINE_enum("method", None, tuple(samplers.METHODS), "Sampler; default: the run's config.")
     flags.DEFINE_float("guidance", None, "Classifier-free guidance scale of the text; 1: no guidance, here and below.")
     flags.DEFINE_float("guidance.text_continue", None, "Scale of the text where a clip is continued.")
