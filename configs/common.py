@@ -229,6 +229,7 @@ def get_config():
             clips=64,  # held-out clips that are reconstructed
             prompts=128,  # for each number of objects
             tasks=32,  # held-out clips in each task
+            copies=10_000,  # training clips that samples are compared with
             batch_size=16,  # clips that are measured at once
         )
     )

@@ -48,10 +48,10 @@ def test_only_positions_may_have_another_shape_and_not_in_the_last_phase():
     config.denoiser.phases = (small, large)
     assert len(phases(build(config), "denoiser")) == 2
     config.denoiser.phases = (large, small)
-    with pytest.raises(UserError, match="phase 2 changes denoiser/.*pos_embed from .* keep data.size"):
+    with pytest.raises(UserError, match="phase 2 of 2: it changes denoiser/.*pos_embed from .* keep data.size"):
         phases(build(config), "denoiser")
     config.clip.phases = (small, large)
-    with pytest.raises(UserError, match="phase 1 changes clip/video_tower/summary/kernel"):
+    with pytest.raises(UserError, match="phase 1 of 2: it changes clip/video_tower/summary/kernel"):
         phases(build(config), "clip")
 
 
@@ -67,20 +67,20 @@ def test_only_positions_may_have_another_shape_and_not_in_the_last_phase():
         ),
         (
             ({"share": 1, "denoiser.model.patch": 2},),
-            "cannot change denoiser.model.patch, which is the same",
+            "phase 1 of 1: denoiser.model.patch cannot change from phase to phase",
         ),
-        (({"share": 1, "denoiser.steps": 2},), "phase 1 cannot change denoiser.steps"),
-        (({"share": 1, "clip.steps": 2},), "phase 1 has no setting 'clip.steps'"),
-        (({"share": 1, "data.frames": "x"},), "phase 1 sets data.frames='x'"),
-        (({"share": 1, "data.text_length": 32},), "phase 1 cannot change data.text_length"),
+        (({"share": 1, "denoiser.steps": 2},), "denoiser.steps cannot change"),
+        (({"share": 1, "clip.steps": 2},), "phase 1 of 1: there is no setting 'clip.steps'"),
+        (({"share": 1, "data.frames": "x"},), "denoiser, phase 1 of 1: data.frames='x'"),
+        (({"share": 1, "data.text_length": 32},), "data.text_length cannot change"),
         ((0.5, 0.5), "0.5 is no phase"),
         (({"share": "0.5"},), "share='0.5' must be a number"),
         (
             ({"share": 1, "denoiser.diffusion.patterns": 1.0},),
-            "phase 1 sets denoiser.diffusion.patterns=1.0: give shares",
+            "phase 1 of 1: denoiser.diffusion.patterns=1.0: give shares",
         ),
-        (({"share": 1, "data.frames": None},), "phase 1 sets data.frames=None"),
-        (({"share": 1, "data.frames": 4},), "4 frames do not fill latent frames of 2"),
+        (({"share": 1, "data.frames": None},), "phase 1 of 1: data.frames=None: give a value"),
+        (({"share": 1, "data.frames": 4},), "denoiser, phase 1 of 1: 4 frames do not fill latent frames of 2"),
     ],
 )
 def test_wrong_phases(parts, message):

@@ -67,6 +67,6 @@ def get_config(more=None):
     denoiser.model.update(head_dim=8, embedding=16)
 
     config.sample.update(steps=4, context_frames=2)
-    config.evaluate.update(clips=4, prompts=2, batch_size=2)
+    config.evaluate.update(clips=4, prompts=2, batch_size=2, copies=64)
     config.lock()
     return config

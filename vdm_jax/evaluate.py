@@ -9,6 +9,7 @@ report.html (one file that can be sent on) with its pictures and clips, and prin
 --suite=reconstruction   held-out clips through the two autoencoders; needs no other stage
 --suite=prompts          the same, retrieval, the loss by noise level, and samples of held-out prompts
 --suite=tasks            the same as reconstruction, and held-out clips that are completed in each task
+--suite=copies           samples compared with the clips of the training
 --suite=all              everything
 --samplers               samples the same prompts again by each method and number of steps
 
@@ -29,8 +30,8 @@ from vdm_jax import diffusion, samplers
 from vdm_jax import sample as sample_command
 from vdm_jax.data import batches, captions, media, text
 from vdm_jax.errors import UserError, one_of
+from vdm_jax.metrics import copies, reconstruction, report, tasks, tracker
 from vdm_jax.metrics import figures as drawing
-from vdm_jax.metrics import reconstruction, report, tasks, tracker
 from vdm_jax.run import cli, storage
 from vdm_jax.run.progress import progress
 from vdm_jax.system import hard_negatives
@@ -40,7 +41,7 @@ from vdm_jax.system.layout import STAGES
 logger = logging.getLogger("vdm_jax")
 
 AUTOENCODERS = {"video": "video_autoencoder", "audio": "audio_autoencoder"}
-SUITES = ("prompts", "tasks", "reconstruction", "all")
+SUITES = ("prompts", "tasks", "copies", "reconstruction", "all")
 CANDIDATES = 64  # clips, all of different meaning, among which a text has to find its own
 NOISE_LEVELS = 8  # at which the loss is measured
 ALONE = 3  # frames: an impact with no other this near counts as isolated
@@ -57,7 +58,9 @@ def main(argv):
     with_prompts = options.suite in ("prompts", "all")
     with_tasks = options.suite in ("tasks", "all")
     methods = [read_sampler(name) for name in options.samplers]
-    pipe = sample_command.load_pipeline(options, STAGES if with_prompts or with_tasks else [*AUTOENCODERS.values()])
+    with_copies = options.suite in ("copies", "all")
+    with_samples = with_prompts or with_tasks or with_copies
+    pipe = sample_command.load_pipeline(options, STAGES if with_samples else [*AUTOENCODERS.values()])
     config = pipe.config
     if with_tasks and config.data.source != "world":
         raise UserError("--suite=tasks is for the procedural world, whose clips the tracker reads")
@@ -98,6 +101,10 @@ def main(argv):
             metrics["samplers"][f"{method} {steps}"] = {key: measured[key] for key in report.OUTCOMES}
     if with_tasks:
         metrics["tasks"] = tasks.measure(pipe, [held_out[i] for i in range(config.evaluate.tasks)], options.seed)
+    if with_copies:
+        texts = [item["caption"] for item in items]
+        video, _ = pipe.sample(texts, seed=options.seed)
+        metrics["copies"] = copies.measure(pipe, video, truth["video"], config.evaluate.copies)
 
     settings = {
         "weights": cli.weights_folder(options) or "reference",

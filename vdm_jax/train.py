@@ -89,8 +89,11 @@ def check(config, mesh, plan):
             raise UserError(f"{key}={value} must be at least 1")
     for name, stage_phases in plan.items():
         for phase in stage_phases:
-            phase.system.check_batch(mesh, name)
-            phase.system.check_mesh(mesh, [name])
+            try:
+                phase.system.check_batch(mesh, name)
+                phase.system.check_mesh(mesh, [name])
+            except UserError as error:
+                raise UserError(f"{phase.title}: {error}") from None
 
 
 def train_phase(run, name, phase):

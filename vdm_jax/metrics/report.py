@@ -2,11 +2,15 @@
 
 `metrics` is {"truth": M, "autoencoder": M, "samples": M, "reconstruction": {...}, "clip": {...}}; M has the keys of
 OUTCOMES, and None where a value is missing. "truth" is held-out clips, "autoencoder" is the same clips encoded and
-decoded. Three more keys may be there: "loss_per_noise_level" holds columns of one length, "log_snr" (natural logarithm)
-and a loss for each modality; "samplers" holds {name: M}; "wordings" holds outcomes of
-prompts in words that training did not combine; "tasks" holds {task: {figure: value}}, where the values of a
-task with "seconds" are columns of one length. A shares.Share is shown with its 95 % interval; metrics.json has the
-intervals apart, under "intervals".
+decoded. These keys may be there, too:
+
+  loss_per_noise_level   columns of one length, "log_snr" (natural logarithm) and a loss for each modality
+  samplers               {name: M}
+  wordings               outcomes of prompts in words that training did not combine
+  copies                 distances to training clips
+  tasks                  {task: {figure: value}}; the values of a task with "seconds" are columns of one length
+
+A shares.Share is shown with its 95 % interval; metrics.json has the intervals apart, under "intervals".
 """
 
 import base64
@@ -49,6 +53,12 @@ LABELS = {  # key -> (label, unit of the value); %: the value is a share in 0..1
     "given": ("velocity change before the seam", "/s"),
     "seam": ("velocity change at the seam", "/s"),
     "inside": ("velocity change after the seam", "/s"),
+    "samples_to_training": ("samples to the nearest training clip", ""),
+    "held_out_to_training": ("held-out clips to the nearest", ""),
+    "ratio": ("ratio of both; copies have less than 1", ""),
+    "ratio_low": ("lower end of its 95 % interval", ""),
+    "ratio_high": ("upper end of its 95 % interval", ""),
+    "training_clips": ("training clips", ""),
 }
 PLACES = {"dB": 1, "ms": 1}  # decimal places of a unit; others have three
 MEDIA = {  # suffix -> element that shows a file
@@ -98,6 +108,8 @@ def _tables(metrics: Mapping) -> list[tuple]:
         tables.append(("The same prompts, by sampler and steps", [*samplers], rows(*samplers.values())))
     if wordings := metrics.get("wordings"):
         tables.append(("Prompts in words that training did not combine", [""], rows(wordings)))
+    if copies := metrics.get("copies"):
+        tables.append(("Copies of training clips", [""], rows(copies)))
     for task, figures in metrics.get("tasks", {}).items():
         if "seconds" in figures:
             columns, points = curve(figures, "seconds", "after {:g} s")

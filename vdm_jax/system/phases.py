@@ -61,26 +61,28 @@ def phases(system, name):
     for number, (part, start, stop) in enumerate(zip(parts, [0, *ends], ends), 1):
         if start == stop:
             raise UserError(f"{name}.steps={steps} leave no step for phase {number} of {len(parts)}: raise the steps")
-        settings = {key: value for key, value in part.items() if key != "share"}
-        config = _changed(system.config, name, number, settings)
-        config[name].update(phases=(), steps=stop - start)
         title = f"{name}, phase {number} of {len(parts)}"
-        made.append(Phase(number, title, start, stop, _with_stage(system, build(config), name)))
-        _check_shapes(f"{name}.phases: phase {number}", made[-1], system, name, last=number == len(parts))
+        try:
+            config = _changed(system.config, name, {key: value for key, value in part.items() if key != "share"})
+            config[name].update(phases=(), steps=stop - start)
+            made.append(Phase(number, title, start, stop, _with_stage(system, build(config), name)))
+            _check_shapes(made[-1], system, name, last=number == len(parts))
+        except UserError as error:
+            raise UserError(f"{title}: {error}") from None
     return made
 
 
-def _changed(config, name, number, settings):
+def _changed(config, name, settings):
     """A copy of the config with the settings {dotted key: value} of one phase. Raises UserError."""
     config = config.copy_and_resolve_references()
     known = [*_keys("data", config.data), *_keys(name, config[name])]
     fixed = tuple(key.format(name) for key in FIXED)
     for key, value in settings.items():
         if key in known and key.startswith(fixed):
-            raise UserError(f"{name}.phases: phase {number} cannot change {key}, which is the same in all phases")
+            raise UserError(f"{key} cannot change from phase to phase")
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"{name}.phases: phase {number} has no setting {key!r}: did you mean {nearest!r}?")
+            raise UserError(f"there is no setting {key!r}: did you mean {nearest!r}?")
         try:
             if value is None:
                 raise TypeError("give a value")
@@ -91,7 +93,7 @@ def _changed(config, name, number, settings):
             else:
                 raise TypeError('give shares, such as {"text": 1.0}')
         except (TypeError, ValueError) as error:
-            raise UserError(f"{name}.phases: phase {number} sets {key}={value!r}: {error}") from None
+            raise UserError(f"{key}={value!r}: {error}") from None
     return config
 
 
@@ -113,7 +115,7 @@ def _with_stage(system, phase_system, name):
     return dataclasses.replace(phase_system, stages=system.stages | {name: stage})
 
 
-def _check_shapes(where, phase, system, name, last):
+def _check_shapes(phase, system, name, last):
     """Raises UserError where a phase has parameters of other shapes than the recipe.
 
     Only embeddings of positions may differ, and not in the last phase, whose weights are the result.
@@ -121,7 +123,7 @@ def _check_shapes(where, phase, system, name, last):
     recipe = named_leaves(system.params[name])
     for path, leaf in named_leaves(phase.system.params[name]).items():
         if leaf.shape != recipe[path].shape and (last or path.split("/")[-1] != RESIZED):
-            raise UserError(f"{where} changes {name}/{path} from {recipe[path].shape} to {leaf.shape}: keep data.size")
+            raise UserError(f"it changes {name}/{path} from {recipe[path].shape} to {leaf.shape}: keep data.size")
 
 
 def first_params(ema, expected):

@@ -1,0 +1,68 @@
+"""Whether samples are copies of training clips: how near the nearest training clip is, beside held-out clips."""
+
+import functools
+
+import jax
+import numpy as np
+
+from vdm_jax.data import batches
+from vdm_jax.run.progress import progress
+
+BATCH = 64  # clips that are encoded at once
+DRAWS = 2000  # of the bootstrap
+
+
+def measure(pipe, samples, held_out, count):
+    """Returns the figures of `compare` for samples of a Pipeline and for held-out clips.
+
+    A distance is the root mean square difference of the latents of the video.
+
+    samples, held_out: videos, uint8 [P, F, H, W, 3].
+    count: training clips to compare with, the first ones of the training.
+    """
+    config, system = pipe.config, pipe.system
+
+    @jax.jit
+    def encode(params, video):
+        audio = np.zeros((len(video), system.layout.samples), np.float32)
+        return system.encode(params, video, audio)["video"].reshape(len(video), -1)
+
+    encode = functools.partial(encode, pipe.params)
+    made, true = (
+        np.concatenate([np.asarray(encode(x[i : i + BATCH])) for i in range(0, len(x), BATCH)])
+        for x in (samples, held_out)
+    )
+    examples = batches.Examples(batches.source(config), config.data.text_length)
+    steps = -(-count // BATCH)
+    training = batches.batches(examples, batch_size=BATCH, seed=config.seed, start=0, stop=steps, data=config.data)
+    nearest = {"samples": np.full(len(made), np.inf), "held_out": np.full(len(true), np.inf)}
+    with progress("looking for copies", steps * BATCH, "clip") as advance:
+        for batch in training:
+            z = np.asarray(encode(batch["video"]))
+            for name, clips in (("samples", made), ("held_out", true)):
+                nearest[name] = np.minimum(nearest[name], distances(clips, z).min(1))
+            advance(BATCH)
+    return compare(**nearest) | {"training_clips": steps * BATCH}
+
+
+def distances(a, b):
+    """Returns the root mean square differences of vectors a [N, D] and b [M, D]: [N, M]."""
+    squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * a @ b.T
+    return np.sqrt(np.maximum(squares, 0) / a.shape[1])
+
+
+def compare(samples, held_out, seed=0):
+    """Returns the median distances of both, their ratio, and the ends of its 95 % bootstrap interval.
+
+    Samples that are copies have a ratio far below 1. samples, held_out: distances to the nearest training clip, [P].
+    """
+    rng = np.random.default_rng(seed)
+    draws = [np.median(rng.choice(x, (DRAWS, len(x))), 1) for x in (samples, held_out)]
+    low, high = np.percentile(draws[0] / draws[1], [2.5, 97.5])
+    return {
+        "samples_to_training": float(np.median(samples)),
+        "held_out_to_training": float(np.median(held_out)),
+        "ratio": float(np.median(samples) / np.median(held_out)),
+        "ratio_low": float(low),
+        "ratio_high": float(high),
+    }
