@@ -11,7 +11,8 @@ report.html (one file that can be sent on) with its pictures and clips, and prin
 --suite=tasks            the same as reconstruction, and held-out clips that are completed in each task
 --suite=copies           samples compared with the clips of the training
 --suite=all              everything
---samplers               samples the same prompts again by each method and number of steps
+--samplers               samples the same prompts again by each method and number of steps; few steps are the
+                         student's, if the weights have one
 
 The same tracker reads true renders ("truth"), their reconstructions ("autoencoder") and samples of the procedural
 world. For other data the table has no outcomes, and the samples are of held-out captions.
@@ -30,7 +31,7 @@ from vdm_jax import diffusion, samplers
 from vdm_jax import sample as sample_command
 from vdm_jax.data import batches, captions, media, text
 from vdm_jax.errors import UserError, one_of
-from vdm_jax.metrics import copies, reconstruction, report, tasks, tracker
+from vdm_jax.metrics import copies, reconstruction, report, shares, tasks, tracker
 from vdm_jax.metrics import figures as drawing
 from vdm_jax.run import cli, storage
 from vdm_jax.run.progress import progress
@@ -73,9 +74,9 @@ def main(argv):
     remade = {part: reconstruct(pipe, name, truth[part]) for part, name in AUTOENCODERS.items()}
     asked = [tasks.objects(item) for item in items]
     metrics = {
-        "truth": measure(config, truth, asked),
-        "autoencoder": measure(config, remade, asked),
-        "samples": measure(config, {}, []),
+        "truth": tracker.summarize(follow(config, truth, asked)),
+        "autoencoder": tracker.summarize(follow(config, remade, asked)),
+        "samples": tracker.summarize([]),
         "reconstruction": compare(config, items, truth, remade),
         "clip": {"recall_at_1": None},
     }
@@ -89,16 +90,21 @@ def main(argv):
         texts = [prompt["text"] for prompt in prompts]
         wanted = [prompt["objects"] for prompt in prompts]
         made = dict(zip(AUTOENCODERS, pipe.sample(texts, seed=options.seed)))
-        metrics["samples"] = measure(config, made, wanted)
+        found = follow(config, made, wanted)
+        metrics["samples"] = tracker.summarize(found)
         figures = show_samples(config, out, texts, made) + figures
         if config.data.source == "world":
             metrics["wordings"] = measure_wordings(pipe, choose_prompts(config, held_out, options.seed, wordings=True))
         if methods:
-            metrics["samplers"] = {}
+            metrics |= {"samplers": {}, "differences": {}}
         for method, steps in methods:
-            made = dict(zip(AUTOENCODERS, pipe.sample(texts, seed=options.seed, method=method, steps=steps)))
-            measured = measure(config, made, wanted)
+            maker = pipe.for_steps(steps, False if options.teacher else None)
+            made = dict(zip(AUTOENCODERS, maker.sample(texts, seed=options.seed, method=method, steps=steps)))
+            others = follow(config, made, wanted)
+            measured, both = tracker.summarize(others), (tracker.counts(others), tracker.counts(found))
             metrics["samplers"][f"{method} {steps}"] = {key: measured[key] for key in report.OUTCOMES}
+            differences = {key: shares.difference(*(counts[key] for counts in both)) for key in report.OUTCOMES}
+            metrics["differences"][f"{method} {steps}"] = differences
     if with_tasks:
         metrics["tasks"] = tasks.measure(pipe, [held_out[i] for i in range(config.evaluate.tasks)], options.seed)
     if with_copies:
@@ -147,10 +153,10 @@ def batched(what, function, config, *arrays):
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
 
-def measure(config, clips, asked):
-    """The tracker's outcomes of P clips, shares in 0..1, or None; asked: P lists of objects, or of None."""
+def follow(config, clips, asked):
+    """What the tracker finds in each of P clips; [] where nothing is asked. asked: P lists of objects, or of None."""
     if not asked or asked[0] is None:
-        return dict.fromkeys(report.OUTCOMES)
+        return []
     found, size = [], config.evaluate.batch_size
     with progress("tracking objects", len(asked), "clip") as advance:
         for start in range(0, len(asked), size):
@@ -158,13 +164,13 @@ def measure(config, clips, asked):
             for video, audio, want in zip(clips["video"][rows], clips["audio"][rows], asked[rows], strict=True):
                 found.append(tracker.measure(video, audio, config.data.fps, config.data.sample_rate, want))
             advance(len(asked[rows]))
-    return tracker.summarize(found)
+    return found
 
 
 def measure_wordings(pipe, prompts):
     """The outcomes of prompts in words that training did not combine, {'one_object', 'two_objects', 'empty'}."""
     made = dict(zip(AUTOENCODERS, pipe.sample([prompt["text"] for prompt in prompts])))
-    measured = measure(pipe.config, made, [prompt["objects"] for prompt in prompts])
+    measured = tracker.summarize(follow(pipe.config, made, [prompt["objects"] for prompt in prompts]))
     return {key: measured[key] for key in ("one_object", "two_objects", "empty")}
 
 

@@ -6,6 +6,7 @@ decoded. These keys may be there, too:
 
   loss_per_noise_level   columns of one length, "log_snr" (natural logarithm) and a loss for each modality
   samplers               {name: M}
+  differences            {name: like M, of the same prompts, minus "samples"}
   wordings               outcomes of prompts in words that training did not combine
   copies                 distances to training clips
   tasks                  {task: {figure: value}}; the values of a task with "seconds" are columns of one length
@@ -21,7 +22,7 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from vdm_jax.metrics.shares import Share
+from vdm_jax.metrics.shares import Difference, Share
 
 SOURCES = ("truth", "autoencoder", "samples")
 OUTCOMES = ("one_object", "two_objects", "direction", "permanence", "size_drift", "sync_impacts", "sync_onsets")
@@ -80,6 +81,8 @@ def _cell(key: str, value: float | int | None) -> str:
     _, unit = _label(key)
     if isinstance(value, Share):
         return f"{100 * value:.0f} % ({100 * value.low:.0f}–{100 * value.high:.0f})"
+    if isinstance(value, Difference):
+        return f"{100 * value:+.1f} ({100 * value.low:+.1f} to {100 * value.high:+.1f})"
     if unit == "%":
         return f"{100 * value:.0f} %"
     text = f"{value:.{PLACES.get(unit, 3)}f}" if isinstance(value, float) else str(value)
@@ -106,6 +109,8 @@ def _tables(metrics: Mapping) -> list[tuple]:
         tables.append(("Loss by noise level", *curve(levels, "log_snr", "log SNR {:+.1f}")))
     if samplers := metrics.get("samplers"):
         tables.append(("The same prompts, by sampler and steps", [*samplers], rows(*samplers.values())))
+    if differences := metrics.get("differences"):
+        tables.append(("Difference to the samples above, points", [*differences], rows(*differences.values())))
     if wordings := metrics.get("wordings"):
         tables.append(("Prompts in words that training did not combine", [""], rows(wordings)))
     if copies := metrics.get("copies"):
@@ -174,12 +179,12 @@ def _figure(caption: str, path: epath.Path) -> str:
 
 
 def _intervals(metrics):
-    """Returns the 95 % interval of each Share, [low, high], at its place in metrics; None in place of other numbers."""
+    """Returns the interval of each Share or Difference, [low, high], at its place; None in place of other numbers."""
     if isinstance(metrics, Mapping):
         return {key: found for key, value in metrics.items() if (found := _intervals(value))}
     if isinstance(metrics, list):
-        return [_intervals(value) for value in metrics] if any(isinstance(value, Share) for value in metrics) else None
-    return [metrics.low, metrics.high] if isinstance(metrics, Share) else None
+        return [_intervals(value) for value in metrics] if any(map(_intervals, metrics)) else None
+    return [metrics.low, metrics.high] if isinstance(metrics, Share | Difference) else None
 
 
 def write_report(

@@ -1,14 +1,15 @@
-"""Shares of clips, with the range in which the share of all clips lies."""
+"""Shares of clips, and the ranges in which the shares of all clips lie with a probability of 95 %."""
 
 import math
 
 import numpy as np
 
 Z = 1.96  # of a standard normal variable, 95 % lies within -Z and Z
+DRAWS = 2000  # of the bootstrap
 
 
 class Share(float):
-    """A share in 0..1 that was measured on `clips` clips. `low` and `high` are the ends of its 95 % interval.
+    """A share in 0..1 that was measured on `clips` clips. `low` and `high` are the ends of its interval.
 
     The interval is Wilson's (1927, J. Am. Stat. Assoc. 22, p. 209). It is for values of 0 or 1, one for each clip. For
     the mean of other values in 0..1 it is too wide, never too narrow.
@@ -22,20 +23,42 @@ class Share(float):
         return self
 
 
-def mean(by_clip):
-    """Returns the mean of the values of all clips as a Share; None if there are no values.
+class Difference(float):
+    """The difference of two shares in -1..1, with the ends `low` and `high` of its interval."""
 
-    by_clip: for each clip a list of values in 0..1. None stands for a value that could not be measured.
+    def __new__(cls, difference, low, high):
+        self = super().__new__(cls, difference)
+        self.low, self.high = low, high
+        return self
+
+
+def mean(values):
+    """Returns the mean of one value in 0..1 per clip as a Share; None if there are no values."""
+    return pooled([(value, 1) for value in values])
+
+
+def pooled(counts):
+    """Returns the sum of the first numbers over the sum of the second as a Share; None if there is nothing to count.
+
+    counts: for each clip (sum of values in 0..1, number of values).
     """
-    measured = [[x for x in values if x is not None] for values in by_clip]
-    values = [x for found in measured for x in found]
-    return Share(np.mean(values), sum(map(bool, measured))) if values else None
+    total, number = np.sum([*counts, (0, 0)], axis=0)
+    return Share(total / number, sum(n > 0 for _, n in counts)) if number else None
 
 
-def ratio(by_clip):
-    """Returns the sum of hits over the sum of totals as a Share; None if there is nothing to count.
+def difference(counts, others):
+    """Returns `pooled` of counts minus `pooled` of others, two measures of the same clips, as a Difference.
 
-    by_clip: (hits, total) of each clip.
+    The interval is that of a bootstrap over the clips, which keeps the two measures of a clip together. None if there
+    is nothing to count.
     """
-    hits, total = np.sum([*by_clip, (0, 0)], axis=0)
-    return Share(hits / total, sum(count > 0 for _, count in by_clip)) if total else None
+    pairs = np.concatenate([np.reshape(counts, (-1, 2)), np.reshape(others, (-1, 2))], 1)  # [clips, 4]
+    if not len(pairs) or not pairs[:, 1].any() or not pairs[:, 3].any():
+        return None
+
+    def of_sums(sums):
+        return sums[..., 0] / np.maximum(sums[..., 1], 1) - sums[..., 2] / np.maximum(sums[..., 3], 1)
+
+    draws = np.random.default_rng(0).multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), DRAWS)
+    low, high = np.percentile(of_sums(draws @ pairs), [2.5, 97.5])
+    return Difference(of_sums(pairs.sum(0)), float(low), float(high))

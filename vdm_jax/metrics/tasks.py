@@ -84,8 +84,8 @@ def image(run):
     return {
         "first_frame_psnr": reconstruction.psnr(truth, video[:, :1]),
         "first_frame_psnr_reconstructed": reconstruction.psnr(truth, remade),
-        "moves": shares.mean([[_moves(clip)] for clip in video]),
-        "moves_truth": shares.mean([[_moves(clip)] for clip in run.video]),
+        "moves": shares.mean([_moves(clip) for clip in video]),
+        "moves_truth": shares.mean([_moves(clip) for clip in run.video]),
     }
 
 
@@ -105,7 +105,7 @@ def continue_(run):
     samples = past * run.layout.samples_per_frame
     video, _ = run.complete(lambda video, audio: tasks.continue_(video[None, :past], audio[None, :samples], run.layout))
     true = {f"{key}_truth": value for key, value in _velocity_changes(run, run.video, past).items()}
-    right = shares.mean([[clip["right"]] for clip in run.outcomes(video, run.audio)])
+    right = shares.mean([clip["right"] for clip in run.outcomes(video, run.audio)])
     return _velocity_changes(run, video, past) | true | {"right": right}
 
 
@@ -152,7 +152,7 @@ def rollout(run):
         found = run.outcomes(video[:, start:end], audio[:, start * per_frame : end * per_frame])
         summary = tracker.summarize(found)
         curve["seconds"].append(end / run.fps)
-        curve["right"].append(shares.mean([[clip["right"]] for clip in found]))
+        curve["right"].append(shares.mean([clip["right"] for clip in found]))
         curve["permanence"].append(summary["permanence"])
         curve["size_drift"].append(summary["size_drift"])
     return curve

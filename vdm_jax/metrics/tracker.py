@@ -355,14 +355,15 @@ def _judge(row, ask, kinks, fps):
     return out
 
 
-def summarize(measures):
-    """Returns the means of many results of `measure`, one per clip: {name: Share}, or None where nothing counts."""
+def counts(measures):
+    """Returns what `summarize` pools: {name: [(sum of values in 0..1, number of values) for each result]}."""
 
     def of_objects(key):
-        return shares.mean([[judged[key] for judged in m["objects"]] for m in measures])
+        found = [[judged[key] for judged in m["objects"] if judged[key] is not None] for m in measures]
+        return [(sum(values), len(values)) for values in found]
 
     def of_clips(key, objects=None):
-        return shares.mean([[m[key]] for m in measures if objects in (None, len(m["objects"]))])
+        return [(m[key], 1) if objects in (None, len(m["objects"])) else (0, 0) for m in measures]
 
     return {
         "one_object": of_clips("right", objects=1),
@@ -373,6 +374,11 @@ def summarize(measures):
         "permanence": of_objects("present_share"),
         "size_drift": of_objects("size_drift"),
         "color_drift": of_objects("color_drift"),
-        "sync_impacts": shares.ratio([m["sync_impacts"] for m in measures]),
-        "sync_onsets": shares.ratio([m["sync_onsets"] for m in measures]),
+        "sync_impacts": [m["sync_impacts"] for m in measures],
+        "sync_onsets": [m["sync_onsets"] for m in measures],
     }
+
+
+def summarize(measures):
+    """Returns the means of many results of `measure`, one per clip: {name: Share}, or None where nothing counts."""
+    return {name: shares.pooled(pairs) for name, pairs in counts(measures).items()}
