@@ -243,6 +243,38 @@ def test_drifts_are_seen(easy):
     assert drift["color_drift"] > 0.1
 
 
+@pytest.fixture(scope="module")
+def hidden():
+    """Clips of four seconds with a bar and open sides, where objects leave sight and come back."""
+    source = World(seed=7005, frames=33, **{**PLAIN, "occluder": 1, "leave": 1})
+    return [source[i] for i in range(60)]
+
+
+def test_true_renders_of_the_full_world_reach_the_ceiling(clips):
+    rows = [measure(i["video"], i["audio"], FPS, RATE, ask(i)) for i in clips[0]]
+    found = summarize(rows)
+    assert np.mean([row["right"] for row in rows]) >= 0.99
+    names = ("direction", "count", "permanence", "sync_impacts", "sync_onsets")
+    assert all(found[name] >= 0.99 for name in names), found
+    assert found["size_drift"] < 0.01 and found["empty"] == 0
+
+
+def test_what_is_out_of_sight_is_not_missing_but_must_come_back(hidden):
+    found = [measure(i["video"], i["audio"], FPS, RATE, ask(i)) for i in hidden]
+    assert summarize(found)["permanence"] > 0.99 and summarize(found)["returns"] > 0.95
+    lost = []
+    for item in hidden:
+        visible = item["state"]["visible"][:, 0]
+        gone = np.flatnonzero(visible < 0.3)
+        if len(item["state"]["color"]) > 1 or not len(gone):
+            continue
+        video = item["video"].copy()
+        video[gone[0] :] = 31  # background: the object never comes back
+        lost.append(measure(video, item["audio"], FPS, RATE, ask(item)))
+    judged = [row["returns"] for m in lost for row in m["objects"] if row["returns"] is not None]
+    assert len(judged) > 5 and np.mean(judged) < 0.1
+
+
 def test_sound_out_of_time_is_out_of_sync(clips):
     true, late = [], []
     for item in clips[0][:40]:

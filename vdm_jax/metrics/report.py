@@ -33,6 +33,7 @@ LABELS = {  # key -> (label, unit of the value); %: the value is a share in 0..1
     "count": ("number of objects right", "%"),
     "empty": ("clips that show nothing", "%"),
     "permanence": ("frames that show the object", "%"),
+    "returns": ("objects that come back into sight", "%"),
     "size_drift": ("change of size (less is better)", "%"),
     "color_drift": ("change of color (less is better)", "%"),
     "sync_impacts": ("visible impacts with a sound", "%"),

@@ -14,11 +14,12 @@ import numpy as np
 from scipy import ndimage
 
 from vdm_jax.data.captions import COLORS, DIRECTIONS, SHAPES, direction_of
-from vdm_jax.data.world import AREA, PALETTE, coverage
+from vdm_jax.data.world import AREA, OUTSIDE, PALETTE, coverage
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import shares
 
 VISIBLE = 0.75  # an object is judged where at least this share of it is in sight
+WHOLE = 0.9  # an impact is looked for where at least this share of the object is in sight
 MIN_AREA = 0.010  # share of the frame that the smallest object covers
 MIN_STRENGTH = 0.62  # of the paint's chroma: a half-transparent ghost has less
 MIN_FIT = 0.79  # soft intersection over union of mask and best shape: less has no shape
@@ -27,7 +28,9 @@ SHARE = 0.8  # an object is right if its shape is right in this share of the fra
 MIN_FLUX = 0.08  # mean rise of log(1 + 100 magnitude) over 8 ms: less is no onset
 FLUX_DELAY = 0.0003  # s from the middle of the window at the flux's peak to the onset
 MIN_KINK = 0.12  # frame widths per second: a smaller change of velocity is no impact
+FAINT_KINK = 0.06  # but so small a change may explain an onset
 STEPS = 8  # of Gauss-Newton
+LATE = 0.3  # s, by which an object may come back late
 ABSENT = {"present": False, "shape": -1, "extra": 0}  # values of a track where its object is absent; of floats NaN
 
 _CHROMA = np.array([[1, -0.5, -0.5], [0, 3**0.5 / 2, -(3**0.5) / 2]], np.float32)
@@ -65,13 +68,13 @@ def track(video):
     for n, regions in enumerate(others):
         covered = coverage(shape[n], x - center[n, 0], y - center[n, 1], radius[n]) > 0.3
         extra.append(sum((region & covered).sum() < 0.5 * region.sum() for region in regions))
-    # A sliver of an object fits as a small whole one. Its area is therefore compared with the area in other frames.
+    # A sliver of an object fits as a small whole one. Its area and radius are therefore compared with other frames.
     area, visible = body.sum((1, 2)), seen.astype(np.float64)
     for c in np.unique(color):
-        whole = area[(color == c) & ~cut]
-        sliver = (color == c) & cut
-        largest = np.median(whole) if len(whole) else area[sliver].max()
-        visible[sliver] = np.minimum(visible[sliver], area[sliver] / largest)
+        whole, sliver = (color == c) & ~cut, (color == c) & cut
+        for size in (area, radius**2):
+            largest = np.median(size[whole]) if whole.any() else size[sliver].max()
+            visible[sliver] = np.minimum(visible[sliver], size[sliver] / largest)
     strong = strength > MIN_STRENGTH
     chroma = [pixels.chroma[f][b].mean(0) for f, b in zip(frame, body)]
     found = {
@@ -219,17 +222,19 @@ def _fit_shape(shape, mask, weight, max_radius):
 
 def second_differences(row):
     """Returns the second differences of a track's positions, float [F - 2, 2] in frame widths, NaN if out of sight."""
-    usable = row["present"] & (row["visible"] >= VISIBLE)
+    usable = row["present"] & (row["visible"] >= WHOLE)
     position = np.where(usable[:, None], row["position"], np.nan)
     return position[2:] - 2 * position[1:-1] + position[:-2]
 
 
-def impacts(tracks, fps):
+def impacts(tracks, fps, least=MIN_KINK):
     """Returns the visible changes of velocity: sorted [(time in s, color, change in frame widths per second)].
 
     The second differences of a track are zero, except for gravity and for impacts. An impact between frames f and f + 1
     changes the velocity by d = (d2[f] + d2[f + 1]) * fps, and the shares of d2[f] and d2[f + 1] in it tell the time.
     The largest change is taken out first, until the rest is no more than noise.
+
+    least: change that counts, in frame widths per second
     """
     second = {name: second_differences(row) for name, row in tracks.items()}
     second = {name: d2 for name, d2 in second.items() if len(d2) > 1 and np.isfinite(d2).any()}
@@ -239,12 +244,12 @@ def impacts(tracks, fps):
     found = []
     for name, d2 in second.items():
         d2 = d2 - fall
-        least = max(MIN_KINK / fps, 5 * (1.48 * np.nanmedian(np.abs(d2))))
+        smallest = max(least / fps, 5 * (1.48 * np.nanmedian(np.abs(d2))))
         for _ in range(len(d2)):
             kink = d2[:-1] + d2[1:]
             size = np.nan_to_num(np.linalg.norm(kink, axis=1))
             k = int(size.argmax())
-            if size[k] < least:
+            if size[k] < smallest:
                 break
             share = float(np.clip(d2[k + 1] @ kink[k] / size[k] ** 2, 0, 1))
             found.append(((k + 1 + share) / fps, name, float(size[k] * fps)))
@@ -278,28 +283,29 @@ def onsets(audio, sample_rate):
 def measure(video, audio, fps, sample_rate, objects):
     """Compares a clip, uint8 [F, H, W, 3] and float [N], with the objects that its prompt asks for. Returns a dict:
 
-      objects       [{'present_share', 'shape_right_share', 'right', 'direction_right', 'size_drift', 'color_drift'}],
-                    one dict for each object that is asked for; a drift is None where too little of the object is seen
+      objects       [{'present_share', 'shape_right_share', 'right', 'direction_right', 'size_drift', 'color_drift',
+                    'returns'}], one dict for each object that is asked for. A drift is None where too little of the
+                    object is seen, and 'returns' where the object does not go out of sight early enough to come back
       right         bool, whether all of these objects are right
       count_right   bool, whether the number of objects is right
       empty         bool, whether no object is seen for a quarter of the clip
       sync_impacts  (visible impacts with an onset within one frame, visible impacts)
-      sync_onsets   (onsets with a visible impact within one frame, onsets)
+      sync_onsets   (onsets with a visible impact within one frame, which may be faint; onsets)
 
-    Some frames do not count against an object's shape: frames in which most of the object is out of sight, and frames
-    in which it is absent next to a frame in which a part of it is out of sight. An onset counts only where all objects
-    are in full sight, and not in the first frame or the last two.
+    Some frames do not count against an object's presence and shape: frames in which most of the object is out of sight,
+    and frames in which it is absent next to a frame in which a part of it is out of sight. An onset counts only where
+    all objects are in full sight, and not in the first frame or the last two.
 
     objects: [{'color', 'shape', 'direction'}], words of captions.py; UserError for another word
     """
     tracks, frames = track(video), len(video)
     kinks, heard = impacts(tracks, fps), onsets(audio, sample_rate)
-    judged = [_judge(tracks.get(ask["color"]), ask, kinks, fps) for ask in objects]
+    judged = [_judge(tracks, ask, kinks, fps) for ask in objects]
 
     lasting = [row for row in tracks.values() if row["present"].mean() >= 0.25]
     more = sum((row["extra"] > 0).mean() >= 0.25 for row in lasting)
-    clear = np.all([row["visible"] >= VISIBLE for row in lasting], axis=0) & np.ones(frames, bool)
-    struck = np.array([t for t, *_ in kinks])
+    clear = np.all([row["visible"] >= WHOLE for row in lasting], axis=0) & np.ones(frames, bool)
+    struck, grazed = (np.array([t for t, *_ in found]) for found in (kinks, impacts(tracks, fps, FAINT_KINK)))
     counted = [t for t in heard if 1 <= t * fps < frames - 2 and clear[int(t * fps) - 1 : int(t * fps) + 3].all()]
 
     def partners(times, others):
@@ -311,17 +317,18 @@ def measure(video, audio, fps, sample_rate, objects):
         "count_right": len(lasting) + more == len(objects),
         "empty": not lasting,
         "sync_impacts": (partners(struck, heard), len(struck)),
-        "sync_onsets": (partners(counted, struck), len(counted)),
+        "sync_onsets": (partners(counted, grazed), len(counted)),
     }
 
 
-def _judge(row, ask, kinks, fps):
-    """Returns what `measure` says of one object. row: the track of its color, or None; ask: the object's words."""
+def _judge(tracks, ask, kinks, fps):
+    """Returns what `measure` says of one object. ask: the object's words."""
+    row = tracks.get(ask["color"])
     for key, known in (("color", COLORS), ("shape", SHAPES), ("direction", DIRECTIONS)):
         if ask[key] not in known:
             raise UserError(f"tracker: {key} {ask[key]!r} unknown; use one of {', '.join(known)}")
     out = dict(present_share=0.0, shape_right_share=0.0, right=False, direction_right=False)
-    out |= dict(size_drift=None, color_drift=None)
+    out |= dict(size_drift=None, color_drift=None, returns=None)
     if row is None or not row["present"].any():
         return out
     there, visible = row["present"], row["visible"]
@@ -330,10 +337,14 @@ def _judge(row, ask, kinks, fps):
     at = np.flatnonzero(there)
     place = np.searchsorted(at, np.arange(frames))
     before, after = at[np.maximum(place - 1, 0)], at[np.minimum(place, len(at) - 1)]
-    missing = ~there & (np.minimum(visible[before], visible[after]) >= 0.9)
-    good = clear & (row["shape"] == SHAPES.index(ask["shape"]))
-    out["present_share"] = float(there.mean())
-    out["shape_right_share"] = float(good.sum() / max((clear | missing).sum(), frames / 5))
+    missing = ~there & (np.minimum(visible[before], visible[after]) >= 0.9)  # and not out of sight
+    good = there & (row["shape"] == SHAPES.index(ask["shape"]))
+    judged = (clear | missing).sum()
+    few = max(0, frames / 5 - judged)  # so many frames in which a part of it is in sight count, too
+    out["present_share"] = float(there.sum() / (there | missing).sum())
+    right = (good & clear).sum() + min(few, (good & ~clear).sum())
+    out["shape_right_share"] = float(right / (judged + few))
+    out["returns"] = _returns(row, [other for color, other in tracks.items() if color != ask["color"]], fps)
     out["right"] = bool(out["shape_right_share"] >= SHARE)
 
     hit = min([t for t, name, _ in kinks if name == ask["color"]], default=math.inf)
@@ -355,6 +366,27 @@ def _judge(row, ask, kinks, fps):
     return out
 
 
+def _returns(row, others, fps):
+    """Returns whether an object that goes out of sight comes back in its old shape; None where it need not yet.
+
+    It needs at most the time to go OUTSIDE past the edge and back, at the sideways speed that it had before, and LATE
+    more. That is longer than the way behind an occluder. If another object is out of sight, too, they may meet there.
+    """
+    there, visible, frames = row["present"], row["visible"], len(row["present"])
+    gone = [f for f in range(2, frames) if not there[f] and there[f - 1] and visible[f - 1] < VISIBLE]
+    if not gone:
+        return None
+    seen = np.flatnonzero(there[: gone[0]])
+    steps = np.abs(np.diff(row["position"][seen, 0])) / np.diff(seen)  # sideways, in frame widths a frame
+    speed = np.median(steps[-4:]) * fps if len(steps) else 0.0
+    late = gone[0] + (2 * OUTSIDE / max(speed, 1e-3) + LATE) * fps
+    back = np.flatnonzero(there[gone[0] :]) + gone[0]
+    if (row["shape"][back] == row["shape"][seen[0]]).any():
+        return True
+    meets = any(not other["present"][gone[0] :].all() for other in others)
+    return False if late < frames and not meets else None
+
+
 def counts(measures):
     """Returns what `summarize` pools: {name: [(sum of values in 0..1, number of values) for each result]}."""
 
@@ -372,6 +404,7 @@ def counts(measures):
         "count": of_clips("count_right"),
         "empty": of_clips("empty"),
         "permanence": of_objects("present_share"),
+        "returns": of_objects("returns"),
         "size_drift": of_objects("size_drift"),
         "color_drift": of_objects("color_drift"),
         "sync_impacts": [m["sync_impacts"] for m in measures],
