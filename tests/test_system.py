@@ -82,7 +82,8 @@ def test_every_recipe_fits_together(recipe):
     config = recipe.get_config()
     sizes = layout(config)
     assert sizes.frames == 1 + sizes.f_t * (sizes.latent_frames - 1)
-    assert set(codec.make_models(config, sizes)) == set(STAGES)
+    teacher = {"teacher"} if config.denoiser.model.student else set()
+    assert set(codec.make_models(config, sizes)) == set(STAGES) | teacher
     with pytest.raises((AttributeError, KeyError)):
         config.denoiser.stps = 3  # locked
 

@@ -1,12 +1,14 @@
 """Whether samples are copies of training clips: how near the nearest training clip is, beside held-out clips."""
 
 import functools
+import logging
 
 import jax
 import numpy as np
 
 from vdm_jax.data import batches
-from vdm_jax.run.progress import progress
+
+logger = logging.getLogger("vdm_jax")
 
 BATCH = 64  # clips that are encoded at once
 DRAWS = 2000  # of the bootstrap
@@ -36,12 +38,11 @@ def measure(pipe, samples, held_out, count):
     steps = -(-count // BATCH)
     training = batches.batches(examples, batch_size=BATCH, seed=config.seed, start=0, stop=steps, data=config.data)
     nearest = {"samples": np.full(len(made), np.inf), "held_out": np.full(len(true), np.inf)}
-    with progress("looking for copies", steps * BATCH, "clip") as advance:
-        for batch in training:
-            z = np.asarray(encode(batch["video"]))
-            for name, clips in (("samples", made), ("held_out", true)):
-                nearest[name] = np.minimum(nearest[name], distances(clips, z).min(1))
-            advance(BATCH)
+    logger.info("looking for copies of %d training clips", steps * BATCH)
+    for batch in training:
+        z = np.asarray(encode(batch["video"]))
+        for name, clips in (("samples", made), ("held_out", true)):
+            nearest[name] = np.minimum(nearest[name], distances(clips, z).min(1))
     return compare(**nearest) | {"training_clips": steps * BATCH}
 
 
