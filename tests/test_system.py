@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import choices, common, files, t2v_300m, t2v_pod, world, world_tiny, world_tiny_4step
+from configs import choices, common, files, speed_run, t2v_300m, t2v_pod, world, world_tiny, world_tiny_4step
 from tests import tiny
 from tests.helpers import weights
 from vdm_jax import bench, evaluate, overview, sample, sharding, train
@@ -76,7 +76,9 @@ def test_an_unknown_choice_is_named():
 
 
 @pytest.mark.parametrize(
-    "recipe", [common, files, t2v_300m, t2v_pod, world, world_tiny, world_tiny_4step, tiny], ids=lambda r: r.__name__
+    "recipe",
+    [common, files, speed_run, t2v_300m, t2v_pod, world, world_tiny, world_tiny_4step, tiny],
+    ids=lambda r: r.__name__,
 )
 def test_every_recipe_fits_together(recipe):
     config = recipe.get_config()
