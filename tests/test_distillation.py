@@ -1,5 +1,6 @@
 """The student of few steps: its targets against closed forms of Gaussian clips, and a tiny student from end to end."""
 
+import re
 import shutil
 
 import jax
@@ -14,7 +15,7 @@ from vdm_jax import sample, train, weights
 from vdm_jax.diffusion import alpha_sigma, broadcast_to_latent
 from vdm_jax.errors import UserError
 from vdm_jax.pipeline import load
-from vdm_jax.system import distillation
+from vdm_jax.system import build, distillation
 
 MEAN, SPREAD = 0.7, 0.4  # of every element of a clip
 LEVELS = {"video": jnp.asarray([[-9.0, -9.0, 3.0], [-2.0, -9.0, 3.0], [12.0, 1.0, 3.0], [12.0, 12.0, 3.0]])}
@@ -98,6 +99,18 @@ def test_a_perfect_student_meets_its_targets_and_a_copy_of_the_teacher_does_not(
     assert perfect < 0.2 * copy
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [(dict(steps=(4,)), "steps=(4,)"), (dict(steps=(4, 12)), "steps=(4, 12)"), (dict(steps=(8, 4)), "steps=(8, 4)")]
+    + [(dict(teacher_share=share), f"teacher_share={share} of 4 clips") for share in (0.0, 1.0, 2.0)],
+)
+def test_settings_that_leave_a_target_out(changes, message):
+    config = tiny.get_config("student")
+    config.denoiser.distillation.update(changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        build(config)
+
+
 def test_guidance_follows_the_task_of_each_clip():
     """Clips 0 to 2: nothing given; both beginnings; all of the sound."""
     weights = ConfigDict(dict(text=4.0, text_continue=1.0, text_cross_modal=2.5, history=1.5, modality=1.0))
@@ -141,6 +154,8 @@ def test_a_student_is_trained_from_a_teacher_and_sampled(command, tiny_run, tmp_
     assert pipe.for_steps() is pipe.for_steps(4) is pipe.for_steps(9, student=True) is pipe.student
     few = pipe("a red circle", steps=2, guidance=1.0)
     np.testing.assert_array_equal(few.video, pipe.student("a red circle", steps=2, guidance=1.0).video)
+    made = command(sample, f"--weights={teacher}", *clip, "--student", "--teacher", f"--out={tmp_path}/g.mp4")
+    assert made.code == 2 and "only one of --student and --teacher" in made.err[-1]
     with pytest.raises(UserError, match="have no student"):
         pipe.student("a red circle", student=True)
 

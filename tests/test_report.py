@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vdm_jax.metrics.report import LABELS, OUTCOMES, format_table, write_report
-from vdm_jax.metrics.shares import Share
+from vdm_jax.metrics.shares import Difference, Share
 
 SETTINGS = {"prompts": 64, "weights": "<reference> & more"}
 
@@ -81,6 +81,15 @@ def test_shares_have_their_interval_beside_them(tmp_path, metrics):
     (low, high), nothing = read["intervals"]["tasks"]["rollout"]["right"]
     assert 0.89 < low < high <= 1 and nothing is None
     assert read["intervals"]["samples"] == {"one_object": [Share(0.75, 64).low, Share(0.75, 64).high]}
+
+
+def test_differences_stand_in_columns(metrics):
+    rows = {"one_object": Difference(-0.0125, -0.034, 0.01), "two_objects": None}
+    metrics["differences"] = {"ddim 4": rows, "dpmpp_2m 16": rows}
+    lines = format_table(metrics).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("Difference to"))
+    assert lines[start + 1].split("  ")[-1].strip().startswith("-1.2 (-3.4 to +1.0)")
+    assert len(lines[start]) == len(lines[start + 1]) == len(lines[start + 2])
 
 
 def test_table_in_the_terminal(metrics):

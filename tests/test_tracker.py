@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from vdm_jax.data.captions import COLORS, DIRECTIONS, SHAPES, asked
-from vdm_jax.data.world import World
+from vdm_jax.data.world import PALETTE, World
 from vdm_jax.errors import UserError
 from vdm_jax.metrics.tracker import VISIBLE, impacts, measure, onsets, summarize, track
 
@@ -273,6 +273,17 @@ def test_what_is_out_of_sight_is_not_missing_but_must_come_back(hidden):
         lost.append(measure(video, item["audio"], FPS, RATE, ask(item)))
     judged = [row["returns"] for m in lost for row in m["objects"] if row["returns"] is not None]
     assert len(judged) > 5 and np.mean(judged) < 0.1
+
+
+def test_an_object_that_another_swallows_is_missing(easy):
+    """Only an occluder or the edge of the frame hides an object, and not another object."""
+    item = next(i for i in easy if COLORS[i["state"]["color"][0]] != "cyan")
+    video = item["video"].copy()
+    x = int(item["state"]["position"][7, 0, 0] * 32)
+    video[7, :, x:][video[7, :, x:].max(-1) - video[7, :, x:].min(-1) > 40] = PALETTE["cyan"]
+    video[8:] = 31  # background
+    found = measure(video, item["audio"], FPS, RATE, ask(item))["objects"][0]
+    assert found["present_share"] < 0.5 and not found["right"]
 
 
 def test_sound_out_of_time_is_out_of_sync(clips):

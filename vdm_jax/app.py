@@ -213,8 +213,8 @@ def page(pipe, folder, source):
         try:
             form = dict(zip(FIELDS, values, strict=True))
             form |= {field: form[field] and form[field]["path"] for field in FILES}
-            maker = pipe.for_steps(int(form["steps"] or 1))
-            arguments, command = request(form, maker.config, source)
+            arguments, command = request(form, config, source)
+            maker = pipe.for_steps(arguments["steps"])
             maker.begin()
             job = worker.submit(maker.make, arguments)
             while not concurrent.futures.wait([job], timeout=0.2).done:

@@ -7,8 +7,8 @@
         [--history_noise=0 --context_noise=0.02 --lag=0]
     python -m vdm_jax.sample --prompts=file.txt --out=FOLDER
 
-Without --workdir and --weights the reference weights of this package are used. Where the weights have a student, up to
-4 steps are the student's, and more the teacher's; --student or --teacher decides otherwise.
+Without --workdir and --weights the reference weights of this package are used. Where the weights have a student, it
+makes clips in as few steps as its recipe has, and its teacher those in more; --student or --teacher decides otherwise.
 
 --image     becomes the first frame of the clip
 --video     gets a sound
@@ -78,9 +78,10 @@ def main(argv):
 
 def load_pipeline(options, stages=STAGES):
     """The Pipeline that the flags name, or its student, with the sampler's flags in its config. Raises UserError."""
-    pipe = load(cli.weights_folder(options), stages=stages)
-    chosen = True if options.student else False if options.teacher else None
-    pipe = pipe.for_steps(options["steps"].value, chosen)
+    if options.student and options.teacher:
+        raise UserError("give only one of --student and --teacher")
+    chosen = options.student if options.student or options.teacher else None
+    pipe = load(cli.weights_folder(options), stages=stages).for_steps(options["steps"].value, chosen)
     cli.use_cache(pipe.config)
     settings = pipe.config.sample
     settings.update({key: options[key].value for key in SAMPLER if options[key].value is not None})

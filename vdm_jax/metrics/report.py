@@ -130,11 +130,14 @@ def format_table(metrics: Mapping) -> str:
     tables = _tables(metrics)
     width = max(len(text) for title, _, rows in tables for text in [title, *(label for label, _ in rows)])
 
-    def line(label, cells):
-        return (f"{label:<{width}}" + "".join(f" {text:>14}" for text in cells)).rstrip()
+    def block(title, columns, rows):
+        lines = [(title, columns), *rows]
+        cell = max(14, *(len(text) for _, cells in lines for text in cells))
+        return "\n".join(
+            (f"{label:<{width}}" + "".join(f" {x:>{cell}}" for x in cells)).rstrip() for label, cells in lines
+        )
 
-    blocks = ([line(title, columns), *(line(*row) for row in rows)] for title, columns, rows in tables)
-    return "\n\n".join("\n".join(lines) for lines in blocks)
+    return "\n\n".join(block(*table) for table in tables)
 
 
 _STYLE = """

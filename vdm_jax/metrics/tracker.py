@@ -31,7 +31,12 @@ MIN_KINK = 0.12  # frame widths per second: a smaller change of velocity is no i
 FAINT_KINK = 0.06  # but so small a change may explain an onset
 STEPS = 8  # of Gauss-Newton
 LATE = 0.3  # s, by which an object may come back late
-ABSENT = {"present": False, "shape": -1, "extra": 0}  # values of a track where its object is absent; of floats NaN
+ABSENT = {
+    "present": False,
+    "shape": -1,
+    "cut": False,
+    "extra": 0,
+}  # values of a track where its object is absent; of floats NaN
 
 _CHROMA = np.array([[1, -0.5, -0.5], [0, 3**0.5 / 2, -(3**0.5) / 2]], np.float32)
 _VECTORS = (np.array([PALETTE[c] for c in COLORS], np.float32) / 255) @ _CHROMA.T  # [colors, 2]
@@ -48,6 +53,7 @@ def track(video):
       position  float [F, 2], of the center, in frame widths
       radius    float [F], in frame widths
       visible   float [F], share of the fitted shape that is in sight, in 0..1
+      cut       bool [F], whether it touches an occluder or the edge of the frame
       hue       float [F], in radians
       extra     int [F], number of further objects of this color
 
@@ -83,6 +89,7 @@ def track(video):
         "position": center / (width, height),
         "radius": radius / height,
         "visible": visible,
+        "cut": cut,
         "hue": np.array([math.atan2(v, u) for u, v in chroma]),
         "extra": np.array(extra),
     }
@@ -293,8 +300,8 @@ def measure(video, audio, fps, sample_rate, objects):
       sync_onsets   (onsets with a visible impact within one frame, which may be faint; onsets)
 
     Some frames do not count against an object's presence and shape: frames in which most of the object is out of sight,
-    and frames in which it is absent next to a frame in which a part of it is out of sight. An onset counts only where
-    all objects are in full sight, and not in the first frame or the last two.
+    and frames in which it is absent next to a frame in which an occluder or the edge hides a part of it. An onset
+    counts only where all objects are in full sight, and not in the first frame or the last two.
 
     objects: [{'color', 'shape', 'direction'}], words of captions.py; UserError for another word
     """
@@ -337,7 +344,8 @@ def _judge(tracks, ask, kinks, fps):
     at = np.flatnonzero(there)
     place = np.searchsorted(at, np.arange(frames))
     before, after = at[np.maximum(place - 1, 0)], at[np.minimum(place, len(at) - 1)]
-    missing = ~there & (np.minimum(visible[before], visible[after]) >= 0.9)  # and not out of sight
+    hidden = row["cut"] & (visible < WHOLE)
+    missing = ~there & ~hidden[before] & ~hidden[after]  # and not out of sight
     good = there & (row["shape"] == SHAPES.index(ask["shape"]))
     judged = (clear | missing).sum()
     few = max(0, frames / 5 - judged)  # so many frames in which a part of it is in sight count, too
@@ -373,7 +381,8 @@ def _returns(row, others, fps):
     more. That is longer than the way behind an occluder. If another object is out of sight, too, they may meet there.
     """
     there, visible, frames = row["present"], row["visible"], len(row["present"])
-    gone = [f for f in range(2, frames) if not there[f] and there[f - 1] and visible[f - 1] < VISIBLE]
+    partly = row["cut"] & (visible < VISIBLE)
+    gone = [f for f in range(2, frames) if not there[f] and partly[f - 1]]
     if not gone:
         return None
     seen = np.flatnonzero(there[: gone[0]])

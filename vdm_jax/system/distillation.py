@@ -1,8 +1,8 @@
 """Distillation: a student learns to make the clips of a teacher in a few steps, with one row of the network a step.
 
 The student is a denoiser that also reads where a step goes: `cond["next_log_snr"]`, the noise level after the step. It
-predicts the x0 with which a DDIM step arrives where the teacher would be, instead of the x0 that is most likely here.
-Its targets are of two kinds (shortcut models, arXiv:2410.12557, as in Dreamer 4, arXiv:2509.24527, section 3.2):
+predicts the x0 with which a DDIM step arrives where the teacher would be. (A teacher predicts the mean of all x0.) The
+targets are of two kinds (shortcut models, arXiv:2410.12557, as in Dreamer 4, arXiv:2509.24527):
 
 - For the shortest step, the x0 of the teacher. The teacher is a frozen denoiser with all its guidance, so that the
   student needs none.
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from vdm_jax import diffusion, samplers
 from vdm_jax.diffusion import alpha_sigma, broadcast_to_latent
+from vdm_jax.errors import UserError
 
 
 def next_levels(levels, log_snr):
@@ -33,10 +34,28 @@ def next_levels(levels, log_snr):
     return {name: leaf(levels[name], log_snr[name]) for name in log_snr}
 
 
+def check(config):
+    """Raises UserError for settings in config.denoiser.distillation that leave a kind of target out."""
+    settings, rows = config.distillation, config.batch_size // config.accumulate
+    steps = settings.steps
+    if len(steps) < 2 or steps[0] < 1 or any(2 * a != b for a, b in zip(steps, steps[1:])):
+        raise UserError(f"denoiser.distillation.steps={steps}: give two or more, each half of the next, such as (4, 8)")
+    if not 0 < _taught(rows, settings) < rows:
+        raise UserError(
+            f"denoiser.distillation.teacher_share={settings.teacher_share} of {rows} clips must leave clips for the "
+            "teacher and for the student: use 0.75 and 4 clips or more"
+        )
+
+
+def _taught(rows, settings):
+    """The number of rows whose target is the teacher's."""
+    return round(rows * settings.teacher_share)
+
+
 def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     """Returns the loss of the student on clean latents: (float32 scalar, metrics).
 
-    It is the squared error of x0, weighted by 0.9 (1 - t) + 0.1 (arXiv:2509.24527, section 3.2).
+    It is the squared error of x0, weighted by 0.9 (1 - t) + 0.1 (arXiv:2509.24527).
 
     student_fn, teacher_fn: (z_t, log_snr, cond) -> a prediction of the target, a dict like z_t.
     z: clean latents of both modalities, [B, ...].
@@ -46,8 +65,8 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     settings, process = config.distillation, config.diffusion
     t_key, noise_key, guidance_key = jax.random.split(key, 3)
     batch = len(z["video"])
-    taught = round(batch * settings.teacher_share)  # rows that the teacher has the target of
-    *fewer, shortest = sorted(settings.steps)
+    taught = _taught(batch, settings)
+    *fewer, shortest = settings.steps
     own = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]
     steps = jnp.concatenate([jnp.full(taught, shortest), own])[:, None]  # in a clip, [B, 1]
 

@@ -31,7 +31,7 @@ class Stage(NamedTuple):
 
 
 def make_stages(codec):
-    """{name: Stage} of the four stages of a Codec. Raises UserError for a wrong `remat`."""
+    """{name: Stage} of the four stages of a Codec. Raises UserError for wrong settings."""
     config, layout = codec.config, codec.layout
     inits = init_fns(codec.models, config, layout)
     params = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in inits.items()}
@@ -75,6 +75,7 @@ def make_stages(codec):
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
     encoders = {name: params[name] for name in STAGES[:3]}
     if "teacher" in params:
+        distillation.check(config.denoiser)
         encoders["teacher"] = params["teacher"]
     encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
     reconstructed = {m: previews.reconstruction(codec, m) for m in ("video", "audio")}
@@ -185,7 +186,9 @@ def encode_batch(codec, encoder_params, batch):
 
 
 def denoiser_loss(codec, params, key, batch, encoder_params):
-    """The denoising loss, and the loss of hard negatives where the batch has any. -> (scalar, metrics).
+    """The denoising loss, with the loss of hard negatives where the batch has any. -> (scalar, metrics).
+
+    A student has the loss of distillation.py instead.
 
     batch: clips, or what `encode_batch` made of them, in half precision.
     """
@@ -196,13 +199,13 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
         batch = jax.lax.stop_gradient(encode_batch(codec, encoder_params, batch))
     z, encoded_text = batch["z"], batch["text"]
     drop_key, key = jax.random.split(key)
-    cond = drop_text(drop_key, encoded_text, codec.encode_null_text(encoder_params), settings.text_dropout)
+    null = codec.encode_null_text(encoder_params)
     denoise_fn = functools.partial(codec.apply_fn("denoiser"), params)
     if "teacher" in encoder_params:
         teacher_fn = functools.partial(codec.apply, "teacher", encoder_params)
-        null = codec.encode_null_text(encoder_params)
         loss, metrics = distillation.loss(denoise_fn, teacher_fn, key, z, encoded_text, null, settings)
         return loss, {"loss": loss, **metrics}
+    cond = drop_text(drop_key, encoded_text, null, settings.text_dropout)
     if hard_negatives.FIELD not in batch:
         loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
         return loss, {"loss": loss, **metrics}
