@@ -275,6 +275,17 @@ def test_what_is_out_of_sight_is_not_missing_but_must_come_back(hidden):
     assert len(judged) > 5 and np.mean(judged) < 0.1
 
 
+def test_a_ghost_at_the_edge_does_not_have_to_come_back(easy):
+    """A faint blob that touches the edge is no object, in any frame."""
+    item = next(i for i in easy if COLORS[i["state"]["color"][0]] == "red")
+    video = np.full((17, 32, 32, 3), 31, np.uint8)
+    video[:4, 8:20, :5] = (90, 31, 31)
+    found = measure(video, item["audio"], FPS, RATE, ask(item))["objects"][0]
+    assert found["returns"] is None and found["present_share"] == 0
+    video[8:, 10:20, 10:20] = PALETTE["red"]  # later there is one
+    assert measure(video, item["audio"], FPS, RATE, ask(item))["objects"][0]["returns"] is None
+
+
 def test_an_object_that_another_swallows_is_missing(easy):
     """Only an occluder or the edge of the frame hides an object, and not another object."""
     item = next(i for i in easy if COLORS[i["state"]["color"][0]] != "cyan")

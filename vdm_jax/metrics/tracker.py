@@ -381,7 +381,7 @@ def _returns(row, others, fps):
     more. That is longer than the way behind an occluder. If another object is out of sight, too, they may meet there.
     """
     there, visible, frames = row["present"], row["visible"], len(row["present"])
-    partly = row["cut"] & (visible < VISIBLE)
+    partly = there & row["cut"] & (visible < VISIBLE)
     gone = [f for f in range(2, frames) if not there[f] and partly[f - 1]]
     if not gone:
         return None
