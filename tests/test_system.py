@@ -6,7 +6,18 @@ import jax
 import numpy as np
 import pytest
 
-from configs import choices, common, files, speed_run, t2v_300m, t2v_pod, world, world_tiny, world_tiny_4step
+from configs import (
+    choices,
+    common,
+    files,
+    speed_run,
+    t2v_300m,
+    t2v_pod,
+    world,
+    world_tiny,
+    world_tiny_4step,
+    world_words,
+)
 from tests import tiny
 from tests.helpers import weights
 from vdm_jax import bench, evaluate, overview, sample, sharding, train
@@ -77,7 +88,7 @@ def test_an_unknown_choice_is_named():
 
 @pytest.mark.parametrize(
     "recipe",
-    [common, files, speed_run, t2v_300m, t2v_pod, world, world_tiny, world_tiny_4step, tiny],
+    [common, files, speed_run, t2v_300m, t2v_pod, world, world_tiny, world_tiny_4step, world_words, tiny],
     ids=lambda r: r.__name__,
 )
 def test_every_recipe_fits_together(recipe):

@@ -1,0 +1,47 @@
+"""The tiny world in the words people use: the recipe that is to follow world_tiny.py as that of the shipped weights.
+
+    python -m vdm_jax.train --config=configs/world_words.py --workdir=runs/world_words
+
+The denoiser learns from single frames first, then from short clips, then from whole ones. Not yet run to its end.
+"""
+
+from configs import world_tiny
+from vdm_jax.data import captions
+
+LOOKS = (captions.COLOR_WORDS, captions.SHAPE_WORDS)
+STEPS = (2500, 3000, 9500)  # of the denoiser: single frames, short clips, whole clips
+
+
+def get_config():
+    config = world_tiny.get_config()
+    config.unlock()
+
+    config.data.world.update(wordings=0.7, undirected=0.3)
+    config.clip.steps = 3000
+    config.clip.hard_negatives.words = (*LOOKS, *captions.DIRECTION_WORDS)
+
+    denoiser = config.denoiser
+    denoiser.update(steps=sum(STEPS), learning_rate=5e-3)
+    denoiser.model.use_bias = False
+    denoiser.hard_negatives.words = ()
+    frames = {
+        "data.frames": 1,
+        "denoiser.batch_size": 96,
+        "denoiser.cached_clips": 32768,
+        "denoiser.learning_rate": 6e-3,
+        "denoiser.ema": 0.998,
+        "denoiser.diffusion.shift": 0.4,
+        "denoiser.diffusion.sigmoid_bias": -2.0,
+        "denoiser.diffusion.patterns": {"text": 0.9, "per_modality": 0.1},
+    }
+    short = {
+        "data.frames": 9,
+        "denoiser.batch_size": 48,
+        "denoiser.diffusion.patterns": {"text": 0.8, "per_modality": 0.1, "per_frame": 0.05, "image": 0.05},
+    }
+    denoiser.phases = tuple(
+        {"share": steps / sum(STEPS), **settings} for steps, settings in zip(STEPS, (frames, short, {}))
+    )
+
+    config.lock()
+    return config
