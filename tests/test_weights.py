@@ -10,6 +10,7 @@ from tests import tiny
 from tests.conftest import write_run
 from tests.test_checkpoint import equal, flip
 from vdm_jax import train, weights
+from vdm_jax.data import batches
 from vdm_jax.errors import UserError
 from vdm_jax.run import checksums
 from vdm_jax.run import folder as run_folder
@@ -144,3 +145,17 @@ def test_the_reference_weights_are_those_of_their_recipe():
         assert known == recipe[part].to_dict()
     assert checksums.check(run_folder.REFERENCE) > 1e6
     assert run_folder.load(None, build).steps["denoiser"] == recipe.denoiser.steps
+
+
+# Of the reference weights, on four held-out clips. Other weights with the same settings have other losses.
+LOSSES = {"video_autoencoder": 0.0120864, "audio_autoencoder": 0.0997274, "clip": 0.137986, "denoiser": 0.399417}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_reference_weights_have_their_losses(name):
+    weights = run_folder.load(None, build)
+    config, stage = weights.system.config, weights.system.stages[name]
+    examples = batches.Examples(batches.source(config, "held_out"), config.data.text_length, stage.make_hard_negative)
+    batch = examples.take(range(4))
+    loss, _ = jax.jit(stage.loss)(weights.params[name], jax.random.key(0), batch, weights.params)
+    np.testing.assert_allclose(loss, LOSSES[name], rtol=1e-4)
