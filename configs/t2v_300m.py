@@ -10,7 +10,7 @@ Compiled for v5e:2x4, 8 clips a chip: 2.66 of 16 GiB, and at least 63.0 ms a ste
 assumed 40 % of the peak.
 Timed on one H200, 64 clips a step: 201 ms, 484 TFLOP/s, 48.9 % of the peak
 (`python -m vdm_jax.bench --config=configs/t2v_300m.py`).
-docs/performance.md has other batch sizes, other shapes and the cost of encoding.
+docs/performance.md has other batch sizes, other designs and the cost of encoding.
 """
 
 from configs import common
