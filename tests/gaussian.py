@@ -7,7 +7,7 @@ import numpy as np
 from vdm_jax import diffusion
 
 FRAMES = 3  # latent frames
-TOKENS = 2  # audio tokens per latent frame
+TOKENS = 2  # sound tokens per latent frame
 
 
 def flat(z):

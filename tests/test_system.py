@@ -113,7 +113,7 @@ WRONG = {  # changes -> the message holds these words, and what it names works
     "odd latents": ({"data.size": 20}, "5x5 places"),
     "odd tokens": (
         {"audio_autoencoder.model.patch": 100, "denoiser.model.time_strides": (1,)},
-        "1 audio tokens per latent frame",
+        "1 sound tokens per latent frame",
     ),
     "clip patch": ({"clip.model.video.patch": 5}, "clip.model.video.patch"),
     "stft windows": ({"audio_autoencoder.stft_windows": (64, 2048)}, "stft_windows"),

@@ -10,7 +10,7 @@ is a noisy frame, and a high log_snr a clean one:
 
 The noise level is an array. Every latent frame of each modality has its own:
 
-    z_t     = {"video": [B, T, h, w, C], "audio": [B, K*T, D]}     K audio tokens per latent frame; x, eps alike
+    z_t     = {"video": [B, T, h, w, C], "audio": [B, K*T, D]}     K sound tokens per latent frame; x, eps alike
     log_snr = {"video": [B, T],          "audio": [B, T]}
 
 Functions of latents take one array or a dict of arrays by modality; the loss and `noise_like` take only dicts, and

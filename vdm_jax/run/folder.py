@@ -193,7 +193,10 @@ def load(source, build, stages=None, unverified=False):
             checksums.check(source)
         except checksums.Missing as error:
             if not unverified:
-                raise UserError(f"{error}, or import the weights with python -m vdm_jax.weights --unverified") from None
+                raise UserError(
+                    f"{error}, or import the weights with python -m vdm_jax.weights import --unverified "
+                    f"--weights={source} --workdir=NEW"
+                ) from None
         read = {stage: read_safetensors(source / f"{stage}.safetensors", tree) for stage, tree in expected.items()}
     else:
         read = {stage: read_params(source, stage, tree) for stage, tree in expected.items()}

@@ -148,7 +148,7 @@ class Codec:
     def pad_audio(self, audio):
         """[B, N] -> [B, T * f_t * samples_per_frame], with f_t - 1 video frames of silence before frame 0.
 
-        The first latent frame holds one video frame, but its audio tokens cover the length of f_t frames.
+        The first latent frame holds one video frame, but its sound tokens cover the length of f_t frames.
         """
         return jnp.pad(audio, ((0, 0), ((self.layout.f_t - 1) * self.layout.samples_per_frame, 0)))
 

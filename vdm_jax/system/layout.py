@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     latent_frames: int  # T
     latent_fps: float  # latent frames per second
     video: tuple[int, int, int]  # h, w, C: height, width and channels of a video latent frame
-    audio: tuple[int, int]  # K, D: audio tokens per latent frame, and their channels
+    audio: tuple[int, int]  # K, D: sound tokens per latent frame, and their channels
 
     @property
     def latent_shapes(self):
@@ -72,13 +72,13 @@ def layout(config):
 
     f_t = math.prod(video.time_strides)  # video frames per latent frame
     f_s = video.patch * math.prod(video.space_strides)  # pixels per latent, in height and in width
-    hop = audio.patch * math.prod(audio.strides)  # samples per audio token
+    hop = audio.patch * math.prod(audio.strides)  # samples per sound token
     per_frame = data.sample_rate // data.fps
     if data.size % f_s:
         raise UserError(f"data.size={data.size} is not a multiple of {f_s}: use {data.size // f_s * f_s or f_s}")
     if per_frame * f_t % hop:
         raise UserError(
-            f"a latent frame of {per_frame * f_t} samples is no multiple of the {hop} samples of an audio token: "
+            f"a latent frame of {per_frame * f_t} samples is no multiple of the {hop} samples of a sound token: "
             "change audio_autoencoder.model.patch or strides, or data.sample_rate"
         )
     if data.size % config.clip.model.video.patch:
@@ -134,7 +134,7 @@ def _check_lengths(stage, model):
 def _check_halvings(denoiser, side, tokens):
     """Raises UserError unless the latents halve as often as the denoiser asks.
 
-    side: height and width of the video latents. tokens: K, audio tokens a latent frame.
+    side: height and width of the video latents. tokens: K, sound tokens a latent frame.
     """
     halvings = len(denoiser.channels) - 1
     if side % denoiser.patch:
@@ -150,6 +150,6 @@ def _check_halvings(denoiser, side, tokens):
     for i in range(1, halvings + 1):
         if tokens * math.prod(denoiser.time_strides[:i]) % 2**i:
             raise UserError(
-                f"{tokens} audio tokens per latent frame do not halve {i} times: use fewer denoiser resolutions "
+                f"{tokens} sound tokens per latent frame do not halve {i} times: use fewer denoiser resolutions "
                 "or another audio_autoencoder.model.patch or strides"
             )
