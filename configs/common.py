@@ -207,7 +207,7 @@ def get_config():
             guidance=ConfigDict(  # scales of guidance; 1 adds nothing
                 dict(
                     text=4.0,
-                    text_continue=1.0,  # of the text where a clip is continued; more bends the motion
+                    text_continue=1.0,  # of the text where a clip is continued; a high weight alters the motion
                     text_cross_modal=2.5,  # of the text where the picture or the sound is context as a whole
                     history=1.0,  # of the context frames
                     modality=1.0,  # of the sound on the picture, and of the picture on the sound

@@ -1,4 +1,4 @@
-"""A student of the reference weights: clips in 4 steps, with one row of the network a step.
+"""A student of the reference weights: clips in 4 steps, with one network evaluation in a step.
 
     python -m vdm_jax.weights import --weights=reference --config=configs/world_tiny_4step.py --workdir=runs/student
     python -m vdm_jax.train --config=configs/world_tiny_4step.py --workdir=runs/student --stage=denoiser
