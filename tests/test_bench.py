@@ -40,10 +40,6 @@ def test_figures_agree(command, tmp_path, part, more):
     assert low <= result["step_ms"] <= high
     if part == "sample":
         assert result["method"] == "heun" and result["denoise_ms"] == result["step_ms"] / 2
-    elif "--stage=denoiser" in more:
-        assert result["data_examples_per_s"] > 0
-    elif part == "train":
-        assert result["data_examples_per_s"] is None and "is not timed: data.tfds.name" in done.err[-1]
 
 
 def test_twice_the_steps_need_almost_twice_the_flops(command, tmp_path):

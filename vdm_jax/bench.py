@@ -3,27 +3,21 @@
     python -m vdm_jax.bench --config=configs/world.py [--part=train|sample|encode|data] [--stage=denoiser]
         [--repeats=10] [--steps=N] [--method=NAME] [--out=bench.json]
 
---part=train   one optimizer step of --stage, on a batch that is already on the device
---part=sample  the sampler on 8 prompts, decoding included; --steps and --method replace settings of config.sample
---part=encode  the encoding of clips and captions into the latents and the text that the denoiser trains on
---part=data    the data pipeline of --stage alone, on the host
+--part is one optimizer step of --stage, the sampler on 8 prompts, the encoders of clips and captions, or the data
+pipeline of --stage on the host. If examples_per_s of --part=data are fewer than those of --part=train, the device waits
+for data. The other parts load no clips: weights and clips are random, and prompts are empty.
 
-Weights and clips are random, and prompts are empty; only --part=data loads the clips of config.data.
-
-step_ms              median time of --repeats calls in milliseconds; the program waits for the end of each call
-step_ms_range        the shortest and the longest call
-step_flops           model FLOPs of a call on all devices, counted from shapes; recomputation does not count
-mfu                  step_flops a second over the peak bfloat16 FLOP/s of the devices; null for an unknown device
-peak_memory_bytes    the most memory that the device had in use; a device that does not count it (a CPU) shows what the
-                     compiled program needs
-examples_per_s       training examples, prompts or clips a second
-data_examples_per_s  with --part=train: the same of the data pipeline alone, null without data. If it is less than
-                     examples_per_s, the device waits for data.
-denoise_ms           with --part=sample: step_ms over the number of denoising steps
+step_ms            median time of --repeats calls in milliseconds; the program waits for the end of each call
+step_ms_range      the shortest and the longest call
+step_flops         model FLOPs of a call on all devices, counted from shapes; recomputation does not count
+mfu                step_flops a second over the peak bfloat16 FLOP/s of the devices; null for an unknown device
+peak_memory_bytes  the most memory that the device had in use; a device that does not count it (a CPU) shows what the
+                   compiled program needs
+examples_per_s     training examples, prompts or clips a second
+denoise_ms         with --part=sample: step_ms over the number of denoising steps
 """
 
 import json
-import logging
 import statistics
 import time
 
@@ -32,7 +26,6 @@ from absl import flags
 
 from vdm_jax import samplers, sharding
 from vdm_jax.data import batches
-from vdm_jax.errors import UserError
 from vdm_jax.models.ops import backend
 from vdm_jax.perf import programs, table
 from vdm_jax.perf.flops import peak
@@ -40,8 +33,6 @@ from vdm_jax.run import cli, storage
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.sampling import BATCH, Sampler
-
-logger = logging.getLogger("vdm_jax")
 
 MEASURED = (
     "params", "step_ms", "step_ms_range", "step_flops", "gflops_per_s", "mfu",
@@ -52,10 +43,7 @@ DATA_SECONDS = 3.0  # how long the data pipeline is measured, at least
 
 def main(argv):
     options = flags.FLAGS
-    config = options.config
-    cli.only_options(argv)
-    if config is None:
-        raise UserError("--config=FILE is missing: name a recipe, such as configs/world_tiny.py")
+    config = cli.recipe(argv)
     config.sample.update({key: options[key].value for key in ("steps", "method") if options[key].value is not None})
     cli.use_cache(config)
     system = build(config)
@@ -64,7 +52,8 @@ def main(argv):
         storage.make_folder(out.parent)
     mesh = sharding.make_mesh(config.mesh)
     if options.part == "train":
-        result = train(system, options.stage, mesh, options.repeats)
+        system.check_batch(mesh, options.stage)
+        result = measure(programs.train_step(system, options.stage, mesh), mesh, options.repeats)
     elif options.part == "sample":
         result = measure(programs.sampling(system, Sampler(system), mesh, BATCH), mesh, options.repeats)
         result |= {"method": config.sample.method, "denoise_ms": result["step_ms"] / config.sample.steps}
@@ -80,37 +69,24 @@ def main(argv):
         out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def train(system, name, mesh, repeats):
-    """Returns the figures of one optimizer step of stage `name`, and of the data pipeline beside it."""
-    system.check_batch(mesh, name)
-    result = measure(programs.train_step(system, name, mesh), mesh, repeats) | {"data_examples_per_s": None}
-    try:
-        result["data_examples_per_s"] = data(system, name)["examples_per_s"]
-    except UserError as error:  # the step itself needs no data
-        logger.info("the data pipeline is not timed: %s", error)
-    return result
-
-
 def data(system, name):
     """Returns the figures of the pipeline that loads clips for stage `name`. The batches stay on the host."""
     config = system.config
     rows = config[name].batch_size
     examples = batches.Examples(batches.source(config), config.data.text_length, system.stages[name].make_hard_negative)
     loaded = batches.batches(examples, batch_size=rows, seed=config.seed, start=0, data=config.data)
-    next(loaded)  # starts the threads
-    times = []
-    began = time.perf_counter()
-    while len(times) < 2 * config.data.prefetch or time.perf_counter() - began < DATA_SECONDS:
-        asked = time.perf_counter()
+    for _ in range(1 + config.data.prefetch):  # the first starts the threads, which load the others meanwhile
         next(loaded)
-        times.append(time.perf_counter() - asked)
-    times = times[config.data.prefetch :]  # the threads had loaded the first batches already
-    seconds = sum(times) / len(times)
+    steps, began = 0, time.perf_counter()
+    while steps < config.data.prefetch or time.perf_counter() - began < DATA_SECONDS:
+        next(loaded)
+        steps += 1
+    seconds = (time.perf_counter() - began) / steps
     return {"step_ms": 1e3 * seconds, "examples_per_s": rows / seconds}
 
 
 def measure(program, mesh, repeats):
-    """Returns the figures of a perf.programs.Program: compiles it, calls it `repeats` times, and takes the median."""
+    """Returns the figures of a perf.programs.Program, over `repeats` calls after one that warms up."""
     # The forms that layers have on accelerators do the products of the model, and no more. This device may have others.
     with backend("tpu"):
         work = program.count_flops()
@@ -126,9 +102,11 @@ def measure(program, mesh, repeats):
             times.append(time.perf_counter() - began)
             if program.stateful:
                 arguments = (results[0], *arguments[1:])
-    times = times[1:]  # the first call warms up
+    times = times[1:]
     seconds = statistics.median(times)
     flops_per_device = peak(jax.devices()[0])
+    need, stats = compiled.memory_analysis(), jax.devices()[0].memory_stats() or {}
+    held = need.argument_size_in_bytes + need.output_size_in_bytes + need.temp_size_in_bytes - need.alias_size_in_bytes
     return {
         "params": program.params,
         "step_ms": 1e3 * seconds,
@@ -136,18 +114,10 @@ def measure(program, mesh, repeats):
         "step_flops": work,
         "gflops_per_s": work / seconds / 1e9,
         "mfu": work / seconds / (flops_per_device * jax.device_count()) if flops_per_device else None,
-        "peak_memory_bytes": peak_memory(compiled),
+        "peak_memory_bytes": stats.get("peak_bytes_in_use", held),
         "compile_seconds": compile_seconds,
         "examples_per_s": program.rows / seconds,
     }
-
-
-def peak_memory(compiled):
-    """Returns the bytes that the first device had in use at most, or else the bytes that the program needs."""
-    need = compiled.memory_analysis()
-    total = need.argument_size_in_bytes + need.output_size_in_bytes + need.temp_size_in_bytes
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use", total - need.alias_size_in_bytes)
 
 
 def define_flags():

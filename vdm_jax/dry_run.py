@@ -6,23 +6,19 @@
 The program is the same as in training, split over the chips in the same way. libtpu's compiler compiles it and needs no
 TPU: pip install "jax[tpu]". --topology=v5e:4x4,v5e:8x8 compares two slices. The exit code is 3 if the program does not
 fit on a slice; the command then prints changes of the config that should make it fit, and --try compiles them.
+--part is one optimizer step of --stage, the sampler on --rows prompts, or the encoders on --rows clips and captions.
 Use jaxlib 0.8 or newer: jaxlib 0.7 needs more than 20 GB of this machine's memory, even for a tiny program that is
 split over chips.
 
---part=train   one optimizer step of --stage
---part=sample  the sampler on --rows prompts, decoding included
---part=encode  the encoding of --rows clips and captions into latents and text
-
 model_flops_per_chip     matrix products and convolutions of the model, counted from shapes (perf/flops.py)
-executed_flops_per_chip  matrix products and convolutions of the compiled program (perf/hlo.py); more than
-                         model_flops_per_chip if the program computes something twice
-model_share              model_flops_per_chip over executed_flops_per_chip
+executed_flops_per_chip  matrix products and convolutions of the compiled program (perf/hlo.py)
+model_share              the first over the second; it is small if the program computes something twice
 hbm_bytes_per_chip       arguments, temporaries, code, and results that do not replace an argument
 collectives              how often the chips exchange data, by kind; collective_bytes_per_chip is what a chip receives
 unasked_collectives      permutes and all-to-alls, if the mesh splits neither `sequence` nor `tensor`: should be 0
-roofline_seconds         a lower bound of the time of a step, the larger of two sums. The first sum is over all
-                         operations: FLOPs over peak FLOP/s, or bytes over memory bandwidth if that takes longer. The
-                         second sum is over all collectives: received bytes over bandwidth of the links.
+roofline_seconds         a lower bound of the time of a step: the sum over operations of FLOPs over peak FLOP/s, or of
+                         bytes over memory bandwidth if that takes longer; or the sum over collectives of received
+                         bytes over the links' bandwidth, if that sum is larger
 roofline_shares          shares of compute, memory and network in roofline_seconds
 bound_by                 the largest share: compute, memory or network
 days, chip_hours         the training of --stage, if it reaches --mfu of the peak FLOP/s
@@ -84,8 +80,6 @@ def main(argv):
     cli.only_options(argv)
     if config is None or not options.topology:
         raise UserError("give both --config=FILE and --topology=NAME, e.g. --topology=v5e:4x4")
-    if not 0 < options.mfu <= 1:
-        raise UserError(f"--mfu={options.mfu} must be above 0 and at most 1")
     jax.config.update("jax_platforms", "cpu")  # this process does not use a TPU that this machine may have
     if options.effort != "default":
         jax.config.update("jax_optimization_level", options.effort)
@@ -137,15 +131,17 @@ def slice_devices(name):
     return devices
 
 
-# ---------------------------------------------------------------------------------------------------- one topology
-
-
 def plan(system, options, topology, devices):
     """Returns the figures of one topology, as they are written to --out."""
     mesh = sharding.make_mesh(system.config.mesh, devices)
     chips, train = len(devices), options.part == "train"
     with backend("tpu"):
-        program = make_program(system, options, mesh)
+        if train:
+            program = programs.train_step(system, options.stage, mesh)
+        elif options.part == "sample":
+            program = programs.sampling(system, Sampler(system), mesh, options.rows)
+        else:
+            program = programs.encoding(system, mesh, options.rows)
         work = program.count_flops()
         result = {
             "topology": topology,
@@ -165,11 +161,10 @@ def plan(system, options, topology, devices):
             steps = system.config[options.stage].steps
             days = steps * work / chips / (flops.peak(devices[0]) * options.mfu) / 86400
             result |= {"mfu_assumed": options.mfu, "days": days, "chip_hours": 24 * days * chips}
-        logger.info("%s: tracing", topology)
+        logger.info("%s: compiling", topology)
         began = time.perf_counter()
         with jax.set_mesh(mesh):
             lowered = program.lower(*program.arguments)
-            logger.info("%s: compiling (%.0f s)", topology, time.perf_counter() - began)
             try:
                 compiled = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
@@ -179,15 +174,6 @@ def plan(system, options, topology, devices):
     if compiled:
         return result | figures(compiled, work / chips, devices[0], mesh)
     return result | {"suggestions": suggestions(system, options.stage, result) if train else []}
-
-
-def make_program(system, options, mesh):
-    """Returns the perf.programs.Program of --part."""
-    if options.part == "train":
-        return programs.train_step(system, options.stage, mesh)
-    if options.part == "sample":
-        return programs.sampling(system, Sampler(system), mesh, options.rows)
-    return programs.encoding(system, mesh, options.rows)
 
 
 def figures(compiled, model_flops, device, mesh):
@@ -210,14 +196,13 @@ def figures(compiled, model_flops, device, mesh):
     shares = {name: s / bound for name, s in {**seconds, "network": network}.items()}
     splits_activations = mesh.shape["sequence"] * mesh.shape["tensor"] > 1
     need = compiled.memory_analysis()
-    new_results = need.output_size_in_bytes - need.alias_size_in_bytes
-    arguments, temporary = need.argument_size_in_bytes, need.temp_size_in_bytes
+    held = need.argument_size_in_bytes + need.temp_size_in_bytes + need.generated_code_size_in_bytes
     return {
         "executed_flops_per_chip": executed,
         "model_share": model_flops / executed if executed else None,
-        "argument_bytes": arguments,
-        "temporary_bytes": temporary,
-        "hbm_bytes_per_chip": arguments + new_results + temporary + need.generated_code_size_in_bytes,
+        "argument_bytes": need.argument_size_in_bytes,
+        "temporary_bytes": need.temp_size_in_bytes,
+        "hbm_bytes_per_chip": held + need.output_size_in_bytes - need.alias_size_in_bytes,
         "collective_bytes_per_chip": dict(received),
         "collectives": dict(number),
         "unasked_collectives": 0 if splits_activations else number["collective-permute"] + number["all-to-all"],
@@ -227,14 +212,10 @@ def figures(compiled, model_flops, device, mesh):
     }
 
 
-# ---------------------------------------------------------------------------------------------------- does not fit
-
-
 def read_refusal(error, argument_bytes):
     """Returns the memory that a program needs and has, from the compiler's error message.
 
     argument_bytes: of the program on one chip; one form of the message counts temporaries only.
-
     Raises RuntimeError for a message about anything but memory.
     """
     if "RESOURCE_EXHAUSTED" not in error and "Ran out of memory" not in error:
@@ -254,9 +235,7 @@ def read_refusal(error, argument_bytes):
 def suggestions(system, name, result):
     """Returns changes of the config that should make the train step of stage `name` fit, the best guess first.
 
-    result: the figures of `plan`.
-
-    A change is {'change': flags of the command line, 'keys': {config key: value}}.
+    A change is {'change': flags of the command line, 'keys': {config key: value}}. result: the figures of `plan`.
     """
     settings, group = system.config[name], system.stages[name].group
     fsdp = result["mesh"].get("fsdp", 1)
@@ -305,7 +284,7 @@ def define_flags():
     flags.DEFINE_enum("part", "train", ("train", "sample", "encode"), "Program to compile.")
     flags.DEFINE_enum("stage", "denoiser", STAGES, "Stage, with --part=train.")
     flags.DEFINE_integer("rows", BATCH, "Number of prompts or clips, with --part=sample and --part=encode.")
-    flags.DEFINE_float("mfu", 0.4, "Assumed share of the peak FLOP/s, for days and chip_hours.")
+    flags.DEFINE_float("mfu", 0.4, "Assumed share of the peak FLOP/s.", lower_bound=0.01, upper_bound=1)
     flags.DEFINE_bool("try", False, "Compile the suggested changes of a program that does not fit, until one fits.")
     flags.DEFINE_enum("effort", "O1", ("default", "O0", "O1", "O2", "O3"), "Optimization level of the compiler.")
     flags.DEFINE_string("out", None, "JSON file to write.")

@@ -9,7 +9,6 @@ parameters that match each rule of sharding.PARAMETER_RULES.
 from absl import flags
 
 from vdm_jax import sharding
-from vdm_jax.errors import UserError
 from vdm_jax.run import cli
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
@@ -17,10 +16,7 @@ from vdm_jax.system.layout import STAGES
 
 def main(argv):
     options = flags.FLAGS
-    cli.only_options(argv)
-    config = options.config
-    if config is None:
-        raise UserError("--config=FILE is missing: name a recipe, such as configs/world_tiny.py")
+    config = cli.recipe(argv)
     system = build(config)
     mesh = sharding.mesh_shape(config.mesh, options.chips) if options.chips else None
     layout, side = system.layout, config.data.size

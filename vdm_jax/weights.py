@@ -24,12 +24,6 @@ from vdm_jax.sharding import named_leaves, path_name
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
 
-USAGE = (
-    "usage: python -m vdm_jax.weights export --workdir=DIR --out=FOLDER, "
-    "or python -m vdm_jax.weights import --weights=FOLDER --workdir=DIR [--config=FILE] [--restart=STAGE], "
-    "or python -m vdm_jax.weights verify DIR"
-)
-
 
 def main(argv):
     options = flags.FLAGS
@@ -48,7 +42,10 @@ def main(argv):
         weights = weights._replace(steps=weights.steps | dict.fromkeys(options.restart, 0))
         import_weights(weights, storage.given(options.workdir))
     else:
-        raise UserError(USAGE)
+        raise UserError(
+            "usage: python -m vdm_jax.weights export --workdir=DIR --out=FOLDER, "
+            "or import --weights=FOLDER --workdir=DIR [--config=FILE] [--restart=STAGE], or verify DIR"
+        )
 
 
 def verify(directory, unverified=False):
@@ -88,21 +85,17 @@ def add_missing_params(weights, config):
 
     Raises UserError when a model of the config lacks a parameter, or has it in another shape.
     """
-    key = jax.random.key(config.seed)
     system = build(config)
     params, steps = dict(weights.params), dict(weights.steps)
     for name, stage in system.stages.items():
-        fresh = jax.jit(stage.init)(key)
+        fresh = jax.jit(stage.init)(jax.random.key(config.seed))
         stored, wanted = named_leaves(weights.params[name]), named_leaves(fresh)
         known = {path: x for path, x in wanted.items() if path in stored}
         checkpoint.check_arrays(f"the weights of {name}", stored, known, dtypes=False)
         if added := sorted(set(wanted) - set(stored)):
             params[name] = jax.tree_util.tree_map_with_path(lambda p, x, have=stored: have.get(path_name(p), x), fresh)
             steps[name] = 0
-            print(
-                f"{name}: {len(added)} parameters are freshly initialized, the first is {added[0]}; "
-                "the stage restarts at step 0"
-            )
+            print(f"{name} restarts at step 0: {len(added)} parameters are freshly initialized, first {added[0]}")
     return folder.Weights(system, params, steps)
 
 

@@ -93,7 +93,7 @@ def _bodies(eqn):
 
 
 def _body_inputs(eqn, body, inputs):
-    """Returns which inputs of a body depend on `trained`. inputs: which inputs of the equation depend on it."""
+    """Returns which inputs of a body depend on `trained`. inputs: the same of its equation."""
     if eqn.primitive.name == "cond":
         return inputs[1:]  # the first input is the number of the branch
     if eqn.primitive.name == "while":

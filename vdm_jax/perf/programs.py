@@ -3,6 +3,7 @@
 `bench` runs the programs on this machine. `dry_run` compiles the same programs for another machine.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ class Program(NamedTuple):
 def train_step(system, name, mesh):
     """Returns the Program of one optimizer step of stage `name`, as `vdm_jax.train` runs it.
 
-    mesh: of this machine's devices, or of a topology's devices. The batch must divide over the mesh.
+    mesh: the batch must divide over it.
     """
     stage, config = system.stages[name], system.config
     program = train_state.program(stage, config[name], jax.random.key(0), mesh, config.skip.loss_over_mean)
@@ -63,21 +64,15 @@ def sampling(system, sampler, mesh, rows):
     arrays = [arrays[name] for name in ("clean", "masks", "levels", "weights")]
     arguments = (params, jax.random.key(0), np.arange(rows), tokens, *arrays)
     shardings = (sharding.state_shardings(params, mesh), *[sharding.replicated(mesh)] * (len(arguments) - 1))
-    return Program(
-        lower=lambda *args: sampler.program.lower(*args, **static),
-        arguments=_abstract(arguments, shardings),
-        init=lambda: fill(arguments, shardings),
-        count_flops=lambda: flops.count(lambda *args: sampler.program.__wrapped__(*args, **static), *arguments)[0],
-        params=count_parameters(system.params["denoiser"]),
-        rows=rows,
-    )
+    lower, function = (functools.partial(f, **static) for f in (sampler.program.lower, sampler.program.__wrapped__))
+    return _without_gradient(lower, function, arguments, shardings, system.params["denoiser"], rows)
 
 
 def encoding(system, mesh, rows):
     """Returns the Program that turns clips and captions into the latents and the text that the denoiser trains on.
 
     mesh: splits parameters and clips.
-    rows: number of clips. It must divide over the mesh.
+    rows: number of clips, which must divide over the mesh.
     """
     params = system.stages["denoiser"].encoder_params
     clips = system.stages["video_autoencoder"].batch
@@ -87,20 +82,23 @@ def encoding(system, mesh, rows):
         z = system.encode(params, clips["video"], clips["audio"])
         return z, system.encode_text(params, clips["tokens"])
 
-    arguments = (params, clips)
     shardings = (sharding.state_shardings(params, mesh), sharding.batch_sharding(mesh))
+    return _without_gradient(jax.jit(encode).lower, encode, (params, clips), shardings, params, rows)
+
+
+def _without_gradient(lower, function, arguments, shardings, params, rows):
     return Program(
-        lower=jax.jit(encode).lower,
+        lower=lower,
         arguments=_abstract(arguments, shardings),
         init=lambda: fill(arguments, shardings),
-        count_flops=lambda: flops.count(lambda *args: encode(*args), *arguments)[0],
+        count_flops=lambda: flops.count(lambda *args: function(*args), *arguments)[0],
         params=count_parameters(params),
         rows=rows,
     )
 
 
 def _abstract(arguments, shardings):
-    """Returns the arguments as ShapeDtypeStructs with shardings. arguments, shardings: as `fill` takes them."""
+    """Returns the arguments as ShapeDtypeStructs with shardings; see `fill`."""
 
     def place(where, tree):
         return jax.tree.map(lambda x: x.update(sharding=where), tree)
@@ -109,12 +107,10 @@ def _abstract(arguments, shardings):
 
 
 def fill(arguments, shardings):
-    """Returns the arguments as arrays on devices, with small random values in place of ShapeDtypeStructs.
-
-    Booleans become True, and whole numbers become 0.
+    """Returns the arguments as arrays on devices. ShapeDtypeStructs become small random numbers, True or whole 0.
 
     arguments: a tuple of trees of arrays, numbers and ShapeDtypeStructs.
-    shardings: a tuple with one sharding for each argument, or one tree of shardings for each argument.
+    shardings: a tuple with one sharding, or one tree of shardings, for each argument.
     """
     rng = np.random.default_rng(0)
 

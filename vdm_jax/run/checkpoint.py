@@ -18,6 +18,7 @@ The older checkpoint stays until the newer one is complete. So one good checkpoi
 import contextlib
 import logging
 import math
+import operator
 import time
 
 import jax
@@ -26,6 +27,7 @@ import orbax.checkpoint as ocp
 
 from vdm_jax.errors import UserError
 from vdm_jax.run import checksums, hosts, storage
+from vdm_jax.sharding import named_leaves
 
 logger = logging.getLogger("vdm_jax")
 
@@ -46,9 +48,7 @@ def manager(directory, newest=2, best=1):
             if folder.is_dir() and not ocp.utils.is_checkpoint_finalized(folder):
                 checksums.write(folder)
 
-    def loss(metrics):
-        return metrics["loss"]
-
+    loss = operator.itemgetter("loss")
     policies = ocp.checkpoint_managers
     options = ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True,
@@ -79,12 +79,10 @@ def save(checkpoints, state, loss=math.inf):
     step = int(state["step"])
     finish(checkpoints)
     with _explain_failed_save(checkpoints, step):
-        newest = checkpoints.latest_step()
         loss = loss if math.isfinite(loss) else math.inf  # Orbax would rank nan as the best
         if not checkpoints.save(step, args=ocp.args.StandardSave(state), metrics={"loss": loss}):
-            raise UserError(
-                f"step {step} is not saved: {checkpoints.directory} holds step {newest}; two runs cannot share a folder"
-            )
+            there = f"{checkpoints.directory} holds step {checkpoints.latest_step()}"
+            raise UserError(f"step {step} is not saved: {there}; two runs cannot share a folder")
 
 
 def finish(checkpoints):
@@ -132,20 +130,21 @@ def quarantine_damaged(directory):
     """
     directory, fault = storage.absolute(directory), ""
     if hosts.is_primary():
-        stored, damaged = steps(directory), {}
-        for step in reversed(stored):
+        checked = [directory / str(step) for step in reversed(steps(directory))]
+        damaged = {}
+        for folder in checked:
             try:
-                checksums.check(directory / str(step))
-                checksums.add_later(directory / str(step))  # a killed run may not have reached `finish`
+                checksums.check(folder)
+                checksums.add_later(folder)  # a killed run may not have reached `finish`
             except checksums.Damaged as error:
-                damaged[step] = error
-        if stored and len(damaged) == len(stored):
-            fault = f"no checkpoint in {directory} is whole ({damaged[stored[-1]]})"
+                damaged[folder] = error
+        if checked and len(damaged) == len(checked):
+            fault = f"no checkpoint in {directory} is whole ({damaged[checked[0]]})"
             damaged = {}
-        for step, error in damaged.items():
-            aside = directory.parent / "damaged" / f"{step}-{time.time_ns()}"
+        for folder, error in damaged.items():
+            aside = directory.parent / "damaged" / f"{folder.name}-{time.time_ns()}"
             aside.parent.mkdir(exist_ok=True)
-            (directory / str(step)).rename(aside)
+            folder.rename(aside)
             logger.error("%s; moved to %s", error, aside)
     if hosts.broadcast_from_primary(bool(fault)):  # all processes continue from the same checkpoint, or none does
         fault = fault or "no checkpoint is whole"
@@ -172,36 +171,27 @@ def read(checkpoint, expected):
     checkpoint = storage.absolute(checkpoint)
     checksums.check(checkpoint)
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)  # without shardings
+    as_numpy = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(restore_type=np.ndarray), expected)
+    arguments = ocp.args.PyTreeRestore(item=expected, restore_args=as_numpy, partial_restore=True)
     folder = checkpoint / "default"
     with _readable(folder, expected, partial=True), ocp.PyTreeCheckpointer() as checkpointer:
-        arguments = ocp.args.PyTreeRestore(
-            item=expected,
-            partial_restore=True,
-            restore_args=jax.tree.map(lambda x: ocp.ArrayRestoreArgs(restore_type=np.ndarray), expected),
-        )
         return checkpointer.restore(folder, args=arguments)
 
 
 @contextlib.contextmanager
 def _readable(folder, expected, partial=False):
     """Checks that the arrays in `folder`, or in the expected parts of it, are as expected, and explains all faults."""
-    expected = _flat(expected)
-    parts = {name.partition("/")[0] for name in expected}
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            stored = _flat(checkpointer.metadata(folder).item_metadata.tree)
+            stored = checkpointer.metadata(folder).item_metadata.tree
         if partial:
-            stored = {name: x for name, x in stored.items() if name.partition("/")[0] in parts}
-        check_arrays(folder, stored, expected)
+            stored = {part: tree for part, tree in stored.items() if part in expected}
+        check_arrays(folder, named_leaves(stored), named_leaves(expected))
         yield
     except UserError:
         raise
     except Exception as error:  # a file whose checksum was changed with it can raise anything in the libraries
         raise UserError(f"{folder} cannot be restored: {_one_line(error)}") from error
-
-
-def _flat(tree):
-    return {"/".join(map(str, path)): x for path, x in ocp.tree.to_flat_dict(tree).items()}
 
 
 def check_arrays(where, stored, expected, dtypes=True):

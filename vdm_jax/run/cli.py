@@ -28,6 +28,14 @@ def only_options(argv):
         raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
 
 
+def recipe(argv):
+    """Returns the config. Raises UserError when --config is missing, or a word of the command line is not an option."""
+    only_options(argv)
+    if flags.FLAGS.config is None:
+        raise UserError("--config=FILE is missing: name a recipe, such as configs/world_tiny.py")
+    return flags.FLAGS.config
+
+
 def define_weights():
     flags.DEFINE_string("workdir", None, "Run folder; without it and --weights: the reference weights.")
     flags.DEFINE_string("weights", None, "Folder of exported weights.")

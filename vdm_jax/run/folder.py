@@ -16,7 +16,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -31,14 +30,9 @@ from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, checksums, hosts, storage
 from vdm_jax.sharding import named_leaves, path_name
 
-logger = logging.getLogger("vdm_jax")
-
 REFERENCE = epath.Path(__file__).parents[1] / "reference"  # the weights that ship with the package
 STATISTICS = "denoiser/statistics.json"  # in the folder of a run
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-
-
-# ----------------------------------------------------------------------------------------------------- a training run
 
 
 @contextlib.contextmanager
@@ -57,8 +51,8 @@ def exclusive_lock(workdir):
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another training is running in {workdir}: stop it, or use another --workdir") from None
-        except OSError as error:  # a file system without locks
-            logger.debug("%s cannot be locked: %s", workdir, error)
+        except OSError:
+            pass  # a file system without locks
         yield
 
 
@@ -77,10 +71,7 @@ def explain_disk_faults(workdir, stage):
 
 def newest_step(workdir, stage):
     """Returns the step of the newest checkpoint of a stage, or None when there is none."""
-    return max(checkpoint.steps(storage.absolute(workdir) / stage / "checkpoints"), default=None)
-
-
-# -------------------------------------------------------------------------------------------------------- config.json
+    return max(checkpoint.steps(epath.Path(workdir) / stage / "checkpoints"), default=None)
 
 
 def read_config(folder):
@@ -96,17 +87,12 @@ def read_config(folder):
             f"train a run with python -m vdm_jax.train --config=FILE --workdir={folder}"
         )
 
-    def untuple(value):
+    def as_tuples(value):
         if isinstance(value, dict):
-            return {k: untuple(v) for k, v in value.items()}
-        return tuple(untuple(v) for v in value) if isinstance(value, list) else value
+            return {k: as_tuples(v) for k, v in value.items()}
+        return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
-    stored = _read_json(path)
-    if not isinstance(stored, dict):
-        raise UserError(f"{path} is damaged (it holds no mapping of settings): restore it or train again")
-    config = ml_collections.ConfigDict(untuple(stored))
-    config.lock()
-    return config
+    return ml_collections.ConfigDict(as_tuples(_read_json(path))).lock()
 
 
 def write_config(workdir, config, stages):
@@ -134,9 +120,6 @@ def write_config(workdir, config, stages):
             raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
 
 
-# ---------------------------------------------------------------------------------------------------- statistics.json
-
-
 def read_statistics(path):
     """Returns the statistics of the latents, {modality: {'mean' [C], 'std' [C]}}, float32."""
     return {m: {k: np.asarray(v, np.float32) for k, v in s.items()} for m, s in _read_json(epath.Path(path)).items()}
@@ -149,14 +132,14 @@ def write_statistics(path, statistics):
 
 def _read_json(path):
     try:
-        return json.loads(path.read_text())
+        stored = json.loads(path.read_text())
+        if not isinstance(stored, dict):
+            raise ValueError("it holds no mapping of names to values")
+        return stored
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the run that should hold it is unfinished") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): restore it or train again") from None
-
-
-# ------------------------------------------------------------------------------------------------------------ weights
 
 
 class Weights(NamedTuple):
@@ -197,11 +180,10 @@ def load(source, build, stages=None, unverified=False):
                     f"{error}, or import the weights with python -m vdm_jax.weights import --unverified "
                     f"--weights={source} --workdir=NEW"
                 ) from None
-        read = {stage: read_safetensors(source / f"{stage}.safetensors", tree) for stage, tree in expected.items()}
-    else:
-        read = {stage: read_params(source, stage, tree) for stage, tree in expected.items()}
-    params = {stage: tree for stage, (tree, _) in read.items()}
-    steps = {stage: step for stage, (_, step) in read.items()}
+    params, steps = {}, {}
+    for stage, tree in expected.items():
+        read = read_safetensors(source / f"{stage}.safetensors", tree) if exported else read_params(source, stage, tree)
+        params[stage], steps[stage] = read
     if "denoiser" in params:
         params["statistics"] = read_statistics(source / ("statistics.json" if exported else STATISTICS))
     return Weights(system, params, steps)
@@ -235,10 +217,9 @@ def as_exported(params):
 
 
 def read_exported(folder, stage, expected):
-    """Returns the parameters of a stage in exported weights. Raises UserError.
+    """Returns the parameters of a stage in exported weights, a tree like `expected`. Raises UserError.
 
-    folder: their folder, or "reference".
-    expected: see `read_safetensors`.
+    folder: of the weights, or "reference".
     """
     folder = REFERENCE if folder == "reference" else storage.given(folder)
     checksums.check(folder)

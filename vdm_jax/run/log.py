@@ -26,15 +26,10 @@ BUCKET_PAUSE = 30  # seconds between two writes of metrics.jsonl in a bucket
 
 @dataclasses.dataclass(eq=False)
 class RunLog:
-    """The report of one stage's training. The loop calls, in this order:
+    """The report of one stage's training. Its loop is over `numbers`: the steps to do, from 1, behind a progress bar.
 
-    for number in log.numbers:              # the numbers of the steps to do, from 1, behind a progress bar
-        ...
-        log.add(metrics)                    # after each step; does not wait for the device
-        log.write(number)                   # at a log boundary
-        save(..., log.mean_loss()); log.mark_saved(number)
-        log.heartbeat(number)               # after each step
-    log.close()
+    Each step calls `add`; then, where they are due, `write`, `mean_loss` for a save and `mark_saved` after it; then
+    `heartbeat`. `close` comes after the last step.
     """
 
     stage: str
@@ -61,14 +56,13 @@ class RunLog:
         self.last_beat = float("-inf")
 
     def add(self, metrics):
-        """Takes the metrics of the next step: {name: scalar array}, with 'loss', 'grad_norm' and 'skipped'."""
+        """Takes the metrics of the next step, on the device: {name: scalar}, with 'loss', 'grad_norm' and 'skipped'."""
         self.history.append(metrics)
 
     def write(self, number, flush=False):
         """Logs the steps up to `number`. It waits for the device, once.
 
-        flush: also writes metrics.jsonl to its place now, as before a save.
-
+        flush: see `MetricsLog.write`. A save needs it.
         Raises UserError when `stop_after` steps in a row were skipped.
         """
         means, skipped = summarize(self.history, number + 1 - len(self.history))
@@ -78,9 +72,7 @@ class RunLog:
         means |= {"goodput": self.stopwatch.goodput(), "phase": self.phase}
         self.history = []
         if self.metrics:
-            self.metrics.write(number, self.stage, means)
-            if flush:
-                self.metrics.flush()
+            self.metrics.write(number, self.stage, means, flush)
             self._show(number, means)
             for step in skipped:
                 ids = self.sample_ids(step.number)
@@ -90,15 +82,15 @@ class RunLog:
     def _show(self, number, means):
         """Updates the progress bar. When stderr is no terminal, it writes a line instead."""
         loss, waiting = f"{means['loss']:.4f}", f"{means['data_wait_share']:.0%}"
-        saved = "-" if self.saved is None else self.saved
-        self.numbers.set_postfix(dict(loss=loss, data=waiting, skipped=self.metrics.skipped, saved=saved))
+        skipped, saved = self.metrics.skipped, "-" if self.saved is None else self.saved
+        self.numbers.set_postfix(dict(loss=loss, data=waiting, skipped=skipped, saved=saved))
         if self.numbers.disable:
-            left = tqdm.format_interval((self.steps - number) * means["step_seconds"])
+            seconds = means["step_seconds"]
+            left = tqdm.format_interval((self.steps - number) * seconds)
             logger.info(
-                "%s %d/%d loss %s  %.0f ms/step, %s of it waiting for data  %d skipped  saved %s  %s left",
-                self.title, number, self.steps, loss, 1e3 * means["step_seconds"], waiting, self.metrics.skipped,
-                saved, left,
-            )  # fmt: skip
+                f"{self.title} {number}/{self.steps} loss {loss}  {1e3 * seconds:.0f} ms/step, {waiting} of it waiting "
+                f"for data  {skipped} skipped  saved {saved}  {left} left"
+            )
 
     def _stop_after_streak(self, number, skipped):
         for step in skipped:
@@ -162,9 +154,8 @@ def summarize(history, first):
     "not measured in this step", and is left out, too.
     """
     values = jax.device_get(history)
-    skipped = [
-        Skipped(first + i, float(v["loss"]), float(v["grad_norm"])) for i, v in enumerate(values) if v["skipped"]
-    ]
+    numbered = enumerate(values, first)
+    skipped = [Skipped(i, float(v["loss"]), float(v["grad_norm"])) for i, v in numbered if v["skipped"]]
     series = {key: np.array([v[key] for v in values if not v["skipped"]], np.float64) for key in values[0]}
     means = {key: float(v[~np.isnan(v)].mean()) for key, v in series.items() if not np.isnan(v).all()}
     return {"loss": float("nan"), **means, "skipped": len(skipped)}, skipped
@@ -213,8 +204,7 @@ class MetricsLog:
     """metrics.jsonl with one JSON object a line, and TensorBoard events in files beside it.
 
     A run that continues after step `step` drops all later lines, and a last line that a killed run left incomplete.
-    `skipped` counts the skipped steps in all lines. In a bucket, where no file can grow, the files are written anew: at
-    each flush, and at most every BUCKET_PAUSE seconds otherwise.
+    `skipped` counts the skipped steps in all lines.
     """
 
     def __init__(self, directory, step):
@@ -229,21 +219,21 @@ class MetricsLog:
             start = SessionLog(status=SessionLog.START)
             self.events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
-    def write(self, step, prefix, metrics):
-        """Writes a line, and an event `prefix/<key>` for each metric. A number that is not finite becomes null."""
+    def write(self, step, prefix, metrics, flush=False):
+        """Writes a line, and an event `prefix/<key>` for each metric. A number that is not finite becomes null.
+
+        In a bucket, where no file can grow, the files are written anew after BUCKET_PAUSE, or at once with `flush`.
+        """
         finite = {k: (v if np.isfinite(v) else None) for k, v in metrics.items()}
         self.file.write(json.dumps({"step": step, **finite}) + "\n")
         self.skipped += metrics["skipped"]
         for key, value in metrics.items():
             values = summary.scalar(f"{prefix}/{key}", value)
             self.events.write_event(Event(wall_time=time.time(), step=step, summary=values))
-        if time.monotonic() - self.flushed >= self.pause:
-            self.flush()
-
-    def flush(self):
-        self.file.flush()
-        self.events.flush()
-        self.flushed = time.monotonic()
+        if flush or time.monotonic() - self.flushed >= self.pause:
+            self.file.flush()
+            self.events.flush()
+            self.flushed = time.monotonic()
 
     def close(self):
         self.file.close()

@@ -19,10 +19,7 @@ logger = logging.getLogger("vdm_jax")
 
 
 def span(text):
-    """Returns (10, 15) for '10:15', the first and the last step to trace, from 1; None for no text.
-
-    Raises UserError for any other text.
-    """
+    """Returns (10, 15) for '10:15', the first and the last step to trace; None for no text. Raises UserError."""
     if not text:
         return None
     first, colon, last = text.partition(":")
@@ -58,14 +55,12 @@ def tracer(steps, folder):
 def compiling(what, key=""):
     """Says that `what` is being compiled and how long this took the last time on this kind of device.
 
-    The seconds are in compile_seconds.json in $XDG_CACHE_HOME/vdm_jax, or ~/.cache/vdm_jax. A file that cannot be read
-    or written is no error.
-
     key: tells programs of the same name apart, such as the number of parameters.
+    A file of seconds that cannot be read or written is no error.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(cache) / "vdm_jax" / "compile_seconds.json"
-    name = " ".join(filter(None, [what, str(key), "on", jax.devices()[0].device_kind]))
+    name = f"{what} {key} on {jax.devices()[0].device_kind}"
     before = _read_seconds(path).get(name)
     logger.info("compiling %s (%s)", what, "first time here" if before is None else f"took {before:.0f} s last time")
     began = time.perf_counter()

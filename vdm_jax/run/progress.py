@@ -17,10 +17,9 @@ def progress(what, total, unit):
     On a terminal, advance moves a bar, which disappears at the end. Elsewhere advance logs a line, unless the first
     call does all units. With several processes only the first process shows anything.
     """
-    primary = hosts.is_primary()
-    hidden = None if primary else True  # None: hidden where stderr is no terminal
-    done = 0
-    with tqdm(total=total, desc=what, unit=unit, disable=hidden, leave=False) as bar:
+    primary, done = hosts.is_primary(), 0
+    # disable=None hides the bar where stderr is no terminal.
+    with tqdm(total=total, desc=what, unit=unit, disable=None if primary else True, leave=False) as bar:
 
         def advance(n):
             nonlocal done

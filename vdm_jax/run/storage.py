@@ -67,14 +67,12 @@ class _Lines:
     """A text file in a bucket. Each flush writes the whole object."""
 
     def __init__(self, path, text):
-        self.path, self.text, self.stored = path, text, None
+        self.path, self.text = path, text
 
     def write(self, line):
         self.text += line
 
     def flush(self):
-        if self.text != self.stored:
-            self.path.write_text(self.text)
-            self.stored = self.text
+        self.path.write_text(self.text)
 
     close = flush
