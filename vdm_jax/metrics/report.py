@@ -60,7 +60,6 @@ LABELS = {  # key -> (label, unit of the value); %: the value is a share in 0..1
     "ratio": ("ratio of both; copies have less than 1", ""),
     "ratio_low": ("lower end of its 95 % interval", ""),
     "ratio_high": ("upper end of its 95 % interval", ""),
-    "training_clips": ("training clips", ""),
 }
 PLACES = {"dB": 1, "ms": 1}  # decimal places of a unit; others have three
 TITLES = {
@@ -138,7 +137,12 @@ def format_table(metrics: Mapping) -> str:
     return "\n\n".join(blocks)
 
 
-_STYLE = """
+_HEAD = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>vdm_jax: evaluation</title>
+<style>
 :root { color-scheme: light dark; --bar: #4a90d9; --line: #d8dce1; --soft: #5b6570; }
 @media (prefers-color-scheme: dark) { :root { --bar: #4a8fd6; --line: #3a4149; --soft: #9aa5b1; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 58rem; margin: 0 auto; padding: 1rem; }
@@ -148,7 +152,6 @@ th, td { padding: .35rem .3rem; border-bottom: 1px solid var(--line); text-align
 th:first-child { text-align: left; font-weight: normal; }
 th:not(:first-child), td { width: 22%; overflow-wrap: break-word; }
 th[scope=col] { color: var(--soft); font-weight: 600; }
-td { font-variant-numeric: tabular-nums; }
 td.share { background: linear-gradient(90deg, var(--bar) var(--share), transparent var(--share))
   left bottom / calc(100% - 6px) 5px no-repeat; }
 .settings td { width: 65%; }
@@ -157,6 +160,11 @@ figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem; }
 .clips figure { margin: 0; }
 img, video { width: 100%; image-rendering: pixelated; border-radius: 4px; display: block; }
+</style>
+<h1>Evaluation</h1>
+<p><b>truth</b>: held-out clips. <b>autoencoder</b>: the same clips, encoded and decoded. <b>samples</b>: clips that the
+model generates from prompts. The same tracker measures all three, so the first two columns show the best that samples
+can reach. In parentheses: the 95 % interval of a share.</p>
 """
 
 
@@ -187,14 +195,11 @@ def _intervals(metrics):
     return [metrics.low, metrics.high] if isinstance(metrics, Share | Difference) else None
 
 
-def write_report(
-    directory: epath.Path, metrics: Mapping, *, settings: Mapping, media: Sequence[tuple[str, epath.Path]] = ()
-) -> epath.Path:
+def write_report(directory: epath.Path, metrics: Mapping, *, settings: Mapping, media: Sequence = ()) -> epath.Path:
     """Writes metrics.json and report.html into a folder, which must exist, and returns the path of the page.
 
     settings: how the numbers were made (weights, prompts, steps, seed, ...), shown below the tables
-    media: (caption, file) of small PNG and MP4 files. The page contains them and is therefore a single file. Videos
-        form a grid, pictures take the full width.
+    media: (caption, path) of small PNG and MP4 files, which become parts of the page
     """
     numbers = {**metrics, "intervals": _intervals(metrics)}
     plain = json.loads(json.dumps(numbers), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
@@ -203,18 +208,7 @@ def write_report(
     first, *others = (_html_table(*table) for table in _tables(metrics))
     how = [(name, [str(value)]) for name, value in settings.items()]
     samples = f'<h2>Samples</h2>\n<div class="clips">{shown[".mp4"]}</div>\n{shown[".png"]}'
-    parts = [first, samples, *others, _html_table("How this was made", [""], how, "settings")]
+    made = _html_table("How this was made", [""], how, "settings")
     page = directory / "report.html"
-    page.write_text(
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>vdm_jax: evaluation</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        "<h1>Evaluation</h1>\n"
-        "<p><b>truth</b>: held-out clips. <b>autoencoder</b>: the same clips, encoded and decoded. "
-        "<b>samples</b>: clips that the model generates from prompts. The same tracker measures all three, so the "
-        "first two columns show the best that samples can reach. In parentheses: the 95 % interval of a share.</p>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n",
-        encoding="utf-8",
-    )
+    page.write_text("\n".join([_HEAD, first, samples, *others, made, "</html>\n"]), encoding="utf-8")
     return page
