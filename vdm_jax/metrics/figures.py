@@ -1,4 +1,7 @@
-"""Pictures of clips, sounds and tasks: contact sheets, spectrograms and scheduling matrices, drawn with Pillow."""
+"""Pictures of clips, sounds and tasks: contact sheets, spectrograms and scheduling matrices, drawn with Pillow.
+
+A file that cannot be written raises a UserError.
+"""
 
 import functools
 import math
@@ -18,8 +21,6 @@ def contact_sheet(path, videos: Sequence, captions: Sequence[str]) -> None:
     """Writes a PNG with a row for each clip: its caption above frames that are equally spaced over the clip.
 
     videos: uint8 arrays [F, H, W, 3], one for each caption; their sizes may differ
-
-    Raises UserError if the file cannot be written.
     """
     font, gap = ImageFont.load_default(size=13), 4
     strips = []
@@ -44,8 +45,6 @@ def spectrogram(path, audio: np.ndarray, sample_rate: int) -> None:
     """Writes a PNG of the power over time (s) and frequency (kHz) of a sound, float [N].
 
     The brightest color is the loudest point. The darkest color is 80 dB below the loudest point, or less.
-
-    Raises UserError if the file cannot be written.
     """
     audio = np.asarray(audio, np.float32)
     window = max(64, 2 ** round(math.log2(sample_rate / 30)))  # about 33 ms
@@ -73,10 +72,7 @@ def spectrogram(path, audio: np.ndarray, sample_rate: int) -> None:
 
 
 def write_preview(path, preview, fps: float, sample_rate: int) -> None:
-    """Writes a system.previews.Preview: PATH.png, and PATH.mp4 of the first clip if it has picture and sound.
-
-    Raises UserError if a file cannot be written.
-    """
+    """Writes a system.previews.Preview: PATH.png, and PATH.mp4 of the first clip if it has picture and sound."""
     if preview.video is None:
         spectrogram(f"{path}.png", np.concatenate(preview.audio), sample_rate)
         return
@@ -93,7 +89,7 @@ def scheduling_matrix(levels: Mapping[str, np.ndarray], cell: tuple[int, int]) -
     levels: {'video': [N+1, T], 'audio': [N+1, T]} log SNR, as tasks.scheduling_matrix returns it
     cell: width and height of one level, in pixels
     """
-    matrices = np.array([*levels.values()], np.float64)  # [modalities, N+1, T]
+    matrices = np.array([*levels.values()])  # [modalities, N+1, T]
     grays = (255 * (matrices - matrices.min()) / np.ptp(matrices)).astype(np.uint8)
     (_, rows, frames), (width, height) = matrices.shape, cell
     left, top, gap, bottom = 40, 22, 28, 40  # margins, in pixels

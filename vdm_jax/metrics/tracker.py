@@ -52,9 +52,7 @@ def track(video):
       hue       float [F], in radians
       extra     int [F], number of further objects of this color
 
-    A float is NaN where the object is absent.
-
-    video: uint8 [F, H, W, 3]
+    A float is NaN where the object is absent. video: uint8 [F, H, W, 3]
     """
     pixels = _read(video)
     color, frame, body, others = _find_blobs(pixels)
@@ -184,11 +182,7 @@ def _fit(mask, weight, body):
 
 
 def _fit_shape(shape, mask, weight, max_radius):
-    """Returns (error [N], (x, y, radius) [N, 3], fit [N], seen [N]) of a shape that is fitted to N patches.
-
-    fit: soft intersection over union of the shape and the mask, in 0..1
-    seen: share of the shape that is in sight, in 0..1
-    """
+    """Returns (error [N], (x, y, radius) [N, 3], fit [N], share in sight [N]) of a shape, fitted to N patches."""
     count, side, _ = mask.shape
     x = np.arange(side, dtype=np.float32) + np.float32(0.5)
     y = x[:, None]
@@ -215,7 +209,7 @@ def _fit_shape(shape, mask, weight, max_radius):
             move = np.linalg.solve(normal, slope @ rest.reshape(count, -1, 1))[..., 0]
             p = p + np.clip(move, -1, 1).astype(np.float32)
             p[:, 2] = np.clip(p[:, 2], 1, max_radius)
-    drawn = draw(best)
+    drawn = draw(best)  # the fit is the soft intersection over union of this and the mask
     overlap = (weight * np.minimum(drawn, mask)).sum((1, 2))
     union = (weight * np.maximum(drawn, mask)).sum((1, 2))
     seen = (weight * drawn).sum((1, 2)) / (AREA[shape] * best[:, 2] ** 2)
