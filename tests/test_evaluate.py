@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -159,20 +160,20 @@ def test_other_sources_are_sampled_by_held_out_captions(config):
     assert [p["text"] for p in prompts] == ["e", "f"]
     prompts = evaluate.choose_prompts(config, [{"caption": c} for c in "abcdabc"], seed=0)
     assert [p["text"] for p in prompts] == ["a", "b", "c"]  # nothing else to show
-    assert evaluate.follow(config, {}, [None]) == []
+    assert task_metrics.follow(config, [None], [None], [None]) == []
 
 
 def test_batches_are_filled_up_and_cut_again(config, caplog):
     caplog.set_level(logging.INFO)
     shapes = []
 
-    @jax.jit
-    def function(tree, y):
+    def function(params, tree, y):
         shapes.append(y.shape)  # once for each trace
-        return {"sum": tree["x"].sum(1) + y}
+        return {"sum": tree["x"].sum(1) + y + params}
 
     x, y = np.arange(15.0).reshape(5, 3), np.arange(5.0)
-    np.testing.assert_allclose(evaluate.batched("adding", function, config, {"x": x}, y)["sum"], x.sum(1) + y)
+    pipe = SimpleNamespace(config=config, params=1)
+    np.testing.assert_allclose(evaluate.batched("adding", function, pipe, {"x": x}, y)["sum"], x.sum(1) + y + 1)
     assert shapes == [(2,)]
     assert caplog.messages == [f"adding: {done} of 5 clips" for done in (2, 4, 5)]
 

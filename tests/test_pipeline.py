@@ -316,7 +316,7 @@ def test_context_is_read_at_the_size_and_rates_of_the_system(pipe, tmp_path):
     context = pipe.context(5, between=[path, path])
     assert context.masks["video"].tolist() == [True, False, True]
     assert pipe.context(5).video is None
-    clip = pipe._clips(["x"], video[None, :, :16, :16], np.zeros((1, 9 * 250), np.float32))[0]
+    clip = vdm_jax.Clip(video[:, :16, :16], np.zeros(9 * 250, np.float32), 8, 2000)
     assert pipe.context(5, video=clip).video.shape == (1, 5, 16, 16, 3)
     with pytest.raises(UserError, match="the clip has 8 fps and 4000 Hz, the system 8 fps and 2000 Hz"):
         pipe.context(5, video=vdm_jax.Clip(video, np.zeros(4500, np.float32), 8, 4000))

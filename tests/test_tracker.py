@@ -327,5 +327,5 @@ def test_one_frame_can_be_read(easy):
 def test_summary_of_nothing_and_of_unknown_names():
     assert set(summarize([]).values()) == {None}
     video = np.zeros((5, 32, 32, 3), np.uint8)
-    with pytest.raises(UserError, match="shape 'hexagon' unknown"):
+    with pytest.raises(UserError, match="no shape 'hexagon'"):
         measure(video, np.zeros(5000), FPS, RATE, [dict(color="red", shape="hexagon", direction="up")])

@@ -21,11 +21,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from absl import flags
 
 from vdm_jax.data import media
-from vdm_jax.diffusion import MODALITIES
 from vdm_jax.errors import UserError, one_of
 from vdm_jax.metrics import figures
 from vdm_jax.pipeline import Pipeline, load
@@ -138,7 +136,7 @@ def defaults(task, config):
 class WatchedPipeline(Pipeline):
     """A Pipeline that another thread can watch while it makes a clip.
 
-    levels: the scheduling matrix of the newest window, as samplers.scheduling_matrix returns it.
+    levels: the scheduling matrix of the newest window, as tasks.scheduling_matrix returns it.
     message: the newest line for the user, such as how long a compilation took the last time.
     notes: the warnings about the clip.
     """
@@ -182,7 +180,7 @@ class WatchedPipeline(Pipeline):
         """As Pipeline.sample."""
         masks = context and context._replace(video=None, audio=None)  # the levels depend on nothing else
         arrays, static = self.sampler.arguments(self.params, context=masks, **arguments)
-        self.levels = {name: np.asarray(arrays["levels"][name]) for name in MODALITIES}
+        self.levels = arrays["levels"]
         program = str((self.levels["video"].shape, static))
         self.message = "generating" if self.windows == 1 else f"generating part {self.done + 1} of {self.windows}"
         self.expected, self.began = self.durations.get(program), time.monotonic()

@@ -31,8 +31,7 @@ from vdm_jax import diffusion, samplers
 from vdm_jax import sample as sample_command
 from vdm_jax.data import batches, captions, media, text
 from vdm_jax.errors import UserError, one_of
-from vdm_jax.metrics import copies, reconstruction, report, shares, tasks, tracker
-from vdm_jax.metrics import figures as drawing
+from vdm_jax.metrics import copies, figures, reconstruction, report, shares, tasks, tracker
 from vdm_jax.run import cli, storage
 from vdm_jax.run.progress import progress
 from vdm_jax.system import hard_negatives
@@ -56,14 +55,13 @@ def main(argv):
     if not options.out:
         raise UserError("--out is missing: the folder for the report")
     began = time.perf_counter()
-    with_prompts = options.suite in ("prompts", "all")
-    with_tasks = options.suite in ("tasks", "all")
+    suites = SUITES if options.suite == "all" else (options.suite,)
     methods = [read_sampler(name) for name in options.samplers]
-    with_copies = options.suite in ("copies", "all")
-    with_samples = with_prompts or with_tasks or with_copies
-    pipe = sample_command.load_pipeline(options, STAGES if with_samples else [*AUTOENCODERS.values()])
+    stages = [*AUTOENCODERS.values()] if options.suite == "reconstruction" else STAGES
+    pipe = sample_command.load_pipeline(options, stages)
     config = pipe.config
-    if with_tasks and config.data.source != "world":
+    is_world = config.data.source == "world"
+    if "tasks" in suites and not is_world:
         raise UserError("--suite=tasks is for the procedural world, whose clips the tracker reads")
     if options.count is not None:
         config.evaluate.update(clips=options.count, prompts=options.count, tasks=options.count)
@@ -71,45 +69,45 @@ def main(argv):
 
     items = [held_out[i] for i in range(config.evaluate.clips)]
     truth = {part: np.stack([item[part] for item in items]) for part in AUTOENCODERS}
-    remade = {part: reconstruct(pipe, name, truth[part]) for part, name in AUTOENCODERS.items()}
+    remade = {}
+    for part, name in AUTOENCODERS.items():
+        remake = functools.partial(pipe.system.reconstruct, name)
+        remade[part] = batched(f"reconstructing by the {name.replace('_', ' ')}", remake, pipe, truth[part])
     asked = [tasks.objects(item) for item in items]
     metrics = {
-        "truth": tracker.summarize(follow(config, truth, asked)),
-        "autoencoder": tracker.summarize(follow(config, remade, asked)),
+        "truth": tracker.summarize(tasks.follow(config, asked, **truth)),
+        "autoencoder": tracker.summarize(tasks.follow(config, asked, **remade)),
         "samples": tracker.summarize([]),
         "reconstruction": compare(config, items, truth, remade),
         "clip": {"recall_at_1": None},
     }
-    figures = show_reconstruction(config, out, items, truth, remade)
+    shown = show_reconstruction(config, out, items, truth, remade)
 
     prompts = []
-    if with_prompts:
+    if "prompts" in suites:
         metrics["clip"] = recall(pipe, held_out)
         metrics["loss_per_noise_level"] = loss_per_noise_level(pipe, items, truth, options.seed)
         prompts = choose_prompts(config, held_out, options.seed)
-        texts = [prompt["text"] for prompt in prompts]
-        wanted = [prompt["objects"] for prompt in prompts]
-        made = dict(zip(AUTOENCODERS, pipe.sample(texts, seed=options.seed)))
-        found = follow(config, made, wanted)
-        metrics["samples"] = tracker.summarize(found)
-        figures = show_samples(config, out, texts, made) + figures
-        if config.data.source == "world":
-            metrics["wordings"] = measure_wordings(pipe, choose_prompts(config, held_out, options.seed, wordings=True))
+        video, audio, found = sample(pipe, prompts, seed=options.seed)
+        metrics["samples"], counts = tracker.summarize(found), tracker.counts(found)
+        shown = show_samples(config, out, prompts, video, audio) + shown
+        if is_world:
+            others = choose_prompts(config, held_out, options.seed, wordings=True)
+            measured = tracker.summarize(sample(pipe, others)[-1])
+            metrics["wordings"] = {key: measured[key] for key in ("one_object", "two_objects", "empty")}
         if methods:
             metrics |= {"samplers": {}, "differences": {}}
         for method, steps in methods:
             maker = pipe.for_steps(steps, False if options.teacher else None)
-            made = dict(zip(AUTOENCODERS, maker.sample(texts, seed=options.seed, method=method, steps=steps)))
-            others = follow(config, made, wanted)
-            measured, both = tracker.summarize(others), (tracker.counts(others), tracker.counts(found))
+            found = sample(maker, prompts, seed=options.seed, method=method, steps=steps)[-1]
+            measured, other_counts = tracker.summarize(found), tracker.counts(found)
+            differences = {key: shares.difference(other_counts[key], counts[key]) for key in report.OUTCOMES}
             metrics["samplers"][f"{method} {steps}"] = {key: measured[key] for key in report.OUTCOMES}
-            differences = {key: shares.difference(*(counts[key] for counts in both)) for key in report.OUTCOMES}
             metrics["differences"][f"{method} {steps}"] = differences
-    if with_tasks:
+    if "tasks" in suites:
         metrics["tasks"] = tasks.measure(pipe, [held_out[i] for i in range(config.evaluate.tasks)], options.seed)
-    if with_copies:
-        texts = [item["caption"] for item in items]
-        video, _ = pipe.sample(texts, seed=options.seed)
+    if "copies" in suites:
+        video, _ = pipe.sample([item["caption"] for item in items], seed=options.seed)
         metrics["copies"] = copies.measure(pipe, video, truth["video"], config.evaluate.copies)
 
     settings = {
@@ -123,7 +121,7 @@ def main(argv):
         "device": jax.devices()[0].device_kind,
         "seconds": round(time.perf_counter() - began),
     }
-    page = report.write_report(out, metrics, settings=settings, media=figures)
+    page = report.write_report(out, metrics, settings=settings, media=shown)
     print(report.format_table(metrics))
     logger.info("wrote %s in %d s", page, time.perf_counter() - began)
 
@@ -137,41 +135,26 @@ def read_sampler(name):
     return method, int(steps)
 
 
-def batched(what, function, config, *arrays):
-    """function(*rows) in batches of config.evaluate.batch_size, the last one filled up, so that it compiles once.
+def batched(what, function, pipe, *arrays):
+    """function(pipe.params, *rows) in batches of config.evaluate.batch_size, jitted; the last batch is filled up.
 
     arrays: trees of [N, ...] with one N. Returns function's tree with leaves [N, ...], on the host.
     """
     count = len(jax.tree.leaves(arrays)[0])
-    size = min(config.evaluate.batch_size, count)
-    parts = []
+    size = min(pipe.config.evaluate.batch_size, count)
+    function, parts = jax.jit(function), []
     with progress(what, count, "clip") as advance:
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)
-            parts.append(jax.device_get(function(*jax.tree.map(lambda a, rows=rows: a[rows], arrays))))
+            parts.append(jax.device_get(function(pipe.params, *jax.tree.map(lambda a, rows=rows: a[rows], arrays))))
             advance(min(size, count - start))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
 
-def follow(config, clips, asked):
-    """What the tracker finds in each of P clips; [] where nothing is asked. asked: P lists of objects, or of None."""
-    if not asked or asked[0] is None:
-        return []
-    found, size = [], config.evaluate.batch_size
-    with progress("tracking objects", len(asked), "clip") as advance:
-        for start in range(0, len(asked), size):
-            rows = slice(start, start + size)
-            for video, audio, want in zip(clips["video"][rows], clips["audio"][rows], asked[rows], strict=True):
-                found.append(tracker.measure(video, audio, config.data.fps, config.data.sample_rate, want))
-            advance(len(asked[rows]))
-    return found
-
-
-def measure_wordings(pipe, prompts):
-    """The outcomes of prompts in words that training did not combine, {'one_object', 'two_objects', 'empty'}."""
-    made = dict(zip(AUTOENCODERS, pipe.sample([prompt["text"] for prompt in prompts])))
-    measured = tracker.summarize(follow(pipe.config, made, [prompt["objects"] for prompt in prompts]))
-    return {key: measured[key] for key in ("one_object", "two_objects", "empty")}
+def sample(pipe, prompts, **options):
+    """-> (video, audio, what the tracker finds in each clip) of prompts, as `choose_prompts` returns them."""
+    video, audio = pipe.sample([prompt["text"] for prompt in prompts], **options)
+    return video, audio, tasks.follow(pipe.config, [prompt["objects"] for prompt in prompts], video, audio)
 
 
 def choose_prompts(config, held_out, seed, wordings=False):
@@ -200,13 +183,6 @@ def choose_prompts(config, held_out, seed, wordings=False):
     if not prompts:
         raise UserError("no prompts of one or two objects are left that previews do not show: allow more in data.world")
     return prompts
-
-
-def reconstruct(pipe, name, clips):
-    """Clips [P, ...] of one modality through autoencoder `name` and back."""
-    remake = jax.jit(lambda params, x: pipe.system.reconstruct(name, params, x))
-    what = f"reconstructing by the {name.replace('_', ' ')}"
-    return batched(what, functools.partial(remake, {name: pipe.params[name]}), pipe.config, clips)
 
 
 def compare(config, items, truth, remade):
@@ -259,78 +235,68 @@ def recall(pipe, held_out):
     if len(different) < 2:
         return {"recall_at_1": None, "candidates": len(different)}
 
-    @jax.jit
     def embed(params, tokens, video):
         return pipe.system.apply("clip", params, tokens, text.mask(tokens), to_float(video))[:2]
 
-    embed = functools.partial(embed, {"clip": pipe.params["clip"]})
     texts = [item["caption"] for item in different.values()]
     video = np.stack([item["video"] for item in different.values()])
     tokens = text.encode(texts, config.data.text_length)
-    words, pictures = batched("embedding captions and clips", embed, config, tokens, video)
+    words, pictures = batched("embedding captions and clips", embed, pipe, tokens, video)
     found = {"recall_at_1": reconstruction.recall_at_k(words, pictures), "candidates": len(texts)}
     if groups := config.clip.hard_negatives.words:
         tokens = text.encode([hard_negatives.swap_words(caption, groups) for caption in texts], config.data.text_length)
-        others, _ = batched("embedding hard negatives", embed, config, tokens, video)
-        right, wrong = (np.sum(pictures * x, 1) for x in (words, others))
-        found["hard_negative_accuracy"] = float(np.mean(right > wrong))
+        others, _ = batched("embedding hard negatives", embed, pipe, tokens, video)
+        found["hard_negative_accuracy"] = float(np.mean(np.sum(pictures * words, 1) > np.sum(pictures * others, 1)))
     return found
 
 
 def loss_per_noise_level(pipe, items, truth, seed):
     """Mean squared error of the noise (eps) that the denoiser predicts in held-out latents, all at one noise level.
 
-    -> columns {'log_snr', 'video', 'audio'} of NOISE_LEVELS numbers each, evenly spaced over the range of training. The
-    same noise is used at each level.
+    -> columns {'log_snr', 'video', 'audio'} of NOISE_LEVELS numbers each. The levels are evenly spaced over the range
+    of training, and all get the same noise.
     """
-    config, system, params = pipe.config, pipe.system, pipe.params
-    settings = config.denoiser.diffusion
+    system, settings = pipe.system, pipe.config.denoiser.diffusion
+    levels = np.linspace(settings.log_snr_min, settings.log_snr_max, 2 * NOISE_LEVELS + 1)[1::2]
 
-    @jax.jit
-    def encode(params, clips, tokens):
-        return system.encode(params, clips["video"], clips["audio"]), system.encode_text(params, tokens)
+    def errors(params, clips, tokens, eps):
+        z, cond = system.encode(params, **clips), system.encode_text(params, tokens)
 
-    @jax.jit
-    def errors(params, noise_level, z, eps, cond):
-        shape = z["video"].shape[:2]  # [B, T]
-        log_snr = {name: jnp.full(shape, noise_level) for name in z}
-        prediction = system.apply("denoiser", params, diffusion.add_noise(z, eps, log_snr), log_snr, cond)
-        target = diffusion.to_target(z, eps, log_snr, settings.target)
-        factor = diffusion.eps_error_factor(noise_level, settings.target)
-        return {name: factor * jnp.square(prediction[name] - target[name]).reshape(shape[0], -1).mean(1) for name in z}
+        def at(level):
+            log_snr = {name: jnp.full(z["video"].shape[:2], level) for name in z}  # [B, T]
+            prediction = system.apply("denoiser", params, diffusion.add_noise(z, eps, log_snr), log_snr, cond)
+            target = diffusion.to_target(z, eps, log_snr, settings.target)
+            factor = diffusion.eps_error_factor(level, settings.target)
+            return {name: factor * jax.vmap(jnp.mean)(jnp.square(prediction[name] - target[name])) for name in z}  # [B]
 
-    tokens = text.encode([item["caption"] for item in items], config.data.text_length)
-    z, cond = batched("encoding clips", functools.partial(encode, params), config, truth, tokens)
-    rng = np.random.default_rng(seed)
-    eps = {name: rng.standard_normal(x.shape, np.float32) for name, x in z.items()}
-    low, high = settings.log_snr_min, settings.log_snr_max
-    log_snr = (low + (np.arange(NOISE_LEVELS) + 0.5) / NOISE_LEVELS * (high - low)).tolist()
+        return jax.tree.map(jnp.transpose, jax.lax.map(at, jnp.asarray(levels, jnp.float32)))  # [B, NOISE_LEVELS]
 
-    def errors_by_level(*rows):
-        return [errors(params, jnp.float32(noise_level), *rows) for noise_level in log_snr]
-
-    by_level = batched(f"loss at {NOISE_LEVELS} noise levels", errors_by_level, config, z, eps, cond)
-    return {"log_snr": log_snr, **{name: [float(found[name].mean()) for found in by_level] for name in AUTOENCODERS}}
+    tokens = text.encode([item["caption"] for item in items], pipe.config.data.text_length)
+    rng, shapes = np.random.default_rng(seed), system.layout.latent_shapes
+    eps = {name: rng.standard_normal((len(items), *shapes[name]), np.float32) for name in sorted(shapes)}
+    found = batched(f"loss at {NOISE_LEVELS} noise levels", errors, pipe, truth, tokens, eps)
+    return {"log_snr": levels.tolist(), **{name: found[name].mean(0).tolist() for name in AUTOENCODERS}}
 
 
-def show_samples(config, out, texts, made):
+def show_samples(config, out, prompts, video, audio):
     """A contact sheet and MP4s of up to SHOWN samples, spread over the prompts -> [(caption, file)]."""
-    chosen = np.linspace(0, len(texts) - 1, min(SHOWN, len(texts))).round().astype(int)
-    drawing.contact_sheet(out / "samples.png", made["video"][chosen], [texts[i] for i in chosen])
-    figures = [("Samples", out / "samples.png")]
-    for i in chosen:
-        path = out / f"sample_{i:03d}.mp4"
-        media.write_mp4(path, made["video"][i], made["audio"][i], config.data.fps, config.data.sample_rate)
-        figures.append((texts[i], path))
-    return figures
+    chosen = np.linspace(0, len(prompts) - 1, min(SHOWN, len(prompts))).round().astype(int)
+    captions = [prompts[i]["text"] for i in chosen]
+    figures.contact_sheet(out / "samples.png", video[chosen], captions)
+    paths = [out / f"sample_{i:03d}.mp4" for i in chosen]
+    for i, path in zip(chosen, paths):
+        media.write_mp4(path, video[i], audio[i], config.data.fps, config.data.sample_rate)
+    return [("Samples", out / "samples.png"), *zip(captions, paths)]
 
 
 def show_reconstruction(config, out, items, truth, remade):
     """Held-out clips, each followed by its reconstruction: pictures, sounds and one pair of MP4s."""
-    pairs = {part: [x for pair in zip(truth[part], remade[part]) for x in pair][: 2 * PREVIEW_CLIPS] for part in truth}
+    video, audio = (
+        [x for pair in zip(truth[part][:PREVIEW_CLIPS], remade[part]) for x in pair] for part in ("video", "audio")
+    )
     labels = [label for item in items[:PREVIEW_CLIPS] for label in (item["caption"], "reconstruction")]
-    drawing.contact_sheet(out / "reconstruction.png", pairs["video"], labels)
-    drawing.spectrogram(out / "spectrogram.png", np.concatenate(pairs["audio"]), config.data.sample_rate)
+    figures.contact_sheet(out / "reconstruction.png", video, labels)
+    figures.spectrogram(out / "spectrogram.png", np.concatenate(audio), config.data.sample_rate)
     for name, clips in (("truth", truth), ("autoencoder", remade)):
         path = out / f"{name}.mp4"
         media.write_mp4(path, clips["video"][0], clips["audio"][0], config.data.fps, config.data.sample_rate)

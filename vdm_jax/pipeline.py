@@ -122,27 +122,16 @@ class Pipeline:
 
         Raises UserError where these do not fit.
         """
-        maker = self.for_steps(options.get("steps"), options.pop("student", None))
-        if maker is not self:
+
+        def make(maker, prompts):
             given = dict(image=image, video=video, audio=audio, between=between)
-            return maker(prompt, seed=seed, seconds=seconds, student=False, **given, **options)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        frames = self.config.data.frames if seconds is None else self.frames_of(seconds)
-        context = self.context(
-            frames,
-            image=image,
-            video=video,
-            audio=audio,
-            between=between,
-            context_frames=options.get("context_frames"),
-        )
-        self._check(prompts, options)
-        if frames > self.config.data.frames:
-            made = self.rollout(prompts, frames, seed=seed, context=context, **options)
-        else:
-            made = self.sample(prompts, seed=seed, frames=frames, context=context, **options)
-        clips = self._clips(prompts, *made)
-        return clips[0] if isinstance(prompt, str) else clips
+            frames = maker.config.data.frames if seconds is None else maker.frames_of(seconds)
+            context = maker.context(frames, **given, context_frames=options.get("context_frames"))
+            if frames > maker.config.data.frames:
+                return maker.rollout(prompts, frames, seed=seed, context=context, **options)
+            return maker.sample(prompts, seed=seed, frames=frames, context=context, **options)
+
+        return self._clips(prompt, make, options)
 
     def extend(self, clip, prompt, *, seconds=None, seed=0, **options):
         """A Clip that begins with `clip` and goes on for `seconds`; a list of them for a list of prompts.
@@ -152,16 +141,14 @@ class Pipeline:
         seconds: length of what is added; None: the length of a clip in training.
         seed, options: as in a call.
         """
-        maker = self.for_steps(options.get("steps"), options.pop("student", None))
-        if maker is not self:
-            return maker.extend(clip, prompt, seconds=seconds, seed=seed, student=False, **options)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        video, audio = self._read(clip)
-        frames = len(video) + (self.config.data.frames if seconds is None else self.frames_of(seconds))
-        self._check(prompts, options)
-        start = tuple(np.repeat(part[None], len(prompts), 0) for part in (video, audio))
-        clips = self._clips(prompts, *self.rollout(prompts, frames, seed=seed, start=start, **options))
-        return clips[0] if isinstance(prompt, str) else clips
+
+        def make(maker, prompts):
+            video, audio = maker._read(clip)
+            frames = len(video) + (maker.config.data.frames if seconds is None else maker.frames_of(seconds))
+            start = tuple(np.repeat(part[None], len(prompts), 0) for part in (video, audio))
+            return maker.rollout(prompts, frames, seed=seed, start=start, **options)
+
+        return self._clips(prompt, make, options)
 
     # --------------------------------------------------------------------------------------------- arrays in and out
 
@@ -246,31 +233,42 @@ class Pipeline:
             raise UserError(f"give only one of {', '.join(given)}")
         data = self.config.data
         layout = self.system.layout.with_frames(min(frames, data.frames))
-        for name in given:
-            if name != "image" and frames > data.frames:
-                raise UserError(f"{name} is for clips of up to {data.frames / data.fps:g} s: lower seconds")
+        if given and image is None and frames > data.frames:
+            raise UserError(f"{', '.join(given)} is for clips of up to {data.frames / data.fps:g} s: lower seconds")
         if image is not None:
             image = media.fit(image, data.size) if isinstance(image, np.ndarray) else media.read_image(image, data.size)
             return tasks.image(image, layout)
         if video is not None:
             return tasks.foley(self._read(video, frames)[0], layout)
-        if audio is not None:
-            return tasks.audio(self._read_audio(audio, frames), layout)
         if between is not None:
             return self._between(between, layout, context_frames)
-        return tasks.text(layout)
+        if isinstance(audio, Clip):
+            audio = self._read(audio)[1]
+        elif audio is not None and not isinstance(audio, np.ndarray):
+            audio = media.read_audio(audio, data.sample_rate, frames / data.fps)
+        return tasks.text(layout) if audio is None else tasks.audio(audio.astype(np.float32), layout)
 
-    def _check(self, prompts, options):
-        """Raises UserError for wrong options. Warns of words that no caption in training had."""
-        resolve(self.config.sample, options)
+    def _clips(self, prompt, make, options):
+        """A Clip of a prompt, or a list of them. Warns of words that no caption in training had.
+
+        make: (this Pipeline or its student, prompts) -> (video, audio).
+        options: of a call; `student` is taken out. Raises UserError where they are wrong.
+        """
+        maker = self.for_steps(options.get("steps"), options.pop("student", None))
+        resolve(maker.config.sample, options)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UserError("there is no prompt: give a text, or a list with at least one")
-        if self.config.data.source == "world":
-            unknown = captions.unknown_words(" ".join(prompts), self.config.data.world.get("wordings", 0.0))
+        data = maker.config.data
+        if data.source == "world":
+            unknown = captions.unknown_words(" ".join(prompts), data.world.get("wordings", 0.0))
             if unknown:
                 words = [f"{word[:30]!r}" + (f" (nearest: {near!r})" if near else "") for word, near in unknown.items()]
                 words = ", ".join(words[:10]) + (f" and {len(words) - 10} more" if len(words) > 10 else "")
                 logger.warning("training had no caption with the words %s: the model may ignore them", words)
+        made = zip(*make(maker, prompts), prompts, strict=True)
+        clips = [Clip(video, audio, data.fps, data.sample_rate, text) for video, audio, text in made]
+        return clips[0] if isinstance(prompt, str) else clips
 
     def _between(self, clips, layout, context_frames):
         if isinstance(clips, str) or len(clips) != 2:
@@ -308,18 +306,6 @@ class Pipeline:
             raise UserError(f"the clip has {len(clip.video)} frames and {len(clip.audio)} samples of sound: too few")
         video = np.stack([media.fit(frame, data.size) for frame in clip.video[:frames]])
         return video, clip.audio[: len(video) * per_frame]
-
-    def _read_audio(self, sound, frames):
-        if isinstance(sound, Clip):
-            return self._read(sound)[1]
-        if isinstance(sound, np.ndarray):
-            return sound.astype(np.float32)
-        return media.read_audio(sound, self.config.data.sample_rate, frames / self.config.data.fps)
-
-    def _clips(self, prompts, video, audio):
-        data = self.config.data
-        made = zip(video, audio, prompts, strict=True)
-        return [Clip(frames, sound, data.fps, data.sample_rate, prompt) for frames, sound, prompt in made]
 
 
 def crossfade(audio, following, overlap, fade):

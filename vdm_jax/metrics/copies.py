@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from vdm_jax.data import batches
+from vdm_jax.metrics import shares
 
 logger = logging.getLogger("vdm_jax")
 
 BATCH = 64  # clips that are encoded at once
-DRAWS = 2000  # of the bootstrap
 
 
 def measure(pipe, samples, held_out, count):
@@ -30,20 +30,16 @@ def measure(pipe, samples, held_out, count):
         return system.encode(params, video, audio)["video"].reshape(len(video), -1)
 
     encode = functools.partial(encode, pipe.params)
-    made, true = (
-        np.concatenate([np.asarray(encode(x[i : i + BATCH])) for i in range(0, len(x), BATCH)])
-        for x in (samples, held_out)
-    )
+    videos = np.concatenate([samples, held_out])
+    clips = np.concatenate([encode(videos[i : i + BATCH]) for i in range(0, len(videos), BATCH)])
     examples = batches.Examples(batches.source(config), config.data.text_length)
     steps = -(-count // BATCH)
     training = batches.batches(examples, batch_size=BATCH, seed=config.seed, start=0, stop=steps, data=config.data)
-    nearest = {"samples": np.full(len(made), np.inf), "held_out": np.full(len(true), np.inf)}
+    nearest = np.full(len(samples) + len(held_out), np.inf)
     logger.info("looking for copies of %d training clips", steps * BATCH)
     for batch in training:
-        z = np.asarray(encode(batch["video"]))
-        for name, clips in (("samples", made), ("held_out", true)):
-            nearest[name] = np.minimum(nearest[name], distances(clips, z).min(1))
-    return compare(**nearest) | {"training_clips": steps * BATCH}
+        nearest = np.minimum(nearest, distances(clips, np.asarray(encode(batch["video"]))).min(1))
+    return compare(nearest[: len(samples)], nearest[len(samples) :]) | {"training_clips": steps * BATCH}
 
 
 def distances(a, b):
@@ -52,18 +48,20 @@ def distances(a, b):
     return np.sqrt(np.maximum(squares, 0) / a.shape[1])
 
 
-def compare(samples, held_out, seed=0):
+def compare(samples, held_out):
     """Returns the median distances of both, their ratio, and the ends of its 95 % bootstrap interval.
 
     Samples that are copies have a ratio far below 1. samples, held_out: distances to the nearest training clip, [P].
     """
-    rng = np.random.default_rng(seed)
-    draws = [np.median(rng.choice(x, (DRAWS, len(x))), 1) for x in (samples, held_out)]
-    low, high = np.percentile(draws[0] / draws[1], [2.5, 97.5])
+
+    def ratio(samples, held_out):
+        return np.median(samples, -1) / np.median(held_out, -1)
+
+    low, high = shares.bootstrap(ratio, samples, held_out)
     return {
         "samples_to_training": float(np.median(samples)),
         "held_out_to_training": float(np.median(held_out)),
-        "ratio": float(np.median(samples) / np.median(held_out)),
-        "ratio_low": float(low),
-        "ratio_high": float(high),
+        "ratio": float(ratio(samples, held_out)),
+        "ratio_low": low,
+        "ratio_high": high,
     }

@@ -1,4 +1,7 @@
-"""Pictures of clips, sounds and tasks: contact sheets, spectrograms and scheduling matrices, drawn with Pillow."""
+"""Pictures of clips, sounds and tasks: contact sheets, spectrograms and scheduling matrices, drawn with Pillow.
+
+A file that cannot be written raises a UserError.
+"""
 
 import functools
 import math
@@ -6,7 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vdm_jax.data import media
 
@@ -18,8 +21,6 @@ def contact_sheet(path, videos: Sequence, captions: Sequence[str]) -> None:
     """Writes a PNG with a row for each clip: its caption above frames that are equally spaced over the clip.
 
     videos: uint8 arrays [F, H, W, 3], one for each caption; their sizes may differ
-
-    Raises UserError if the file cannot be written.
     """
     font, gap = ImageFont.load_default(size=13), 4
     strips = []
@@ -44,8 +45,6 @@ def spectrogram(path, audio: np.ndarray, sample_rate: int) -> None:
     """Writes a PNG of the power over time (s) and frequency (kHz) of a sound, float [N].
 
     The brightest color is the loudest point. The darkest color is 80 dB below the loudest point, or less.
-
-    Raises UserError if the file cannot be written.
     """
     audio = np.asarray(audio, np.float32)
     window = max(64, 2 ** round(math.log2(sample_rate / 30)))  # about 33 ms
@@ -53,10 +52,8 @@ def spectrogram(path, audio: np.ndarray, sample_rate: int) -> None:
     spans = np.lib.stride_tricks.sliding_window_view(np.pad(audio, window // 2), window)[::hop]
     power = np.abs(np.fft.rfft(spans * np.hanning(window), axis=1)) ** 2  # [columns, frequencies]
     level = 10 * np.log10(np.maximum(power / max(power.max(), 1e-12), 1e-8))  # -80..0 dB
-    stops = np.array([[0, 0, 0], [60, 15, 110], [180, 40, 100], [245, 130, 30], [255, 250, 200]])
-    shade = (level.T[::-1] / 80 + 1) * (len(stops) - 1)  # high frequencies on top
-    color = np.stack([np.interp(shade, range(len(stops)), c) for c in stops.T], axis=-1)
-    plot = Image.fromarray(color.astype(np.uint8)).resize((max(400, len(level)), 256))
+    gray = Image.fromarray(((level.T[::-1] / 80 + 1) * 255).astype(np.uint8))  # high frequencies on top
+    plot = ImageOps.colorize(gray, "black", (255, 250, 200), mid=(180, 40, 100)).resize((max(400, len(level)), 256))
 
     left, top, bottom = 48, 12, 32  # margins, in pixels
     sheet = Image.new("RGB", (left + plot.width + 16, top + plot.height + bottom), "white")
@@ -75,10 +72,7 @@ def spectrogram(path, audio: np.ndarray, sample_rate: int) -> None:
 
 
 def write_preview(path, preview, fps: float, sample_rate: int) -> None:
-    """Writes a system.previews.Preview: PATH.png, and PATH.mp4 of the first clip if it has picture and sound.
-
-    Raises UserError if a file cannot be written.
-    """
+    """Writes a system.previews.Preview: PATH.png, and PATH.mp4 of the first clip if it has picture and sound."""
     if preview.video is None:
         spectrogram(f"{path}.png", np.concatenate(preview.audio), sample_rate)
         return
@@ -95,23 +89,17 @@ def scheduling_matrix(levels: Mapping[str, np.ndarray], cell: tuple[int, int]) -
     levels: {'video': [N+1, T], 'audio': [N+1, T]} log SNR, as tasks.scheduling_matrix returns it
     cell: width and height of one level, in pixels
     """
-    matrices = np.array([*levels.values()], np.float64)  # [modalities, N+1, T]
-    low, high = matrices.min(), matrices.max()
+    matrices = np.array([*levels.values()])  # [modalities, N+1, T]
+    grays = (255 * (matrices - matrices.min()) / np.ptp(matrices)).astype(np.uint8)
     (_, rows, frames), (width, height) = matrices.shape, cell
-    dark, light = np.array([24, 28, 64]), np.array([250, 226, 150])
-
-    def colors(values):  # [...] -> uint8 [..., 3]
-        share = (values - low) / (high - low)
-        return (dark + share[..., None] * (light - dark)).round().astype(np.uint8)
-
-    left, top, gap, bottom = 40, 22, 28, 62  # margins, in pixels
+    left, top, gap, bottom = 40, 22, 28, 40  # margins, in pixels
     panel = (frames * width, rows * height)
-    across = max(200, left + len(matrices) * (panel[0] + gap))
-    sheet = Image.new("RGB", (across, top + panel[1] + bottom), "white")
+    sheet = Image.new("RGB", (left + len(matrices) * (panel[0] + gap), top + panel[1] + bottom), "white")
     text = functools.partial(ImageDraw.Draw(sheet).text, fill="black", font=ImageFont.load_default(size=11))
-    for i, (name, matrix) in enumerate(zip(levels, matrices)):
+    for i, (name, gray) in enumerate(zip(levels, grays)):
         x = left + i * (panel[0] + gap)
-        pixels = colors(matrix).repeat(height, axis=0).repeat(width, axis=1)
+        cells = Image.fromarray(gray).resize(panel, Image.Resampling.NEAREST)
+        pixels = np.array(ImageOps.colorize(cells, (24, 28, 64), (250, 226, 150)))
         pixels[height - 1 :: height] = pixels[:, width - 1 :: width] = 255  # lines between the cells
         sheet.paste(Image.fromarray(pixels), (x, top))
         text((x + panel[0] / 2, top - 5), name, anchor="mb")
@@ -121,10 +109,6 @@ def scheduling_matrix(levels: Mapping[str, np.ndarray], cell: tuple[int, int]) -
     for row in range(0, rows, max(1, math.ceil(rows / 12), math.ceil(12 / height))):
         text((left - 6, top + (row + 0.5) * height), str(row), anchor="rm")
     text((2, top - 5), "step", anchor="lb")
-    scale = colors(low + np.linspace(0, 1, 80) * (high - low))[None].repeat(8, axis=0)
-    sheet.paste(Image.fromarray(scale), (left + 36, sheet.height - 16))
-    text((left, sheet.height - 12), "noise", anchor="lm")
-    text((left + 122, sheet.height - 12), "clean", anchor="lm")
     return sheet
 
 

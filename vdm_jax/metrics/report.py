@@ -60,9 +60,18 @@ LABELS = {  # key -> (label, unit of the value); %: the value is a share in 0..1
     "ratio": ("ratio of both; copies have less than 1", ""),
     "ratio_low": ("lower end of its 95 % interval", ""),
     "ratio_high": ("upper end of its 95 % interval", ""),
-    "training_clips": ("training clips", ""),
 }
 PLACES = {"dB": 1, "ms": 1}  # decimal places of a unit; others have three
+TITLES = {
+    "reconstruction": "Autoencoders, on held-out clips",
+    "clip": "Text encoder, on held-out clips",
+    "loss_per_noise_level": "Loss by noise level",
+    "samplers": "The same prompts, by sampler and steps",
+    "differences": "Difference to the samples above, points",
+    "wordings": "Prompts in words that training did not combine",
+    "copies": "Copies of training clips",
+}
+AXES = {"log_snr": "log SNR {:+.1f}", "seconds": "after {:g} s"}  # key of a column -> label of a row
 MEDIA = {  # suffix -> element that shows a file
     ".png": '<img alt="{caption}" src="data:image/png;base64,{data}">',
     ".mp4": '<video controls loop playsinline src="data:video/mp4;base64,{data}"></video>',
@@ -90,39 +99,28 @@ def _cell(key: str, value: float | int | None) -> str:
     return f"{text} {unit}".rstrip()
 
 
+def _table(title: str, figures: Mapping) -> tuple:
+    """Returns (title, columns, [(label, a text for each column)]).
+
+    figures: {key: value}, {column: {key: value}}, or {name: column of numbers} with one name of AXES.
+    """
+    for axis, label in AXES.items():
+        if axis in figures:
+            names = [name for name in figures if name != axis]
+            points = zip(figures[axis], *(figures[name] for name in names), strict=True)
+            lines = [(label.format(x), [_cell(*pair) for pair in zip(names, values)]) for x, *values in points]
+            return title, [name.replace("_", " ") for name in names], lines
+    columns = figures if all(isinstance(value, Mapping) for value in figures.values()) else {"": figures}
+    keys = dict.fromkeys(key for column in columns.values() for key in column)
+    lines = [(_label(key)[0], [_cell(key, column.get(key)) for column in columns.values()]) for key in keys]
+    return title, [*columns], lines
+
+
 def _tables(metrics: Mapping) -> list[tuple]:
-    """Returns all that the page and the terminal show: [(title, columns, [(label, a text for each column)])]."""
-
-    def rows(*dicts):
-        return [(_label(k)[0], [_cell(k, d.get(k)) for d in dicts]) for k in dict.fromkeys(k for d in dicts for k in d)]
-
-    def curve(columns, first, label):
-        names = [name for name in columns if name != first]
-        points = zip(columns[first], *(columns[name] for name in names), strict=True)
-        return names, [(label.format(x), [_cell(*pair) for pair in zip(names, values)]) for x, *values in points]
-
-    tables = [
-        ("Clips compared with their prompts", SOURCES, rows(*(metrics[s] for s in SOURCES))),
-        ("Autoencoders, on held-out clips", [""], rows(metrics["reconstruction"])),
-        ("Text encoder, on held-out clips", [""], rows(metrics["clip"])),
-    ]
-    if levels := metrics.get("loss_per_noise_level"):
-        tables.append(("Loss by noise level", *curve(levels, "log_snr", "log SNR {:+.1f}")))
-    if samplers := metrics.get("samplers"):
-        tables.append(("The same prompts, by sampler and steps", [*samplers], rows(*samplers.values())))
-    if differences := metrics.get("differences"):
-        tables.append(("Difference to the samples above, points", [*differences], rows(*differences.values())))
-    if wordings := metrics.get("wordings"):
-        tables.append(("Prompts in words that training did not combine", [""], rows(wordings)))
-    if copies := metrics.get("copies"):
-        tables.append(("Copies of training clips", [""], rows(copies)))
-    for task, figures in metrics.get("tasks", {}).items():
-        if "seconds" in figures:
-            columns, points = curve(figures, "seconds", "after {:g} s")
-            tables.append((f"Task: {task}", [name.replace("_", " ") for name in columns], points))
-        else:
-            tables.append((f"Task: {task}", [""], rows(figures)))
-    return tables
+    """Returns all that the page and the terminal show, as `_table` returns it."""
+    tables = [_table("Clips compared with their prompts", {source: metrics[source] for source in SOURCES})]
+    tables += [_table(title, metrics[key]) for key, title in TITLES.items() if key in metrics]
+    return tables + [_table(f"Task: {task}", figures) for task, figures in metrics.get("tasks", {}).items()]
 
 
 def format_table(metrics: Mapping) -> str:
@@ -130,17 +128,21 @@ def format_table(metrics: Mapping) -> str:
     tables = _tables(metrics)
     width = max(len(text) for title, _, rows in tables for text in [title, *(label for label, _ in rows)])
 
-    def block(title, columns, rows):
+    blocks = []
+    for title, columns, rows in tables:
         lines = [(title, columns), *rows]
         cell = max(14, *(len(text) for _, cells in lines for text in cells))
-        return "\n".join(
-            (f"{label:<{width}}" + "".join(f" {x:>{cell}}" for x in cells)).rstrip() for label, cells in lines
-        )
-
-    return "\n\n".join(block(*table) for table in tables)
+        texts = [f"{label:<{width}}" + "".join(f" {text:>{cell}}" for text in cells) for label, cells in lines]
+        blocks.append("\n".join(text.rstrip() for text in texts))
+    return "\n\n".join(blocks)
 
 
-_STYLE = """
+_HEAD = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>vdm_jax: evaluation</title>
+<style>
 :root { color-scheme: light dark; --bar: #4a90d9; --line: #d8dce1; --soft: #5b6570; }
 @media (prefers-color-scheme: dark) { :root { --bar: #4a8fd6; --line: #3a4149; --soft: #9aa5b1; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 58rem; margin: 0 auto; padding: 1rem; }
@@ -149,8 +151,7 @@ table { border-collapse: collapse; width: 100%; table-layout: fixed; }
 th, td { padding: .35rem .3rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child { text-align: left; font-weight: normal; }
 th:not(:first-child), td { width: 22%; overflow-wrap: break-word; }
-thead th { color: var(--soft); font-weight: 600; }
-td { font-variant-numeric: tabular-nums; }
+th[scope=col] { color: var(--soft); font-weight: 600; }
 td.share { background: linear-gradient(90deg, var(--bar) var(--share), transparent var(--share))
   left bottom / calc(100% - 6px) 5px no-repeat; }
 .settings td { width: 65%; }
@@ -159,6 +160,11 @@ figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem; }
 .clips figure { margin: 0; }
 img, video { width: 100%; image-rendering: pixelated; border-radius: 4px; display: block; }
+</style>
+<h1>Evaluation</h1>
+<p><b>truth</b>: held-out clips. <b>autoencoder</b>: the same clips, encoded and decoded. <b>samples</b>: clips that the
+model generates from prompts. The same tracker measures all three, so the first two columns show the best that samples
+can reach. In parentheses: the 95 % interval of a share.</p>
 """
 
 
@@ -168,12 +174,10 @@ def _html_table(title: str, columns: Sequence[str], rows: Sequence[tuple], kind:
         bar = f' class="share" style="--share:{share}%"' if percent else ""
         return f"<td{bar}>{html.escape(text)}</td>"
 
-    head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in columns)
-    head = f"<thead><tr><th></th>{head}</tr></thead>\n" if any(columns) else ""
-    body = "\n".join(
-        f'<tr><th scope="row">{html.escape(label)}</th>{"".join(map(td, cells))}</tr>' for label, cells in rows
-    )
-    return f'<h2>{html.escape(title)}</h2>\n<table class="{kind}">{head}<tbody>\n{body}\n</tbody></table>'
+    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in ["", *columns])
+    lines = [f"<tr>{head}</tr>"] if any(columns) else []
+    lines += [f'<tr><th scope="row">{html.escape(label)}</th>{"".join(map(td, cells))}</tr>' for label, cells in rows]
+    return "\n".join([f'<h2>{html.escape(title)}</h2>\n<table class="{kind}">', *lines, "</table>"])
 
 
 def _figure(caption: str, path: epath.Path) -> str:
@@ -191,40 +195,20 @@ def _intervals(metrics):
     return [metrics.low, metrics.high] if isinstance(metrics, Share | Difference) else None
 
 
-def write_report(
-    directory: epath.Path, metrics: Mapping, *, settings: Mapping, media: Sequence[tuple[str, epath.Path]] = ()
-) -> epath.Path:
+def write_report(directory: epath.Path, metrics: Mapping, *, settings: Mapping, media: Sequence = ()) -> epath.Path:
     """Writes metrics.json and report.html into a folder, which must exist, and returns the path of the page.
 
     settings: how the numbers were made (weights, prompts, steps, seed, ...), shown below the tables
-    media: (caption, file) of small PNG and MP4 files. The page contains them and is therefore a single file. Videos
-        form a grid, pictures take the full width.
+    media: (caption, path) of small PNG and MP4 files, which become parts of the page
     """
     numbers = {**metrics, "intervals": _intervals(metrics)}
     plain = json.loads(json.dumps(numbers), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
     (directory / "metrics.json").write_text(json.dumps(plain, indent=2) + "\n")
-    clips = [_figure(caption, path) for caption, path in media if path.suffix == ".mp4"]
-    pictures = [_figure(caption, path) for caption, path in media if path.suffix == ".png"]
+    shown = {suffix: "".join(_figure(*item) for item in media if item[1].suffix == suffix) for suffix in MEDIA}
     first, *others = (_html_table(*table) for table in _tables(metrics))
     how = [(name, [str(value)]) for name, value in settings.items()]
-    parts = [
-        first,
-        f'<h2>Samples</h2>\n<div class="clips">{"".join(clips)}</div>',
-        *pictures,
-        *others,
-        _html_table("How this was made", [""], how, "settings"),
-    ]
+    samples = f'<h2>Samples</h2>\n<div class="clips">{shown[".mp4"]}</div>\n{shown[".png"]}'
+    made = _html_table("How this was made", [""], how, "settings")
     page = directory / "report.html"
-    page.write_text(
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>vdm_jax: evaluation</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        "<h1>Evaluation</h1>\n"
-        "<p><b>truth</b>: held-out clips. <b>autoencoder</b>: the same clips, encoded and decoded. "
-        "<b>samples</b>: clips that the model generates from prompts. The same tracker measures all three, so the "
-        "first two columns show the best that samples can reach. In parentheses: the 95 % interval of a share.</p>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n",
-        encoding="utf-8",
-    )
+    page.write_text("\n".join([_HEAD, first, samples, *others, made, "</html>\n"]), encoding="utf-8")
     return page

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 Z = 1.96  # of a standard normal variable, 95 % lies within -Z and Z
-DRAWS = 2000  # of the bootstrap
+DRAWS = 2000  # of a bootstrap
 
 
 class Share(float):
@@ -49,16 +49,24 @@ def pooled(counts):
 def difference(counts, others):
     """Returns `pooled` of counts minus `pooled` of others, two measures of the same clips, as a Difference.
 
-    The interval is that of a bootstrap over the clips, which keeps the two measures of a clip together. None if there
-    is nothing to count.
+    The interval is of draws of clips, so the two measures of a clip stay together. None if there is nothing to count.
     """
-    pairs = np.concatenate([np.reshape(counts, (-1, 2)), np.reshape(others, (-1, 2))], 1)  # [clips, 4]
-    if not len(pairs) or not pairs[:, 1].any() or not pairs[:, 3].any():
+    pairs = np.hstack([np.reshape(counts, (-1, 2)), np.reshape(others, (-1, 2))])  # [clips, 4]
+    if not pairs[:, 1].any() or not pairs[:, 3].any():
         return None
 
-    def of_sums(sums):
+    def of_clips(pairs):
+        sums = pairs.sum(-2)
         return sums[..., 0] / np.maximum(sums[..., 1], 1) - sums[..., 2] / np.maximum(sums[..., 3], 1)
 
-    draws = np.random.default_rng(0).multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), DRAWS)
-    low, high = np.percentile(of_sums(draws @ pairs), [2.5, 97.5])
-    return Difference(of_sums(pairs.sum(0)), float(low), float(high))
+    return Difference(of_clips(pairs), *bootstrap(of_clips, pairs))
+
+
+def bootstrap(statistic, *samples):
+    """Returns the ends of the 95 % bootstrap interval of statistic(*samples), [low, high].
+
+    samples: arrays [N, ...]. Each is drawn from on its own, and the statistic gets all draws at once: [DRAWS, N, ...].
+    """
+    rng = np.random.default_rng(0)
+    draws = [x[rng.integers(len(x), size=(DRAWS, len(x)))] for x in samples]
+    return np.percentile(statistic(*draws), [2.5, 97.5]).tolist()

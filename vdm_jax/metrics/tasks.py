@@ -3,6 +3,7 @@
 Where a figure has a ceiling, it stands beside the figure: the same measure on the true clips.
 """
 
+import functools
 import logging
 
 import jax
@@ -17,12 +18,17 @@ logger = logging.getLogger("vdm_jax")
 WINDOWS = 10  # length of a rollout, in clips
 STILL = 0.02  # frame widths: an object that moves less has not moved
 APART = 2  # frames: a velocity change this near an impact is the impact's
-SYNC = ("sync_impacts", "sync_onsets")
 
 
 def objects(item):
     """What the caption of a clip of the world asks for, as the tracker wants it; None for other data."""
     return captions.asked(item["state"]) if "state" in item else None
+
+
+def follow(config, asked, video, audio):
+    """What the tracker finds in each of P clips; [] where nothing is asked. asked: P lists of objects, or of None."""
+    fps, sample_rate, clips = config.data.fps, config.data.sample_rate, zip(video, audio, asked, strict=True)
+    return [tracker.measure(*clip, fps, sample_rate, want) for *clip, want in clips if want is not None]
 
 
 def measure(pipe, items, seed):
@@ -40,29 +46,26 @@ class _Run:
 
     def __init__(self, pipe, items, seed):
         self.pipe, self.items, self.seed = pipe, items, seed
-        self.layout = pipe.system.layout
-        self.fps, self.sample_rate = pipe.config.data.fps, pipe.config.data.sample_rate
+        self.layout, self.fps = pipe.system.layout, pipe.config.data.fps
         self.asked = [objects(item) for item in items]
         self.prompts = [item["caption"] for item in items]
-        self.video = [item["video"] for item in items]
-        self.audio = [item["audio"] for item in items]
+        self.video, self.audio = (np.stack([item[part] for item in items]) for part in ("video", "audio"))
 
     def complete(self, make):
-        """-> (video, audio) of all clips, each completed from the tasks.Context make(video, audio) of its own."""
+        """-> (video, audio) of all clips, each completed from its tasks.Context, make(video, audio)."""
         contexts = [make(video, audio) for video, audio in zip(self.video, self.audio)]
-        parts = zip(*((context.video, context.audio) for context in contexts))
-        video, audio = (None if part[0] is None else np.concatenate(part) for part in parts)
-        return self.pipe.sample(self.prompts, seed=self.seed, context=tasks.Context(video, audio, contexts[0].masks))
+        arrays = jax.tree.map(lambda *x: np.concatenate(x), *(context[:2] for context in contexts))
+        return self.pipe.sample(self.prompts, seed=self.seed, context=tasks.Context(*arrays, contexts[0].masks))
 
     def outcomes(self, video, audio):
         """What the tracker finds in each clip."""
-        clips = zip(video, audio, self.asked, strict=True)
-        return [tracker.measure(v, a, self.fps, self.sample_rate, want) for v, a, want in clips]
+        return follow(self.pipe.config, self.asked, video, audio)
 
     def synchrony(self, video, audio):
         """Shares of visible impacts that sound, and of onsets that have an impact."""
         made, true = (tracker.summarize(self.outcomes(*c)) for c in ((video, audio), (self.video, self.audio)))
-        return {key: made[key] for key in SYNC} | {f"{key}_truth": true[key] for key in SYNC}
+        keys = ("sync_impacts", "sync_onsets")
+        return {key: made[key] for key in keys} | {f"{key}_truth": true[key] for key in keys}
 
 
 def undirected(run):
@@ -76,14 +79,11 @@ def undirected(run):
 def image(run):
     """The first frame against its reconstruction, and the share of clips in which something moves."""
     video, _ = run.complete(lambda video, audio: tasks.image(video[0], run.layout))
-    name = "video_autoencoder"
-    reconstruct = jax.jit(lambda params, x: run.pipe.system.reconstruct(name, params, x))
-    params = {name: run.pipe.params[name]}
-    remade = np.concatenate([reconstruct(params, clip[None])[:, :1] for clip in run.video])
-    truth = np.stack(run.video)[:, :1]
+    reconstruct = jax.jit(functools.partial(run.pipe.system.reconstruct, "video_autoencoder"))
+    remade = np.concatenate([reconstruct(run.pipe.params, clip[None])[:, :1] for clip in run.video])
     return {
-        "first_frame_psnr": reconstruction.psnr(truth, video[:, :1]),
-        "first_frame_psnr_reconstructed": reconstruction.psnr(truth, remade),
+        "first_frame_psnr": reconstruction.psnr(run.video[:, :1], video[:, :1]),
+        "first_frame_psnr_reconstructed": reconstruction.psnr(run.video[:, :1], remade),
         "moves": shares.mean([_moves(clip) for clip in video]),
         "moves_truth": shares.mean([_moves(clip) for clip in run.video]),
     }
@@ -150,9 +150,8 @@ def rollout(run):
     for start in range(0, WINDOWS * frames, frames):
         end = start + frames
         found = run.outcomes(video[:, start:end], audio[:, start * per_frame : end * per_frame])
-        summary = tracker.summarize(found)
-        curve["seconds"].append(end / run.fps)
-        curve["right"].append(shares.mean([clip["right"] for clip in found]))
-        curve["permanence"].append(summary["permanence"])
-        curve["size_drift"].append(summary["size_drift"])
+        right = shares.mean([clip["right"] for clip in found])
+        figures = tracker.summarize(found) | {"seconds": end / run.fps, "right": right}
+        for name, column in curve.items():
+            column.append(figures[name])
     return curve

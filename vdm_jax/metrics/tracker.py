@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from vdm_jax.data.captions import COLORS, DIRECTIONS, SHAPES, direction_of
 from vdm_jax.data.world import AREA, OUTSIDE, PALETTE, coverage
-from vdm_jax.errors import UserError
+from vdm_jax.errors import one_of
 from vdm_jax.metrics import shares
 
 VISIBLE = 0.75  # an object is judged where at least this share of it is in sight
@@ -31,12 +31,7 @@ MIN_KINK = 0.12  # frame widths per second: a smaller change of velocity is no i
 FAINT_KINK = 0.06  # but so small a change may explain an onset
 STEPS = 8  # of Gauss-Newton
 LATE = 0.3  # s, by which an object may come back late
-ABSENT = {
-    "present": False,
-    "shape": -1,
-    "cut": False,
-    "extra": 0,
-}  # values of a track where its object is absent; of floats NaN
+ABSENT = {"present": False, "shape": -1, "cut": False, "extra": 0}  # where an object is absent; a float is NaN
 
 _CHROMA = np.array([[1, -0.5, -0.5], [0, 3**0.5 / 2, -(3**0.5) / 2]], np.float32)
 _VECTORS = (np.array([PALETTE[c] for c in COLORS], np.float32) / 255) @ _CHROMA.T  # [colors, 2]
@@ -57,9 +52,7 @@ def track(video):
       hue       float [F], in radians
       extra     int [F], number of further objects of this color
 
-    A float is NaN where the object is absent.
-
-    video: uint8 [F, H, W, 3]
+    A float is NaN where the object is absent. video: uint8 [F, H, W, 3]
     """
     pixels = _read(video)
     color, frame, body, others = _find_blobs(pixels)
@@ -189,11 +182,7 @@ def _fit(mask, weight, body):
 
 
 def _fit_shape(shape, mask, weight, max_radius):
-    """Returns (error [N], (x, y, radius) [N, 3], fit [N], seen [N]) of a shape that is fitted to N patches.
-
-    fit: soft intersection over union of the shape and the mask, in 0..1
-    seen: share of the shape that is in sight, in 0..1
-    """
+    """Returns (error [N], (x, y, radius) [N, 3], fit [N], share in sight [N]) of a shape, fitted to N patches."""
     count, side, _ = mask.shape
     x = np.arange(side, dtype=np.float32) + np.float32(0.5)
     y = x[:, None]
@@ -220,7 +209,7 @@ def _fit_shape(shape, mask, weight, max_radius):
             move = np.linalg.solve(normal, slope @ rest.reshape(count, -1, 1))[..., 0]
             p = p + np.clip(move, -1, 1).astype(np.float32)
             p[:, 2] = np.clip(p[:, 2], 1, max_radius)
-    drawn = draw(best)
+    drawn = draw(best)  # the fit is the soft intersection over union of this and the mask
     overlap = (weight * np.minimum(drawn, mask)).sum((1, 2))
     union = (weight * np.maximum(drawn, mask)).sum((1, 2))
     seen = (weight * drawn).sum((1, 2)) / (AREA[shape] * best[:, 2] ** 2)
@@ -330,16 +319,14 @@ def measure(video, audio, fps, sample_rate, objects):
 
 def _judge(tracks, ask, kinks, fps):
     """Returns what `measure` says of one object. ask: the object's words."""
-    row = tracks.get(ask["color"])
     for key, known in (("color", COLORS), ("shape", SHAPES), ("direction", DIRECTIONS)):
-        if ask[key] not in known:
-            raise UserError(f"tracker: {key} {ask[key]!r} unknown; use one of {', '.join(known)}")
+        one_of(key, ask[key], known)
     out = dict(present_share=0.0, shape_right_share=0.0, right=False, direction_right=False)
     out |= dict(size_drift=None, color_drift=None, returns=None)
+    row = tracks.get(ask["color"])
     if row is None or not row["present"].any():
         return out
-    there, visible = row["present"], row["visible"]
-    frames = len(there)
+    there, visible, frames = row["present"], row["visible"], len(row["present"])
     clear = there & (visible >= VISIBLE)
     at = np.flatnonzero(there)
     place = np.searchsorted(at, np.arange(frames))
