@@ -14,7 +14,6 @@ over a parameter's path, such as 'text/out/kernel', to the mesh axes of its last
 the EMA have the same paths and the same rules.
 """
 
-import functools
 import math
 import re
 
@@ -27,9 +26,10 @@ from vdm_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
+BATCH = ("data", "fsdp")  # the axes that cut the batch
+
 # Number of dimensions -> the mesh axes that may cut each one. An axis cuts the first dimension that it divides, so
 # `sequence` cuts time where it divides the number of frames, and height elsewhere.
-BATCH = ("data", "fsdp")
 ACTIVATION_AXES = {
     5: (BATCH, ("sequence",), ("sequence",), (), ()),  # video [B, T, H, W, C]
     3: (BATCH, ("sequence",), ()),  # sound [B, N, C]
@@ -153,24 +153,12 @@ def all_gather_params(params, dtype):
         whole = P(*(None if axes in ("fsdp", ("fsdp",)) else axes for axes in split))
         if re.search(r"/(kernel|embedding)$", name):
             x = x.astype(dtype)
-        return _gather(x, split, whole)
+        # The gradient gets both constraints in reverse order, and needs both. From the split one alone XLA would make a
+        # product in parts, with permutes between them.
+        x = jax.lax.with_sharding_constraint(x, split)
+        return jax.lax.with_sharding_constraint(x, whole)
 
     return jax.tree_util.tree_map_with_path(gather, params)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x, split, whole):
-    x = jax.lax.with_sharding_constraint(x, split)
-    return jax.lax.with_sharding_constraint(x, whole)
-
-
-def _gather_backward(split, whole, _, grad):
-    # Both constraints are needed. From the split one alone XLA makes a product in parts, with permutes between them.
-    grad = jax.lax.with_sharding_constraint(grad, whole)
-    return (jax.lax.with_sharding_constraint(grad, split),)
-
-
-_gather.defvjp(lambda x, split, whole: (_gather(x, split, whole), None), _gather_backward)
 
 
 def path_name(path):

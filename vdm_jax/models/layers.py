@@ -55,8 +55,8 @@ class Layer(nn.Module, kw_only=True):
 
     @property
     def activation_dtype(self):
-        """The type of the arrays between layers: `dtype` on accelerators, float32 on a CPU."""
-        return ops.current().activation_dtype(self.dtype)
+        """See ops.activation_dtype."""
+        return ops.activation_dtype(self.dtype)
 
 
 class Dense(Layer):

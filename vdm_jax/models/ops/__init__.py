@@ -6,6 +6,7 @@ never asks which device it runs on.
 """
 
 import jax
+import jax.numpy as jnp
 
 from vdm_jax.models.ops import accelerator, cpu
 
@@ -17,3 +18,8 @@ backend = jax.make_user_context(None)
 def current():
     """The table of the platform that is being traced for: that of `backend`, or else JAX's default backend."""
     return cpu if (backend.value or jax.default_backend()) == "cpu" else accelerator
+
+
+def activation_dtype(dtype):
+    """The type of the arrays between layers whose products are computed in `dtype`: on a CPU always float32."""
+    return jnp.float32 if current() is cpu else dtype

@@ -12,11 +12,6 @@ import jax.numpy as jnp
 from vdm_jax.sharding import constrain, shard_map_batch, split
 
 
-def activation_dtype(dtype):
-    """The type of arrays between layers."""
-    return dtype
-
-
 def dense(x, kernel, bias, dtype):
     """x [..., K] @ kernel [K, N] + bias [N], in `dtype`; bias may be None."""
     return add_bias(x.astype(dtype) @ kernel.astype(dtype), bias)
