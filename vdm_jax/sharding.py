@@ -1,6 +1,6 @@
 """How arrays are split over devices: the mesh, the table of parameters, the constraints on activations.
 
-A mesh arranges the devices in a grid with four axes. Each axis cuts something else:
+A mesh arranges the devices in a grid with four axes. The axes differ in what they cut:
 
     data        the batch. Each device holds all parameters.
     fsdp        the batch and the parameters. A device gathers the parameters of a layer just before it uses them.

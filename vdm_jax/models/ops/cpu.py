@@ -207,8 +207,8 @@ def attention(query, key, value, mask, bounded=False):
     blocks = next(n for n in range(-(-tokens // BLOCK), tokens + 1) if tokens % n == 0)
 
     def attend_in_blocks(example):  # the backward pass computes the scores again
-        query, *others = example
-        attend = jax.checkpoint(lambda block: accelerator.attention(block, *others))
+        query, key, value, mask = example
+        attend = jax.checkpoint(lambda block: accelerator.attention(block, key, value, mask))
         return jax.lax.map(attend, query.reshape(blocks, -1, *query.shape[1:])).reshape(query.shape)
 
     # The scores of all examples together would go through memory several times. One example's scores stay in the cache.
@@ -217,7 +217,10 @@ def attention(query, key, value, mask, bounded=False):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attention_at_once(query, key, value, mask, bounded):
-    """`attention` whose backward pass has a softmax's sum from the output (arXiv:2205.14135, appendix B.2)."""
+    """`attention` that holds all scores in memory.
+
+    The backward pass computes the sum in a softmax's gradient from the output (arXiv:2205.14135, appendix B.2).
+    """
     return _attention_forward(query, key, value, mask, bounded)[0]
 
 
