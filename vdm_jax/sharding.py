@@ -1,22 +1,19 @@
 """How arrays are split over devices: the mesh, the table of parameters, the constraints on activations.
 
-A mesh arranges the devices in a grid with four axes. To split an array means to name, for each of its dimensions, the
-mesh axes that cut it. The four axes differ in what they cut:
+A mesh arranges the devices in a grid with four axes. The axes differ in what they cut:
 
     data        the batch. Each device holds all parameters.
     fsdp        the batch and the parameters. A device gathers the parameters of a layer just before it uses them.
     sequence    the frames of a clip, or their height, when one clip is too large for a device.
     tensor      attention heads and MLP channels, when one layer is too large for a device.
 
-Models name the *meaning* of each dimension: `constrain(x, "batch", "time", ...)`. The table ACTIVATION_AXES translates
-a meaning into mesh axes. For example "batch" is cut along data and fsdp: with data=2 and fsdp=4 each device computes an
-eighth of the clips. XLA adds the communication.
+With data=2 and fsdp=4 each device computes an eighth of the clips. XLA adds the communication.
 
-Parameters carry no names. PARAMETER_RULES maps a regular expression over a parameter's path, such as 'text/out/kernel',
-to the mesh axes of its last dimensions. The optimizer's moments and the EMA have the same paths and the same rules.
+ACTIVATION_AXES has the mesh axes for each dimension of a video or a sound. PARAMETER_RULES maps a regular expression
+over a parameter's path, such as 'text/out/kernel', to the mesh axes of its last dimensions. The optimizer's moments and
+the EMA have the same paths and the same rules.
 """
 
-import functools
 import math
 import re
 
@@ -29,20 +26,18 @@ from vdm_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
-# Meaning of an activation's dimension -> mesh axes that cut it. An axis cuts the first dimension that it divides, so
+BATCH = ("data", "fsdp")  # the axes that cut the batch
+
+# Number of dimensions -> the mesh axes that may cut each one. An axis cuts the first dimension that it divides, so
 # `sequence` cuts time where it divides the number of frames, and height elsewhere.
 ACTIVATION_AXES = {
-    "batch": ("data", "fsdp"),
-    "time": ("sequence",),
-    "height": ("sequence",),
-    "width": None,
-    "token": ("sequence",),
-    "channel": None,
+    5: (BATCH, ("sequence",), ("sequence",), (), ()),  # video [B, T, H, W, C]
+    3: (BATCH, ("sequence",), ()),  # sound [B, N, C]
 }
 
-# The smallest part of a dimension that one device may hold. XLA computes a split convolution wrongly when a part is not
-# larger than the border that it needs from its neighbors.
-MIN_SHARD = {"time": 2, "height": 2, "token": 2}
+# The smallest part along `sequence` that one device may hold. XLA computes a split convolution wrongly when a part is
+# not larger than the border that it needs from its neighbors.
+MIN_SHARD = 2
 
 # The first rule that matches counts. Its axes belong to the last dimensions; earlier dimensions are not cut.
 PARAMETER_RULES = (
@@ -86,7 +81,7 @@ def mesh_shape(sizes, count):
             f"mesh {given} does not fill {count} device(s): the sizes must multiply to {count}, "
             f"each one of {_divisors(count)}, and at most one may be -1"
         )
-    return dict(zip(MESH_AXES, shape, strict=True))
+    return dict(zip(MESH_AXES, shape))
 
 
 def _divisors(*sizes):
@@ -95,22 +90,10 @@ def _divisors(*sizes):
     return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
 
 
-def constrain(x, *names):
-    """Returns an activation, split over the current mesh. Without a mesh it returns x itself.
-
-    names: for each dimension of x a key of ACTIVATION_AXES, or None for a dimension that is not cut.
-
-    Raises ValueError for an unknown name, or for another number of names than dimensions.
-    """
-    if len(names) != x.ndim:
-        raise ValueError(f"{len(names)} names {names} for an array of shape {x.shape}")
-    unknown = [n for n in names if n is not None and n not in ACTIVATION_AXES]
-    if unknown:
-        raise ValueError(f"unknown activation dimension {unknown[0]!r}; known: {', '.join(ACTIVATION_AXES)}")
+def constrain(x):
+    """Returns a video [B, T, H, W, C] or a sound [B, N, C], split over the current mesh; x itself without a mesh."""
     mesh = _current_mesh()
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, activation_spec(names, x.shape, mesh.shape))
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, activation_spec(x.shape, mesh.shape))
 
 
 def split(axis):
@@ -125,30 +108,29 @@ def shard_map_batch(f, x, *shared):
     So f may merge the batch dimension with others, which XLA could not split by itself.
     """
     mesh = _current_mesh()
-    axes = None if mesh is None else _dividing(ACTIVATION_AXES["batch"], x.shape[0], mesh.shape)
+    axes = None if mesh is None else _dividing(BATCH, x.shape[0], mesh.shape)
     if axes is None:
         return f(x, *shared)
     specs = (P(axes), *(P() for _ in shared))
     return jax.shard_map(f, in_specs=specs, out_specs=P(axes), axis_names=set(axes))(x, *shared)
 
 
-def activation_spec(names, shape, mesh_shape):
-    """Returns the PartitionSpec of an activation with a name for each dimension. A mesh axis cuts at most one."""
-    spec, free = [], set(MESH_AXES)
-    for name, size in zip(names, shape, strict=True):
-        axes = [a for a in ACTIVATION_AXES.get(name) or () if a in free]
-        taken = _dividing(axes, size, mesh_shape, MIN_SHARD.get(name, 1))
+def activation_spec(shape, mesh_shape):
+    """Returns the PartitionSpec of a video or a sound with this shape. A mesh axis cuts at most one dimension."""
+    spec, used = [], set()
+    for size, axes in zip(shape, ACTIVATION_AXES[len(shape)]):
+        taken = _dividing([axis for axis in axes if axis not in used], size, mesh_shape)
         spec.append(taken)
-        free -= set(taken or ())
+        used.update(taken or ())
     return P(*spec)
 
 
-def _dividing(axes, size, mesh_shape, least=1):
-    """Returns the first of `axes` that together cut `size` into equal parts of at least `least`, or None for none."""
+def _dividing(axes, size, mesh_shape):
+    """Returns the first of `axes` that together cut `size` into equal parts that are large enough, or None for none."""
     kept, product = [], 1
-    for axis in axes or ():
+    for axis in axes:
         product *= mesh_shape[axis]
-        if size % product or size < least * product:
+        if size % product or size < product * (MIN_SHARD if axis == "sequence" else 1):
             break
         if mesh_shape[axis] > 1:
             kept.append(axis)
@@ -171,29 +153,17 @@ def all_gather_params(params, dtype):
         whole = P(*(None if axes in ("fsdp", ("fsdp",)) else axes for axes in split))
         if re.search(r"/(kernel|embedding)$", name):
             x = x.astype(dtype)
-        return _gather(x, split, whole)
+        # The gradient gets both constraints in reverse order, and needs both. From the split one alone XLA would make a
+        # product in parts, with permutes between them.
+        x = jax.lax.with_sharding_constraint(x, split)
+        return jax.lax.with_sharding_constraint(x, whole)
 
     return jax.tree_util.tree_map_with_path(gather, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x, split, whole):
-    x = jax.lax.with_sharding_constraint(x, split)
-    return jax.lax.with_sharding_constraint(x, whole)
-
-
-def _gather_backward(split, whole, _, grad):
-    # Both constraints are needed. From the split one alone XLA makes a product in parts, with permutes between them.
-    grad = jax.lax.with_sharding_constraint(grad, whole)
-    return (jax.lax.with_sharding_constraint(grad, split),)
-
-
-_gather.defvjp(lambda x, split, whole: (_gather(x, split, whole), None), _gather_backward)
-
-
 def path_name(path):
     """Returns a key path of jax.tree_util as 'a/b/c'."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def named_leaves(tree):
@@ -204,7 +174,7 @@ def named_leaves(tree):
 def parameter_spec(name, shape, mesh_shape):
     """Returns the PartitionSpec of the parameter at path `name`, without axes that do not divide their dimension."""
     _, axes = _rule(name, shape)
-    return P(*(_dividing((a,) if a else None, s, mesh_shape) for a, s in zip(axes, shape, strict=True)))
+    return P(*(_dividing((a,) if a else (), s, mesh_shape) for a, s in zip(axes, shape)))
 
 
 def _rule(name, shape):
@@ -234,7 +204,7 @@ def state_shardings(abstract_state, mesh):
 
 def batch_sharding(mesh):
     """Returns the sharding of a batch: its first dimension is cut along data and fsdp."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(BATCH))
 
 
 def local_rows(batch_sharding, batch_size):
@@ -263,7 +233,7 @@ def microbatches(batch, parts):
 
     def divide(x):
         x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-        return x if _current_mesh() is None else jax.lax.with_sharding_constraint(x, P(None, ("data", "fsdp")))
+        return x if _current_mesh() is None else jax.lax.with_sharding_constraint(x, P(None, BATCH))
 
     return jax.tree.map(divide, batch)
 
@@ -288,10 +258,11 @@ def check_batch(batch_size, mesh, parts=1, group=1, group_key="group"):
         raise UserError(f"batch_size={batch_size} does not divide over {over}: use {sizes}")
 
 
-def check_axes(mesh, params, activations):
-    """Raises UserError when `tensor` does not divide parameters, or `sequence` does not cut each of the activations.
+def check_axes(mesh, params, stage, activation):
+    """Raises UserError when `tensor` does not divide parameters, or `sequence` cuts no dimension of the activation.
 
-    activations: {name for the message: (shape, names of the dimensions)}.
+    stage: name of the stage, for the message.
+    activation: shape of a video or a sound of that stage.
     """
     ways = mesh.shape["tensor"]
     cuts = {name: dict(zip(_rule(name, leaf.shape)[1], leaf.shape)) for name, leaf in named_leaves(params).items()}
@@ -300,9 +271,7 @@ def check_axes(mesh, params, activations):
         fits = _divisors(math.gcd(*sizes.values()))
         raise UserError(f"mesh.tensor={ways} does not divide the {sizes[bad[0]]} of {bad[0]}: use {fits}")
     ways = mesh.shape["sequence"]
-    for name, (shape, names) in activations.items() if ways > 1 else ():
-        if "sequence" not in str(activation_spec(names, shape, mesh.shape)):
-            cut = [size for n, size in zip(names, shape) if "sequence" in (ACTIVATION_AXES[n] or ())]
-            raise UserError(
-                f"mesh.sequence={ways} does not divide time or height of {name} {shape}: use {_divisors(*cut)}"
-            )
+    if ways > 1 and "sequence" not in str(activation_spec(activation, mesh.shape)):
+        fits = _divisors(*[n for n, axes in zip(activation, ACTIVATION_AXES[len(activation)]) if "sequence" in axes])
+        clips = f"the clips of {stage} {activation}"
+        raise UserError(f"mesh.sequence={ways} does not divide time or height of {clips}: use {fits}")

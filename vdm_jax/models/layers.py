@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vdm_jax.models import ops
-from vdm_jax.models.ops.placement import constrain_clips
+from vdm_jax.sharding import constrain
 
 # Names of arrays that the backward pass may keep: outputs of blocks, and outputs of products and attention.
 ACTIVATION, PRODUCT = "activation", "product"
@@ -39,7 +39,7 @@ def apply_remat(call, mode):
 
 def constrain_activation(x):
     """x, the output of a block, split over the mesh and named for `apply_remat`."""
-    return checkpoint_name(constrain_clips(x), ACTIVATION)
+    return checkpoint_name(constrain(x), ACTIVATION)
 
 
 class Layer(nn.Module, kw_only=True):
@@ -55,8 +55,8 @@ class Layer(nn.Module, kw_only=True):
 
     @property
     def activation_dtype(self):
-        """The type of the arrays between layers: `dtype` on accelerators, float32 on a CPU."""
-        return ops.current().activation_dtype(self.dtype)
+        """See ops.activation_dtype."""
+        return ops.activation_dtype(self.dtype)
 
 
 class Dense(Layer):

@@ -169,7 +169,8 @@ class UNet(layers.Layer):
             return layers.apply_remat(module, self.remat[resolution]) if self.remat else module
 
         def residual(x, resolution, name):
-            merged = {m: _merge_frames(e, x["video"].shape[1]) for m, e in embedding.items()}
+            t = x["video"].shape[1]  # frames at this resolution; each has the mean embedding of those it merges
+            merged = {m: e.reshape(e.shape[0], t, -1, e.shape[-1]).mean(2) for m, e in embedding.items()}  # [B, t, E]
             module = with_remat(layers.ResidualBlock, resolution)
             return {m: module(channels[m][resolution], **block, name=f"{name}_{m}")(x[m], merged[m]) for m in x}
 
@@ -237,9 +238,3 @@ def _pad_frames(inputs, multiple):
         return jnp.concatenate([x] + [last] * extra, 1)
 
     return jax.tree.map(pad, inputs) if extra else inputs
-
-
-def _merge_frames(embedding, frames):
-    """The embedding [B, T, E] at a resolution of `frames` <= T frames: the mean of each group of merged frames."""
-    b, t, e = embedding.shape
-    return embedding if t == frames else embedding.reshape(b, frames, t // frames, e).mean(2)

@@ -53,7 +53,7 @@ class VideoAutoencoder(layers.Autoencoder):
             for block in blocks:
                 x = block(x)
             if i < len(self.downsample):
-                x = layers.constrain_activation(self.downsample[i](x))
+                x = self.downsample[i](x)
         for block in self.middle:
             x = block(x)
         return self.split_latent(self.to_latent(x))

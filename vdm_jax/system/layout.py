@@ -9,10 +9,6 @@ from vdm_jax.errors import UserError
 # names, a clip is a video with its sound.
 STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 
-# Names of the dimensions of video and of sound, for sharding.constrain.
-VIDEO_AXES = ("batch", "time", "height", "width", "channel")
-AUDIO_AXES = ("batch", "token", "channel")
-
 # Settings of a model that have one value for each resolution, and those that may be 0 or False.
 PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")
 SWITCHES = ("attention", "cross_modal", "factorized", "use_bias", "student")

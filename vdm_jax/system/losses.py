@@ -12,7 +12,7 @@ from vdm_jax import diffusion
 from vdm_jax.data import text
 from vdm_jax.system import distillation, hard_negatives, previews
 from vdm_jax.system.codec import init_fns, remat_modes, to_float
-from vdm_jax.system.layout import AUDIO_AXES, STAGES, VIDEO_AXES
+from vdm_jax.system.layout import STAGES
 
 
 class Stage(NamedTuple):
@@ -25,7 +25,7 @@ class Stage(NamedTuple):
     encoder_params: dict  # what `loss` reads of earlier stages and 'statistics', as ShapeDtypeStructs; {} for none
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    activation: tuple  # (shape, names of dimensions) of an activation, to check that the mesh can split it
+    activation: tuple  # shape of an activation, to check that the mesh can split it
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
     group: int = 1  # number of neighboring clips that must be on one device, for hard negatives
 
@@ -38,7 +38,7 @@ def make_stages(codec):
     for name in STAGES:
         remat_modes(config, name)  # raises for a wrong setting
 
-    def stage(name, loss, axes, length, preview, encoders):
+    def stage(name, loss, length, preview, encoders):
         settings = config[name]
         side, latent_side = config.data.size, layout.video[0]
         negatives = settings.get("hard_negatives", {})
@@ -66,7 +66,7 @@ def make_stages(codec):
             batch=batch,
             encoder_params=encoders,
             preview=preview,
-            activation=((1, length, latent_side, latent_side, 1) if axes is VIDEO_AXES else (1, length, 1), axes),
+            activation=(1, length, 1) if name == "audio_autoencoder" else (1, length, latent_side, latent_side, 1),
             make_hard_negative=make_hard_negative,
             group=negatives.get("every", 1) if word_groups else 1,
         )
@@ -81,10 +81,10 @@ def make_stages(codec):
     reconstructed = {m: previews.reconstruction(codec, m) for m in ("video", "audio")}
     sampled = previews.samples(codec)
     stages = (
-        ("video_autoencoder", video_autoencoder_loss, VIDEO_AXES, layout.frames, reconstructed["video"], {}),
-        ("audio_autoencoder", audio_autoencoder_loss, AUDIO_AXES, audio_tokens, reconstructed["audio"], {}),
-        ("clip", clip_loss, VIDEO_AXES, layout.frames, None, {}),
-        ("denoiser", denoiser_loss, VIDEO_AXES, layout.latent_frames, sampled, encoders),
+        ("video_autoencoder", video_autoencoder_loss, layout.frames, reconstructed["video"], {}),
+        ("audio_autoencoder", audio_autoencoder_loss, audio_tokens, reconstructed["audio"], {}),
+        ("clip", clip_loss, layout.frames, None, {}),
+        ("denoiser", denoiser_loss, layout.latent_frames, sampled, encoders),
     )
     return {name: stage(name, *rest) for name, *rest in stages}
 

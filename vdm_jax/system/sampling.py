@@ -15,7 +15,6 @@ from vdm_jax.run import hosts, profiling
 from vdm_jax.run.progress import progress
 from vdm_jax.sharding import constrain
 from vdm_jax.system import distillation
-from vdm_jax.system.layout import AUDIO_AXES, VIDEO_AXES
 
 BATCH = 8  # prompts sampled at once
 
@@ -180,7 +179,7 @@ def sample(
     noised = add_noise(clean, context_noise, first_levels)
     where = functools.partial(jax.tree.map, jnp.where)
     z = where(is_context, where(is_clean, clean, noised), noise)
-    z = {"video": constrain(z["video"], *VIDEO_AXES), "audio": constrain(z["audio"], *AUDIO_AXES)}
+    z = {m: constrain(x) for m, x in z.items()}
 
     # 2. The denoiser, guided.
     model = codec.models["denoiser"]

@@ -5,31 +5,21 @@ to rounding; `accelerator` says what each function takes and returns. `layers.py
 never asks which device it runs on.
 """
 
-import contextlib
-import contextvars
-
 import jax
+import jax.numpy as jnp
 
 from vdm_jax.models.ops import accelerator, cpu
 
-_platform = contextvars.ContextVar("platform", default=None)
-
-
-@contextlib.contextmanager
-def backend(platform):
-    """Within this context, models are traced with the table of `platform` ("cpu", "gpu" or "tpu").
-
-    `dry_run` compiles for TPUs on a machine without one, and `bench` counts the FLOPs of a model in the forms of
-    accelerators. A function that was jitted before keeps the table that it was traced with.
-    """
-    token = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
+# Within `with backend("tpu"):` models are traced with the table of that platform ("cpu", "gpu" or "tpu"). `dry_run`
+# compiles for TPUs on a machine without one, and `bench` counts the FLOPs of a model in the forms of accelerators.
+backend = jax.make_user_context(None)
 
 
 def current():
     """The table of the platform that is being traced for: that of `backend`, or else JAX's default backend."""
-    platform = _platform.get() or jax.default_backend()
-    return cpu if platform == "cpu" else accelerator
+    return cpu if (backend.value or jax.default_backend()) == "cpu" else accelerator
+
+
+def activation_dtype(dtype):
+    """The type of the arrays between layers whose products are computed in `dtype`: on a CPU always float32."""
+    return jnp.float32 if current() is cpu else dtype

@@ -9,13 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from vdm_jax.models.ops.placement import constrain_clips
-from vdm_jax.sharding import shard_map_batch, split
-
-
-def activation_dtype(dtype):
-    """The type of arrays between layers."""
-    return dtype
+from vdm_jax.sharding import constrain, shard_map_batch, split
 
 
 def dense(x, kernel, bias, dtype):
@@ -64,7 +58,7 @@ def conv(x, kernel, bias, strides, padding, dtype):
     if split("sequence"):
         # XLA may choose a split along time that is finer than sharding.MIN_SHARD allows, and then computes wrong
         # values. Constraints on input and output prevent this, also for the gradients.
-        return constrain_clips(add_bias(xla_conv(constrain_clips(x), kernel, strides, padding), bias))
+        return constrain(add_bias(xla_conv(constrain(x), kernel, strides, padding), bias))
     if kernel.ndim == 5:
         return _conv_video(x, kernel, bias, strides, padding)
     return add_bias(xla_conv(x, kernel, strides, padding), bias)

@@ -14,6 +14,7 @@ What XLA's own operations do slowly on a CPU, and what these functions do instea
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,6 @@ import numpy as np
 
 from vdm_jax.models.ops import accelerator, winograd
 from vdm_jax.models.ops.accelerator import add_bias
-
-
-def activation_dtype(dtype):
-    """The type of arrays between layers, whatever the type of the products."""
-    return jnp.float32
 
 
 def _row_sum(x):  # [..., M, C] -> [..., C]
@@ -84,11 +80,6 @@ def _bias_grad(bias, grad):
     return None if bias is None else _row_sum(_flat(grad))
 
 
-def _dense_forward(x, kernel, bias, dtype):
-    x = x.astype(dtype)
-    return dense(x, kernel, bias, dtype), (x, kernel, bias)
-
-
 def _dense_backward(dtype, saved, grad):
     x, kernel, bias = saved
     x_grad = _product(grad.astype(dtype), kernel.astype(dtype).T)
@@ -99,7 +90,9 @@ def _dense_backward(dtype, saved, grad):
     return x_grad, kernel_grad, _bias_grad(bias, grad)
 
 
-dense.defvjp(_dense_forward, _dense_backward)
+dense.defvjp(
+    lambda x, kernel, bias, dtype: (dense(x, kernel, bias, dtype), (x.astype(dtype), kernel, bias)), _dense_backward
+)
 
 
 def conv(x, kernel, bias, strides, padding, dtype):
@@ -168,15 +161,13 @@ conv_unit_strides.defvjp(_conv_forward, _conv_backward)
 def _conv_direct(x, kernel, padding):
     """XLA's own 2-D convolution; other dimensions are folded into the batch, or summed over tap by tap."""
     conv_2d = functools.partial(accelerator.xla_conv, strides=(1, 1))
-    if x.ndim == 3:  # sound
-        return conv_2d(x[:, :, None], kernel[:, None], padding=(*padding, (0, 0)))[:, :, 0]
-    (b, t, h, w, _), (kt, kh, kw) = x.shape, kernel.shape[:3]
-    if (kh, kw) == (1, 1):
-        out = conv_2d(x.reshape(b, t, h * w, -1), kernel[:, 0], padding=(padding[0], (0, 0)))  # [B, T, H*W, C]
-        return out.reshape(b, -1, h, w, out.shape[-1])
+    (b, t, *space, c), (taps, *window, _, features) = x.shape, kernel.shape
+    if math.prod(window) == 1:  # a sound, or the frames of each pixel
+        x, kernel = x.reshape(b, t, -1, c), kernel.reshape(taps, 1, c, features)
+        return conv_2d(x, kernel, padding=(padding[0], (0, 0))).reshape(b, -1, *space, features)
     x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
-    frames = x.shape[1] - kt + 1
-    shifted = (x[:, tap : tap + frames].reshape(-1, *x.shape[2:]) for tap in range(kt))  # [B*T, H, W, C]
+    frames = x.shape[1] - taps + 1
+    shifted = (x[:, tap : tap + frames].reshape(-1, *space, c) for tap in range(taps))  # [B*T, H, W, C]
     out = sum(conv_2d(part, kernel[tap], padding=padding[1:]) for tap, part in enumerate(shifted))
     return out.reshape(b, frames, *out.shape[1:])
 
@@ -208,20 +199,20 @@ BLOCK = 1024  # queries whose scores are in memory at the same time, in the larg
 
 
 def attention(query, key, value, mask, bounded=False):
-    """Softmax attention. `bounded` scores are not large, so the maximum is not searched for."""
+    """Softmax attention, at once or in blocks. `bounded` scores are not large: their maximum is not searched for."""
     if query.shape[1] * key.shape[1] < ATTENTION_AT_ONCE:
         return attention_at_once(query, key, value, mask, bounded)
-    # The scores of all examples together would go through memory several times. One example's scores stay in the cache.
     mask = jnp.ones(key.shape[:2], bool) if mask is None else mask
-    return jax.lax.map(lambda example: _attention_in_blocks(*example), (query, key, value, mask))
-
-
-def _attention_in_blocks(query, key, value, mask):
-    """One example's attention, at most BLOCK queries at a time; the backward pass computes the scores again."""
-    tokens, *heads = query.shape
+    tokens = query.shape[1]
     blocks = next(n for n in range(-(-tokens // BLOCK), tokens + 1) if tokens % n == 0)
-    attend = jax.checkpoint(lambda block: accelerator.attention(block, key, value, mask))
-    return jax.lax.map(attend, query.reshape(blocks, tokens // blocks, *heads)).reshape(query.shape)
+
+    def attend_in_blocks(example):  # the backward pass computes the scores again
+        query, key, value, mask = example
+        attend = jax.checkpoint(lambda block: accelerator.attention(block, key, value, mask))
+        return jax.lax.map(attend, query.reshape(blocks, -1, *query.shape[1:])).reshape(query.shape)
+
+    # The scores of all examples together would go through memory several times. One example's scores stay in the cache.
+    return jax.lax.map(attend_in_blocks, (query, key, value, mask))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -269,13 +269,10 @@ def _shape(path, shape):
     layer, kind = path[-2].key, path[-1].key
     if kind != "kernel":
         return shape
-    if layer in ("query", "key", "value"):
-        inputs, heads, head_dim = shape
-        return (heads * head_dim, inputs)
-    if layer == "out":
-        heads, head_dim, outputs = shape
-        return (outputs, heads * head_dim)
-    *window, inputs, outputs = shape
-    if window[:1] == [1]:  # within a frame
-        window = window[1:]
-    return (outputs, inputs, *((1, 1) if layer == "skip" else window))  # a skip is a convolution of one pixel
+    if layer in ("query", "key", "value"):  # [C, heads, d]
+        return (shape[1] * shape[2], shape[0])
+    if layer == "out":  # [heads, d, C]
+        return (shape[2], shape[0] * shape[1])
+    *window, inputs, outputs = (1, 1, *shape) if layer == "skip" else shape  # a skip is a convolution of one pixel
+    in_a_frame = len(window) == 3 and window[0] == 1
+    return (outputs, inputs, *(window[1:] if in_a_frame else window))
