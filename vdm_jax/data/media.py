@@ -31,7 +31,6 @@ MAX_PIXELS = 64_000_000  # of one frame or image
 MAX_OUTPUT_BYTES = 1 << 30  # of one decoded clip
 # WebM counts time in steps of 1 ms: a frame that is due at 1/24 s = 0.0417 s has the time stamp 0.042 s.
 TIME_TOLERANCE = Fraction(1001, 1_000_000)  # s
-AAC_RATE = 48_000  # Hz, of the files that are written
 # The fast conversions of swscale darken a picture by one level of 255 and blur color over edges. The exact conversions
 # take 4 ms a frame of 720p.
 TO_YUV = Interpolation.AREA | Interpolation.ACCURATE_RND
@@ -84,10 +83,9 @@ def write_mp4(path, video, audio, fps, sample_rate) -> None:
         if audio.ndim != 1:
             raise ValueError(f"audio must be [N], not {audio.shape}")
 
-    with (
-        replacing(path) as temporary,
-        av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as out,
-    ):
+    # A player finds the sound of a frame next to the frame: the muxer sorts all packets by time, however far they reach.
+    options = {"movflags": "+faststart", "max_interleave_delta": "0"}
+    with replacing(path) as temporary, av.open(temporary, "w", format="mp4", options=options) as out:
         # Without B-frames the first frame has time 0, even in players that ignore edit lists.
         picture = out.add_stream("libx264", rate=rate, options={"crf": "16", "bf": "0"})
         picture.width, picture.height = width + width % 2, height + height % 2
@@ -95,13 +93,15 @@ def write_mp4(path, video, audio, fps, sample_rate) -> None:
         # swscale converts by BT.601 in the limited range. Without these marks a player has to guess.
         picture.codec_context.colorspace = 6  # BT.601
         picture.codec_context.color_range = 1  # limited
-        if audio is not None:
+        if audio is not None and len(audio):
             # AAC begins with 1024 extra samples, which some players do not skip, and blurs onsets over its blocks. At
             # 48 kHz the extra samples last 21 ms; at a model's 8 kHz they would last 128 ms.
-            sound = out.add_stream("aac", rate=AAC_RATE, layout="mono")
+            sound = out.add_stream("aac", rate=48_000, layout="mono")
             sound.bit_rate = 192_000  # at the default rate, a tone or a click has noise only 20 dB below it
-            resampler = av.AudioResampler(format="fltp", layout="mono", rate=AAC_RATE)
-        sent = 0
+            samples = av.AudioFrame.from_ndarray(audio[None], "fltp", "mono")
+            samples.sample_rate, samples.pts, samples.time_base = sample_rate, 0, Fraction(1, sample_rate)
+            out.mux(sound.encode(samples))
+            out.mux(sound.encode(None))
         for index, image in enumerate(video):
             image = image.repeat(upscale, axis=0).repeat(upscale, axis=1)
             image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -109,22 +109,7 @@ def write_mp4(path, video, audio, fps, sample_rate) -> None:
             frame = frame.reformat(format="yuv420p", interpolation=TO_YUV)
             frame.pts, frame.time_base = index, 1 / rate
             out.mux(picture.encode(frame))
-            if audio is None:
-                continue
-            # The sound of a frame is written next to the frame: a player finds both in one place.
-            last = index == len(video) - 1
-            until = len(audio) if last else min(int((index + 1) * sample_rate / rate), len(audio))
-            chunks = []
-            if until > sent:
-                chunk = av.AudioFrame.from_ndarray(audio[None, sent:until], "fltp", "mono")
-                chunk.sample_rate, chunk.time_base = sample_rate, Fraction(1, sample_rate)
-                chunk.pts, sent = sent, until
-                chunks = resampler.resample(chunk)
-            for chunk in chunks + (resampler.resample(None) if last else []):
-                out.mux(sound.encode(chunk))
         out.mux(picture.encode(None))
-        if audio is not None:
-            out.mux(sound.encode(None))
 
 
 @contextlib.contextmanager
