@@ -66,9 +66,9 @@ class World:
       light      float32 [F], a factor on the brightness
       gravity    float, in frame widths per second^2
       occluder   float32 [F, 2], left and right edge in frame widths, or None
-      events     list of {'time': in s, 'kind': 'wall', 'object' or 'turn', 'objects': indices, of two the faster one
-                 first, 'speed': of the impact, 'position': (x, y) of the contact}; in a 'turn' an object that has left
-                 the frame through an open side comes back, without a sound
+      events     list of {'time': s, 'objects': indices, 'kind': 'wall' | 'object' | 'turn', 'speed': of the impact,
+                 'position': (x, y) of the contact}; of two objects the faster one is the first; in a 'turn' an object
+                 that has left through an open side comes back, silent and out of sight
 
     Raises UserError where a setting is out of its range.
     """
@@ -176,7 +176,7 @@ class World:
         """
         for name in ("color", "shape", "material"):
             del episode[name][count:]
-        bar, placed = episode["bar"], [[], [], [], [], []]  # x, y, vx, vy, r
+        bar, placed = episode["bar"], []  # placed: (x, y, vx, vy, r) of each object
         smallest = self.radius[0]
         largest = max(smallest, self.radius[1] - 0.015 * (count - 1))  # several objects are smaller
         for _ in range(150):
@@ -189,15 +189,15 @@ class World:
             x, y = _uniform(rng, margin, 1 - margin), _uniform(rng, margin, 1 - margin)
             if bar and bar[0] - r < x < bar[1] + r:
                 continue
-            if any(math.hypot(x - x2, y - y2) < r + r2 + 0.04 for x2, y2, _, _, r2 in zip(*placed)):
+            if any(math.hypot(x - x2, y - y2) < r + r2 + 0.04 for x2, y2, _, _, r2 in placed):
                 continue
-            trial = [column + [value] for column, value in zip(placed, (x, y, *velocity, r))]
+            trial = [*placed, (x, y, *velocity, r)]
+            columns = list(zip(*trial))
             # The walls count as closed even where the sides are open: no object leaves before its direction is seen.
-            radii = trial[4]
-            if next_event(*trial, radii, episode["g"])[0] > FREE:
+            if next_event(*columns, columns[-1], episode["g"])[0] > FREE:
                 placed = trial
-                if len(radii) == count:
-                    episode.update(zip(("x", "y", "vx", "vy", "r"), placed))
+                if len(placed) == count:
+                    episode.update(zip(("x", "y", "vx", "vy", "r"), columns))
                     return True
         return False
 
@@ -230,7 +230,7 @@ def next_event(x, y, vx, vy, r, low, g):
 
     An object only meets what it approaches, so an object that has just bounced does not meet the same wall again.
 
-    x, y, vx, vy, r: centers, velocities and radii, each a list of O numbers
+    x, y, vx, vy, r: centers, velocities and radii, each O numbers
     low: the lower bound of each center's x; the upper bound is 1 - low
     g: acceleration downwards, in frame widths per second^2
     """

@@ -54,7 +54,7 @@ def prepare(system, workdir, examples, mesh):
 
 
 def measure(system, params, examples):
-    """Returns {modality: {'mean', 'std'}}, float32 [C], of the latents of config.denoiser.statistics_clips clips."""
+    """Returns {modality: {'mean', 'std'}}, float32 [C], of at least config.denoiser.statistics_clips encoded clips."""
     count = system.config.denoiser.statistics_clips
     logger.info("measuring latent statistics on %d clips", count)
     sums = {}
@@ -72,7 +72,7 @@ def measure(system, params, examples):
 
 
 def _encoder(system, params, examples):
-    """Returns encoded_batches(first, count): yields the batches with places first .. first + count - 1 of the shuffle.
+    """Returns encoded_batches(first, count): whole batches with clips first .. first + count - 1 of the shuffle.
 
     The devices of this process encode together if their number divides ENCODE_BATCH, else one device does.
     """
