@@ -66,9 +66,9 @@ class World:
       light      float32 [F], a factor on the brightness
       gravity    float, in frame widths per second^2
       occluder   float32 [F, 2], left and right edge in frame widths, or None
-      events     list of {'time': s, 'objects': indices, 'kind': 'wall' | 'object' | 'turn', 'speed': of the impact,
-                 'position': (x, y) of the contact}; of two objects the faster one is the first; in a 'turn' an object
-                 that has left through an open side comes back, silent and out of sight
+      events     list of {'time': s, 'objects': indices, the faster one first, 'kind': 'wall' | 'object' | 'turn',
+                 'speed': of the impact, in frame widths per second, 'position': (x, y) of the contact}; in a 'turn' an
+                 object that has left through an open side comes back, silent and out of sight
 
     Raises UserError where a setting is out of its range.
     """
@@ -347,8 +347,8 @@ def render(state, size, open_sides):
     position, camera = state["position"], state["camera"]
     frames = len(position)
     pixel = np.arange(size, dtype=np.float32) + 0.5
-    moving = camera if camera.any() else camera[:1]
-    world = pixel / size + moving[:, :, None]  # [F or 1, 2, size]
+    cameras = camera if camera.any() else camera[:1]  # a still camera sees one background
+    world = pixel / size + cameras[:, :, None]  # [F or 1, 2, size]
     inside = np.clip((np.minimum(world, 1 - world) - EDGE) * size + 0.5, 0, 1)
     if open_sides:
         inside[:, 0] = 1
