@@ -106,8 +106,6 @@ def to_devices(batch, sharding, batch_size):
     sharding: of each global array
     batch_size: rows of a global array, over all processes
     """
-
-    def to_global(rows):
-        return jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
-
-    return jax.tree.map(to_global, batch)
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:])), batch
+    )

@@ -15,15 +15,15 @@ COLORS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 MATERIALS = ("rubber", "metal")
 DIRECTIONS = ("left", "right", "up", "down")
 
-# Groups of words for hard negatives, with synonyms.
-COLOR_WORDS = wordings.group(COLORS)
-SHAPE_WORDS = wordings.group(SHAPES)
+# Groups of words for hard negatives, with synonyms: ("red|crimson|scarlet", ...)
+COLOR_WORDS = tuple("|".join(wordings.WORDS[color]) for color in COLORS)
+SHAPE_WORDS = tuple("|".join(wordings.WORDS[shape]) for shape in SHAPES)
 DIRECTION_WORDS = (*wordings.DIRECTIONS, *zip(*wordings.VERTICAL.values()))
 
 PLAIN = frozenset(  # words of a caption without wordings.py
-    wordings.split(" ".join([*SHAPES, *COLORS, *MATERIALS, *DIRECTIONS]))
-    + wordings.split("a an empty small large moving going heading there is we see two three objects shapes and")
-    + wordings.split("hits bumps into collides with bounces off the wall floor ceiling")
+    [*SHAPES, *COLORS, *MATERIALS, *DIRECTIONS]
+    + "a an empty small large moving going heading there is we see two three objects shapes and".split()
+    + "hits bumps into collides with bounces off the wall floor ceiling".split()
 )
 SMALL = 0.13  # frame widths: an object of a smaller radius may be called small
 LARGE = 0.16  # frame widths: an object of a larger radius may be called large
@@ -67,7 +67,7 @@ def caption(state, rng, undirected=0.0, wording=0.0):
     indices = seen(state)
     free = wording and rng.random() < wording
     vague = undirected and rng.random() < undirected
-    things, phrases = [], {}
+    things, phrases = [], []
     for o, (color, shape, direction) in zip(indices, describe(state)):
         radius = state["radius"][o]
         size = material = ""
@@ -79,30 +79,27 @@ def caption(state, rng, undirected=0.0, wording=0.0):
         direction = "" if vague and rng.integers(4) else direction
         thing = dict(color=color, shape=shape, direction=direction, size=size, material=material)
         if not free:
-            phrases[o] = _noun_phrase(rng, **thing)
+            phrases.append(_noun_phrase(rng, **thing))
         elif not direction and rng.integers(4) == 0:
             thing[("color", "shape")[rng.integers(2)]] = ""
         things.append(thing)
     if not things:
         return "an empty box"
-    event = _first_impact(state, indices)
-    if rng.integers(10) < 7 and event:
-        if not free:
-            return _impact(rng, event, phrases)
-        first, *hit = (indices.index(o) for o in event["objects"])
-        return wordings.draw(rng, things, impact=(first, hit[0] if hit else None, _side(event["position"])))
-    return wordings.draw(rng, things) if free else _list(rng, list(phrases.values()))
+    impact = _first_impact(state, indices) if rng.integers(10) < 7 else None
+    if free:
+        return wordings.draw(rng, things, impact=impact)
+    return _impact(rng, phrases, *impact) if impact else _list(rng, phrases)
 
 
 def _first_impact(state, indices):
-    """Returns the first impact of objects that are seen, or None."""
-    impacts = (event for event in state["events"] if event["kind"] != "turn")
-    return next((event for event in impacts if set(event["objects"]) <= set(indices)), None)
-
-
-def _side(position):
-    x, y = position
-    return "wall" if min(x, 1 - x) < min(y, 1 - y) else "floor" if y > 0.5 else "ceiling"
+    """Returns the first impact of objects that are seen, as `wordings.draw` takes it, or None."""
+    for event in state["events"]:
+        if event["kind"] != "turn" and set(event["objects"]) <= set(indices):
+            first, *hit = map(indices.index, event["objects"])
+            x, y = event["position"]
+            side = "wall" if min(x, 1 - x) < min(y, 1 - y) else "floor" if y > 0.5 else "ceiling"
+            return first, hit[0] if hit else None, side
+    return None
 
 
 def prompts(seed, n, objects=1, shapes=SHAPES, colors=COLORS, held_out=False):
@@ -120,7 +117,7 @@ def prompts(seed, n, objects=1, shapes=SHAPES, colors=COLORS, held_out=False):
             shape, direction = shapes[rng.integers(len(shapes))], DIRECTIONS[rng.integers(4)]
             things.append({"color": colors[c], "shape": shape, "direction": direction})
         if held_out:
-            text = wordings.draw(rng, [{**thing, "size": "", "material": ""} for thing in things], held_out=True)
+            text = wordings.draw(rng, things, held_out=True)
         else:
             text = _list(rng, [_noun_phrase(rng, **thing) for thing in things])
         drawn.append({"text": text, "objects": things})
@@ -148,23 +145,21 @@ def _noun_phrase(rng, color, shape, direction, size="", material=""):
     return f"a {words} {verb} {direction}" if direction else f"a {words}"
 
 
-def _list(rng, things):
+def _list(rng, phrases):
     """Returns one to three noun phrases as a list in words."""
-    if len(things) == 1:
-        return ("{}", "{}", "there is {}", "we see {}")[rng.integers(4)].format(things[0])
-    text = ", ".join(things[:-1]) + " and " + things[-1]
+    if len(phrases) == 1:
+        return ("{}", "{}", "there is {}", "we see {}")[rng.integers(4)].format(phrases[0])
+    text = ", ".join(phrases[:-1]) + " and " + phrases[-1]
     if rng.integers(3):
         return text
-    return f"{('two', 'three')[len(things) - 2]} {('objects', 'shapes')[rng.integers(2)]}: {text}"
+    return f"{('two', 'three')[len(phrases) - 2]} {('objects', 'shapes')[rng.integers(2)]}: {text}"
 
 
-def _impact(rng, event, things):
-    """Returns a sentence about an impact. things: {index of an object: its noun phrase}."""
-    first, *hit = event["objects"]
-    rest = [phrase for o, phrase in things.items() if o not in event["objects"]]
-    others = {0: "", 1: " and {}", 2: ", {} and {}"}[len(rest)].format(*rest)
-    if hit:
-        verb = ("hits", "bumps into", "collides with")[rng.integers(3)]
-        return f"{things[first]} {verb} {things[hit[0]]}{others}"
-    verb = ("bounces off", "hits")[rng.integers(2)]
-    return f"{things[first]} {verb} the {_side(event['position'])}{others}"
+def _impact(rng, phrases, first, hit, side):
+    """Returns a sentence about an impact, of noun phrases; the impact is as `wordings.draw` takes it."""
+    rest = [phrase for i, phrase in enumerate(phrases) if i not in (first, hit)]
+    others = ("", " and {}", ", {} and {}")[len(rest)].format(*rest)
+    if hit is None:
+        return f"{phrases[first]} {('bounces off', 'hits')[rng.integers(2)]} the {side}{others}"
+    verb = ("hits", "bumps into", "collides with")[rng.integers(3)]
+    return f"{phrases[first]} {verb} {phrases[hit]}{others}"

@@ -20,7 +20,7 @@ import numpy as np
 
 from vdm_jax.data import media
 from vdm_jax.data.text import read_text
-from vdm_jax.errors import UserError
+from vdm_jax.errors import UserError, one_of
 
 logger = logging.getLogger("vdm_jax")
 
@@ -90,9 +90,8 @@ def _listing(root: Path) -> dict[str, list[str]]:
             if path.suffix.lower() in SUFFIXES:
                 note = path.with_suffix(".txt")
                 _check_inside(root, note.relative_to(root))
-                captions[path.relative_to(root).as_posix()] = [
-                    " ".join(read_text(note).split()) if note.exists() else ""
-                ]
+                text = " ".join(read_text(note).split()) if note.exists() else ""
+                captions[path.relative_to(root).as_posix()] = [text]
     for name in captions:
         _check_inside(root, name)
     return captions
@@ -136,8 +135,7 @@ class Files:
     cache_bytes: int = 2 << 30  # for decoded videos; of videos that do not fit, only the window is decoded
 
     def __post_init__(self):
-        if self.split not in ("train", "held_out"):
-            raise UserError(f"there is no split {self.split!r}: use 'train' or 'held_out'")
+        one_of("split", self.split, ("train", "held_out"))
         if not 0 <= self.held_out < 1:
             raise UserError(f"held_out={self.held_out} must be a share of at least 0 and less than 1")
         self.root = Path(self.path)

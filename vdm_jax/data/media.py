@@ -31,7 +31,6 @@ MAX_PIXELS = 64_000_000  # of one frame or image
 MAX_OUTPUT_BYTES = 1 << 30  # of one decoded clip
 # WebM counts time in steps of 1 ms: a frame that is due at 1/24 s = 0.0417 s has the time stamp 0.042 s.
 TIME_TOLERANCE = Fraction(1001, 1_000_000)  # s
-AAC_RATE = 48_000  # Hz, of the files that are written
 # The fast conversions of swscale darken a picture by one level of 255 and blur color over edges. The exact conversions
 # take 4 ms a frame of 720p.
 TO_YUV = Interpolation.AREA | Interpolation.ACCURATE_RND
@@ -84,10 +83,9 @@ def write_mp4(path, video, audio, fps, sample_rate) -> None:
         if audio.ndim != 1:
             raise ValueError(f"audio must be [N], not {audio.shape}")
 
-    with (
-        replacing(path) as temporary,
-        av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as out,
-    ):
+    # The muxer sorts all packets by time, with any delay: a player finds the sound of a frame next to the frame.
+    options = {"movflags": "+faststart", "max_interleave_delta": "0"}
+    with replacing(path) as temporary, av.open(temporary, "w", format="mp4", options=options) as out:
         # Without B-frames the first frame has time 0, even in players that ignore edit lists.
         picture = out.add_stream("libx264", rate=rate, options={"crf": "16", "bf": "0"})
         picture.width, picture.height = width + width % 2, height + height % 2
@@ -95,13 +93,15 @@ def write_mp4(path, video, audio, fps, sample_rate) -> None:
         # swscale converts by BT.601 in the limited range. Without these marks a player has to guess.
         picture.codec_context.colorspace = 6  # BT.601
         picture.codec_context.color_range = 1  # limited
-        if audio is not None:
+        if audio is not None and len(audio):
             # AAC begins with 1024 extra samples, which some players do not skip, and blurs onsets over its blocks. At
             # 48 kHz the extra samples last 21 ms; at a model's 8 kHz they would last 128 ms.
-            sound = out.add_stream("aac", rate=AAC_RATE, layout="mono")
+            sound = out.add_stream("aac", rate=48_000, layout="mono")
             sound.bit_rate = 192_000  # at the default rate, a tone or a click has noise only 20 dB below it
-            resampler = av.AudioResampler(format="fltp", layout="mono", rate=AAC_RATE)
-        sent = 0
+            samples = av.AudioFrame.from_ndarray(audio[None], "fltp", "mono")
+            samples.sample_rate, samples.pts, samples.time_base = sample_rate, 0, Fraction(1, sample_rate)
+            out.mux(sound.encode(samples))
+            out.mux(sound.encode(None))
         for index, image in enumerate(video):
             image = image.repeat(upscale, axis=0).repeat(upscale, axis=1)
             image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -109,22 +109,7 @@ def write_mp4(path, video, audio, fps, sample_rate) -> None:
             frame = frame.reformat(format="yuv420p", interpolation=TO_YUV)
             frame.pts, frame.time_base = index, 1 / rate
             out.mux(picture.encode(frame))
-            if audio is None:
-                continue
-            # The sound of a frame is written next to the frame: a player finds both in one place.
-            last = index == len(video) - 1
-            until = len(audio) if last else min(int((index + 1) * sample_rate / rate), len(audio))
-            chunks = []
-            if until > sent:
-                chunk = av.AudioFrame.from_ndarray(audio[None, sent:until], "fltp", "mono")
-                chunk.sample_rate, chunk.time_base = sample_rate, Fraction(1, sample_rate)
-                chunk.pts, sent = sent, until
-                chunks = resampler.resample(chunk)
-            for chunk in chunks + (resampler.resample(None) if last else []):
-                out.mux(sound.encode(chunk))
         out.mux(picture.encode(None))
-        if audio is not None:
-            out.mux(sound.encode(None))
 
 
 @contextlib.contextmanager
@@ -208,17 +193,17 @@ def probe(path) -> dict:
         stream = _video_stream(container)
         if next(container.decode(stream), None) is None:
             raise UserError("none of its frames can be decoded")
-        duration = 0.0
+        duration = 0
         if stream.duration and stream.time_base:
-            duration = float(stream.duration * stream.time_base)
+            duration = stream.duration * stream.time_base
         elif container.duration:
             end = Fraction(container.duration + (container.start_time or 0), av.time_base)
-            duration = float(end - _origin(stream))
+            duration = end - _origin(stream)
         if duration <= 0:
             stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
             last = max(stamps, default=0) * stream.time_base - _origin(stream)
-            duration = float(max(last, 0) + _step(stream))
-        return {"duration": duration, "has_audio": bool(container.streams.audio)}
+            duration = max(last, 0) + _step(stream)
+        return {"duration": float(duration), "has_audio": bool(container.streams.audio)}
 
 
 def _shown_frames(container, stream, start: Fraction) -> Iterator[tuple[av.VideoFrame, Fraction]]:
@@ -252,15 +237,7 @@ def _shown_frames(container, stream, start: Fraction) -> Iterator[tuple[av.Video
     yield shown, max(time + (shown.duration * stream.time_base or _step(stream)), 2 * TIME_TOLERANCE)
 
 
-def read_video(
-    path,
-    *,
-    fps: float,
-    size: int | tuple[int, int],
-    sample_rate: int,
-    start: float = 0.0,
-    frames: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+def read_video(path, *, fps, size, sample_rate, start=0.0, frames=None) -> tuple[np.ndarray, np.ndarray]:
     """Returns a clip of a video file with its sound: uint8 [F, h, w, 3] and float32 [F * sample_rate // fps].
 
     Frame k is the frame that the file shows `start + k / fps` seconds after its first frame. Time stamps decide, so
@@ -277,7 +254,7 @@ def read_video(
     begin = Fraction(start).limit_denominator(1_000_000_000)
     max_frames = MAX_OUTPUT_BYTES // (height * width * 3)
     too_long = f"it gives over {max_frames} frames of {height}x{width} at {float(rate):g} fps, ask for fewer"
-    images: list[np.ndarray] = []
+    images = []
     with _reading(path):
         if (frames or 0) > max_frames:
             raise UserError(too_long)
@@ -285,17 +262,17 @@ def read_video(
             stream = _video_stream(container)
             origin = _origin(stream)
             for frame, end in _shown_frames(container, stream, begin):
-                image = None
-                while len(images) != frames and begin + len(images) / rate + TIME_TOLERANCE < end:
-                    if len(images) >= max_frames:
-                        raise UserError(too_long)
-                    if image is None:
-                        aspect = float(stream.sample_aspect_ratio or 1)
-                        turns = round((frame.rotation or 0) / 90)  # phones store a rotation beside the frames
-                        image = np.rot90(frame.to_ndarray(format="rgb24", interpolation=TO_RGB), turns)
-                        image = fit(image, (height, width), 1 / aspect if turns % 2 else aspect)
-                    images.append(image)
-                if len(images) == frames:
+                due = math.ceil((end - TIME_TOLERANCE - begin) * rate)  # frames of the clip that begin before `end`
+                due = due if frames is None else min(due, frames)
+                if due > max_frames:
+                    raise UserError(too_long)
+                if due > len(images):
+                    aspect = float(stream.sample_aspect_ratio or 1)
+                    turns = round((frame.rotation or 0) / 90)  # phones store a rotation beside the frames
+                    image = np.rot90(frame.to_ndarray(format="rgb24", interpolation=TO_RGB), turns)
+                    image = fit(image, size, 1 / aspect if turns % 2 else aspect)
+                    images += [image] * (due - len(images))
+                if due == frames:
                     break
         if not images:
             raise UserError(f"it ends at {float(end):g} s, before the start of the clip at {start:g} s")
@@ -336,17 +313,15 @@ def _decode_audio(container, begin: Fraction, sample_rate: int, audio: np.ndarra
 
 
 def read_audio(path, sample_rate: int, seconds: float) -> np.ndarray:
-    """Returns the beginning of a file's first sound track: float32 [round(seconds * sample_rate)].
+    """Returns the beginning of a file's first sound track, mixed to mono: float32 [round(seconds * sample_rate)].
 
-    It is mixed to mono, and silent after the end of the track. Raises UserError if the file cannot be read or has no
-    sound.
+    It is silent after the end of the track. Raises UserError if the file cannot be read or has no sound.
     """
-    with _reading(path):
+    with _reading(path), _open(path) as container:
+        if not container.streams.audio:
+            raise UserError("it has no sound")
         audio = np.zeros(round(seconds * sample_rate), np.float32)
-        with _open(path) as container:
-            if not container.streams.audio:
-                raise UserError("it has no sound")
-            _decode_audio(container, _origin(container.streams.audio[0]), sample_rate, audio)
+        _decode_audio(container, _origin(container.streams.audio[0]), sample_rate, audio)
         return audio
 
 
@@ -365,11 +340,8 @@ def resample(audio, from_rate: int, to_rate: int) -> np.ndarray:
     return result
 
 
-def read_image(path, size: int | tuple[int, int]) -> np.ndarray:
-    """Returns an image, turned upright, scaled and cropped by `fit`: uint8 [h, w, 3].
-
-    Raises UserError if the file cannot be read.
-    """
+def read_image(path, size) -> np.ndarray:
+    """Returns an image, turned upright, scaled and cropped by `fit`: uint8 [h, w, 3]. Raises UserError."""
     with _reading(path), Image.open(path, formats=IMAGE_FORMATS) as image:
         _check_pixels(image.width, image.height)  # before any pixel is decompressed
         image = ImageOps.exif_transpose(image)

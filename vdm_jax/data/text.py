@@ -77,8 +77,7 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     content = read_text(path)
     if "\0" in content:
         raise UserError(f"prompt file {os.fspath(path)!r} holds NUL characters: it is not a text file")
-    lines = [line.strip() for line in content.splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise UserError(f"prompt file {os.fspath(path)!r} holds no prompt: write one on each line")
-    return prompts
+    lines = map(str.strip, content.splitlines())
+    if prompts := [line for line in lines if line and not line.startswith("#")]:
+        return prompts
+    raise UserError(f"prompt file {os.fspath(path)!r} holds no prompt: write one on each line")

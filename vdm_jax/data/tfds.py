@@ -5,7 +5,6 @@ Scalar, Text, ClassLabel or sequences of them. The features Video, Image and Aud
 """
 
 import dataclasses
-import os
 
 import numpy as np
 from etils import epath
@@ -40,8 +39,8 @@ class Tfds:
     video_key: str = "video"
     audio_key: str = ""  # "" for silent clips
     caption_key: str = ""  # "" for the empty text
-    source_fps: float | None = None  # frames per second of the data set's videos; None or 0 is `fps`
-    source_sample_rate: int | None = None  # of the data set's sound, in Hz; None or 0 is `sample_rate`
+    source_fps: float = 0.0  # frames per second of the data set's videos; 0 is `fps`
+    source_sample_rate: int = 0  # of the data set's sound, in Hz; 0 is `sample_rate`
 
     def __post_init__(self):
         try:
@@ -50,7 +49,6 @@ class Tfds:
             raise UserError("TFDS needs two packages: pip install tensorflow-datasets array-record") from error
         if not self.name:
             raise UserError("data.tfds.name is empty: name a data set or its folder, --config.data.tfds.name=NAME")
-        self.name = os.fspath(self.name)
         self.source_fps = self.source_fps or self.fps
         self.source_sample_rate = self.source_sample_rate or self.sample_rate
         try:

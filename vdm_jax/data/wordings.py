@@ -56,13 +56,15 @@ HELD_OUT = 7  # one pair in this number of pairs is held out
 def draw(rng, things, held_out=False, impact=None):
     """Returns a sentence about things.
 
-    things: [{'color', 'shape', 'direction', 'size', 'material'}], plain words; '' where the sentence does not tell.
+    things: [{'color', 'shape', 'direction', 'size', 'material'}], plain words; '' where the sentence does not tell. The
+        last two may be missing.
     held_out: True: the sentence has a held-out pair; False: it has none.
     impact: (number of the thing, number of the thing that it hits or None, 'wall', 'floor' or 'ceiling'); None for a
         sentence without an impact.
     """
     while True:
-        text, pairs = _impact(rng, things, *impact) if impact else _sentence(rng, things)
+        pairs = []  # each phrase adds its pairs of words
+        text = _impact(rng, things, pairs, *impact) if impact else _sentence(rng, things, pairs)
         if rng.integers(4) == 0:
             text = text[0].upper() + text[1:]
         if rng.integers(4) == 0:
@@ -77,41 +79,43 @@ def is_held_out(pair):
     return not plain and zlib.crc32(" ".join(pair).encode()) % HELD_OUT == 0
 
 
-def _sentence(rng, things):
-    opening = _pick(rng, OPENINGS)
-    way = rng.integers(len(DIRECTIONS)) if rng.integers(2) else 0
+def _sentence(rng, things, pairs):
+    opening, way = _pick(rng, OPENINGS), _way(rng)
     if len(things) > 2 or (len(things) == 2 and rng.integers(5) == 0):
-        phrases = [_phrase(rng, thing, way, finite=False) for thing in things]
+        *phrases, last = [_phrase(rng, thing, way, False, pairs) for thing in things]
         count = f"{('two', 'three')[len(things) - 2]} {_pick(rng, ('objects', 'shapes', 'things'))}: "
-        listed = ", ".join(text for text, _ in phrases[:-1]) + " and " + phrases[-1][0]
-        return (count if rng.integers(2) else "") + listed, [pair for _, pairs in phrases for pair in pairs]
+        return (count if rng.integers(2) else "") + ", ".join(phrases) + " and " + last
     joint = _pick(rng, JOINTS)
-    phrases = [_phrase(rng, things[0], way, finite=not opening)]
-    if len(things) == 2:
-        phrases.append(_phrase(rng, things[1], way, finite=joint in (" while ", " as ")))
-    pairs = [pair for _, pairs in phrases for pair in pairs]
+    finite = (not opening, joint in (" while ", " as "))
+    phrases = [_phrase(rng, thing, way, own, pairs) for thing, own in zip(things, finite)]
     if len(things) == 2 and all(thing["direction"] for thing in things):
         pairs.append((opening.strip() or "-", joint.strip()))
-    return opening + joint.join(text for text, _ in phrases), pairs
+    return opening + joint.join(phrases)
 
 
-def _impact(rng, things, first, hit, side):
-    way = rng.integers(len(DIRECTIONS)) if rng.integers(2) else 0
-    phrases = [_phrase(rng, thing, way, finite=False) for thing in things]
-    others = [text for i, (text, _) in enumerate(phrases) if i not in (first, hit)]
-    event = f"{_pick(rng, BOUNCES)} the {side}" if hit is None else f"{_pick(rng, HITS)} {phrases[hit][0]}"
-    text = " and ".join([f"{phrases[first][0]} {event}", *others])
-    return text, [pair for _, pairs in phrases for pair in pairs]
+def _impact(rng, things, pairs, first, hit, side):
+    way = _way(rng)
+    phrases = [_phrase(rng, thing, way, False, pairs) for thing in things]
+    others = [phrase for i, phrase in enumerate(phrases) if i not in (first, hit)]
+    event = f"{_pick(rng, BOUNCES)} the {side}" if hit is None else f"{_pick(rng, HITS)} {phrases[hit]}"
+    return " and ".join([f"{phrases[first]} {event}", *others])
 
 
-def _phrase(rng, thing, way, finite):
-    """A thing in words -> (text, pairs).
+def _way(rng):
+    """Returns an entry of DIRECTIONS, the plain words in more than half of the draws."""
+    return DIRECTIONS[rng.integers(len(DIRECTIONS)) if rng.integers(2) else 0]
 
-    way: index into DIRECTIONS. finite: whether the phrase may be a sentence of its own, such as 'a ball moves left'.
+
+def _phrase(rng, thing, way, finite, pairs):
+    """Returns a thing in words. Adds to `pairs` the pairs of words that meet in it.
+
+    way: an entry of DIRECTIONS
+    finite: whether the phrase may be a sentence of its own, such as 'a ball moves left'
     """
-    color, shape, size, material = (_word(rng, thing[key]) for key in ("color", "shape", "size", "material"))
+    color, shape, size, material = (_word(rng, thing.get(key)) for key in ("color", "shape", "size", "material"))
     noun = shape or _pick(rng, ("shape", "object", "thing"))
-    pairs = [(color, noun)] if color and shape else []
+    if color and shape:
+        pairs.append((color, noun))
     if color and rng.integers(12) == 0:
         color += _pick(rng, ("-colored", "-coloured"))
     words = " ".join(word for word in (size, material, color, noun) if word)
@@ -121,30 +125,23 @@ def _phrase(rng, thing, way, finite):
     text = f"{article} {words}".strip()
     direction = thing["direction"]
     if not direction:
-        return text, pairs
-    forms, where = _pick(rng, VERBS) if rng.integers(2) else VERBS[0], DIRECTIONS[way]
-    where = where[DIRECTIONS[0].index(direction)]
+        return text
+    participle, verb = _pick(rng, VERBS) if rng.integers(2) else VERBS[0]
+    where = way[DIRECTIONS[0].index(direction)]
     if direction in VERTICAL and rng.integers(5) == 0:
-        forms, where = VERTICAL[direction], ""
-    participle, verb = forms
+        (participle, verb), where = VERTICAL[direction], ""
     pairs += [(noun, participle), (participle, where)]
     own = (verb, verb, f"is {participle}") if finite else (f"that {verb}", f"which is {participle}")
-    told = (participle, participle, *own)
-    return f"{text} {_pick(rng, told)} {where}".strip(), pairs
+    return f"{text} {_pick(rng, (participle, participle, *own))} {where}".strip()
 
 
 def _word(rng, plain):
-    """The plain word in half of the draws, and else any word for it; '' for ''."""
+    """Returns the plain word in half of the draws, and else any word for it. Nothing stays nothing."""
     return _pick(rng, WORDS[plain]) if plain and rng.integers(2) else plain
 
 
 def _pick(rng, options):
     return options[rng.integers(len(options))]
-
-
-def group(words):
-    """Returns plain words with their synonyms, ("red|crimson|scarlet", ...), as a group for hard negatives."""
-    return tuple("|".join(WORDS[word]) for word in words)
 
 
 def split(text):
@@ -155,6 +152,4 @@ def split(text):
 GRAMMAR = """an a one the two three objects shapes things shape object thing there is we see i here video of show me and
 while as with next to that which colored coloured wall floor ceiling empty"""
 FORMS = (*WORDS.values(), *VERBS, *DIRECTIONS, *VERTICAL.values(), HITS, BOUNCES)
-KNOWN = frozenset(
-    split(" ".join([GRAMMAR, *(word for forms in FORMS for word in forms)]))
-)  # all words of all sentences
+KNOWN = frozenset(split(" ".join([GRAMMAR, *sum(FORMS, ())])))  # all words of all sentences

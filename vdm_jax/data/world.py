@@ -11,7 +11,6 @@ to it.
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import numpy as np
 
@@ -51,16 +50,6 @@ TONES = {  # material -> (seconds of decay, ((frequency ratio, share), ...))
 }
 
 
-class Event(NamedTuple):
-    """An impact, or the turn of an object that has left the frame through an open side."""
-
-    time: float
-    kind: str  # 'wall', 'object' or 'turn'
-    objects: tuple  # index of the object; of two objects, the faster one first
-    speed: float  # of the impact, in frame widths per second
-    contact: tuple  # (x, y) in world coordinates
-
-
 @dataclasses.dataclass(eq=False)
 class World:
     """An endless source of clips. Clip i follows from (seed, i) and the settings alone; more frames only continue it.
@@ -77,8 +66,9 @@ class World:
       light      float32 [F], a factor on the brightness
       gravity    float, in frame widths per second^2
       occluder   float32 [F, 2], left and right edge in frame widths, or None
-      events     list of {'time': s, 'objects': indices, 'kind': 'wall' | 'object' | 'turn',
-                 'position': (x, y) of the contact}; a 'turn' is silent and out of sight
+      events     list of {'time': s, 'objects': indices, the faster one first, 'kind': 'wall' | 'object' | 'turn',
+                 'speed': of the impact, in frame widths per second, 'position': (x, y) of the contact}; in a 'turn' an
+                 object that has left through an open side comes back, silent and out of sight
 
     Raises UserError where a setting is out of its range.
     """
@@ -147,11 +137,10 @@ class World:
             "occluder": None if bar is None else (np.array(bar) - camera[:, :1]).astype(np.float32),
             "gravity": g,
         }
-        video, state["visible"] = render(state, self.size, open_sides=episode["open"])
-        cameras = camera_at(episode, np.array([event.time for event in events]))[0]
+        video, state["visible"] = render(state, self.size, episode["open"])
+        cameras = camera_at(episode, np.array([event["time"] for event in events]))[0]
         state["events"] = [
-            {"time": e.time, "kind": e.kind, "objects": e.objects, "position": tuple((e.contact - at).tolist())}
-            for e, at in zip(events, cameras)
+            {**event, "position": tuple((event["position"] - at).tolist())} for event, at in zip(events, cameras)
         ]
         text = caption(state, np.random.default_rng([self.seed, int(i), 0]), self.undirected, self.wordings)
         return {"video": video, "audio": self._sound(episode, events), "caption": text, "state": state}
@@ -167,7 +156,7 @@ class World:
         episode["bar"] = (left, right) if occluder else None
         reach = _uniform(rng, 0.06, 0.1)  # frame widths
         waves = [(_uniform(rng, low, high), _uniform(rng, 0, 6.28)) for low, high in ((6, 9), (7, 11))]
-        episode["pan"] = (reach, *waves) if pan else None  # a wave, of x and of y: (period in s, phase)
+        episode["pan"] = (reach if pan else 0.0, *waves)  # a wave, of x and of y: (period in s, phase)
         episode["light"] = (_uniform(rng, 5, 9), _uniform(rng, 0, 6.28)) if light else None
         colors = list(self.colors)
         drawn = [colors.pop(int(rng.random() * len(colors))) for _ in range(count)]
@@ -187,7 +176,7 @@ class World:
         """
         for name in ("color", "shape", "material"):
             del episode[name][count:]
-        bar, placed = episode["bar"], [[], [], [], [], []]  # x, y, vx, vy, r
+        bar, placed = episode["bar"], []  # placed: (x, y, vx, vy, r) of each object
         smallest = self.radius[0]
         largest = max(smallest, self.radius[1] - 0.015 * (count - 1))  # several objects are smaller
         for _ in range(150):
@@ -200,15 +189,15 @@ class World:
             x, y = _uniform(rng, margin, 1 - margin), _uniform(rng, margin, 1 - margin)
             if bar and bar[0] - r < x < bar[1] + r:
                 continue
-            if any(math.hypot(x - x2, y - y2) < r + r2 + 0.04 for x2, y2, _, _, r2 in zip(*placed)):
+            if any(math.hypot(x - x2, y - y2) < r + r2 + 0.04 for x2, y2, _, _, r2 in placed):
                 continue
-            trial = [column + [value] for column, value in zip(placed, (x, y, *velocity, r))]
+            trial = [*placed, (x, y, *velocity, r)]
+            columns = list(zip(*trial))
             # The walls count as closed even where the sides are open: no object leaves before its direction is seen.
-            radii = trial[4]
-            if next_event(*trial, radii, [1 - a for a in radii], episode["g"])[0] > FREE:
+            if next_event(*columns, columns[-1], episode["g"])[0] > FREE:
                 placed = trial
-                if len(radii) == count:
-                    episode.update(zip(("x", "y", "vx", "vy", "r"), placed))
+                if len(placed) == count:
+                    episode.update(zip(("x", "y", "vx", "vy", "r"), columns))
                     return True
         return False
 
@@ -216,13 +205,14 @@ class World:
         """Returns the sum of all tones, softly clipped: float32 [N]."""
         audio = np.zeros(int(self.frames * self.sample_rate // self.fps), np.float32)
         for event in events:
-            if event.kind == "turn":
+            if event["kind"] == "turn":
                 continue
-            at = math.ceil(event.time * self.sample_rate)  # the first sample after the impact
-            offset = at - event.time * self.sample_rate
-            amplitude = np.float32((0.45 + 0.5 * min(1.0, event.speed)) * (1 if event.kind == "wall" else 0.75))
-            for o in event.objects:
-                wave = tone(episode["r"][o], MATERIALS[episode["material"][o]], offset, self.sample_rate)
+            time = event["time"] * self.sample_rate  # samples
+            at = math.ceil(time)  # the first sample after the impact
+            loudness = 1 if event["kind"] == "wall" else 0.75
+            amplitude = np.float32((0.45 + 0.5 * min(1.0, event["speed"])) * loudness)
+            for o in event["objects"]:
+                wave = tone(episode["r"][o], MATERIALS[episode["material"][o]], at - time, self.sample_rate)
                 audio[at : at + len(wave)] += amplitude * wave[: max(0, len(audio) - at)]
         return np.tanh(audio)
 
@@ -235,19 +225,19 @@ def _pick(rng, options):
     return options[int(rng.random() * len(options))]
 
 
-def next_event(x, y, vx, vy, r, low, high, g):
+def next_event(x, y, vx, vy, r, low, g):
     """Returns (seconds until the next contact, kind, indices); kind is 'side', 'floor or ceiling' or 'object'.
 
     An object only meets what it approaches, so an object that has just bounced does not meet the same wall again.
 
-    x, y, vx, vy, r: centers, velocities and radii, each a list of O numbers
-    low, high: bounds of each center's x
+    x, y, vx, vy, r: centers, velocities and radii, each O numbers
+    low: the lower bound of each center's x; the upper bound is 1 - low
     g: acceleration downwards, in frame widths per second^2
     """
     best, kind, indices = math.inf, None, ()
     for i in range(len(x)):
         if vx[i]:
-            t = ((high[i] if vx[i] > 0 else low[i]) - x[i]) / vx[i]
+            t = ((1 - low[i] if vx[i] > 0 else low[i]) - x[i]) / vx[i]
             if t < best:
                 best, kind, indices = max(t, 0.0), "side", (i,)
         to_floor, to_ceiling, v = max(1 - r[i] - y[i], 0.0), max(y[i] - r[i], 0.0), vy[i]
@@ -276,18 +266,17 @@ def simulate(episode, end):
 
     starts: of the S segments, in s: [S]
     motion: x, y, vx, vy of each object at these starts, in world coordinates: [S, 4, O]
-    events: [Event]
+    events: as in the state of `World`, but in world coordinates
 
     Collisions are elastic, and an object's mass is its radius squared.
     """
     x, y, vx, vy = motion = [list(episode[k]) for k in ("x", "y", "vx", "vy")]
     r, g, open_sides = episode["r"], episode["g"], episode["open"]
     low = [-OUTSIDE if open_sides else a for a in r]
-    high = [1 + OUTSIDE if open_sides else 1 - a for a in r]
     now, events = 0.0, []
     starts, motions = [now], [np.array(motion)]
     while True:
-        dt, kind, indices = next_event(x, y, vx, vy, r, low, high, g)
+        dt, kind, indices = next_event(x, y, vx, vy, r, low, g)
         if now + dt >= end:
             return np.array(starts), np.array(motions), events
         now += dt
@@ -296,17 +285,7 @@ def simulate(episode, end):
             y[i] += (vy[i] + 0.5 * g * dt) * dt
             vy[i] += g * dt
         i = indices[0]
-        if kind == "side":
-            right = vx[i] > 0
-            speed, x[i] = abs(vx[i]), high[i] if right else low[i]
-            vx[i] = -vx[i]
-            contact, kind = (float(right), y[i]), "turn" if open_sides else "wall"
-        elif kind == "floor or ceiling":
-            down = vy[i] > 0
-            speed, y[i] = abs(vy[i]), 1 - r[i] if down else r[i]
-            vy[i] = -vy[i]
-            contact, kind = (x[i], float(down)), "wall"
-        else:
+        if kind == "object":
             j = indices[1]
             nx, ny = x[j] - x[i], y[j] - y[i]
             distance = math.hypot(nx, ny)
@@ -320,15 +299,20 @@ def simulate(episode, end):
             vx[i], vy[i] = vx[i] - pi * nx, vy[i] - pi * ny
             vx[j], vy[j] = vx[j] + pj * nx, vy[j] + pj * ny
             contact = (x[i] + r[i] * nx, y[i] + r[i] * ny)
+        else:
+            at, velocity, bound = (x, vx, low) if kind == "side" else (y, vy, r)
+            far = velocity[i] > 0  # the right wall, or the floor
+            speed, at[i] = abs(velocity[i]), 1 - bound[i] if far else bound[i]
+            velocity[i] = -velocity[i]
+            contact = (float(far), y[i]) if kind == "side" else (x[i], float(far))
+            kind = "turn" if kind == "side" and open_sides else "wall"
         starts.append(now)
         motions.append(np.array(motion))
-        events.append(Event(now, kind, indices, speed, contact))
+        events.append({"time": now, "kind": kind, "objects": indices, "speed": speed, "position": contact})
 
 
 def camera_at(episode, times):
     """Returns the camera's offset and its velocity at `times` [F] (s): each [F, 2], in frame widths (per second)."""
-    if episode["pan"] is None:
-        return np.zeros((len(times), 2)), np.zeros((len(times), 2))
     reach, *waves = episode["pan"]
     periods, phases = np.array(waves).T
     size, rate = np.array([reach, 0.4 * reach]), 2 * math.pi / periods
@@ -354,18 +338,17 @@ def coverage(shape, dx, dy, radius):
     return sides * np.clip(BASE * radius + 0.5 - dy, 0, 1)
 
 
-def render(state, size, open_sides=False):
-    """Draws a state. Returns the video, uint8 [F, size, size, 3], and each object's visible share, float32 [F, O].
+def render(state, size, open_sides):
+    """Returns the video of a state, uint8 [F, size, size, 3], and each object's visible share, float32 [F, O].
 
-    state: as `World` describes it; 'visible' and 'events' are not read
-    size: in pixels
-    open_sides: draws no side walls
+    state: as `World` describes it, without 'visible' and 'events'
+    open_sides: without side walls
     """
     position, camera = state["position"], state["camera"]
     frames = len(position)
-    center = ((np.arange(size) + 0.5) / size).astype(np.float32)
-    still = not camera.any()
-    world = center + (camera[:1] if still else camera)[:, :, None]  # [F or 1, 2, size]
+    pixel = np.arange(size, dtype=np.float32) + 0.5
+    cameras = camera if camera.any() else camera[:1]  # a still camera sees one background
+    world = pixel / size + cameras[:, :, None]  # [F or 1, 2, size]
     inside = np.clip((np.minimum(world, 1 - world) - EDGE) * size + 0.5, 0, 1)
     if open_sides:
         inside[:, 0] = 1
@@ -378,7 +361,6 @@ def render(state, size, open_sides=False):
     bar = np.zeros((frames, size), np.float32)
     if state["occluder"] is not None:
         edges = state["occluder"] * size
-        pixel = np.arange(size, dtype=np.float32) + 0.5
         bar = np.clip(np.minimum(pixel - edges[:, :1], edges[:, 1:] - pixel) + 0.5, 0, 1)
 
     visible = np.empty(position.shape[:2], np.float32)
@@ -392,18 +374,17 @@ def render(state, size, open_sides=False):
         corner = np.clip(np.floor(at).astype(np.int32) - reach, 0, size - side)
         grid = corner[:, :, None] + np.arange(side, dtype=np.int32)  # [F, 2, side]
         offset = grid + np.float32(0.5) - at[:, :, None]
-        dx, dy = offset[:, 0, None, :], offset[:, 1, :, None]
-        alpha = coverage(shape, dx, dy, radius)  # [F, side, side]
+        alpha = coverage(shape, offset[:, 0, None, :], offset[:, 1, :, None], radius)  # [F, side, side]
         shown = alpha * (1 - bar[frame, grid[:, 0]])[:, None, :]
         visible[:, o] = np.minimum(1, shown.sum((1, 2)) / (AREA[shape] * radius**2))
-        shine = None
-        if MATERIALS[state["material"][o]] == "metal":
+        metal = MATERIALS[state["material"][o]] == "metal"
+        if metal:
             spot = np.exp(-(((offset + 0.35 * radius) / (0.38 * radius)) ** 2))
             shine = 0.75 * spot[:, 0, None, :] * spot[:, 1, :, None]
         index = (frame[:, :, None] * size + grid[:, 1, :, None]) * size + grid[:, 0, None, :]
         for channel, value in zip(flat, PALETTE[COLORS[color]]):
             paint = np.float32(value / 255)
-            if shine is not None:
+            if metal:
                 paint = 0.85 * paint + (0.95 - 0.85 * paint) * shine
             patch = channel[index]
             channel[index] = patch + (paint - patch) * alpha

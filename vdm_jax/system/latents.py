@@ -26,15 +26,14 @@ ENCODING_SECONDS = 24 * 3600  # longest wait for the slowest process to encode i
 
 
 def prepare(system, workdir, examples, mesh):
-    """-> (encoder_params on the mesh, examples) for training the denoiser.
+    """Returns (encoder_params on the mesh, examples) for training the denoiser.
 
     The encoders are rounded to the precision of exported weights, so that training has the same encoders as sampling.
     With config.denoiser.cached_clips = 0 the given data/batches.Examples are returned. With n > 0 they are encoded
     once, and the result is n Encoded clips in the folder of the run.
-    Raises UserError where an earlier stage has no checkpoint.
+    Raises UserError where an earlier stage has no checkpoint, or a student no teacher.
     """
-    stages = STAGES[:3]
-    params = {name: folder.read_params(workdir, name, system.params[name])[0] for name in stages}
+    params = {name: folder.read_params(workdir, name, system.params[name])[0] for name in STAGES[:3]}
     params = folder.as_exported(params)
     path = workdir / "denoiser" / "statistics.json"
     if not hosts.broadcast_from_primary(path.exists()):
@@ -46,20 +45,16 @@ def prepare(system, workdir, examples, mesh):
     if system.config.denoiser.cached_clips:
         examples = _cached(system, params, examples, workdir / "denoiser" / "latents")
     if "teacher" in system.models:
-        teacher, expected = (
-            system.config.denoiser.distillation.teacher,
-            system.stages["denoiser"].encoder_params["teacher"],
-        )
+        teacher = system.config.denoiser.distillation.teacher
         if not teacher:
-            raise UserError(
-                "a student needs a teacher: give denoiser.distillation.teacher, a folder of exported weights"
-            )
+            raise UserError("a student needs a teacher: name exported weights in denoiser.distillation.teacher")
+        expected = system.stages["denoiser"].encoder_params["teacher"]
         params["teacher"] = folder.read_exported(teacher, "denoiser", expected)
     return jax.device_put(params, sharding.state_shardings(params, mesh)), examples
 
 
 def measure(system, params, examples):
-    """{modality: {'mean', 'std'}}, float32 [C], of the latents of at least config.denoiser.statistics_clips clips."""
+    """Returns {modality: {'mean', 'std'}}, float32 [C], of at least config.denoiser.statistics_clips encoded clips."""
     count = system.config.denoiser.statistics_clips
     logger.info("measuring latent statistics on %d clips", count)
     sums = {}
@@ -77,13 +72,10 @@ def measure(system, params, examples):
 
 
 def _encoder(system, params, examples):
-    """-> encoded_batches(first, count): yields the whole batches with places first .. first + count - 1 of the shuffle.
-
-    A batch has ENCODE_BATCH examples.
+    """Returns encoded_batches(first, count): whole batches with clips first .. first + count - 1 of the shuffle.
 
     The devices of this process encode together if their number divides ENCODE_BATCH, else one device does.
     """
-    config = system.config
     devices = jax.local_devices()
     devices = devices if ENCODE_BATCH % len(devices) == 0 else devices[:1]
     mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | {"data": len(devices)}, devices)
@@ -92,8 +84,8 @@ def _encoder(system, params, examples):
 
     def encoded_batches(first, count):
         start, stop = first // ENCODE_BATCH, -(-(first + count) // ENCODE_BATCH)
-        order = dict(batch_size=ENCODE_BATCH, seed=config.seed, start=start, stop=stop)
-        for batch in batches.batches(examples, data=config.data, **order):
+        order = dict(batch_size=ENCODE_BATCH, seed=system.config.seed, start=start, stop=stop)
+        for batch in batches.batches(examples, data=system.config.data, **order):
             with jax.set_mesh(mesh):
                 made = encode(params, jax.device_put(batch, sharding.batch_sharding(mesh)))
             yield jax.device_get(made)
@@ -116,7 +108,7 @@ class Encoded:
         return self.count
 
     def take(self, numbers):
-        """The clips of these numbers as one tree, with one more axis in front."""
+        """Returns the clips of these numbers as one tree, [B, ...]."""
         rows, size = np.empty(len(numbers), self.record), self.record.itemsize
         for i, number in enumerate(numbers):
             file, start = self.open(threading.get_ident(), number // CLIPS_PER_FILE)
@@ -140,20 +132,19 @@ class Encoded:
 
 
 def _record(abstract_batch):
-    """The NumPy type of one encoded clip: a field for each leaf of a batch, {'z/video': ...}."""
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_batch)
-    return np.dtype([(sharding.path_name(path), leaf.dtype, leaf.shape[1:]) for path, leaf in leaves])
+    """Returns the NumPy type of one encoded clip: a field for each leaf of a batch, {'z/video': ...}."""
+    leaves = sharding.named_leaves(abstract_batch)
+    return np.dtype([(name, leaf.dtype, leaf.shape[1:]) for name, leaf in leaves.items()])
 
 
 def _cached(system, params, examples, directory):
-    """The Encoded clips in `directory`. If anything in the fingerprint has changed, they are made again.
+    """Returns the Encoded clips in `directory`. If anything in the fingerprint has changed, they are made again.
 
     Each process makes some of the files. A file gets its name when it is complete. So the next run makes only the
     missing files.
     """
     mark, mark_path = _fingerprint(system.config, params), directory / "fingerprint"
-    count = system.config.denoiser.cached_clips
-    abstract_batch = system.stages["denoiser"].batch
+    count, abstract_batch = system.config.denoiser.cached_clips, system.stages["denoiser"].batch
     if hosts.is_primary() and not (mark_path.exists() and mark_path.read_text() == mark):
         if directory.exists():
             directory.rmtree()
