@@ -8,12 +8,12 @@ import threading
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from vdm_jax import sharding
 from vdm_jax.data import batches
 from vdm_jax.errors import UserError
 from vdm_jax.run import folder, hosts, storage
+from vdm_jax.run.progress import progress
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.losses import encode_batch
 
@@ -30,11 +30,9 @@ def prepare(system, workdir, examples, mesh):
 
     The encoders are rounded to the precision of exported weights, so that training has the same encoders as sampling.
     With config.denoiser.cached_clips = 0 the given data/batches.Examples are returned. With n > 0 they are encoded
-    once, and the result is n Encoded clips in the folder of the run.
-    Raises UserError where an earlier stage has no checkpoint.
+    once, and the result is n Encoded clips in the folder of the run. Raises UserError where a stage has no checkpoint.
     """
-    stages = STAGES[:3]
-    params = {name: folder.read_params(workdir, name, system.params[name])[0] for name in stages}
+    params = {name: folder.read_params(workdir, name, system.params[name])[0] for name in STAGES[:3]}
     params = folder.as_exported(params)
     path = workdir / "denoiser" / "statistics.json"
     if not hosts.broadcast_from_primary(path.exists()):
@@ -46,14 +44,9 @@ def prepare(system, workdir, examples, mesh):
     if system.config.denoiser.cached_clips:
         examples = _cached(system, params, examples, workdir / "denoiser" / "latents")
     if "teacher" in system.models:
-        teacher, expected = (
-            system.config.denoiser.distillation.teacher,
-            system.stages["denoiser"].encoder_params["teacher"],
-        )
-        if not teacher:
-            raise UserError(
-                "a student needs a teacher: give denoiser.distillation.teacher, a folder of exported weights"
-            )
+        if not (teacher := system.config.denoiser.distillation.teacher):
+            raise UserError("a student needs a teacher: name its exported weights in denoiser.distillation.teacher")
+        expected = system.stages["denoiser"].encoder_params["teacher"]
         params["teacher"] = folder.read_exported(teacher, "denoiser", expected)
     return jax.device_put(params, sharding.state_shardings(params, mesh)), examples
 
@@ -62,26 +55,22 @@ def measure(system, params, examples):
     """{modality: {'mean', 'std'}}, float32 [C], of the latents of at least config.denoiser.statistics_clips clips."""
     count = system.config.denoiser.statistics_clips
     logger.info("measuring latent statistics on %d clips", count)
-    sums = {}
-    for batch in _encoder(system, params, examples)(0, count):
-        for name, x in batch["z"].items():
-            x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])  # [clips * places, C]
-            n, total, squares = sums.get(name, (0, 0.0, 0.0))
-            sums[name] = n + len(x), total + x.sum(0), squares + np.square(x).sum(0)
-    out = {}
-    for name, (n, total, squares) in sums.items():
-        mean = total / n
-        std = np.sqrt(np.maximum(squares / n - mean**2, 1e-8))
-        out[name] = {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
-    return out
+    latents = [batch["z"] for batch in _encoder(system, params, examples)(0, count)]
+
+    def moments(*parts):
+        x = np.concatenate(parts).astype(np.float64)
+        x = x.reshape(-1, x.shape[-1])  # [clips * places, C]
+        std = np.sqrt(np.maximum(x.var(0), 1e-8))
+        return {"mean": x.mean(0).astype(np.float32), "std": std.astype(np.float32)}
+
+    return jax.tree.map(moments, *latents)
 
 
 def _encoder(system, params, examples):
     """-> encoded_batches(first, count): yields the whole batches with places first .. first + count - 1 of the shuffle.
 
-    A batch has ENCODE_BATCH examples.
-
-    The devices of this process encode together if their number divides ENCODE_BATCH, else one device does.
+    A batch has ENCODE_BATCH examples. The devices of this process encode together if their number divides ENCODE_BATCH.
+    Otherwise one device does.
     """
     config = system.config
     devices = jax.local_devices()
@@ -168,16 +157,16 @@ def _cached(system, params, examples, directory):
         encoded_batches = _encoder(system, params, examples)
         parts = missing[jax.process_index() :: jax.process_count()]  # of this process
         sizes = [min(CLIPS_PER_FILE, count - part * CLIPS_PER_FILE) for part in parts]
-        hidden = None if hosts.is_primary() else True  # None: tqdm decides
-        with tqdm(total=sum(sizes), desc="encode", disable=hidden, unit="clip") as progress:
+        with progress("encoding", sum(sizes), "clip") as advance:
             for part, clips in zip(parts, sizes):
                 encoded = encoded_batches(part * CLIPS_PER_FILE, clips)
-                _write(paths[part], encoded, _record(abstract_batch), clips, progress)
+                _write(paths[part], encoded, _record(abstract_batch), clips)
+                advance(clips)
     hosts.barrier("encoded", ENCODING_SECONDS)
     return Encoded(paths, abstract_batch, count)
 
 
-def _write(path, encoded_batches, record, count, progress):
+def _write(path, encoded_batches, record, count):
     """Writes the first `count` clips of the batches as a .npy file of records; holds one batch at a time."""
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("wb") as file:
@@ -189,7 +178,6 @@ def _write(path, encoded_batches, record, count, progress):
                 rows[name] = leaf[: len(rows)]
             file.write(rows.tobytes())
             count -= len(rows)
-            progress.update(len(rows))
     unfinished.replace(path)
 
 
