@@ -28,12 +28,12 @@ def make_step(loss_fn, config, loss_over_mean=0.0, start=0):
 
     loss_fn: loss_fn(params, key, batch, encoder_params) -> (scalar, metrics).
     config: the settings of a stage.
-    loss_over_mean: a step is skipped if its loss is above this many times the moving average of the earlier losses,
-        or if its loss or its gradients are not finite; 0 for any finite loss. A skipped step changes only
-        state['step'], and sets metrics['skipped'] to 1.
+    loss_over_mean: a step is skipped if its loss or its gradients are not finite, or if its loss is above this many
+        times the moving average of the earlier losses; 0 for any finite loss.
     start: number of steps before the phase; the learning rate and the EMA count from there.
 
-    A step folds its number into `key`. So a resumed run draws the same random numbers as an uninterrupted one.
+    A step folds its number into `key`, so a resumed run draws the same random numbers as an uninterrupted one. A
+    skipped step changes only state['step'], and sets metrics['skipped'] to 1.
     """
     optimizer = optim.optimizer(config)
     gradients = accumulated(jax.grad(loss_fn, has_aux=True), config.accumulate)
@@ -97,13 +97,11 @@ class Program(NamedTuple):
 
 
 def program(stage, config, key, mesh, loss_over_mean, start=0):
-    """Returns the Program of a stage.
+    """Returns the Program of a stage, a system.losses.Stage.
 
-    stage: its record, with init(key) -> params and the loss_fn of `make_step` as `loss`.
-    config: its settings.
+    config: the settings of the stage.
     key: for the initial parameters.
-    mesh: see sharding.make_mesh.
-    loss_over_mean, start: see `make_step`.
+    loss_over_mean, start: as in `make_step`.
     """
 
     def begin(params):

@@ -137,8 +137,7 @@ def _record(abstract_batch):
 def _cached(system, params, examples, directory):
     """The Encoded clips in `directory`. If anything in the fingerprint has changed, they are made again.
 
-    Each process makes some of the files. A file gets its name when it is complete. So the next run makes only the
-    missing files.
+    Each process makes some of the files. A file gets its name when it is complete, so the next run makes only the rest.
     """
     mark, mark_path = _fingerprint(system.config, params), directory / "fingerprint"
     count = system.config.denoiser.cached_clips

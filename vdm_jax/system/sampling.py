@@ -127,10 +127,9 @@ class Sampler:
 
 
 def resolve(defaults, options):
-    """config.sample with `options` in place of its values; None leaves a value.
+    """config.sample with `options` in place of its values; None leaves a value. Raises UserError for a wrong option.
 
     A number as guidance sets only guidance.text, not text_continue or text_cross_modal.
-    Raises UserError for an unknown name or a bad value.
     """
     for name in options:
         one_of("option", name, tuple(defaults))
