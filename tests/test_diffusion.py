@@ -331,14 +331,6 @@ def test_noise_bins_hold_their_part_of_t():
             np.testing.assert_allclose(metrics[f"eps_mse_{name}_{i}"], expected, rtol=0.1, atol=2e-3)
 
 
-def test_video_alone():
-    z = {"video": latents()["video"]}
-    identity = lambda z_t, log_snr, cond: z_t  # noqa: E731
-    value, metrics = diffusion.loss(identity, jax.random.key(0), z, {}, make_config())
-    assert value == metrics["loss_video"] > 0
-    assert not any("audio" in name for name in metrics)
-
-
 def test_nothing_to_learn_is_no_loss():
     config = make_config(patterns=dict(foley=1.0), loss_weights=dict(video=1.0, audio=0.0))
     identity = lambda z_t, log_snr, cond: z_t  # noqa: E731

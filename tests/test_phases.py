@@ -58,7 +58,7 @@ def test_only_positions_may_have_another_shape_and_not_in_the_last_phase():
 @pytest.mark.parametrize(
     "parts, message",
     [
-        (({"share": 0.5}, {"share": 0.4}), "have the shares [0.5, 0.4]: each must be above 0, and their sum must be 1"),
+        (({"share": 0.5}, {"share": 0.4}), "have the shares [0.5, 0.4]: give numbers above 0 whose sum is 1"),
         (({"share": 1.0}, {}), "have the shares [1.0, 0]"),
         (({"share": 0.01}, {"share": 0.99}), "denoiser.steps=10 leave no step for phase 1 of 2"),
         (
@@ -70,11 +70,11 @@ def test_only_positions_may_have_another_shape_and_not_in_the_last_phase():
             "phase 1 of 1: denoiser.model.patch cannot change from phase to phase",
         ),
         (({"share": 1, "denoiser.steps": 2},), "denoiser.steps cannot change"),
-        (({"share": 1, "clip.steps": 2},), "phase 1 of 1: there is no setting 'clip.steps'"),
+        (({"share": 1, "clip.steps": 2},), "phase 1 of 1: no setting 'clip.steps'"),
         (({"share": 1, "data.frames": "x"},), "denoiser, phase 1 of 1: data.frames='x'"),
         (({"share": 1, "data.text_length": 32},), "data.text_length cannot change"),
         ((0.5, 0.5), "0.5 is no phase"),
-        (({"share": "0.5"},), "share='0.5' must be a number"),
+        (({"share": "0.5"},), "have the shares ['0.5']: give numbers above 0"),
         (
             ({"share": 1, "denoiser.diffusion.patterns": 1.0},),
             "phase 1 of 1: denoiser.diffusion.patterns=1.0: give shares",

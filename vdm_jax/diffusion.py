@@ -1,20 +1,16 @@
 """The maths of diffusion: noise schedules, noising, prediction targets, loss weights, training patterns, the loss.
 
-All are pure functions of arrays, random keys and `config`, which is config.denoiser.diffusion of a recipe (explained
-in configs/common.py). None knows a network.
+All are pure functions. `config` is config.denoiser.diffusion of a recipe (explained in configs/common.py).
 
 The process is variance preserving. Its noise level is the natural logarithm of the signal-to-noise ratio. A low log_snr
-is a noisy frame, and a high log_snr a clean one:
+is a noisy frame, and a high log_snr a clean one. Time t is in [0, 1]: 0 is clean, 1 is pure noise.
 
     z_t = alpha x + sigma eps,    alpha^2 = sigmoid(log_snr),    sigma^2 = sigmoid(-log_snr)
 
-The noise level is an array. Every latent frame of each modality has its own:
+Every latent frame of each modality has its own noise level:
 
     z_t     = {"video": [B, T, h, w, C], "audio": [B, K*T, D]}     K sound tokens per latent frame; x, eps alike
     log_snr = {"video": [B, T],          "audio": [B, T]}
-
-Functions of latents take one array or a dict of arrays by modality; the loss and `noise_like` take only dicts, and
-`broadcast_to_latent` only one array. Time t is in [0, 1]: 0 is clean, 1 is pure noise.
 """
 
 from typing import NamedTuple
@@ -39,16 +35,12 @@ NOISE_BINS = 4  # the metrics eps_mse_* split t in [0, 1] into this many equal b
 def log_snr_at(t, config):
     """Returns log_snr at times t in [0, 1], an array like t. It falls as t rises.
 
-    'cosine' and 'sigmoid' fall from log_snr_max at t = 0 to log_snr_min at t = 1. 'linear_beta' has the 1000 noise
-    levels of DDPM: step n = 0..999 is t = (n + 1) / 1000. It has exactly these levels if no shift and no bound changes
-    them: shift 1, log_snr_min <= -10.13 and log_snr_max >= 9.22.
+    'cosine' and 'sigmoid' use the part of their curve between log_snr_max and log_snr_min, stretched over [0, 1].
+    'linear_beta' has the 1000 noise levels of DDPM, clipped to these bounds: step n = 0..999 is t = (n + 1) / 1000.
 
-    The shift multiplies alpha / sigma. After that, 'cosine' and 'sigmoid' use the part of their curve between the
-    bounds, stretched over [0, 1], and 'linear_beta' is clipped to the bounds. A shift below 1 gives more noise at every
-    t between the ends. Use it for larger or more redundant latents (arXiv:2301.11093, section 3.1: 64 / d for images of
-    d x d pixels).
-
-    Raises UserError for an unknown schedule, an empty range or a shift that is not positive.
+    The shift multiplies alpha / sigma before the bounds act. A shift below 1 gives more noise at every t between the
+    ends. Use it for larger or more redundant latents (arXiv:2301.11093, section 3.1: 64 / d for images of d x d
+    pixels). Raises UserError for wrong settings.
     """
     low, high = config["log_snr_min"], config["log_snr_max"]
     if not low < high:
@@ -60,11 +52,10 @@ def log_snr_at(t, config):
     return schedule(t, low, high, offset=2 * np.log(config["shift"]))
 
 
-# The cosine and sigmoid curves reach infinity at t = 0 and t = 1. Only the part within the bounds is used, stretched
-# over [0, 1]. A curve has an argument of its own: an angle from 0 to pi / 2 (cosine), or a time from 0 to 1 (sigmoid).
-# The bounds cut `cut_clean` off its clean end and `cut_noisy` off its noisy end. What is left is `width` long. alpha
-# needs the distance to the noisy end: cut_noisy + (1 - t) * width. (The end minus cut_clean + t * width is the same,
-# but loses digits near t = 1.)
+# The cosine and sigmoid curves reach infinity at t = 0 and t = 1. A curve has an argument of its own: an angle from 0
+# to pi / 2 (cosine), or a time from 0 to 1 (sigmoid). The bounds cut `cut_clean` off its clean end and `cut_noisy` off
+# its noisy end. What is left is `width` long. alpha needs the distance to the noisy end: cut_noisy + (1 - t) * width.
+# (The end minus cut_clean + t * width is the same, but loses digits near t = 1.)
 
 
 def _cosine(t, low, high, offset):
@@ -116,10 +107,7 @@ def alpha_sigma(log_snr):
 
 
 def broadcast_to_latent(per_frame, latent):
-    """Returns values per latent frame [B or 1, T] with the axes of a latent [B, K*T, ...], ready to broadcast onto it.
-
-    Raises AssertionError if the shapes do not fit.
-    """
+    """Returns values per latent frame, [B or 1, T], as an array that broadcasts onto a latent [B, K*T, ...]."""
     chex.assert_rank(per_frame, 2)
     chex.assert_is_broadcastable(per_frame.shape[:1], latent.shape[:1])
     chex.assert_is_divisible(latent.shape[1], per_frame.shape[1])
@@ -142,7 +130,7 @@ def add_noise(x, eps, log_snr):
 
 
 def to_target(x, eps, log_snr, target):
-    """Returns what a network should predict, latents like x. v is that of arXiv:2202.00512, appendix D."""
+    """Returns what a network should predict, like x. v is defined in arXiv:2202.00512, appendix D."""
     formulas = {
         "noise": lambda alpha, sigma, x, eps: eps,
         "x0": lambda alpha, sigma, x, eps: x,
@@ -152,7 +140,7 @@ def to_target(x, eps, log_snr, target):
 
 
 def to_x0(prediction, z, log_snr, target):
-    """Returns the clean latents that a prediction of `target` implies, latents like z.
+    """Returns the clean latents, like z, that a prediction of `target` implies.
 
     With 'noise', the rounding error grows as exp(-log_snr / 2).
     """
@@ -210,7 +198,7 @@ def stratified_uniform(key, batch, columns):
 def _patterns(u, T):
     """{pattern: (t of video, t of audio, context of video, context of audio)}; all broadcast to [B, T].
 
-    u: {name: uniform random numbers in [0, 1), [B, 1] or [B, T]}; 'other' is a second number per clip.
+    u: {name: uniform random numbers in [0, 1), [B, 1] or [B, T]}; 'other' is a second time per clip.
     """
     t = u["t"]
     frame = jnp.arange(T)[None]
@@ -245,7 +233,7 @@ def sample_times(key, shape, patterns):
     Each example follows one pattern. Times are 0 in context frames.
 
     patterns: {pattern: share}. The shares need not sum to 1. A pattern gets its share of the batch, rounded up or down.
-    Raises UserError for an unknown pattern, a negative share, or no share above 0.
+    Raises UserError for wrong patterns.
     """
     for name in patterns:
         one_of("pattern", name, PATTERNS)
@@ -296,10 +284,9 @@ class Noised(NamedTuple):
 
 
 def loss(denoise_fn, key, z, cond, config):
-    """Returns the weighted denoising loss of clean latents: (float32 scalar, metrics; see `weighted_error`).
+    """Returns the weighted denoising loss of clean latents z: (float32 scalar, metrics; see `weighted_error`).
 
     denoise_fn: (z_t, log_snr, cond) -> a prediction of config.target, a dict like z_t.
-    z: clean latents of both modalities, or of the video alone.
     Raises UserError for wrong settings.
     """
     noised = corrupt(key, z, config)
@@ -314,8 +301,6 @@ def corrupt(key, z, config):
 
     # Noise levels
     t, context = sample_times(time_key, z["video"].shape[:2], config["patterns"])
-    t = {name: t[name] for name in z}
-    context = {name: context[name] for name in z}
     backwards = jax.tree.map(lambda t: -jnp.ones_like(t), t)  # the derivative along it is the slope, -d log_snr / dt
     log_snr, slope = jax.jvp(lambda t: {name: log_snr_at(t[name], config) for name in t}, (t,), (backwards,))
     log_snr = {name: jnp.where(context[name], config["log_snr_max"], log_snr[name]) for name in z}

@@ -11,5 +11,6 @@ def one_of(what, name, known):
     """Returns `name` if it is one of the `known` names of a `what`. Raises a UserError with the nearest known name."""
     if name not in known:
         nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-        raise UserError(f"no {what} {name!r}: did you mean {nearest!r}? (known: {', '.join(known)})")
+        listed = f" (known: {', '.join(known)})" if len(known) < 20 else ""
+        raise UserError(f"no {what} {name!r}: did you mean {nearest!r}?{listed}")
     return name

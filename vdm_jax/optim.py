@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vdm_jax.errors import UserError
+from vdm_jax.errors import one_of
 
 METHODS = ("adamw", "muon")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of Muon's polynomial a s + b s^3 + c s^5 (Jordan et al. 2024)
@@ -30,14 +30,13 @@ def optimizer(config):
     outputs. Embeddings, norms and biases then get AdamW without decay. Muon's updates have AdamW's typical root mean
     square (arXiv:2502.16982, section 2.2), so both use the same learning rate. Raises UserError for an unknown method.
     """
-    if config.optimizer not in METHODS:
-        raise UserError(f"optimizer={config.optimizer!r} is unknown: use {' or '.join(METHODS)}")
+    name = one_of("optimizer", config.optimizer, METHODS)
     rates, decay = schedule(config), config.weight_decay
 
     def rate(step):
         return once(rates(step))
 
-    if config.optimizer == "adamw":
+    if name == "adamw":
         matrices = functools.partial(jax.tree.map, lambda p: p.ndim > 1)
         method = optax.adamw(rate, b2=config.beta2, weight_decay=decay, mask=matrices)
     else:
@@ -49,7 +48,10 @@ def optimizer(config):
             optax.scale_by_learning_rate(rate),
         )
         adam = optax.adamw(rate, b2=config.beta2, weight_decay=0.0, nesterov=True)
-        method = optax.partition({"muon": muon, "adam": adam}, functools.partial(jax.tree.map_with_path, _label))
+        labels = functools.partial(
+            jax.tree.map_with_path, lambda path, p: "muon" if path[-1].key == "kernel" and p.ndim > 1 else "adam"
+        )
+        method = optax.partition({"muon": muon, "adam": adam}, labels)
     return optax.chain(optax.stateless(lambda updates, _: clipped(updates, config.clip_norm)), method)
 
 
@@ -62,15 +64,10 @@ def clipped(grads, largest):
     return jax.tree.map(lambda x: x * factor, grads)
 
 
-def _label(path, p):
-    return "muon" if path[-1].key == "kernel" and p.ndim > 1 else "adam"
-
-
 def orthogonalized(kernels):
     """Returns for each kernel about the nearest orthogonal matrix, scaled to a root mean square of 1.
 
-    Kernels of one shape are iterated as one batch, because optax.contrib.muon, which iterates each kernel alone,
-    compiles for almost twice as long.
+    Kernels of one shape are one batch. optax.contrib.muon iterates each kernel alone and compiles almost twice as long.
     """
     leaves, tree = jax.tree.flatten_with_path(kernels)
     batches = collections.defaultdict(list)

@@ -4,10 +4,10 @@ The scheduling matrix says which noise level each latent frame has before the fi
 
     levels = {"video": [S+1, T], "audio": [S+1, T]}     log_snr; row 0 is the start, row S the end
 
-One loop serves all tasks and methods. Frames may change in different steps: in a pyramid, earlier frames come first. If
-the level of a frame stays the same in a step, the frame stays the same, bit for bit. So context frames never change. A
-frame that reaches log_snr_max becomes the predicted x0 itself.
-The notation is that of vdm_jax.diffusion. Papers on solvers write lambda for log_snr / 2.
+One loop serves all tasks and methods. Frames may change in different steps: in a pyramid, earlier frames come first. A
+frame whose level stays the same in a step stays the same, bit for bit. So context frames never change. A frame that
+reaches log_snr_max becomes the predicted x0 itself. The notation is that of vdm_jax.diffusion. Papers on solvers
+write lambda for log_snr / 2.
 """
 
 import functools
@@ -78,11 +78,10 @@ def dpmpp_2m(z, x0, past, step):
 
 
 def heun(z, x0, past, step):
-    """Heun's method, second order with two network calls per step; not the form of EDM (arXiv:2206.00364, Algorithm 1).
+    """Heun's method, second order with two network calls per step: ETD2RK of Cox and Matthews (2002).
 
     It solves the linear part of the equation exactly (arXiv:2211.01095, Proposition 4.1), and takes x0 as linear in
-    lambda over a step: ETD2RK of Cox and Matthews (2002). EDM's form is far off in a long first step, such as the
-    first of 8 steps that are evenly spaced in t.
+    lambda over a step. The form of EDM (arXiv:2206.00364, Algorithm 1) is far off in a long first step.
     """
 
     def average(x0, x0_next, now, after):
@@ -120,9 +119,7 @@ def exact_step(z, x0, now, after):
 def sample(denoise_fn, key, z_T, cond, levels, method, config):
     """Returns latents like z_T: generated frames are clean, and context frames are as in z_T.
 
-    Call it inside jax.jit, and pass the arrays as arguments of the jitted function. Then it compiles once per shape.
-
-    denoise_fn: (z, log_snr, cond) -> prediction of config.target. The function that `guided` returns is one.
+    denoise_fn: (z, log_snr, cond) -> prediction of config.target, such as the function that `guided` returns.
     z_T: the start, at the noise levels of row 0: standard normal noise in frames to generate; clean or noised latents
         in context frames.
     levels: the scheduling matrix, or one per example, [S+1, B, T]. No frame's log_snr falls from row to row.
@@ -130,9 +127,7 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config):
     """
     step_fn = METHODS[one_of("method", method, METHODS)]
     z_T = jax.tree.map(lambda z: z.astype(jnp.promote_types(z.dtype, jnp.float32)), z_T)
-    levels = {name: levels[name] for name in z_T}
-    chex.assert_equal_shape(list(levels.values()))
-    batch = len(jax.tree.leaves(z_T)[0])
+    batch = len(z_T["video"])
     to_latent = functools.partial(jax.tree.map, broadcast_to_latent)  # [B, T] -> [B, K*T, 1, ...]
     to_batch = functools.partial(jax.tree.map, lambda x: jnp.broadcast_to(x, (batch, x.shape[-1])))  # -> [B, T]
 
@@ -142,9 +137,6 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config):
         x0 = to_x0(prediction, z, log_snr, config["target"])
         return jax.tree.map(lambda x0, z: x0.astype(z.dtype), x0, z)
 
-    def settle(z_next, z, x0, now, after):  # x0 in frames that are clean after the step, z in frames that do not change
-        return jnp.where(now != after, jnp.where(after >= config["log_snr_max"], x0, z_next), z)
-
     def body(carry, row):
         z, past = carry
         key, now, after = row
@@ -152,17 +144,21 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config):
         x0 = predict_x0(now, z)
         now_of_z, after_of_z = to_latent(now, z), to_latent(after, z)  # log_snr with the axes of z
 
-        def predict_next_x0(z_next):
-            return predict_x0(after, jax.tree.map(settle, z_next, z, x0, now_of_z, after_of_z))
+        def settle(z_next):  # x0 in frames that are clean after the step, z in frames that do not change
+            def leaf(z_next, z, x0, now, after):
+                return jnp.where(now != after, jnp.where(after >= config["log_snr_max"], x0, z_next), z)
 
-        z_next, past = step_fn(z, x0, past, Step(now_of_z, after_of_z, key, predict_next_x0))
-        return (jax.tree.map(settle, z_next, z, x0, now_of_z, after_of_z), past), None
+            return jax.tree.map(leaf, z_next, z, x0, now_of_z, after_of_z)
+
+        step = Step(now_of_z, after_of_z, key, lambda z_next: predict_x0(after, settle(z_next)))
+        z_next, past = step_fn(z, x0, past, step)
+        return (settle(z_next), past), None
 
     first_levels = to_latent(to_batch(jax.tree.map(lambda x: x[0], levels)), z_T)
     past = Past(x0=z_T, h=jax.tree.map(jnp.zeros_like, first_levels))
     now = jax.tree.map(lambda x: x[:-1], levels)
     after = jax.tree.map(lambda x: x[1:], levels)
-    keys = jax.random.split(key, len(jax.tree.leaves(now)[0]))
+    keys = jax.random.split(key, len(now["video"]))
     (z_0, _), _ = jax.lax.scan(body, (z_T, past), (keys, now, after))
     return z_0
 
@@ -171,12 +167,10 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config):
 
 
 class Term(NamedTuple):
-    """One kind of guidance. It adds extra * (prediction with more of a condition - prediction with less of it).
-
-    Both functions change the network's inputs: (z, log_snr, cond) -> inputs of the same shapes, or of batch size 1.
-    """
+    """One kind of guidance. It adds extra * (prediction with more of a condition - prediction with less of it)."""
 
     extra: float | dict  # the weight of guidance minus 1, 0 adds nothing; a number or [B, 1], or a dict by modality
+    # Both: (z, log_snr, cond) -> changed inputs of the network, of the same shapes or of batch size 1.
     more_inputs: Callable | None  # None: the inputs as they are
     less_inputs: Callable
 
@@ -236,7 +230,7 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
 
     masks: {modality: bool [T] or [B, T]}, True in context frames.
     history_noise: 0 for guidance by the context as it is (vanilla history guidance). A time t in (0, 1) for guidance by
-        the context noised to t, of which only low frequencies are left (fractional history guidance).
+        the low frequencies of the context, which is noised to t (fractional history guidance).
     """
 
     def context_at(t, z, log_snr, cond):
@@ -255,8 +249,7 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
 def modality_guidance(weight, noise, config):
     """Returns Terms: the video guides the audio, and the audio the video.
 
-    For the prediction without a modality the network reads pure noise in its place: UniDiffuser, arXiv:2303.06555,
-    section 4.3.
+    For the prediction without a modality the network reads noise in its place (arXiv:2303.06555, section 4.3).
     """
 
     def without(other, z, log_snr, cond):

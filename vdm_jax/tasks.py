@@ -1,8 +1,8 @@
 """A task: which latent frames are context, and in which order and in how many steps the other frames are denoised.
 
-The autoencoders are causal, so later frames do not change earlier latents. Therefore, when a context is encoded, the
-frames and the sound after it may hold anything. They are called filler. In `between`, filler also lies before the last
-context frames and changes their latents a little. So there the filler repeats the nearest frames, without sound.
+The autoencoders are causal: later frames do not change earlier latents. So when a context is encoded, the frames and
+the sound after it may hold anything. They are called filler. In `between`, filler also lies before the last context
+frames and changes their latents a little. So there the filler repeats the nearest frames, without sound.
 """
 
 from typing import NamedTuple
@@ -36,8 +36,7 @@ def text(layout):
 
 def image(picture, layout):
     """Returns the Context for a picture, uint8 [H, W, 3], that starts to move: the first video frame is context."""
-    # A picture is a video of one frame, which fills exactly the first latent frame.
-    return foley(picture[None], layout)
+    return foley(picture[None], layout)  # a video of one frame, which fills exactly the first latent frame
 
 
 def foley(frames, layout):
@@ -109,7 +108,7 @@ def _fit(x, count, mode="constant"):
 def scheduling_matrix(steps, frames, config, masks=None, lag=0, spacing="time", context_noise=0.0, first_step_times=()):
     """Returns the noise levels of sampling, {"video", "audio"}: log_snr [S+1, T], from pure noise to clean.
 
-    Row 0 is the start and row S the end. S is steps + lag * (generated frames - 1).
+    Row 0 is the start, and row S = steps + lag * (generated frames - 1) the end. Raises UserError for wrong settings.
 
     steps: denoising steps of each frame.
     frames: T, latent frames.
@@ -119,10 +118,8 @@ def scheduling_matrix(steps, frames, config, masks=None, lag=0, spacing="time", 
     context_noise: time t in [0, 1] to which context frames are noised (arXiv:2502.06764). A modality that is context as
         a whole always stays clean.
     first_step_times: times t in [0, 1] that the first generated frame, the second, and so on reach in their first step.
-        Other frames have steps of the usual size. A small time puts the frame near the mean of all possible next
-        frames. The mean has half the expected squared error of a random sample. Use it if the context leaves little
-        open. If several futures are likely, the mean is blurred.
-    Raises UserError for an unknown spacing, too few steps, a negative lag or a mask of another length.
+        A small time puts a frame near the mean of all possible next frames, which has half the expected squared error
+        of a random sample. Use it if the context leaves little open: the mean of different futures is blurred.
     """
     one_of("spacing", spacing, SPACINGS)
     if steps < 1 or lag < 0:

@@ -61,12 +61,7 @@ def main(argv):
     check(config, mesh, plan)
     sources = {phase.system: batches.source(phase.system.config) for stage in plan.values() for phase in stage}
     report_progress = hosts.watchdog(config.watchdog_seconds)
-    with (
-        folder.exclusive_lock(workdir),
-        jax.set_mesh(mesh),
-        hosts.exit_on_lost_peer(),
-        preemption.watching() as stop,
-    ):
+    with folder.exclusive_lock(workdir), jax.set_mesh(mesh), hosts.exit_on_lost_peer(), preemption.watching() as stop:
         folder.write_config(workdir, config, STAGES)
         logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
         run = Run(workdir, mesh, plan, sources, stop, report_progress, span)
@@ -77,13 +72,9 @@ def main(argv):
 
 
 def check(config, mesh, plan):
-    """Raises UserError where settings do not fit.
-
-    plan: {stage: its Phases}.
-    """
-    counts = {f"{name}.steps": config[name].steps for name in plan}
-    counts |= {key: config[key] for key in ("checkpoint_every", "log_every")}
-    counts["skip.stop_after"] = config.skip.stop_after
+    """Raises UserError where settings do not fit. plan: {stage: its Phases}."""
+    counts = {key: config[key] for key in ("checkpoint_every", "log_every")}
+    counts |= {f"{name}.steps": config[name].steps for name in plan} | {"skip.stop_after": config.skip.stop_after}
     for key, value in counts.items():
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
@@ -112,8 +103,7 @@ def take_steps(run, name, phase, checkpoints):
     directory = run.workdir / name
     stopwatch = Stopwatch()
 
-    # ------------------------------------------------------------------------------------------- how training starts
-    # The order matters.
+    # ---------------------------------------------------------------------- how training starts; the order matters
     # 1. The functions that make and change the train state, and its shapes. The state itself comes later: a large model
     #    leaves no room for an initialized state beside a restored one.
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
@@ -122,7 +112,7 @@ def take_steps(run, name, phase, checkpoints):
     # 2. What an earlier start has done.
     newest = checkpoints.latest_step()  # None: no checkpoint; 0: imported weights, not trained here yet
     done = newest or 0
-    parameter_count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(stage.params))
+    parameter_count = sum(x.size for x in jax.tree.leaves(stage.params))
     logger.info("%s: %.2f M parameters, %d of %d steps done", phase.title, parameter_count / 1e6, done, phase.last_step)
     for line in sharding.table(stage.params, run.mesh.shape) if run.mesh.size > 1 else ():
         logger.info("  %s", line)
@@ -215,16 +205,14 @@ def take_steps(run, name, phase, checkpoints):
 def previewer(run, name, system):
     """Returns show(params, encoder_params, step), or None if there is nothing to preview.
 
-    show writes <step>.png (and .mp4) to the stage's folder `previews`. All processes call show. They compute together,
-    and only the primary process writes.
+    All processes call show. They compute together, and the primary process writes previews/<step>.png (and .mp4).
     """
-    preview = system.stages[name].preview
-    if not preview or not system.config.preview_every:
+    config, preview = system.config, system.stages[name].preview
+    if not preview or not config.preview_every:
         return None
-    data = system.config.data
     directory = run.workdir / name / "previews"
     directory.mkdir(parents=True, exist_ok=True)
-    held_out = batches.source(system.config, "held_out")
+    held_out = batches.source(config, "held_out")
     items = [held_out[i] for i in range(PREVIEW_CLIPS)]
     captions = [item["caption"] for item in items]
     clips = {part: np.stack([item[part] for item in items]) for part in ("video", "audio")}
@@ -232,7 +220,7 @@ def previewer(run, name, system):
     def show(params, encoder_params, step):
         shown = preview(params, encoder_params, clips, captions)
         if hosts.is_primary():
-            figures.write_preview(directory / str(step), shown, data.fps, data.sample_rate)
+            figures.write_preview(directory / str(step), shown, config.data.fps, config.data.sample_rate)
 
     return show
 

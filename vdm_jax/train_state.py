@@ -13,12 +13,7 @@ LOSS_DECAY = 0.98  # decay a step of the moving average of the loss
 
 
 def create(params, config, step=0):
-    """Returns the state before the first step, or before the first step of a phase.
-
-    params: tree of parameters.
-    config: the settings of a stage, such as config.clip.
-    step: number of steps done.
-    """
+    """Returns the state before the next step of a stage; `step` steps are done. config: the stage's settings."""
     return {
         "step": jnp.full((), step, jnp.int32),
         "params": params,
@@ -33,13 +28,12 @@ def make_step(loss_fn, config, loss_over_mean=0.0, start=0):
 
     loss_fn: loss_fn(params, key, batch, encoder_params) -> (scalar, metrics).
     config: the settings of a stage.
-    loss_over_mean: see below; 0 for any loss.
+    loss_over_mean: a step is skipped if its loss or its gradients are not finite, or if its loss is above this many
+        times the moving average of the earlier losses; 0 for any finite loss.
     start: number of steps before the phase; the learning rate and the EMA count from there.
 
-    A step folds its number into `key`. So a resumed run draws the same random numbers as an uninterrupted one.
-
-    A step is skipped when its loss or its gradients are not finite, or when its loss exceeds `loss_over_mean` times the
-    moving average of the earlier losses. A skipped step changes only state['step'], and sets metrics['skipped'] to 1.
+    A step folds its number into `key`, so a resumed run draws the same random numbers as an uninterrupted one. A
+    skipped step changes only state['step'], and sets metrics['skipped'] to 1.
     """
     optimizer = optim.optimizer(config)
     gradients = accumulated(jax.grad(loss_fn, has_aux=True), config.accumulate)
@@ -73,9 +67,8 @@ def accumulated(gradients, parts):
     """Returns a function like `gradients` that processes a batch in parts, one after the other, to save memory.
 
     gradients: gradients(params, key, batch, encoder_params) -> (grads, metrics).
-    parts: how many.
 
-    Its results are the means over the parts. Each part has its own key. A loss that compares the clips of a batch with
+    The results are the means over the parts. Each part has its own key. A loss that compares the clips of a batch with
     each other, such as the text encoder's, compares only the clips of one part.
     """
     if parts == 1:
@@ -104,30 +97,26 @@ class Program(NamedTuple):
 
 
 def program(stage, config, key, mesh, loss_over_mean, start=0):
-    """Returns the Program of a stage.
+    """Returns the Program of a stage, a system.losses.Stage.
 
-    stage: its record, with init(key) -> params and the loss_fn of `make_step` as `loss`.
-    config: its settings.
+    config: the settings of the stage.
     key: for the initial parameters.
-    mesh: see sharding.make_mesh.
-    loss_over_mean, start: see `make_step`.
+    loss_over_mean, start: as in `make_step`.
     """
-
-    def init():
-        return create(stage.init(key), config)
 
     def begin(params):
         return create(params, config, start)
 
+    def init():
+        return begin(stage.init(key))
+
     abstract = jax.eval_shape(init)
     shardings = sharding.state_shardings(abstract, mesh)
+    results = shardings, sharding.replicated(mesh)  # state, metrics
+    step = make_step(stage.loss, config, loss_over_mean, start)
     return Program(
         init=jax.jit(init, out_shardings=shardings),
         begin=jax.jit(begin, out_shardings=shardings),
-        step=jax.jit(
-            make_step(stage.loss, config, loss_over_mean, start),
-            donate_argnums=0,
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        ),
-        abstract=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings),
+        step=jax.jit(step, donate_argnums=0, out_shardings=results),
+        abstract=jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings),
     )

@@ -18,10 +18,7 @@ from vdm_jax.system.layout import Layout
 
 
 def make_models(config, layout):
-    """{stage: Flax module} of a config, and the "teacher" of a student.
-
-    Raises UserError for an unknown `compute_dtype` or `remat`.
-    """
+    """{stage: Flax module} of a config, and the "teacher" of a student. Raises UserError for wrong settings."""
     dtype = jnp.dtype(one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16")))
     clip = config.clip.model
     text_encoder = dict(clip.text, vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
@@ -40,10 +37,7 @@ def make_models(config, layout):
 
 
 def remat_modes(config, stage):
-    """Which activations the backward pass of a stage computes again: (mode,), or one mode for each resolution.
-
-    Raises UserError for an unknown mode or a wrong number of modes.
-    """
+    """(mode,), or one mode for each resolution: what the backward pass of a stage computes again. Raises UserError."""
     modes = tuple(one_of(f"{stage}.remat", mode, REMAT) for mode in config[stage].remat.split(","))
     by_resolution = "cross_modal" in config[stage].model  # only the U-Net has a mode for each resolution
     resolutions = len(config[stage].model.channels) if by_resolution else 1
@@ -115,10 +109,7 @@ class Codec:
         return {name: (z[name] - statistics[name]["mean"]) / statistics[name]["std"] for name in z}
 
     def decode(self, params, z):
-        """Latents -> (video uint8 [B, F, H, W, 3], audio float32 [B, N] in [-1, 1]).
-
-        The latents are as `encode` gives them with 'statistics'.
-        """
+        """Latents, as `encode` gives them with 'statistics' -> (video uint8 [B, F, H, W, 3], audio float32 [B, N])."""
         statistics = params["statistics"]
         z = {name: z[name] * statistics[name]["std"] + statistics[name]["mean"] for name in z}
         video = self.apply("video_autoencoder", params, z["video"], method="decode")
@@ -128,16 +119,12 @@ class Codec:
     def reconstruct(self, stage, params, x):
         """x encoded and decoded by one autoencoder, without noise in the latents: video uint8 or audio float32."""
         is_video = stage == "video_autoencoder"
-        x = to_float(x) if is_video else self.pad_audio(x)
-        z = self.apply(stage, params, x, method="encode")[0]
+        z = self.apply(stage, params, to_float(x) if is_video else self.pad_audio(x), method="encode")[0]
         out = self.apply(stage, params, z, method="decode")
         return to_uint8(out) if is_video else self.trim_audio(out)
 
     def encode_text(self, params, tokens):
-        """Tokens, int32 [B, L] -> the encoded text that the denoiser reads.
-
-        It is {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]}.
-        """
+        """Tokens int32 [B, L] -> text {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]}."""
         mask = text.mask(tokens)
         return self.apply("clip", params, tokens, mask, method="encode_text") | {"mask": mask}
 

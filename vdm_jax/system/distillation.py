@@ -1,13 +1,12 @@
 """Distillation: a student learns to make the clips of a teacher in a few steps, with one row of the network a step.
 
-The student is a denoiser that also reads where a step goes: `cond["next_log_snr"]`, the noise level after the step. It
-predicts the x0 with which a DDIM step arrives where the teacher would be. (A teacher predicts the mean of all x0.) The
-targets are of two kinds (shortcut models, arXiv:2410.12557, as in Dreamer 4, arXiv:2509.24527):
+The student is a denoiser that also reads the noise level after the step, `cond["next_log_snr"]`. It predicts the x0
+with which a DDIM step arrives where the teacher would arrive. There are two kinds of target (shortcut models,
+arXiv:2410.12557, as in Dreamer 4, arXiv:2509.24527):
 
-- For the shortest step, the x0 of the teacher. The teacher is a frozen denoiser with all its guidance, so that the
-  student needs none.
-- For a longer step, two steps of half the length by the student itself: the target is the x0 with which one step
-  arrives at the same place (arXiv:2202.00512, appendix G).
+- For the shortest step: the x0 of the teacher, a frozen denoiser. It has all its guidance, so the student needs none.
+- For a longer step: the x0 with which one step arrives where two steps of half the length by the student itself arrive
+  (arXiv:2202.00512, appendix G).
 """
 
 import functools
@@ -40,16 +39,11 @@ def check(config):
     steps = settings.steps
     if len(steps) < 2 or steps[0] < 1 or any(2 * a != b for a, b in zip(steps, steps[1:])):
         raise UserError(f"denoiser.distillation.steps={steps}: give two or more, each half of the next, such as (4, 8)")
-    if not 0 < _taught(rows, settings) < rows:
+    if not 0 < round(rows * settings.teacher_share) < rows:
         raise UserError(
             f"denoiser.distillation.teacher_share={settings.teacher_share} of {rows} clips must leave clips for the "
             "teacher and for the student: use 0.75 and 4 clips or more"
         )
-
-
-def _taught(rows, settings):
-    """The number of rows whose target is the teacher's."""
-    return round(rows * settings.teacher_share)
 
 
 def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
@@ -65,7 +59,7 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     settings, process = config.distillation, config.diffusion
     t_key, noise_key, guidance_key = jax.random.split(key, 3)
     batch = len(z["video"])
-    taught = _taught(batch, settings)
+    taught = round(batch * settings.teacher_share)  # rows whose target is the teacher's
     *fewer, shortest = settings.steps
     own = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]
     steps = jnp.concatenate([jnp.full(taught, shortest), own])[:, None]  # in a clip, [B, 1]
@@ -76,10 +70,8 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
 
     def levels_after(share):  # log_snr when this share of the step is done; context frames are clean
         later = {name: jnp.maximum(t[name] - share / steps, 0) for name in z}
-        return {
-            name: jnp.where(context[name], process.log_snr_max, diffusion.log_snr_at(later[name], process))
-            for name in z
-        }
+        levels = {name: diffusion.log_snr_at(later[name], process) for name in z}
+        return {name: jnp.where(context[name], process.log_snr_max, levels[name]) for name in z}
 
     start, middle, end = (levels_after(share) for share in (0, 0.5, 1))
     z_t = diffusion.add_noise(z, diffusion.noise_like(noise_key, z), start)

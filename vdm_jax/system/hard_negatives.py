@@ -6,6 +6,7 @@ caption its error must be lower than with the hard negative.
 """
 
 import functools
+import itertools
 import math
 import re
 import zlib
@@ -35,29 +36,17 @@ def swap_words(caption, groups):
     pattern, tables = _search(groups)
     words = pattern.split(caption)  # at odd places words of the groups, at even places the text between
     words[1::2] = [word.lower() for word in words[1::2]]
-    places = [[i for i, word in enumerate(words) if word in table] for table in tables]  # by group
-    swaps = [
-        (i, j)
-        for found, table in zip(places, tables)
-        for i in found
-        for j in found
-        if i < j and table[words[i]] != table[words[j]]
-    ]
-    replacements = [
-        (i, word)
-        for found, table in zip(places, tables)
-        for i in found
-        for word in table
-        if table[word] != table[words[i]]
-    ]
-    if swaps:
-        i, j = swaps[rng.integers(len(swaps))]
-        words[i], words[j] = words[j], words[i]
-    elif replacements:
-        i, word = replacements[rng.integers(len(replacements))]
-        words[i] = word
-    else:
+    swaps, replacements = [], []  # changes {place: new word}
+    for table in tables:
+        found = [i for i, word in enumerate(words) if word in table]
+        pairs = itertools.combinations(found, 2)
+        swaps += [{i: words[j], j: words[i]} for i, j in pairs if table[words[i]] != table[words[j]]]
+        replacements += [{i: word} for i in found for word in table if table[word] != table[words[i]]]
+    changes = swaps or replacements
+    if not changes:
         return caption
+    for i, word in changes[rng.integers(len(changes))].items():
+        words[i] = word
     wrong = "".join(words)
     return wrong[0].upper() + wrong[1:] if caption[0].isupper() else wrong
 
@@ -65,12 +54,12 @@ def swap_words(caption, groups):
 def check_groups(where, groups):
     """Raises UserError unless `groups` are as `swap_words` takes them. where: the setting, for the message."""
     for group in groups:
-        entries = [word for entry in group for word in str(entry).split("|")] if isinstance(group, tuple) else []
-        if len(group) < 2 or not entries or not all(isinstance(entry, str) for entry in group):
-            raise UserError(f'{where} has the group {group!r}: a group is two words or more, such as ("left", "right")')
-        if any(word != word.strip().lower() or not word for word in entries):
+        entries = group if isinstance(group, tuple) and all(isinstance(entry, str) for entry in group) else ()
+        words = "|".join(entries).split("|")
+        if len(entries) < 2 or any(not word or word != word.strip().lower() for word in words):
             raise UserError(
-                f"{where} has the group {group!r}: write words in small letters, without spaces around them"
+                f"{where} has the group {group!r}: give two words or more, in small letters and without spaces around "
+                'them, such as ("left", "right")'
             )
 
 
@@ -95,8 +84,6 @@ class Pairs(NamedTuple):
 
 def make_pairs(key, z, right, wrong, target, config):
     """Returns the Pairs of clips 0, config.every, 2 * config.every, ... of a batch.
-
-    This is the part of the loss before the call of the network; `classification_loss` is the part after it.
 
     Both rows of a clip have the same noise and the same noise level, which is one number for all of the clip. The noise
     levels of the clips are evenly spaced over config.log_snr.
@@ -170,10 +157,8 @@ def call_together(denoise_fn, rows_a, rows_b):
         parts = [x.reshape(turns, -1, *x.shape[1:]) for x in (a, b)]  # [turns, rows in a turn, ...]
         return jnp.concatenate(parts, 1).reshape(-1, *a.shape[1:])
 
-    def part(x, rows):
-        return x.reshape(turns, -1, *x.shape[1:])[:, rows].reshape(-1, *x.shape[1:])
+    def part(rows):
+        return jax.tree.map(lambda x: x.reshape(turns, -1, *x.shape[1:])[:, rows].reshape(-1, *x.shape[1:]), prediction)
 
     prediction = denoise_fn(*jax.tree.map(join, rows_a, rows_b))
-    prediction_a = jax.tree.map(lambda x: part(x, slice(own)), prediction)
-    prediction_b = jax.tree.map(lambda x: part(x, slice(own, None)), prediction)
-    return prediction_a, prediction_b
+    return part(slice(own)), part(slice(own, None))

@@ -8,12 +8,12 @@ import threading
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from vdm_jax import sharding
 from vdm_jax.data import batches
 from vdm_jax.errors import UserError
 from vdm_jax.run import folder, hosts, storage
+from vdm_jax.run.progress import progress
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.losses import encode_batch
 
@@ -57,18 +57,15 @@ def measure(system, params, examples):
     """Returns {modality: {'mean', 'std'}}, float32 [C], of at least config.denoiser.statistics_clips encoded clips."""
     count = system.config.denoiser.statistics_clips
     logger.info("measuring latent statistics on %d clips", count)
-    sums = {}
-    for batch in _encoder(system, params, examples)(0, count):
-        for name, x in batch["z"].items():
-            x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])  # [clips * places, C]
-            n, total, squares = sums.get(name, (0, 0.0, 0.0))
-            sums[name] = n + len(x), total + x.sum(0), squares + np.square(x).sum(0)
-    out = {}
-    for name, (n, total, squares) in sums.items():
-        mean = total / n
-        std = np.sqrt(np.maximum(squares / n - mean**2, 1e-8))
-        out[name] = {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
-    return out
+    latents = [batch["z"] for batch in _encoder(system, params, examples)(0, count)]
+
+    def moments(*parts):
+        x = np.concatenate(parts).astype(np.float64)
+        x = x.reshape(-1, x.shape[-1])  # [clips * places, C]
+        std = np.sqrt(np.maximum(x.var(0), 1e-8))
+        return {"mean": x.mean(0).astype(np.float32), "std": std.astype(np.float32)}
+
+    return jax.tree.map(moments, *latents)
 
 
 def _encoder(system, params, examples):
@@ -140,8 +137,7 @@ def _record(abstract_batch):
 def _cached(system, params, examples, directory):
     """Returns the Encoded clips in `directory`. If anything in the fingerprint has changed, they are made again.
 
-    Each process makes some of the files. A file gets its name when it is complete. So the next run makes only the
-    missing files.
+    Each process makes some of the files. A file gets its name when it is complete, so the next run makes only the rest.
     """
     mark, mark_path = _fingerprint(system.config, params), directory / "fingerprint"
     count, abstract_batch = system.config.denoiser.cached_clips, system.stages["denoiser"].batch
@@ -159,16 +155,16 @@ def _cached(system, params, examples, directory):
         encoded_batches = _encoder(system, params, examples)
         parts = missing[jax.process_index() :: jax.process_count()]  # of this process
         sizes = [min(CLIPS_PER_FILE, count - part * CLIPS_PER_FILE) for part in parts]
-        hidden = None if hosts.is_primary() else True  # None: tqdm decides
-        with tqdm(total=sum(sizes), desc="encode", disable=hidden, unit="clip") as progress:
+        with progress("encoding", sum(sizes), "clip") as advance:
             for part, clips in zip(parts, sizes):
                 encoded = encoded_batches(part * CLIPS_PER_FILE, clips)
-                _write(paths[part], encoded, _record(abstract_batch), clips, progress)
+                _write(paths[part], encoded, _record(abstract_batch), clips)
+                advance(clips)
     hosts.barrier("encoded", ENCODING_SECONDS)
     return Encoded(paths, abstract_batch, count)
 
 
-def _write(path, encoded_batches, record, count, progress):
+def _write(path, encoded_batches, record, count):
     """Writes the first `count` clips of the batches as a .npy file of records; holds one batch at a time."""
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("wb") as file:
@@ -180,7 +176,6 @@ def _write(path, encoded_batches, record, count, progress):
                 rows[name] = leaf[: len(rows)]
             file.write(rows.tobytes())
             count -= len(rows)
-            progress.update(len(rows))
     unfinished.replace(path)
 
 

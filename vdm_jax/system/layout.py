@@ -31,25 +31,16 @@ class Layout(NamedTuple):
     def latent_shapes(self):
         """Shapes of one clip's latents: {'video': (T, h, w, C), 'audio': (K*T, D)}."""
         tokens, channels = self.audio
-        return {
-            "video": (self.latent_frames, *self.video),
-            "audio": (self.latent_frames * tokens, channels),
-        }
+        return {"video": (self.latent_frames, *self.video), "audio": (self.latent_frames * tokens, channels)}
 
     def with_frames(self, frames):
-        """The Layout of clips of another length.
-
-        frames: video frames, 1 + f_t * n. Raises UserError for another number.
-        """
+        """The Layout of clips of `frames` video frames. Raises UserError unless they are 1 + f_t * n."""
         if frames < 1 or (frames - 1) % self.f_t:
             low = max(0, frames - 1) // self.f_t * self.f_t + 1
             sizes = f"{low} or {low + self.f_t} (1 + {self.f_t} * n)"
             raise UserError(f"{frames} frames do not fill latent frames of {self.f_t}: use {sizes}")
-        return self._replace(
-            frames=frames,
-            samples=frames * self.samples_per_frame,
-            latent_frames=1 + (frames - 1) // self.f_t,
-        )
+        latent_frames = 1 + (frames - 1) // self.f_t
+        return self._replace(frames=frames, samples=frames * self.samples_per_frame, latent_frames=latent_frames)
 
 
 def layout(config):
@@ -59,8 +50,7 @@ def layout(config):
         if data[name] < 1:
             raise UserError(f"data.{name}={data[name]} must be at least 1")
     for stage in STAGES:
-        _check_numbers(f"{stage}.model", config[stage].model)
-        _check_lengths(stage, config[stage].model)
+        _check_model(f"{stage}.model", config[stage].model)
         if config[stage].batch_size < 1:
             raise UserError(f"{stage}.batch_size={config[stage].batch_size} must be at least 1")
     if data.sample_rate % data.fps:
@@ -97,34 +87,25 @@ def layout(config):
     return sizes
 
 
-def _check_numbers(name, value):
-    """Raises UserError unless every setting of a model is a whole number in a range that can be built."""
-    if hasattr(value, "items"):  # settings of a part
-        for key, part in value.items():
-            _check_numbers(f"{name}.{key}", part)
-        return
-    low, high = (0, 1000) if name.split(".")[-1] in MAY_BE_ZERO else (1, 1_000_000)
-    for number in value if isinstance(value, tuple | list) else (value,):
-        if not isinstance(number, int) or not low <= number <= high:
-            raise UserError(f"{name}={value!r} must be one or more whole numbers from {low} to {high}")
-
-
-def _check_lengths(stage, model):
-    """Raises UserError for settings of a model with a wrong number of values.
+def _check_model(name, model):
+    """Raises UserError unless each setting of a model has whole numbers in a range that can be built.
 
     PER_RESOLUTION have one value for each resolution, and the strides one for each pair of neighboring resolutions.
     """
-    for name, value in model.items():
-        if name == "audio_channels" and not value:  # () means the channels of the video stream
+    for key, value in model.items():
+        if hasattr(value, "items"):  # settings of a part
+            _check_model(f"{name}.{key}", value)
             continue
-        if name in PER_RESOLUTION:
-            wanted = len(model.channels)
-        elif name.endswith("strides"):
-            wanted = len(model.channels) - 1
-        else:
-            continue
-        if len(value) != wanted:
-            raise UserError(f"{stage}.model.{name}={value} must have {wanted} values for channels={model.channels}")
+        low, high = (0, 1000) if key in MAY_BE_ZERO else (1, 1_000_000)
+        numbers = value if isinstance(value, tuple | list) else (value,)
+        if not all(isinstance(number, int) and low <= number <= high for number in numbers):
+            raise UserError(f"{name}.{key}={value!r} must be one or more whole numbers from {low} to {high}")
+        is_stride = key.endswith("strides")
+        unset = key == "audio_channels" and not value  # () means the channels of the video stream
+        if (is_stride or key in PER_RESOLUTION) and not unset:
+            wanted = len(model.channels) - is_stride
+            if len(numbers) != wanted:
+                raise UserError(f"{name}.{key}={value} must have {wanted} values for channels={model.channels}")
 
 
 def _check_halvings(denoiser, side, tokens):
@@ -133,13 +114,11 @@ def _check_halvings(denoiser, side, tokens):
     side: height and width of the video latents. tokens: K, sound tokens a latent frame.
     """
     halvings = len(denoiser.channels) - 1
-    if side % denoiser.patch:
-        raise UserError(f"denoiser.model.patch={denoiser.patch} does not divide the {side}x{side} latents")
-    side //= denoiser.patch
-    if side % 2**halvings:
+    multiple = denoiser.patch * 2**halvings
+    if side % multiple:
         raise UserError(
-            f"denoiser.model.channels halve {side}x{side} places {halvings} times, and {side} is no multiple of "
-            f"{2**halvings}: use fewer resolutions or another data.size"
+            f"latents have {side}x{side} places, no multiple of {multiple}, as denoiser.model.patch={denoiser.patch}"
+            f" and {halvings + 1} resolutions need: use a smaller patch, fewer resolutions or another data.size"
         )
     # At resolution i the tokens are halved i times, and the time strides have merged frames. A merged frame must have a
     # whole number of tokens.

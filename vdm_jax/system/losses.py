@@ -35,28 +35,30 @@ def make_stages(codec):
     config, layout = codec.config, codec.layout
     inits = init_fns(codec.models, config, layout)
     params = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in inits.items()}
-    for name in STAGES:
-        remat_modes(config, name)  # raises for a wrong setting
+    encoders = {name: params[name] for name in STAGES[:3]}
+    if "teacher" in params:
+        distillation.check(config.denoiser)
+        encoders["teacher"] = params["teacher"]
+    channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
+    encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
 
-    def stage(name, loss, length, preview, encoders):
+    def stage(name, loss, length, preview=None, encoder_params=None):
         settings = config[name]
-        side, latent_side = config.data.size, layout.video[0]
-        negatives = settings.get("hard_negatives", {})
-        make_hard_negative = None
-        word_groups = negatives.get("words", ())
-        rows = settings.batch_size
-        tokens = jax.ShapeDtypeStruct((rows, config.data.text_length), jnp.int32)
+        remat_modes(config, name)  # raises for a wrong setting
+        rows, side, latent_side = settings.batch_size, config.data.size, layout.video[0]
         batch = {
             "video": jax.ShapeDtypeStruct((rows, layout.frames, side, side, 3), jnp.uint8),
             "audio": jax.ShapeDtypeStruct((rows, layout.samples), jnp.float32),
-            "tokens": tokens,
+            "tokens": jax.ShapeDtypeStruct((rows, config.data.text_length), jnp.int32),
         }
+        negatives = settings.get("hard_negatives", {})
+        word_groups = negatives.get("words", ())
+        swap_words = functools.partial(hard_negatives.swap_words, groups=word_groups)
         hard_negatives.check_groups(f"{name}.hard_negatives.words", word_groups)
         if word_groups:
-            batch[hard_negatives.FIELD] = tokens
-            make_hard_negative = functools.partial(hard_negatives.swap_words, groups=word_groups)
-        if encoders and settings.cached_clips:
-            batch = jax.eval_shape(functools.partial(encode_batch, codec), encoders, batch)
+            batch[hard_negatives.FIELD] = batch["tokens"]
+        if encoder_params and settings.cached_clips:
+            batch = jax.eval_shape(functools.partial(encode_batch, codec), encoder_params, batch)
             # On the disk they are in half precision.
             batch = jax.tree.map(lambda x: x if x.dtype == bool else x.update(dtype=jnp.float16), batch)
         return Stage(
@@ -64,29 +66,22 @@ def make_stages(codec):
             loss=functools.partial(loss, codec),
             params=params[name],
             batch=batch,
-            encoder_params=encoders,
+            encoder_params=encoder_params or {},
             preview=preview,
             activation=(1, length, 1) if name == "audio_autoencoder" else (1, length, latent_side, latent_side, 1),
-            make_hard_negative=make_hard_negative,
+            make_hard_negative=swap_words if word_groups else None,
             group=negatives.get("every", 1) if word_groups else 1,
         )
 
-    audio_tokens = layout.latent_frames * layout.audio[0]
-    channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
-    encoders = {name: params[name] for name in STAGES[:3]}
-    if "teacher" in params:
-        distillation.check(config.denoiser)
-        encoders["teacher"] = params["teacher"]
-    encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
-    reconstructed = {m: previews.reconstruction(codec, m) for m in ("video", "audio")}
-    sampled = previews.samples(codec)
+    show_video, show_audio = (previews.reconstruction(codec, modality) for modality in ("video", "audio"))
+    tokens = layout.latent_frames * layout.audio[0]
     stages = (
-        ("video_autoencoder", video_autoencoder_loss, layout.frames, reconstructed["video"], {}),
-        ("audio_autoencoder", audio_autoencoder_loss, audio_tokens, reconstructed["audio"], {}),
-        ("clip", clip_loss, layout.frames, None, {}),
-        ("denoiser", denoiser_loss, layout.latent_frames, sampled, encoders),
+        stage("video_autoencoder", video_autoencoder_loss, layout.frames, show_video),
+        stage("audio_autoencoder", audio_autoencoder_loss, tokens, show_audio),
+        stage("clip", clip_loss, layout.frames),
+        stage("denoiser", denoiser_loss, layout.latent_frames, previews.samples(codec), encoders),
     )
-    return {name: stage(name, *rest) for name, *rest in stages}
+    return dict(zip(STAGES, stages))
 
 
 def video_autoencoder_loss(codec, params, key, batch, encoder_params):
@@ -165,10 +160,7 @@ def clip_loss(codec, params, key, batch, encoder_params):
 
 
 def drop_text(key, encoded_text, null, share):
-    """Replaces the text by the null text in a share of the rows: text guidance needs a network trained with both.
-
-    null: the null text, of batch size 1.
-    """
+    """Replaces the text by the null text in a share of the rows: text guidance needs a network trained with both."""
     dropped = jax.random.uniform(key, encoded_text["pooled"].shape[:1]) < share  # [B]
 
     def choose(empty, full):
@@ -188,9 +180,7 @@ def encode_batch(codec, encoder_params, batch):
 def denoiser_loss(codec, params, key, batch, encoder_params):
     """The denoising loss, with the loss of hard negatives where the batch has any. -> (scalar, metrics).
 
-    A student has the loss of distillation.py instead.
-
-    batch: clips, or what `encode_batch` made of them, in half precision.
+    A student has the loss of distillation.py instead. batch: clips, or what `encode_batch` made of them.
     """
     settings = codec.config.denoiser
     if "z" in batch:
@@ -210,11 +200,10 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
         loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
         return loss, {"loss": loss, **metrics}
 
-    # The hard negatives share the network call.
-    # Not from `key`: `corrupt` splits it, and split(key)[1] is the same key as fold_in(key, 1).
+    # The hard negatives share the network call. Their key is not made from `key`: `corrupt` splits it, and
+    # split(key)[1] is the same key as fold_in(key, 1).
     pair_key = jax.random.fold_in(drop_key, 1)
-    wrong = batch[hard_negatives.FIELD]
-    target = settings.diffusion.target
+    wrong, target = batch[hard_negatives.FIELD], settings.diffusion.target
     pairs = hard_negatives.make_pairs(pair_key, z, encoded_text, wrong, target, settings.hard_negatives)
     noised = diffusion.corrupt(key, z, settings.diffusion)
     prediction, pair_prediction = hard_negatives.call_together(

@@ -9,20 +9,18 @@
 the stage. The value of "denoiser.diffusion.patterns" is {pattern: share}, and replaces all patterns. A phase cannot
 change the model, the steps, the phases or data.text_length.
 
-A phase starts from the EMA weights at the end of the phase before, rounded to half precision, with a fresh optimizer.
-Exported weights are rounded in the same way. So a run can move to another machine at the end of a phase: the next phase
-needs only the exported weights and the config.
+A phase starts from the EMA weights at the end of the phase before, rounded to half precision as in exported weights,
+with a fresh optimizer. So a run can move to another machine between phases with only its exported weights and config.
 """
 
 import dataclasses
-import difflib
 import math
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from vdm_jax.errors import UserError
+from vdm_jax.errors import UserError, one_of
 from vdm_jax.run import folder
 from vdm_jax.sharding import named_leaves
 from vdm_jax.system import System, build
@@ -49,13 +47,12 @@ def phases(system, name):
     if not parts:
         return [Phase(1, name, 0, steps, system)]
     for part in parts:
-        if not hasattr(part, "items") or not all(isinstance(key, str) for key in part):
+        if not hasattr(part, "items"):
             raise UserError(f'{name}.phases: {part!r} is no phase: write {{"share": 0.5, "data.frames": 9}}')
-        if not isinstance(part.get("share", 0), int | float):
-            raise UserError(f"{name}.phases: share={part['share']!r} must be a number above 0")
     shares = [part.get("share", 0) for part in parts]
-    if min(shares) <= 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
-        raise UserError(f"{name}.phases have the shares {shares}: each must be above 0, and their sum must be 1")
+    positive = all(isinstance(share, int | float) and share > 0 for share in shares)
+    if not positive or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+        raise UserError(f"{name}.phases have the shares {shares}: give numbers above 0 whose sum is 1")
     ends = [round(steps * sum(shares[: i + 1])) for i in range(len(parts))]
     made = []
     for number, (part, start, stop) in enumerate(zip(parts, [0, *ends], ends), 1):
@@ -65,10 +62,14 @@ def phases(system, name):
         try:
             config = _changed(system.config, name, {key: value for key, value in part.items() if key != "share"})
             config[name].update(phases=(), steps=stop - start)
-            made.append(Phase(number, title, start, stop, _with_stage(system, build(config), name)))
-            _check_shapes(made[-1], system, name, last=number == len(parts))
+            phase_system = build(config)
+            _check_shapes({name: phase_system.params[name]}, system.params, last=number == len(parts))
         except UserError as error:
             raise UserError(f"{title}: {error}") from None
+        # The other stages are trained with the settings of `system`.
+        stage = phase_system.stages[name]._replace(encoder_params=system.stages[name].encoder_params)
+        phase_system = dataclasses.replace(phase_system, stages=system.stages | {name: stage})
+        made.append(Phase(number, title, start, stop, phase_system))
     return made
 
 
@@ -76,54 +77,39 @@ def _changed(config, name, settings):
     """A copy of the config with the settings {dotted key: value} of one phase. Raises UserError."""
     config = config.copy_and_resolve_references()
     known = [*_keys("data", config.data), *_keys(name, config[name])]
-    fixed = tuple(key.format(name) for key in FIXED)
     for key, value in settings.items():
-        if key in known and key.startswith(fixed):
+        if one_of("setting", key, known).startswith(tuple(fixed.format(name) for fixed in FIXED)):
             raise UserError(f"{key} cannot change from phase to phase")
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"there is no setting {key!r}: did you mean {nearest!r}?")
         try:
             if value is None:
                 raise TypeError("give a value")
-            if not key.endswith(PATTERNS):
-                config.update_from_flattened_dict({key: value})
-            elif hasattr(value, "items"):
-                config[name].diffusion.patterns = dict(value)
-            else:
+            if key.endswith(PATTERNS) and not hasattr(value, "items"):
                 raise TypeError('give shares, such as {"text": 1.0}')
+            config.update_from_flattened_dict({key: value})
         except (TypeError, ValueError) as error:
             raise UserError(f"{key}={value!r}: {error}") from None
     return config
 
 
 def _keys(prefix, settings):
-    """The dotted keys of all settings in a ConfigDict; the patterns are one setting."""
-    if prefix.endswith(PATTERNS):
-        yield prefix
-        return
+    """Yields the dotted keys of all settings in a ConfigDict; the patterns are one setting."""
     for key, value in settings.items():
-        yield from _keys(f"{prefix}.{key}", value) if hasattr(value, "items") else [f"{prefix}.{key}"]
+        path = f"{prefix}.{key}"
+        if hasattr(value, "items") and not path.endswith(PATTERNS):
+            yield from _keys(path, value)
+        else:
+            yield path
 
 
-def _with_stage(system, phase_system, name):
-    """The System of a phase. Its config, layout and models have the settings of the phase.
-
-    The other stages are those of `system`, because they are trained with its settings.
-    """
-    stage = phase_system.stages[name]._replace(encoder_params=system.stages[name].encoder_params)
-    return dataclasses.replace(phase_system, stages=system.stages | {name: stage})
-
-
-def _check_shapes(phase, system, name, last):
-    """Raises UserError where a phase has parameters of other shapes than the recipe.
+def _check_shapes(params, recipe, last):
+    """Raises UserError where `params` of a phase have other shapes than the parameters of the recipe.
 
     Only embeddings of positions may differ, and not in the last phase, whose weights are the result.
     """
-    recipe = named_leaves(system.params[name])
-    for path, leaf in named_leaves(phase.system.params[name]).items():
+    recipe = named_leaves(recipe)
+    for path, leaf in named_leaves(params).items():
         if leaf.shape != recipe[path].shape and (last or path.split("/")[-1] != RESIZED):
-            raise UserError(f"it changes {name}/{path} from {recipe[path].shape} to {leaf.shape}: keep data.size")
+            raise UserError(f"it changes {path} from {recipe[path].shape} to {leaf.shape}: keep data.size")
 
 
 def first_params(ema, expected):

@@ -10,11 +10,11 @@ from vdm_jax.system import sampling
 
 
 class Preview(NamedTuple):
-    """Rows of clips with their captions. `video` or `audio` is None where the stage makes none."""
+    """R clips. `video` or `audio` is None where the stage makes none."""
 
-    video: Any  # uint8 [R, F, H, W, 3]
-    audio: Any  # float32 [R, N]
-    captions: list[str]  # R of them
+    captions: list[str]
+    video: Any = None  # uint8 [R, F, H, W, 3]
+    audio: Any = None  # float32 [R, N]
 
 
 def reconstruction(codec, modality):
@@ -27,7 +27,7 @@ def reconstruction(codec, modality):
         remade = np.asarray(reconstruct(params, truth))
         rows = np.stack([truth, remade], 1).reshape(-1, *truth.shape[1:])  # [P, 2, ...] -> [2 P, ...]
         labels = [label for caption in captions for label in (caption, "reconstruction")]
-        return Preview(**{"video": None, "audio": None, modality: rows}, captions=labels)
+        return Preview(labels, **{modality: rows})
 
     return preview
 
@@ -37,7 +37,6 @@ def samples(codec):
     sampler = sampling.Sampler(codec)
 
     def preview(params, encoder_params, clips, captions):
-        video, audio = sampler(encoder_params | {"denoiser": params}, captions)
-        return Preview(video, audio, captions)
+        return Preview(captions, *sampler(encoder_params | {"denoiser": params}, captions))
 
     return preview

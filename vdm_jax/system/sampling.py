@@ -20,17 +20,15 @@ BATCH = 8  # prompts sampled at once
 
 
 class Sampler:
-    """Samples with the models of a Codec; compiles once for each shape and each set of static arguments.
+    """Samples with the models of a Codec; compiles `program` once for each shape and each set of static arguments.
 
-    `program` is the jitted function. If a mesh is set, its axes `data` and `fsdp` split the work by clips. In the end
-    every process gets all clips.
+    If a mesh is set, its axes `data` and `fsdp` split the work by clips. In the end every process gets all clips.
     """
 
     def __init__(self, codec):
         self.codec = codec
-        self.program = jax.jit(
-            functools.partial(sample, codec), static_argnames=("method", "interval", "guides", "history_noise")
-        )
+        static = ("method", "interval", "guides", "history_noise")
+        self.program = jax.jit(functools.partial(sample, codec), static_argnames=static)
         self._compiled = {}  # {shapes and static arguments: compiled program}
         self._encode = jax.jit(lambda params, v, a: sharding.replicate(codec.encode(params, v, a)))
 
@@ -53,8 +51,7 @@ class Sampler:
         batch = min(BATCH, len(prompts))
 
         def rows(start):
-            # The last prompt fills up the last batch.
-            numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
+            numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)  # the last fills up its batch
             own = {name: x[numbers] if len(x) > 1 else x for name, x in clean.items()}
             return dict(key=key, numbers=numbers, tokens=tokens[numbers], clean=own, **arrays)
 
@@ -75,7 +72,7 @@ class Sampler:
             rows, latent_frames = arrays["levels"]["video"].shape
             frames = 1 + self.codec.layout.f_t * (latent_frames - 1)
             what = f"the sampler, {clips} clip(s) of {frames} frames in {rows - 1} steps"
-            parameter_count = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
+            parameter_count = sum(x.size for x in jax.tree.leaves(params))
             with profiling.compiling(what, key=f"{static['method']} {static['guides']} {parameter_count}"):
                 self._compiled[kind] = hosts.compiled(self.program, params, **arrays, **static)
         return self._compiled[kind]
@@ -86,14 +83,13 @@ class Sampler:
         layout = codec.layout if frames is None else codec.layout.with_frames(frames)
         settings = resolve(codec.config.sample, options)
         context = context or tasks.text(layout)  # the task `text`, where no frame is context
-        masks = context.masks
-        clean = self._context_latents(params, context, layout)
+        masks, clean = context.masks, self._context_latents(params, context, layout)
         guidance = settings["guidance"]
         continued = all(mask[:2].all() for mask in masks.values())  # two latent frames at the start show the motion
         given = any(mask.all() for mask in masks.values())  # the whole of one modality is context
         text_weight = guidance["text_continue" if continued else "text_cross_modal" if given else "text"]
-        weights = {"text": text_weight, "rescale": settings["rescale"]}
-        weights |= {name: guidance[name] for name in ("history", "modality")}
+        weights = {"text": text_weight, "history": guidance["history"], "modality": guidance["modality"]}
+        weights = {name: float(weight) for name, weight in {**weights, "rescale": settings["rescale"]}.items()}
         levels = tasks.scheduling_matrix(
             settings["steps"],
             layout.latent_frames,
@@ -103,7 +99,6 @@ class Sampler:
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
-        weights = {name: float(weight) for name, weight in weights.items()}
         arrays = dict(clean=clean, masks=masks, levels=levels, weights=weights)
         has_context = any(mask.any() for mask in masks.values())
         return arrays, dict(
@@ -131,10 +126,9 @@ class Sampler:
 
 
 def resolve(defaults, options):
-    """config.sample with `options` in place of its values; None leaves a value.
+    """config.sample with `options` in place of its values; None leaves a value. Raises UserError for a wrong option.
 
     A number as guidance sets only guidance.text, not text_continue or text_cross_modal.
-    Raises UserError for an unknown name or a bad value.
     """
     for name in options:
         one_of("option", name, tuple(defaults))
@@ -176,10 +170,10 @@ def sample(
     noise, guidance_noise, context_noise = (draw_noise(noise_key, numbers, shapes, which) for which in range(3))
     first_levels = {name: jnp.broadcast_to(levels[name][:1], (len(numbers), levels[name].shape[1])) for name in shapes}
     is_clean = {name: broadcast_to_latent(first_levels[name] >= settings.log_snr_max, clean[name]) for name in shapes}
-    noised = add_noise(clean, context_noise, first_levels)
     where = functools.partial(jax.tree.map, jnp.where)
+    noised = add_noise(clean, context_noise, first_levels)
     z = where(is_context, where(is_clean, clean, noised), noise)
-    z = {m: constrain(x) for m, x in z.items()}
+    z = {modality: constrain(x) for modality, x in z.items()}
 
     # 2. The denoiser, guided.
     model = codec.models["denoiser"]
