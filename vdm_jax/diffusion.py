@@ -9,8 +9,10 @@ is a noisy frame, and a high log_snr a clean one. Time t is in [0, 1]: 0 is clea
 
 Every latent frame of each modality has its own noise level:
 
-    z_t     = {"video": [B, T, h, w, C], "audio": [B, K*T, D]}     K sound tokens per latent frame; x, eps alike
+    z_t     = {"video": [B, T, h, w, C], "audio": [B, K*T, D]}     K sound tokens per latent frame
     log_snr = {"video": [B, T],          "audio": [B, T]}
+
+x and eps have the shapes of z_t.
 """
 
 from typing import NamedTuple
@@ -52,10 +54,10 @@ def log_snr_at(t, config):
     return schedule(t, low, high, offset=2 * np.log(config["shift"]))
 
 
-# The cosine and sigmoid curves reach infinity at t = 0 and t = 1. A curve has an argument of its own: an angle from 0
-# to pi / 2 (cosine), or a time from 0 to 1 (sigmoid). The bounds cut `cut_clean` off its clean end and `cut_noisy` off
-# its noisy end. What is left is `width` long. alpha needs the distance to the noisy end: cut_noisy + (1 - t) * width.
-# (The end minus cut_clean + t * width is the same, but loses digits near t = 1.)
+# The cosine and sigmoid curves reach infinity at the two ends of their argument: an angle from 0 to pi / 2 (cosine), or
+# a number from 0 to 1 (sigmoid). The bounds cut `cut_clean` off the clean end of this range and `cut_noisy` off the
+# noisy end. What is left is `width` long, and t goes through it. alpha needs the distance to the noisy end, which is
+# cut_noisy + (1 - t) * width. (end - (cut_clean + t * width) is the same distance, but loses digits near t = 1.)
 
 
 def _cosine(t, low, high, offset):
@@ -249,7 +251,7 @@ def sample_times(key, shape, patterns):
     chosen = jnp.searchsorted(edges, u["pattern"][:, 0], side="right")  # [B]
     drawn = _patterns(u, T)
 
-    def of_chosen(i):  # value i of the tuples in `_patterns`, of the pattern that each example follows
+    def of_chosen(i):  # for each example, value i of the tuple that `_patterns` has for its pattern
         stack = jnp.stack([jnp.broadcast_to(drawn[name][i], shape) for name in names])  # [patterns, B, T]
         return stack[chosen, jnp.arange(batch)]  # [B, T]
 
@@ -301,8 +303,8 @@ def corrupt(key, z, config):
 
     # Noise levels
     t, context = sample_times(time_key, z["video"].shape[:2], config["patterns"])
-    backwards = jax.tree.map(lambda t: -jnp.ones_like(t), t)  # the derivative along it is the slope, -d log_snr / dt
-    log_snr, slope = jax.jvp(lambda t: {name: log_snr_at(t[name], config) for name in t}, (t,), (backwards,))
+    minus_one = jax.tree.map(lambda t: -jnp.ones_like(t), t)  # a tangent: with it the jvp gives -d log_snr / dt
+    log_snr, slope = jax.jvp(lambda t: {name: log_snr_at(t[name], config) for name in t}, (t,), (minus_one,))
     log_snr = {name: jnp.where(context[name], config["log_snr_max"], log_snr[name]) for name in z}
 
     # Noising

@@ -88,7 +88,7 @@ def heun(z, x0, past, step):
         h = (after - now) / 2
         large = jnp.maximum(h, 0.05)
         next_weight = -1 / jnp.expm1(-large) - 1 / large  # of x0_next, from 1/2 to 1
-        next_weight = jnp.where(h < 0.05, 0.5 + h / 12, next_weight)  # its series, where the difference is inaccurate
+        next_weight = jnp.where(h < 0.05, 0.5 + h / 12, next_weight)  # Taylor series: the line above loses digits here
         return x0 + next_weight * (x0_next - x0)
 
     x0_next = step.predict_next_x0(exact_step(z, x0, step.now, step.after))
@@ -100,7 +100,9 @@ METHODS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun}
 
 
 def exact_step(z, x0, now, after):
-    """Returns z after a step without noise, exact if x0 is constant: arXiv:2010.02502, eq. 12, with z and x0 for eps.
+    """Returns z after a step without noise, exact if x0 is constant.
+
+    arXiv:2010.02502, eq. 12, with eps written in z and x0.
 
     now, after: log_snr before and after the step, with the axes of z.
     """
@@ -169,8 +171,8 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config):
 class Term(NamedTuple):
     """One kind of guidance. It adds extra * (prediction with more of a condition - prediction with less of it)."""
 
-    extra: float | dict  # the weight of guidance minus 1, 0 adds nothing; a number or [B, 1], or a dict by modality
-    # Both: (z, log_snr, cond) -> changed inputs of the network, of the same shapes or of batch size 1.
+    extra: float | dict  # the guidance weight - 1; a number, an array [B, 1], or a dict of these by modality
+    # The next two fields are functions (z, log_snr, cond) -> changed inputs, of the same shapes or of batch size 1.
     more_inputs: Callable | None  # None: the inputs as they are
     less_inputs: Callable
 
@@ -184,7 +186,7 @@ def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
     """
     low, high = interval
 
-    def concatenate(first, *others):  # a view of batch size 1 is repeated
+    def concatenate(first, *others):  # inputs of batch size 1 are repeated
         return jnp.concatenate([first, *(jnp.broadcast_to(x, first.shape) for x in others)])
 
     def guided_fn(z, log_snr, cond):

@@ -3,9 +3,9 @@
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
-run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step of
-a stage there is nothing to save: there a signal ends a run of one process immediately. A run of several processes
-still takes that step. A stage may have phases with settings of their own: see system/phases.py.
+run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Until a stage takes its
+first step, there is nothing to save. A signal then ends a run of one process at once, and a run of several processes
+after this step. A stage may have phases with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -38,7 +38,7 @@ class Run(NamedTuple):
     plan: dict  # {stage: its Phases}
     sources: dict  # {System: data source of its training clips}
     stop: preemption.Stop  # stop.is_due(step) -> whether a signal asks the run to end
-    report_progress: Any  # report_progress(what) tells the watchdog what has just been done; with None it stops
+    report_progress: Any  # report_progress(what) tells the watchdog what is done; what = None stops the watchdog
     trace_span: tuple | None  # first and last step to trace
 
 

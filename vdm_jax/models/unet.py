@@ -71,7 +71,7 @@ class SpaceTimeAttention(layers.Layer):
 
 
 class CrossModalAttention(layers.Layer):
-    """Video tokens attend to sound tokens, and sound tokens to video tokens; both read the inputs of this layer.
+    """Video tokens attend to sound tokens, and sound tokens to video tokens; neither sees the result of the other.
 
     The rotary positions of both are in seconds. What attention adds is zero at first, so the streams start independent.
 
@@ -108,7 +108,9 @@ class TextRefiner(layers.Layer):
     def __call__(self, states, mask):
         x = states.astype(self.activation_dtype)
         heads = max(1, x.shape[-1] // self.head_dim)
-        positions = jnp.arange(x.shape[1]) / 20  # a token is a byte: periods of 1 to 100 become 20 to 2,000 bytes
+        positions = (
+            jnp.arange(x.shape[1]) / 20
+        )  # a token is a byte: the rotary periods, 1 to 100, become 20 to 2,000 bytes
         for i in range(self.depth):
             x = layers.transformer_layer(x, mask, heads, i, positions, zero=True, **self.common)
         return x
@@ -228,7 +230,7 @@ class UNet(layers.Layer):
 def _pad_frames(inputs, multiple):
     """Repeats the last latent frame, with its noise levels, until the number of frames is a multiple of `multiple`.
 
-    inputs: a tree of arrays with latent frames or their sound tokens on axis 1, which begins with z.
+    inputs: a tuple of trees, z first. Axis 1 of every array holds latent frames, or their sound tokens.
     """
     frames = inputs[0]["video"].shape[1]
     extra = -frames % multiple

@@ -29,7 +29,7 @@ class System(Codec):
         """Raises UserError where the batch of stage `name` does not divide over the mesh."""
         settings = self.config[name]
         sharding.check_batch(
-            settings.batch_size, mesh, settings.accumulate, self.stages[name].group, f"{name}.hard_negatives.every"
+            settings.batch_size, mesh, settings.accumulate, self.stages[name].neighbors, f"{name}.hard_negatives.every"
         )
 
 

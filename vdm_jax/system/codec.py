@@ -69,7 +69,7 @@ def init_fns(models, config, layout):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Codec:
-    """The models of a config, with the conversions between clips, latents and text.
+    """All models of a config, the denoiser too, with the conversions between clips, latents and text.
 
     `params` in the methods is {stage: tree of parameters}. It may have one more key, 'statistics', for the latents:
     {modality: {'mean' [C], 'std' [C]}}. A method reads only the entries that it needs.

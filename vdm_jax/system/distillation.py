@@ -1,12 +1,12 @@
-"""Distillation: a student learns to make the clips of a teacher in a few steps, with one row of the network a step.
+"""Distillation: a student learns to make the clips of a teacher in a few steps, without guidance.
 
 The student is a denoiser that also reads the noise level after the step, `cond["next_log_snr"]`. It predicts the x0
 with which a DDIM step arrives where the teacher would arrive. There are two kinds of target (shortcut models,
 arXiv:2410.12557, as in Dreamer 4, arXiv:2509.24527):
 
 - For the shortest step: the x0 of the teacher, a frozen denoiser. It has all its guidance, so the student needs none.
-- For a longer step: the x0 with which one step arrives where two steps of half the length by the student itself arrive
-  (arXiv:2202.00512, appendix G).
+- For a longer step: the x0 with which one step ends where two steps of half the length end. The student itself takes
+  these two steps (arXiv:2202.00512, appendix G).
 """
 
 import functools
@@ -56,22 +56,22 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     cond, null_cond: the encoded text of the clips, and the null text.
     config: config.denoiser.
     """
-    settings, process = config.distillation, config.diffusion
+    settings, diffusion_config = config.distillation, config.diffusion
     t_key, noise_key, guidance_key = jax.random.split(key, 3)
     batch = len(z["video"])
     taught = round(batch * settings.teacher_share)  # rows whose target is the teacher's
-    *fewer, shortest = settings.steps
+    *fewer, most = settings.steps  # the more steps, the shorter each
     own = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]
-    steps = jnp.concatenate([jnp.full(taught, shortest), own])[:, None]  # in a clip, [B, 1]
+    steps = jnp.concatenate([jnp.full(taught, most), own])[:, None]  # in a clip, [B, 1]
 
     # Noising: a step begins at t, and goes to t - 1 / steps.
-    t, context = diffusion.sample_times(t_key, z["video"].shape[:2], process.patterns)
+    t, context = diffusion.sample_times(t_key, z["video"].shape[:2], diffusion_config.patterns)
     t = {name: jnp.ceil(t[name] * steps) / steps for name in z}
 
     def levels_after(share):  # log_snr when this share of the step is done; context frames are clean
         later = {name: jnp.maximum(t[name] - share / steps, 0) for name in z}
-        levels = {name: diffusion.log_snr_at(later[name], process) for name in z}
-        return {name: jnp.where(context[name], process.log_snr_max, levels[name]) for name in z}
+        levels = {name: diffusion.log_snr_at(later[name], diffusion_config) for name in z}
+        return {name: jnp.where(context[name], diffusion_config.log_snr_max, levels[name]) for name in z}
 
     start, middle, end = (levels_after(share) for share in (0, 0.5, 1))
     z_t = diffusion.add_noise(z, diffusion.noise_like(noise_key, z), start)
@@ -79,21 +79,22 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
 
     # Targets of the teacher, then of the student
     def predict_x0(denoise_fn, z_t, log_snr, cond):
-        return diffusion.to_x0(denoise_fn(z_t, log_snr, cond), z_t, log_snr, process.target)
+        return diffusion.to_x0(denoise_fn(z_t, log_snr, cond), z_t, log_snr, diffusion_config.target)
 
-    first, rest = (
-        functools.partial(jax.tree.map, lambda x, rows=rows: x[rows]) for rows in (slice(taught), slice(taught, None))
-    )
-    noise = diffusion.noise_like(guidance_key, first(z))
-    guided_fn = samplers.guided(teacher_fn, guidance(settings.guidance, first(context), noise, null_cond, process))
-    by_teacher = predict_x0(guided_fn, first(z_t), first(start), first(cond))
+    taught_rows = functools.partial(jax.tree.map, lambda x: x[:taught])
+    own_rows = functools.partial(jax.tree.map, lambda x: x[taught:])
+    noise = diffusion.noise_like(guidance_key, taught_rows(z))
+    terms = guidance(settings.guidance, taught_rows(context), noise, null_cond, diffusion_config)
+    guided_fn = samplers.guided(teacher_fn, terms)
+    by_teacher = predict_x0(guided_fn, taught_rows(z_t), taught_rows(start), taught_rows(cond))
 
     def student_x0(z_t, now, after, cond):
         return predict_x0(student_fn, z_t, now, {**cond, "next_log_snr": after})
 
-    z_middle = step(rest(z_t), student_x0(*map(rest, (z_t, start, middle, cond))), rest(start), rest(middle))
-    z_end = step(z_middle, student_x0(z_middle, *map(rest, (middle, end, cond))), rest(middle), rest(end))
-    by_student = x0_of_step(rest(z_t), z_end, rest(start), rest(end))
+    z_own, start_own, middle_own, end_own, cond_own = map(own_rows, (z_t, start, middle, end, cond))
+    z_middle = step(z_own, student_x0(z_own, start_own, middle_own, cond_own), start_own, middle_own)
+    z_end = step(z_middle, student_x0(z_middle, middle_own, end_own, cond_own), middle_own, end_own)
+    by_student = x0_of_step(z_own, z_end, start_own, end_own)
     target = jax.lax.stop_gradient(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), by_teacher, by_student))
 
     # The error
@@ -103,23 +104,24 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
         error = jnp.square(x0[name] - target[name]).reshape(*t[name].shape, -1).mean(-1)  # [B, T]
         weight = jnp.where(context[name], 0, 0.9 * (1 - t[name]) + 0.1)
         metrics[f"loss_{name}"] = (weight * error).sum() / jnp.maximum((~context[name]).sum(), 1)
-        total += process.loss_weights[name] * metrics[f"loss_{name}"]
-    return total / sum(process.loss_weights[name] for name in z), metrics
+        total += diffusion_config.loss_weights[name] * metrics[f"loss_{name}"]
+    return total / sum(diffusion_config.loss_weights[name] for name in z), metrics
 
 
-def guidance(weights, context, noise, null_cond, process):
-    """Returns the Terms of the teacher's guidance; each example has the weights of the task that its context makes.
+def guidance(weights, context, noise, null_cond, diffusion_config):
+    """Returns the Terms of the teacher's guidance; each example has the weights of its task, which its context tells.
 
     weights: as config.sample.guidance.
     context: {modality: bool [B, T]}, True in context frames.
     """
     both = jnp.stack([*context.values()])  # [modalities, B, T]
-    continued, given = both[:, :, :2].all((0, 2)), both.all(2).any(0)  # [B]
+    continued = both[:, :, :2].all((0, 2))  # [B]; the first two latent frames are context, as in system/sampling.py
+    given = both.all(2).any(0)  # [B]; the whole of one modality is context
     text = jnp.where(given, weights.text_cross_modal, weights.text)
     text = jnp.where(continued, weights.text_continue, text)[:, None]
     terms = samplers.text_guidance(text, null_cond)
-    terms += samplers.history_guidance(weights.history, context, noise, process)
-    return terms + samplers.modality_guidance(weights.modality, noise, process)
+    terms += samplers.history_guidance(weights.history, context, noise, diffusion_config)
+    return terms + samplers.modality_guidance(weights.modality, noise, diffusion_config)
 
 
 def step(z, x0, now, after):

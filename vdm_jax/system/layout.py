@@ -120,8 +120,8 @@ def _check_halvings(denoiser, side, tokens):
             f"latents have {side}x{side} places, no multiple of {multiple}, as denoiser.model.patch={denoiser.patch}"
             f" and {halvings + 1} resolutions need: use a smaller patch, fewer resolutions or another data.size"
         )
-    # At resolution i the tokens are halved i times, and the time strides have merged frames. A merged frame must have a
-    # whole number of tokens.
+    # At resolution i the tokens have been halved i times, and time strides have made one frame of several. Such a frame
+    # must have a whole number of tokens.
     for i in range(1, halvings + 1):
         if tokens * math.prod(denoiser.time_strides[:i]) % 2**i:
             raise UserError(

@@ -16,18 +16,20 @@ from vdm_jax.system.layout import STAGES
 
 
 class Stage(NamedTuple):
-    """One stage of training. The training loop, the benchmark and the dry run read it, and the stage's settings."""
+    """One stage of training. The training loop, the benchmark and the dry run read this record."""
 
     init: Callable  # init(key) -> params; call it under jit or eval_shape
     loss: Callable  # loss(params, key, batch, encoder_params) -> (scalar, metrics)
     params: Any  # what init gives, as ShapeDtypeStructs
     batch: dict  # a training batch, as ShapeDtypeStructs
-    encoder_params: dict  # what `loss` reads of earlier stages and 'statistics', as ShapeDtypeStructs; {} for none
+    encoder_params: (
+        dict  # parameters of earlier stages, and 'statistics', for `loss`, as ShapeDtypeStructs; {} for none
+    )
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    activation: tuple  # shape of an activation, to check that the mesh can split it
+    activation: tuple  # shape of the stage's activations, with 1 for batch and channels: the mesh must split it
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
-    group: int = 1  # number of neighboring clips that must be on one device, for hard negatives
+    neighbors: int = 1  # number of neighboring clips that must be on one device, for hard negatives
 
 
 def make_stages(codec):
@@ -70,7 +72,7 @@ def make_stages(codec):
             preview=preview,
             activation=(1, length, 1) if name == "audio_autoencoder" else (1, length, latent_side, latent_side, 1),
             make_hard_negative=swap_words if word_groups else None,
-            group=negatives.get("every", 1) if word_groups else 1,
+            neighbors=negatives.get("every", 1) if word_groups else 1,
         )
 
     show_video, show_audio = (previews.reconstruction(codec, modality) for modality in ("video", "audio"))

@@ -51,7 +51,9 @@ class Sampler:
         batch = min(BATCH, len(prompts))
 
         def rows(start):
-            numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)  # the last fills up its batch
+            numbers = np.minimum(
+                np.arange(start, start + batch), len(prompts) - 1
+            )  # the last prompt fills up its batch
             own = {name: x[numbers] if len(x) > 1 else x for name, x in clean.items()}
             return dict(key=key, numbers=numbers, tokens=tokens[numbers], clean=own, **arrays)
 
@@ -95,7 +97,7 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            # The beginning of a clip almost determines the next frames, so their first step may go almost to t = 0.
+            # The beginning of a clip almost determines the next frames, so that their first step may be long.
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
@@ -180,10 +182,10 @@ def sample(
     denoise_fn = functools.partial(model.apply, {"params": sharding.all_gather_params(params["denoiser"], model.dtype)})
     cond = codec.encode_text(params, tokens)
     if model.student:
-        read_levels = denoise_fn
+        student_fn = denoise_fn
 
         def denoise_fn(z, log_snr, cond):
-            return read_levels(z, log_snr, {**cond, "next_log_snr": distillation.next_levels(levels, log_snr)})
+            return student_fn(z, log_snr, {**cond, "next_log_snr": distillation.next_levels(levels, log_snr)})
 
     terms = []
     if guides[0]:
@@ -194,9 +196,9 @@ def sample(
         terms += samplers.modality_guidance(weights["modality"], guidance_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. The noise of ddpm, too, depends only on the key and the number of the prompt, although a batch has
-    # one key, made from the number of its first prompt: prompt i is always row i % BATCH of batch i // BATCH, and in
-    # JAX a row of random numbers does not depend on how many rows there are.
+    # 3. The sampler. The noise of ddpm, too, depends only on the key and the number of the prompt. A batch has one key,
+    # made from the number of its first prompt. But prompt i is always row i % BATCH of batch i // BATCH, and in JAX a
+    # row of random numbers does not depend on how many rows there are.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
