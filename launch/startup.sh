@@ -27,9 +27,9 @@ if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     sudo apt-get update -qq
     sudo apt-get install -y -qq python3.11 python3.11-venv
 fi
-[ -d vdm_jax ] || git clone --branch $(quoted "$2") $(quoted "$1") vdm_jax
+[ -d vdm_jax ] || git clone --depth=1 --branch $(quoted "$2") $(quoted "$1") vdm_jax
 cd vdm_jax
-git fetch --quiet origin $(quoted "$2")
+git fetch --depth=1 --quiet origin $(quoted "$2")
 git checkout --quiet FETCH_HEAD
 bash -c 'source launch/env.sh; ensure_venv tpu'
 EOF

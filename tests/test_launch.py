@@ -208,7 +208,7 @@ def test_a_tpu_vm_is_made_and_all_its_workers_train(launch):
     assert is_bash(words)
     assert "vdm_jax.train --distributed=yes --config=configs/t2v_pod.py '--workdir=gs://bucket/a run' " in words
     _, (setup,) = launch("tpu_vm", "setup", *AT, CODE)
-    assert "git clone --branch main https://example.com/vdm_jax.git" in setup["arguments"][-1]
+    assert "git clone --depth=1 --branch main https://example.com/vdm_jax.git" in setup["arguments"][-1]
     assert is_bash(setup["arguments"][-1].removeprefix("--command="))
 
 
