@@ -251,7 +251,7 @@ def sample_times(key, shape, patterns):
     chosen = jnp.searchsorted(edges, u["pattern"][:, 0], side="right")  # [B]
     drawn = _patterns(u, T)
 
-    def of_chosen(i):  # for each example, value i of the tuple that `_patterns` has for its pattern
+    def of_chosen(i):  # item i of drawn[pattern], for the pattern of each example
         stack = jnp.stack([jnp.broadcast_to(drawn[name][i], shape) for name in names])  # [patterns, B, T]
         return stack[chosen, jnp.arange(batch)]  # [B, T]
 
@@ -268,7 +268,7 @@ def noise_like(key, z):
 
     def draw(name, x):
         key_of_name = jax.random.fold_in(key, MODALITIES.index(name))
-        # Two axes, reshaped, give the same numbers as five, which take XLA half a minute to compile for a CPU.
+        # Drawn with five axes the numbers are the same, but XLA needs half a minute to compile them for a CPU.
         return jax.random.normal(key_of_name, (x.shape[0], x[0].size), x.dtype).reshape(x.shape)
 
     return {name: draw(name, x) for name, x in z.items()}

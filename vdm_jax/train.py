@@ -3,9 +3,9 @@
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
-run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Until a stage takes its
-first step, there is nothing to save. A signal then ends a run of one process at once, and a run of several processes
-after this step. A stage may have phases with settings of their own: see system/phases.py.
+run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step of
+a stage there is nothing to save: a signal ends a run of one process at once, and a run of several processes after the
+first step. A stage may have phases with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -143,7 +143,8 @@ def take_steps(run, name, phase, checkpoints):
     with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameter_count):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
-    run.report_progress(f"compiling the step of {phase.title}")  # the first call starts the watchdog
+    # Compiling is done. The first call starts the watchdog, so that it does not end a long compilation.
+    run.report_progress(f"compiling the step of {phase.title}")
 
     # --------------------------------------------------------------------------------------------------------- loop
     show_preview = previewer(run, name, system)
@@ -158,7 +159,7 @@ def take_steps(run, name, phase, checkpoints):
         saved=newest,
         stopwatch=stopwatch,
         sample_ids=lambda number: batches.sample_ids(examples, **order, step=number - 1),
-        stop_after=config.skip.stop_after,
+        stop_after=config.skip.stop_after,  # skipped steps in a row that end the run
         heartbeat_every=config.heartbeat_every,
         wait_for_save=lambda: checkpoint.finish(checkpoints),  # RunLog calls it before it raises an error
     )
@@ -178,10 +179,11 @@ def take_steps(run, name, phase, checkpoints):
         stopped = run.stop.is_due(number)
         last = stopped or number == phase.last_step
         save_due = save_due or last or number % config.checkpoint_every == 0
-        if save_due or number % config.log_every == 0:  # also before a save, so that a resumed run has all lines
+        # A run that resumes from a save cannot write the log lines of earlier steps.
+        if save_due or number % config.log_every == 0:
             log.write(number, flush=save_due)
-        # The step function skips an update that is not finite or whose loss is far above the mean. An earlier update
-        # may be the cause, and the state bad already. So a save waits for a step that is not skipped, or for the end.
+        # The step function skips an update that is not finite or whose loss is far above the mean. The state may be bad
+        # since an earlier update. So a save waits for a step that is not skipped, or for the end.
         if save_due and (last or not log.skipping):
             with stopwatch("saving"):
                 checkpoint.save(checkpoints, state, log.mean_loss())

@@ -23,8 +23,8 @@ def make_models(config, layout):
     clip = config.clip.model
     text_encoder = dict(clip.text, vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
     modes = remat_modes(config, "denoiser")
-    by_resolution = modes if len(modes) > 1 else ()  # a single mode is for the whole model, in Codec.apply_fn
-    unet = dict(config.denoiser.model, remat=by_resolution, latent_fps=layout.latent_fps)
+    # Of several modes, the U-Net applies one to each resolution. A single mode is applied by Codec.apply_fn.
+    unet = dict(config.denoiser.model, remat=modes if len(modes) > 1 else (), latent_fps=layout.latent_fps)
     models = {
         "video_autoencoder": VideoAutoencoder(**config.video_autoencoder.model, dtype=dtype),
         "audio_autoencoder": AudioAutoencoder(**config.audio_autoencoder.model, dtype=dtype),
@@ -39,8 +39,8 @@ def make_models(config, layout):
 def remat_modes(config, stage):
     """(mode,), or one mode for each resolution: what the backward pass of a stage computes again. Raises UserError."""
     modes = tuple(one_of(f"{stage}.remat", mode, REMAT) for mode in config[stage].remat.split(","))
-    by_resolution = "cross_modal" in config[stage].model  # only the U-Net has a mode for each resolution
-    resolutions = len(config[stage].model.channels) if by_resolution else 1
+    is_unet = "cross_modal" in config[stage].model
+    resolutions = len(config[stage].model.channels) if is_unet else 1
     if len(modes) not in (1, resolutions):
         takes = "one value" + (f", or one for each of {resolutions} resolutions" if resolutions > 1 else "")
         raise UserError(f"{stage}.remat={config[stage].remat!r} has {len(modes)} values: it takes {takes}")
@@ -48,7 +48,7 @@ def remat_modes(config, stage):
 
 
 def init_fns(models, config, layout):
-    """{name: init(key) -> params} of the models. Call them inside eval_shape or jit; jit removes the forward pass."""
+    """{name: init(key) -> params} of the models. Call them under eval_shape or jit: no forward pass runs."""
     side, text_length, text_width = config.data.size, config.data.text_length, config.clip.model.text.width
     tokens = jnp.zeros((1, text_length), jnp.int32)
     video = jnp.zeros((1, layout.frames, side, side, 3))

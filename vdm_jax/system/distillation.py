@@ -1,11 +1,11 @@
 """Distillation: a student learns to make the clips of a teacher in a few steps, without guidance.
 
 The student is a denoiser that also reads the noise level after the step, `cond["next_log_snr"]`. It predicts the x0
-with which a DDIM step arrives where the teacher would arrive. There are two kinds of target (shortcut models,
+that makes one DDIM step end where the teacher would end. There are two kinds of target (shortcut models,
 arXiv:2410.12557, as in Dreamer 4, arXiv:2509.24527):
 
 - For the shortest step: the x0 of the teacher, a frozen denoiser. It has all its guidance, so the student needs none.
-- For a longer step: the x0 with which one step ends where two steps of half the length end. The student itself takes
+- For a longer step: the x0 that makes one step end where two steps of half the length end. The student itself takes
   these two steps (arXiv:2202.00512, appendix G).
 """
 
@@ -34,7 +34,7 @@ def next_levels(levels, log_snr):
 
 
 def check(config):
-    """Raises UserError for settings in config.denoiser.distillation that leave a kind of target out."""
+    """Raises UserError for settings of distillation with which no clip has the one or the other kind of target."""
     settings, rows = config.distillation, config.batch_size // config.accumulate
     steps = settings.steps
     if len(steps) < 2 or steps[0] < 1 or any(2 * a != b for a, b in zip(steps, steps[1:])):
@@ -61,8 +61,8 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     batch = len(z["video"])
     taught = round(batch * settings.teacher_share)  # rows whose target is the teacher's
     *fewer, most = settings.steps  # the more steps, the shorter each
-    own = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]
-    steps = jnp.concatenate([jnp.full(taught, most), own])[:, None]  # in a clip, [B, 1]
+    own_steps = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]
+    steps = jnp.concatenate([jnp.full(taught, most), own_steps])[:, None]  # that make a whole clip, [B, 1]
 
     # Noising: a step begins at t, and goes to t - 1 / steps.
     t, context = diffusion.sample_times(t_key, z["video"].shape[:2], diffusion_config.patterns)
@@ -109,7 +109,7 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
 
 
 def guidance(weights, context, noise, null_cond, diffusion_config):
-    """Returns the Terms of the teacher's guidance; each example has the weights of its task, which its context tells.
+    """Returns the Terms of the teacher's guidance; by example: its context frames tell its task.
 
     weights: as config.sample.guidance.
     context: {modality: bool [B, T]}, True in context frames.

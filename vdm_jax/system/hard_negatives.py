@@ -151,7 +151,7 @@ def call_together(denoise_fn, rows_a, rows_b):
     """
     count_a, count_b = (len(jax.tree.leaves(rows)[0]) for rows in (rows_a, rows_b))
     turns = math.gcd(count_a, count_b)
-    own = count_a // turns  # rows of a in one turn
+    a_per_turn = count_a // turns  # rows
 
     def join(a, b):
         parts = [x.reshape(turns, -1, *x.shape[1:]) for x in (a, b)]  # [turns, rows in a turn, ...]
@@ -161,4 +161,4 @@ def call_together(denoise_fn, rows_a, rows_b):
         return jax.tree.map(lambda x: x.reshape(turns, -1, *x.shape[1:])[:, rows].reshape(-1, *x.shape[1:]), prediction)
 
     prediction = denoise_fn(*jax.tree.map(join, rows_a, rows_b))
-    return part(slice(own)), part(slice(own, None))
+    return part(slice(a_per_turn)), part(slice(a_per_turn, None))

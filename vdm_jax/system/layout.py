@@ -21,7 +21,7 @@ class Layout(NamedTuple):
     frames: int  # F, video frames per clip
     samples: int  # N, audio samples per clip
     samples_per_frame: int  # audio samples per video frame
-    f_t: int  # video frames per latent frame; only the first latent frame holds a single one
+    f_t: int  # video frames per latent frame, except for the first latent frame, which holds 1
     latent_frames: int  # T
     latent_fps: float  # latent frames per second
     video: tuple[int, int, int]  # h, w, C: height, width and channels of a video latent frame
@@ -88,7 +88,7 @@ def layout(config):
 
 
 def _check_model(name, model):
-    """Raises UserError unless each setting of a model has whole numbers in a range that can be built.
+    """Raises UserError unless each setting of a model has whole numbers with which the model can be built.
 
     PER_RESOLUTION have one value for each resolution, and the strides one for each pair of neighboring resolutions.
     """
@@ -120,8 +120,8 @@ def _check_halvings(denoiser, side, tokens):
             f"latents have {side}x{side} places, no multiple of {multiple}, as denoiser.model.patch={denoiser.patch}"
             f" and {halvings + 1} resolutions need: use a smaller patch, fewer resolutions or another data.size"
         )
-    # At resolution i the tokens have been halved i times, and time strides have made one frame of several. Such a frame
-    # must have a whole number of tokens.
+    # At resolution i the tokens have been halved i times, and time strides have merged frames. A merged frame must have
+    # a whole number of tokens.
     for i in range(1, halvings + 1):
         if tokens * math.prod(denoiser.time_strides[:i]) % 2**i:
             raise UserError(

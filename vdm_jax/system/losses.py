@@ -22,14 +22,13 @@ class Stage(NamedTuple):
     loss: Callable  # loss(params, key, batch, encoder_params) -> (scalar, metrics)
     params: Any  # what init gives, as ShapeDtypeStructs
     batch: dict  # a training batch, as ShapeDtypeStructs
-    encoder_params: (
-        dict  # parameters of earlier stages, and 'statistics', for `loss`, as ShapeDtypeStructs; {} for none
-    )
+    # ShapeDtypeStructs of what `loss` reads: the parameters of earlier stages, and 'statistics'. {} if it reads none.
+    encoder_params: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    activation: tuple  # shape of the stage's activations, with 1 for batch and channels: the mesh must split it
+    activation: tuple  # shape of an activation, with 1 for batch and channels; the mesh axis `sequence` must divide it
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
-    neighbors: int = 1  # number of neighboring clips that must be on one device, for hard negatives
+    neighbors: int = 1  # clips in a row that must be on one device; one of them has a hard negative in the loss
 
 
 def make_stages(codec):

@@ -66,7 +66,7 @@ def phases(system, name):
             _check_shapes({name: phase_system.params[name]}, system.params, last=number == len(parts))
         except UserError as error:
             raise UserError(f"{title}: {error}") from None
-        # The other stages are trained with the settings of `system`.
+        # The other stages, and so the encoders that this stage reads, keep the settings of `system`.
         stage = phase_system.stages[name]._replace(encoder_params=system.stages[name].encoder_params)
         phase_system = dataclasses.replace(phase_system, stages=system.stages | {name: stage})
         made.append(Phase(number, title, start, stop, phase_system))

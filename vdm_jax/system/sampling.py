@@ -51,9 +51,8 @@ class Sampler:
         batch = min(BATCH, len(prompts))
 
         def rows(start):
-            numbers = np.minimum(
-                np.arange(start, start + batch), len(prompts) - 1
-            )  # the last prompt fills up its batch
+            # The last prompt is repeated until the last batch is full.
+            numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
             own = {name: x[numbers] if len(x) > 1 else x for name, x in clean.items()}
             return dict(key=key, numbers=numbers, tokens=tokens[numbers], clean=own, **arrays)
 
@@ -97,7 +96,7 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            # The beginning of a clip almost determines the next frames, so that their first step may be long.
+            # A beginning makes the next frames almost certain. So their first step may be long, and end at these times.
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
@@ -196,9 +195,9 @@ def sample(
         terms += samplers.modality_guidance(weights["modality"], guidance_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. The noise of ddpm, too, depends only on the key and the number of the prompt. A batch has one key,
-    # made from the number of its first prompt. But prompt i is always row i % BATCH of batch i // BATCH, and in JAX a
-    # row of random numbers does not depend on how many rows there are.
+    # 3. The sampler. ddpm draws noise for a whole batch, with a key made from the number of its first prompt. Still the
+    # same prompt always gets the same noise: prompt i is always row i % BATCH of batch i // BATCH, and in JAX a row of
+    # random numbers does not depend on how many rows there are.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
