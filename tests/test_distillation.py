@@ -130,7 +130,7 @@ def test_a_student_is_trained_from_a_teacher_and_sampled(command, tiny_run, tmp_
     recipe = ["--config=tests/tiny.py:student", f"--config.denoiser.distillation.teacher={teacher}"]
     assert command(weights, "export", f"--workdir={tiny_run}", f"--out={teacher}").code == 0
     made = command(weights, "import", f"--weights={teacher}", f"--workdir={run}", *recipe)
-    assert made.code == 0 and "denoiser: 4 parameters are freshly initialized" in made.out
+    assert made.code == 0 and "denoiser restarts at step 0: 4 parameters are freshly initialized" in made.out
 
     # Before any training the student predicts what the teacher predicts.
     clip = ["--prompt=a red circle", "--method=ddim", "--steps=2", "--guidance=1"]
