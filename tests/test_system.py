@@ -117,7 +117,10 @@ WRONG = {  # changes -> the message holds these words, and what it names works
     ),
     "clip patch": ({"clip.model.video.patch": 5}, "clip.model.video.patch"),
     "stft windows": ({"audio_autoencoder.stft_windows": (64, 2048)}, "stft_windows"),
-    "patch": ({"denoiser.model.patch": 3}, "4x4 places, no multiple of 6, as denoiser.model.patch=3"),
+    "patch": (
+        {"denoiser.model.patch": 3},
+        "4x4 places, but denoiser.model.patch=3 with 2 resolutions needs a multiple of 6",
+    ),
     "sound channels": (
         {"denoiser.model.audio_channels": (8,)},
         "audio_channels=(8,) must have 2 values",

@@ -200,7 +200,7 @@ def stratified_uniform(key, batch, columns):
 def _patterns(u, T):
     """{pattern: (t of video, t of audio, context of video, context of audio)}; all broadcast to [B, T].
 
-    u: {name: uniform random numbers in [0, 1), [B, 1] or [B, T]}; 'other' is a second time per clip.
+    u: {name: uniform random numbers in [0, 1), [B, 1] or [B, T]}; 'other' is another time, independent of 't'.
     """
     t = u["t"]
     frame = jnp.arange(T)[None]

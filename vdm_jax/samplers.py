@@ -1,12 +1,12 @@
-"""Samplers: from noise to clean latents along a scheduling matrix; guidance. No function knows a network.
+"""Samplers: from noise to clean latents along a scheduling matrix; guidance. All work with any network.
 
 The scheduling matrix says which noise level each latent frame has before the first step and after each step:
 
     levels = {"video": [S+1, T], "audio": [S+1, T]}     log_snr; row 0 is the start, row S the end
 
-One loop serves all tasks and methods. Frames may change in different steps: in a pyramid, earlier frames come first. A
-frame whose level stays the same in a step stays the same, bit for bit. So context frames never change. A frame that
-reaches log_snr_max becomes the predicted x0 itself. The notation is that of vdm_jax.diffusion. Papers on solvers
+One loop serves all tasks and methods. Frames may change in different steps: in a pyramid, earlier frames become clean
+first. A frame whose level stays the same in a step stays the same, bit for bit. So context frames never change. A frame
+that reaches log_snr_max becomes the predicted x0 itself. The notation is that of vdm_jax.diffusion. Papers on solvers
 write lambda for log_snr / 2.
 """
 

@@ -4,8 +4,8 @@
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
 run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step of
-a stage there is nothing to save: a signal ends a run of one process at once, and a run of several processes after the
-first step. A stage may have phases with settings of their own: see system/phases.py.
+a stage there is nothing to save. With one process, a signal then ends the run immediately. With several processes, the
+run ends after the first step. A stage may have phases with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -38,7 +38,7 @@ class Run(NamedTuple):
     plan: dict  # {stage: its Phases}
     sources: dict  # {System: data source of its training clips}
     stop: preemption.Stop  # stop.is_due(step) -> whether a signal asks the run to end
-    report_progress: Any  # report_progress(what) tells the watchdog what is done; what = None stops the watchdog
+    report_progress: Any  # report_progress(finished) tells the watchdog what is finished; None stops it
     trace_span: tuple | None  # first and last step to trace
 
 
@@ -97,7 +97,7 @@ def train_phase(run, name, phase):
 
 
 def take_steps(run, name, phase, checkpoints):
-    """Takes the remaining steps of a phase, those after its newest checkpoint. Returns as `train_phase`."""
+    """Takes the remaining steps of a phase, those after its newest checkpoint. Returns what `train_phase` returns."""
     system = phase.system
     config, settings, stage = system.config, system.config[name], system.stages[name]
     directory = run.workdir / name
@@ -110,7 +110,7 @@ def take_steps(run, name, phase, checkpoints):
     step_key = jax.device_put(step_key, sharding.replicated(run.mesh))
     program = train_state.program(stage, settings, init_key, run.mesh, config.skip.loss_over_mean, phase.start)
     # 2. What an earlier start has done.
-    newest = checkpoints.latest_step()  # None: no checkpoint; 0: imported weights, not trained here yet
+    newest = checkpoints.latest_step()  # None: no checkpoint; 0: weights that were imported at step 0
     done = newest or 0
     parameter_count = sum(x.size for x in jax.tree.leaves(stage.params))
     logger.info("%s: %.2f M parameters, %d of %d steps done", phase.title, parameter_count / 1e6, done, phase.last_step)
@@ -139,11 +139,11 @@ def take_steps(run, name, phase, checkpoints):
     else:
         state = checkpoint.restore(checkpoints, program.abstract)
     # 5. The step is compiled before the first batch is read, and by all processes before any of them runs it.
-    #    `key` tells models apart in the file that keeps the compile times of earlier runs.
+    #    A file keeps the compile times of earlier runs. The number of parameters tells models apart in it.
     with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameter_count):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
-    # Compiling is done. The first call starts the watchdog, so that it does not end a long compilation.
+    # This first call starts the watchdog. It comes after compiling, which may take longer than the watchdog allows.
     run.report_progress(f"compiling the step of {phase.title}")
 
     # --------------------------------------------------------------------------------------------------------- loop
@@ -179,11 +179,11 @@ def take_steps(run, name, phase, checkpoints):
         stopped = run.stop.is_due(number)
         last = stopped or number == phase.last_step
         save_due = save_due or last or number % config.checkpoint_every == 0
-        # A run that resumes from a save cannot write the log lines of earlier steps.
+        # Log lines are written before a save, because a run that resumes from it does not repeat the earlier steps.
         if save_due or number % config.log_every == 0:
             log.write(number, flush=save_due)
-        # The step function skips an update that is not finite or whose loss is far above the mean. The state may be bad
-        # since an earlier update. So a save waits for a step that is not skipped, or for the end.
+        # The step function skips an update that is not finite or whose loss is far above the mean. A skip can
+        # mean that an earlier update spoiled the state. So a save waits for a step that is not skipped, or for the end.
         if save_due and (last or not log.skipping):
             with stopwatch("saving"):
                 checkpoint.save(checkpoints, state, log.mean_loss())

@@ -36,7 +36,7 @@ class NoiseEmbedding(layers.Layer):
         features = functools.partial(layers.fourier_features, features=self.features, max_period=1000.0)
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
         x = nn.silu(dense(name="noise_in")(features(log_snr * 10.0)))
-        # Of the frames in the clip, [T, E]. SpaceTimeAttention has another pos_embed, for the places in a frame.
+        # This embeds the time of a frame, [T, E]. Another pos_embed, in SpaceTimeAttention, embeds places in a frame.
         time = dense(name="pos_embed")(features(seconds * 10.0))
         x = dense(name="noise_out")(x) + time[None]
         if next_log_snr is not None:

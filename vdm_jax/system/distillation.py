@@ -34,7 +34,7 @@ def next_levels(levels, log_snr):
 
 
 def check(config):
-    """Raises UserError for settings of distillation with which no clip has the one or the other kind of target."""
+    """Raises UserError for wrong steps, or if teacher_share leaves a kind of target without clips."""
     settings, rows = config.distillation, config.batch_size // config.accumulate
     steps = settings.steps
     if len(steps) < 2 or steps[0] < 1 or any(2 * a != b for a, b in zip(steps, steps[1:])):
@@ -51,7 +51,7 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
 
     It is the squared error of x0, weighted by 0.9 (1 - t) + 0.1 (arXiv:2509.24527).
 
-    student_fn, teacher_fn: (z_t, log_snr, cond) -> a prediction of the target, a dict like z_t.
+    student_fn, teacher_fn: (z_t, log_snr, cond) -> a prediction of config.diffusion.target, like z_t.
     z: clean latents of both modalities, [B, ...].
     cond, null_cond: the encoded text of the clips, and the null text.
     config: config.denoiser.
@@ -59,10 +59,10 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     settings, diffusion_config = config.distillation, config.diffusion
     t_key, noise_key, guidance_key = jax.random.split(key, 3)
     batch = len(z["video"])
-    taught = round(batch * settings.teacher_share)  # rows whose target is the teacher's
+    taught = round(batch * settings.teacher_share)  # number of rows whose target is the teacher's, the first rows
     *fewer, most = settings.steps  # the more steps, the shorter each
     own_steps = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]
-    steps = jnp.concatenate([jnp.full(taught, most), own_steps])[:, None]  # that make a whole clip, [B, 1]
+    steps = jnp.concatenate([jnp.full(taught, most), own_steps])[:, None]  # [B, 1]
 
     # Noising: a step begins at t, and goes to t - 1 / steps.
     t, context = diffusion.sample_times(t_key, z["video"].shape[:2], diffusion_config.patterns)
@@ -109,7 +109,7 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
 
 
 def guidance(weights, context, noise, null_cond, diffusion_config):
-    """Returns the Terms of the teacher's guidance; by example: its context frames tell its task.
+    """Returns the Terms of the teacher's guidance. Each clip has the weights of its task.
 
     weights: as config.sample.guidance.
     context: {modality: bool [B, T]}, True in context frames.

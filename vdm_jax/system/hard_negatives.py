@@ -79,7 +79,7 @@ class Pairs(NamedTuple):
     cond: dict  # conditions, [2 P, ...]; row 2 i is the right caption, row 2 i + 1 the hard negative
     target: jax.Array  # what the network should predict of the video, [P, T, h, w, C]
     error_factor: jax.Array  # turns a squared error of the target into one of eps, [P, 1]
-    differ: jax.Array  # bool [P]: False if the hard negative is the right caption
+    differ: jax.Array  # bool [P]: False if both captions are the same, because no word could change
 
 
 def make_pairs(key, z, right, wrong, target, config):

@@ -69,7 +69,7 @@ def measure(system, params, examples):
 
 
 def _encoder(system, params, examples):
-    """Returns encoded_batches(first, count): the batches that hold clips `first` to `first + count - 1` as shuffled.
+    """Returns encoded_batches(first, count): the batches with clips `first` to `first + count - 1` in shuffled order.
 
     The devices of this process encode together if their number divides ENCODE_BATCH, else one device does.
     """
@@ -151,7 +151,7 @@ def _cached(system, params, examples, directory):
     missing = [part for part, path in enumerate(paths) if not path.exists()]
     hosts.barrier("looked", ENCODING_SECONDS)  # no process writes before all have listed the missing files
     if missing:
-        logger.info("encoding %d clips once, %d of %d files", count, len(missing), len(paths))
+        logger.info("encoding %d clips; %d of %d files are missing", count, len(missing), len(paths))
         encoded_batches = _encoder(system, params, examples)
         parts = missing[jax.process_index() :: jax.process_count()]  # of this process
         sizes = [min(CLIPS_PER_FILE, count - part * CLIPS_PER_FILE) for part in parts]

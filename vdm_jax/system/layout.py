@@ -117,8 +117,8 @@ def _check_halvings(denoiser, side, tokens):
     multiple = denoiser.patch * 2**halvings
     if side % multiple:
         raise UserError(
-            f"latents have {side}x{side} places, no multiple of {multiple}, as denoiser.model.patch={denoiser.patch}"
-            f" and {halvings + 1} resolutions need: use a smaller patch, fewer resolutions or another data.size"
+            f"the latents have {side}x{side} places, but denoiser.model.patch={denoiser.patch} with {halvings + 1} "
+            f"resolutions needs a multiple of {multiple}: use a smaller patch, fewer resolutions or another data.size"
         )
     # At resolution i the tokens have been halved i times, and time strides have merged frames. A merged frame must have
     # a whole number of tokens.

@@ -26,9 +26,9 @@ class Stage(NamedTuple):
     encoder_params: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    activation: tuple  # shape of an activation, with 1 for batch and channels; the mesh axis `sequence` must divide it
+    activation: tuple  # shape of the activations, with 1 for batch and channels, to check the mesh axis `sequence`
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
-    neighbors: int = 1  # clips in a row that must be on one device; one of them has a hard negative in the loss
+    neighbors: int = 1  # consecutive clips that must share a device; the loss has one hard negative for them
 
 
 def make_stages(codec):
@@ -43,10 +43,10 @@ def make_stages(codec):
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
     encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
 
-    def stage(name, loss, length, preview=None, encoder_params=None):
+    def stage(name, loss, activation, preview=None, encoder_params=None):
         settings = config[name]
         remat_modes(config, name)  # raises for a wrong setting
-        rows, side, latent_side = settings.batch_size, config.data.size, layout.video[0]
+        rows, side = settings.batch_size, config.data.size
         batch = {
             "video": jax.ShapeDtypeStruct((rows, layout.frames, side, side, 3), jnp.uint8),
             "audio": jax.ShapeDtypeStruct((rows, layout.samples), jnp.float32),
@@ -69,18 +69,18 @@ def make_stages(codec):
             batch=batch,
             encoder_params=encoder_params or {},
             preview=preview,
-            activation=(1, length, 1) if name == "audio_autoencoder" else (1, length, latent_side, latent_side, 1),
+            activation=activation,
             make_hard_negative=swap_words if word_groups else None,
             neighbors=negatives.get("every", 1) if word_groups else 1,
         )
 
     show_video, show_audio = (previews.reconstruction(codec, modality) for modality in ("video", "audio"))
-    tokens = layout.latent_frames * layout.audio[0]
+    places, tokens = layout.video[:2], layout.latent_frames * layout.audio[0]
     stages = (
-        stage("video_autoencoder", video_autoencoder_loss, layout.frames, show_video),
-        stage("audio_autoencoder", audio_autoencoder_loss, tokens, show_audio),
-        stage("clip", clip_loss, layout.frames),
-        stage("denoiser", denoiser_loss, layout.latent_frames, previews.samples(codec), encoders),
+        stage("video_autoencoder", video_autoencoder_loss, (1, layout.frames, *places, 1), show_video),
+        stage("audio_autoencoder", audio_autoencoder_loss, (1, tokens, 1), show_audio),
+        stage("clip", clip_loss, (1, layout.frames, *places, 1)),
+        stage("denoiser", denoiser_loss, (1, layout.latent_frames, *places, 1), previews.samples(codec), encoders),
     )
     return dict(zip(STAGES, stages))
 
@@ -201,8 +201,8 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
         loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
         return loss, {"loss": loss, **metrics}
 
-    # The hard negatives share the network call. Their key is not made from `key`: `corrupt` splits it, and
-    # split(key)[1] is the same key as fold_in(key, 1).
+    # The hard negatives share the network call. Their key is not fold_in(key, 1): that is the same as split(key)[1],
+    # which is the key of the noise in `corrupt`.
     pair_key = jax.random.fold_in(drop_key, 1)
     wrong, target = batch[hard_negatives.FIELD], settings.diffusion.target
     pairs = hard_negatives.make_pairs(pair_key, z, encoded_text, wrong, target, settings.hard_negatives)

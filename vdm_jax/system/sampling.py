@@ -96,7 +96,7 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            # A beginning makes the next frames almost certain. So their first step may be long, and end at these times.
+            # Given the first frames, the next ones are almost certain. So their first step may be long.
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
@@ -195,8 +195,8 @@ def sample(
         terms += samplers.modality_guidance(weights["modality"], guidance_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. ddpm draws noise for a whole batch, with a key made from the number of its first prompt. Still the
-    # same prompt always gets the same noise: prompt i is always row i % BATCH of batch i // BATCH, and in JAX a row of
+    # 3. The sampler. ddpm draws noise for a whole batch, with a key made from the number of its first prompt. Even so
+    # prompt i always gets the same noise: it is always row i % BATCH of batch i // BATCH, and in JAX a row of
     # random numbers does not depend on how many rows there are.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
