@@ -39,7 +39,7 @@ def write_run(workdir, config, names=STAGES):
     (workdir / "config.json").write_text(config.to_json_best_effort())
     system = build(config)
     for name in names:
-        state = train_state.create(weights(system.params[name]), config[name])
+        state = train_state.create(weights(system.param_shapes[name]), config[name])
         with checkpoint.manager(workdir / name / "checkpoints") as checkpoints:
             checkpoint.save(checkpoints, state | {"step": state["step"] + config[name].steps})
     if "denoiser" in names:

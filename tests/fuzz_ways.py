@@ -314,7 +314,7 @@ def run_files():
     with tempfile.TemporaryDirectory() as folder:
         folder, config = Path(folder), tiny.get_config()
         write_run(folder / "run", config, ("clip",))
-        expected = build(config).params
+        expected = build(config).param_shapes
         out = folder / "out"
         out.mkdir()
         for stage in STAGES:

@@ -19,7 +19,7 @@ def clip():
     config = tiny.get_config()
     system = build(config)
     model = system.models["clip"]
-    params = weights(system.params["clip"])
+    params = weights(system.param_shapes["clip"])
 
     @jax.jit
     def run(tokens, mask, video):

@@ -30,7 +30,7 @@ def examples(system):
 
 def test_statistics_give_zero_mean_and_unit_variance(config):
     system = build(config)
-    params = {name: weights(tree) for name, tree in system.params.items()}
+    params = {name: weights(tree) for name, tree in system.param_shapes.items()}
     statistics = latents.measure(system, params, examples(system))
     assert {m: s["mean"].shape for m, s in statistics.items()} == {"video": (4,), "audio": (4,)}
     assert all(np.abs(s["std"] - 1).max() > 0.05 for s in statistics.values())  # not so by chance
@@ -43,7 +43,7 @@ def test_statistics_give_zero_mean_and_unit_variance(config):
 def test_processes_encode_files_of_their_own_and_go_on_where_they_were_ended(config, tmp_path, monkeypatch):
     config.denoiser.cached_clips = 80
     system = build(config)
-    params = {name: weights(tree) for name, tree in system.params.items()}
+    params = {name: weights(tree) for name, tree in system.param_shapes.items()}
     params["statistics"] = latents.measure(system, params, examples(system))
 
     def cached(folder, process=0, processes=1):
@@ -83,7 +83,7 @@ def test_processes_encode_files_of_their_own_and_go_on_where_they_were_ended(con
 def test_accelerators_forms_measure_the_same(config):
     config.denoiser.statistics_clips = 32
     system = build(config)
-    params = {name: weights(tree) for name, tree in system.params.items()}
+    params = {name: weights(tree) for name, tree in system.param_shapes.items()}
     want = latents.measure(system, params, examples(system))
     with ops.backend("gpu"):
         got = latents.measure(system, params, examples(system))

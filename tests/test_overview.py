@@ -20,7 +20,7 @@ def test_sizes_and_parameters_are_shown(command):
     for name, shape in system.layout.latent_shapes.items():
         assert f"latents  {name} {shape}, 4 latent frames a second" in done.out
     assert "mesh" not in done.out
-    for name, params in system.params.items():
+    for name, params in system.param_shapes.items():
         section = done.out.split(f"\n{name}: ")[1].split("\n\n")[0]
         million, *lines = section.splitlines()
         sizes = [int(line.split()[0].replace(",", "")) for line in lines]

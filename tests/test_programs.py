@@ -54,8 +54,8 @@ def test_only_shapes_become_random_values():
 
 def test_which_parameters_are_counted():
     system, mesh, count = system_of_eight_clips(), sharding.make_mesh(FSDP), programs.count_parameters
-    assert make(system, "clip", mesh).params == count(system.params["clip"])
-    assert make(system, "sample", mesh).params == count(system.params["denoiser"])
+    assert make(system, "clip", mesh).params == count(system.param_shapes["clip"])
+    assert make(system, "sample", mesh).params == count(system.param_shapes["denoiser"])
     assert make(system, "encode", mesh).params == count(system.stages["denoiser"].encoder_params)
 
 

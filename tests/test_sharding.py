@@ -37,7 +37,7 @@ CUT = ("data, sequence",)  # the mesh that cuts clips in time or height
 @pytest.fixture(scope="module")
 def shapes():
     """{stage/path: shape} of all parameters, with attention everywhere."""
-    trees = build(with_attention(tiny.get_config())).params
+    trees = build(with_attention(tiny.get_config())).param_shapes
     return {path: shape for path, shape in names(trees).items()}
 
 
@@ -88,7 +88,7 @@ def test_kernels_are_split_and_small_ones_left_whole(shapes):
 
 def test_optimizer_and_average_are_split_like_the_parameters():
     config = tiny.get_config()
-    params = build(config).params["clip"]
+    params = build(config).param_shapes["clip"]
     state = jax.eval_shape(lambda p: train_state.create(p, config.clip), params)
     mesh = sharding.make_mesh(ONE)
     found = sharding.state_shardings(state, mesh)
@@ -241,8 +241,8 @@ def compare_losses(config, convolved=False):
         config[name].remat = (*REMAT, ",".join(["blocks", "pointwise"][: len(config.denoiser.model.blocks)]))[i]
         config[name].accumulate = 1 + i % 2 if name != "clip" else 1
         loss = build(config).stages[name].loss
-        params = weights(system.params[name])
-        encoder_params = {"clip": weights(system.params["clip"])} if name == "denoiser" else {}
+        params = weights(system.param_shapes[name])
+        encoder_params = {"clip": weights(system.param_shapes["clip"])} if name == "denoiser" else {}
         gradients = train_state.accumulated(jax.grad(loss, has_aux=True), config[name].accumulate)
 
         def run(params, batch, encoder_params, gradients=gradients):
@@ -269,7 +269,7 @@ def compare_samples(config):
     """The noise that sampling begins with, and what it ends with."""
     system = build(config)
     shapes = system.layout.latent_shapes
-    params = {name: weights(tree) for name, tree in system.params.items()}
+    params = {name: weights(tree) for name, tree in system.param_shapes.items()}
     params["statistics"] = {m: {"mean": np.zeros(s[-1], "f"), "std": np.ones(s[-1], "f")} for m, s in shapes.items()}
     prompts = [f"clip {i}" for i in range(8)]
     sampler = sampling.Sampler(system)

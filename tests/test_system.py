@@ -46,7 +46,7 @@ def system():
 @pytest.fixture(scope="module")
 def params(system):
     """Random weights of all stages, and statistics."""
-    made = {name: weights(tree, i) for i, (name, tree) in enumerate(system.params.items())}
+    made = {name: weights(tree, i) for i, (name, tree) in enumerate(system.param_shapes.items())}
     statistics = {
         m: {"mean": np.full(4, 0.1, np.float32), "std": np.full(4, 0.8, np.float32)} for m in ("video", "audio")
     }
@@ -263,7 +263,7 @@ def test_a_stage_is_one_record(config):
     system = build(config)
     for name, stage in system.stages.items():
         encoder_params = stage.encoder_params
-        scalar, metrics = jax.eval_shape(stage.loss, stage.params, jax.random.key(0), stage.batch, encoder_params)
+        scalar, metrics = jax.eval_shape(stage.loss, stage.param_shapes, jax.random.key(0), stage.batch, encoder_params)
         assert scalar.shape == () and "loss" in metrics, name
     assert not any(system.stages[name].encoder_params for name in STAGES[:3])
     assert set(system.stages["denoiser"].encoder_params) == {*STAGES[:3], "statistics"}
@@ -303,7 +303,7 @@ def test_stft_distance():
 )
 def test_rematerialization_keeps_less_and_changes_nothing(config, name, modes, system, params):
     batch, key = clips(), jax.random.key(0)
-    trained = weights(system.params[name])
+    trained = weights(system.param_shapes[name])
     kept, values, grads, work = {}, {}, {}, {}
     with jax.set_mesh(sharding.make_mesh(config.mesh)):
         for mode in modes:

@@ -19,7 +19,7 @@ class Oracle:
 
     def __init__(self, system, items, films):
         self.system, self.config, self.items, self.films = system, system.config, items, films
-        self.params = {"video_autoencoder": weights(system.params["video_autoencoder"])}
+        self.params = {"video_autoencoder": weights(system.param_shapes["video_autoencoder"])}
 
     def sample(self, prompts, *, seed, context):
         has_context = context.video is not None or context.audio is not None

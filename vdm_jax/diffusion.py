@@ -54,7 +54,7 @@ def log_snr_at(t, config):
     return schedule(t, low, high, offset=2 * np.log(config["shift"]))
 
 
-# The cosine and sigmoid curves reach infinity at the two ends of their argument: an angle from 0 to pi / 2 (cosine), or
+# In the cosine and sigmoid schedules log_snr is infinite at both ends of the argument: an angle from 0 to pi / 2, or
 # a number from 0 to 1 (sigmoid). The bounds cut `cut_clean` off the clean end of this range and `cut_noisy` off the
 # noisy end. What is left is `width` long, and t goes through it. alpha needs the distance to the noisy end, which is
 # cut_noisy + (1 - t) * width. (end - (cut_clean + t * width) is the same distance, but loses digits near t = 1.)
@@ -268,7 +268,7 @@ def noise_like(key, z):
 
     def draw(name, x):
         key_of_name = jax.random.fold_in(key, MODALITIES.index(name))
-        # Drawn with five axes the numbers are the same, but XLA needs half a minute to compile them for a CPU.
+        # A draw in the shape of x gives the same numbers, but takes XLA half a minute to compile for a CPU.
         return jax.random.normal(key_of_name, (x.shape[0], x[0].size), x.dtype).reshape(x.shape)
 
     return {name: draw(name, x) for name, x in z.items()}

@@ -237,7 +237,7 @@ def suggestions(system, name, result):
 
     A change is {'change': flags of the command line, 'keys': {config key: value}}. result: the figures of `plan`.
     """
-    settings, group = system.config[name], system.stages[name].neighbors
+    settings, group = system.config[name], system.stages[name].clips_per_negative
     fsdp = result["mesh"].get("fsdp", 1)
     batch_shards = result["mesh"].get("data", 1) * fsdp
     rows = settings.batch_size // batch_shards  # on one chip

@@ -87,10 +87,9 @@ def heun(z, x0, past, step):
     def average(x0, x0_next, now, after):
         h = (after - now) / 2
         not_small = jnp.maximum(h, 0.05)
-        next_weight = (
-            -1 / jnp.expm1(-not_small) - 1 / not_small
-        )  # of x0_next, from 1/2 to 1; loses digits if h is small
-        next_weight = jnp.where(h < 0.05, 0.5 + h / 12, next_weight)  # the Taylor series for a small h
+        # The weight of x0_next, from 1/2 to 1. This formula loses digits if h is small. There its Taylor series is used.
+        next_weight = -1 / jnp.expm1(-not_small) - 1 / not_small
+        next_weight = jnp.where(h < 0.05, 0.5 + h / 12, next_weight)
         return x0 + next_weight * (x0_next - x0)
 
     x0_next = step.predict_next_x0(exact_step(z, x0, step.now, step.after))

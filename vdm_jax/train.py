@@ -4,8 +4,8 @@
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
 run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step of
-a stage there is nothing to save. With one process, a signal then ends the run immediately. With several processes, the
-run ends after the first step. A stage may have phases with settings of their own: see system/phases.py.
+a stage there is nothing to save: there, a signal ends a run of one process at once. A run of several processes takes
+the first step, and ends. A stage may have phases with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -112,9 +112,9 @@ def take_steps(run, name, phase, checkpoints):
     # 2. What an earlier start has done.
     newest = checkpoints.latest_step()  # None: no checkpoint; 0: weights that were imported at step 0
     done = newest or 0
-    parameter_count = sum(x.size for x in jax.tree.leaves(stage.params))
+    parameter_count = sum(x.size for x in jax.tree.leaves(stage.param_shapes))
     logger.info("%s: %.2f M parameters, %d of %d steps done", phase.title, parameter_count / 1e6, done, phase.last_step)
-    for line in sharding.table(stage.params, run.mesh.shape) if run.mesh.size > 1 else ():
+    for line in sharding.table(stage.param_shapes, run.mesh.shape) if run.mesh.size > 1 else ():
         logger.info("  %s", line)
     if done >= phase.last_step:
         return True
@@ -133,13 +133,13 @@ def take_steps(run, name, phase, checkpoints):
         state = program.init()
     elif begins_phase:
         phase_before = run.plan[name][phase.number - 2]  # phase numbers start at 1
-        ema, _ = folder.read_params(run.workdir, name, phase_before.system.params[name])
-        params = first_params(ema, stage.params)
+        ema, _ = folder.read_params(run.workdir, name, phase_before.system.param_shapes[name])
+        params = first_params(ema, stage.param_shapes)
         state = program.begin(jax.device_put(params, sharding.state_shardings(params, run.mesh)))
     else:
         state = checkpoint.restore(checkpoints, program.abstract)
     # 5. The step is compiled before the first batch is read, and by all processes before any of them runs it.
-    #    A file keeps the compile times of earlier runs. The number of parameters tells models apart in it.
+    #    The log says how long this took last time. A file keeps these times, by number of parameters.
     with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameter_count):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
@@ -153,7 +153,7 @@ def take_steps(run, name, phase, checkpoints):
         phase.title,
         phase.number,
         directory,
-        steps=run.plan[name][-1].last_step,
+        stage_steps=run.plan[name][-1].last_step,
         last_step=phase.last_step,
         done=done,
         saved=newest,

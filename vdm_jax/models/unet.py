@@ -109,9 +109,8 @@ class TextRefiner(layers.Layer):
     def __call__(self, states, mask):
         x = states.astype(self.activation_dtype)
         heads = max(1, x.shape[-1] // self.head_dim)
-        positions = (
-            jnp.arange(x.shape[1]) / 20
-        )  # a token is a byte: the rotary periods, 1 to 100, become 20 to 2,000 bytes
+        # A token is a byte. Divided by 20, the rotary periods of 1 to 100 become 20 to 2,000 bytes.
+        positions = jnp.arange(x.shape[1]) / 20
         for i in range(self.depth):
             x = layers.transformer_layer(x, mask, heads, i, positions, zero=True, **self.common)
         return x

@@ -58,14 +58,14 @@ def sampling(system, sampler, mesh, rows):
     mesh: splits the parameters; all other arguments are whole on each device.
     rows: number of prompts.
     """
-    params = system.params | system.stages["denoiser"].encoder_params
+    params = system.param_shapes | system.stages["denoiser"].encoder_params
     arrays, static = sampler.arguments(params)
     tokens = np.zeros((rows, system.config.data.text_length), np.int32)
     arrays = [arrays[name] for name in ("clean", "masks", "levels", "weights")]
     arguments = (params, jax.random.key(0), np.arange(rows), tokens, *arrays)
     shardings = (sharding.state_shardings(params, mesh), *[sharding.replicated(mesh)] * (len(arguments) - 1))
     lower, function = (functools.partial(f, **static) for f in (sampler.program.lower, sampler.program.__wrapped__))
-    return _without_gradient(lower, function, arguments, shardings, system.params["denoiser"], rows)
+    return _without_gradient(lower, function, arguments, shardings, system.param_shapes["denoiser"], rows)
 
 
 def encoding(system, mesh, rows):

@@ -154,7 +154,7 @@ def load(source, build, stages=None, unverified=False):
     """Returns the Weights of a run or of exported weights. Raises UserError when something is missing or damaged.
 
     source: see the top of this file; None for the reference weights.
-    build: build(config) returns the system, whose `params` are {stage: tree of ShapeDtypeStruct}.
+    build: build(config) returns the system, whose `param_shapes` are {stage: tree of ShapeDtypeStruct}.
     stages: names of the stages to read; None for all.
     unverified: accepts exported weights that have no checksums.txt.
     """
@@ -169,7 +169,7 @@ def load(source, build, stages=None, unverified=False):
         raise UserError(
             f"{source}/config.json does not fit this version ({reason}): train again, or restore the file"
         ) from error
-    expected = {stage: system.params[stage] for stage in stages or system.params}
+    expected = {stage: system.param_shapes[stage] for stage in stages or system.param_shapes}
     exported = any((source / f"{stage}.safetensors").exists() for stage in expected)
     if exported:
         try:

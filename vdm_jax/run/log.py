@@ -36,8 +36,8 @@ class RunLog:
     title: str  # of the stage, or of a phase of it, for the user
     phase: int
     directory: Path  # of the stage, for metrics.jsonl and events; heartbeat.json is in the folder above
-    steps: int  # of the stage
-    last_step: int  # to do
+    stage_steps: int  # of the whole stage
+    last_step: int  # of the phase
     done: int  # how many of the steps an earlier start did
     saved: int | None  # step of the newest checkpoint
     stopwatch: "Stopwatch"  # began with the stage
@@ -48,7 +48,7 @@ class RunLog:
 
     def __post_init__(self):
         left = range(self.done + 1, self.last_step + 1)
-        self.numbers = tqdm(left, self.title, self.steps, initial=self.done, disable=None, unit="step")
+        self.numbers = tqdm(left, self.title, self.stage_steps, initial=self.done, disable=None, unit="step")
         self.metrics = MetricsLog(self.directory, self.done) if hosts.is_primary() else None
         self.history = []  # metrics of the steps since the last log boundary, on the device
         self.losses = []  # (mean loss, number of steps) for each log boundary since the last save
@@ -86,10 +86,10 @@ class RunLog:
         self.numbers.set_postfix(dict(loss=loss, data=waiting, skipped=skipped, saved=saved))
         if self.numbers.disable:
             seconds = means["step_seconds"]
-            left = tqdm.format_interval((self.steps - number) * seconds)
+            left = tqdm.format_interval((self.stage_steps - number) * seconds)
             logger.info(
-                f"{self.title} {number}/{self.steps} loss {loss}  {1e3 * seconds:.0f} ms/step, {waiting} of it waiting "
-                f"for data  {skipped} skipped  saved {saved}  {left} left"
+                f"{self.title} {number}/{self.stage_steps} loss {loss}  {1e3 * seconds:.0f} ms/step, {waiting} of it "
+                f"waiting for data  {skipped} skipped  saved {saved}  {left} left"
             )
 
     def _stop_after_streak(self, number, skipped):
@@ -126,8 +126,9 @@ class RunLog:
         if self.metrics and (last or time.monotonic() - self.last_beat > self.heartbeat_every):
             self.last_beat = time.monotonic()
             beat = dict(
-                time=time.time(), process=os.getpid(), stage=self.stage, phase=self.phase, step=number,
-                steps=self.steps, saved=self.saved, skipped=self.metrics.skipped, goodput=self.stopwatch.goodput(),
+                time=time.time(), process=os.getpid(), stage=self.stage, phase=self.phase,
+                step=number, steps=self.stage_steps, saved=self.saved,
+                skipped=self.metrics.skipped, goodput=self.stopwatch.goodput(),
             )  # fmt: skip
             storage.replace(self.directory.parent / "heartbeat.json", json.dumps(beat) + "\n")
 

@@ -15,21 +15,25 @@ class System(Codec):
     stages: dict  # {name: losses.Stage}
 
     @property
-    def params(self):
-        """The parameters of every stage, {stage: tree of ShapeDtypeStruct}."""
-        return {name: stage.params for name, stage in self.stages.items()}
+    def param_shapes(self):
+        """The shapes of the parameters of every stage, {stage: tree of ShapeDtypeStruct}."""
+        return {name: stage.param_shapes for name, stage in self.stages.items()}
 
     def check_mesh(self, mesh, names):
         """Raises UserError where the mesh does not divide models or activations of the stages `names`."""
         for name in names:
             stage = self.stages[name]
-            sharding.check_axes(mesh, stage.params, name, stage.activation)
+            sharding.check_axes(mesh, stage.param_shapes, name, stage.activation)
 
     def check_batch(self, mesh, name):
         """Raises UserError where the batch of stage `name` does not divide over the mesh."""
         settings = self.config[name]
         sharding.check_batch(
-            settings.batch_size, mesh, settings.accumulate, self.stages[name].neighbors, f"{name}.hard_negatives.every"
+            settings.batch_size,
+            mesh,
+            settings.accumulate,
+            self.stages[name].clips_per_negative,
+            f"{name}.hard_negatives.every",
         )
 
 

@@ -23,7 +23,7 @@ def make_models(config, layout):
     clip = config.clip.model
     text_encoder = dict(clip.text, vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
     modes = remat_modes(config, "denoiser")
-    # Of several modes, the U-Net applies one to each resolution. A single mode is applied by Codec.apply_fn.
+    # The U-Net applies the remat modes itself if each resolution has one. Codec.apply_fn applies a single mode.
     unet = dict(config.denoiser.model, remat=modes if len(modes) > 1 else (), latent_fps=layout.latent_fps)
     models = {
         "video_autoencoder": VideoAutoencoder(**config.video_autoencoder.model, dtype=dtype),
@@ -48,7 +48,7 @@ def remat_modes(config, stage):
 
 
 def init_fns(models, config, layout):
-    """{name: init(key) -> params} of the models. Call them under eval_shape or jit: no forward pass runs."""
+    """{name: init(key) -> params} of the models. Under eval_shape or jit, they run no forward pass."""
     side, text_length, text_width = config.data.size, config.data.text_length, config.clip.model.text.width
     tokens = jnp.zeros((1, text_length), jnp.int32)
     video = jnp.zeros((1, layout.frames, side, side, 3))

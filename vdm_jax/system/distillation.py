@@ -4,7 +4,8 @@ The student is a denoiser that also reads the noise level after the step, `cond[
 that makes one DDIM step end where the teacher would end. There are two kinds of target (shortcut models,
 arXiv:2410.12557, as in Dreamer 4, arXiv:2509.24527):
 
-- For the shortest step: the x0 of the teacher, a frozen denoiser. It has all its guidance, so the student needs none.
+- For the shortest step: the x0 of the teacher, a frozen denoiser. The teacher predicts with guidance, so the student
+  needs none.
 - For a longer step: the x0 that makes one step end where two steps of half the length end. The student itself takes
   these two steps (arXiv:2202.00512, appendix G).
 """
@@ -61,6 +62,7 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     batch = len(z["video"])
     taught = round(batch * settings.teacher_share)  # number of rows whose target is the teacher's, the first rows
     *fewer, most = settings.steps  # the more steps, the shorter each
+    # The other rows have a target that the student itself makes.
     own_steps = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]
     steps = jnp.concatenate([jnp.full(taught, most), own_steps])[:, None]  # [B, 1]
 

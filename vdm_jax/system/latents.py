@@ -33,7 +33,7 @@ def prepare(system, workdir, examples, mesh):
     once, and the result is n Encoded clips in the folder of the run.
     Raises UserError where an earlier stage has no checkpoint, or a student no teacher.
     """
-    params = {name: folder.read_params(workdir, name, system.params[name])[0] for name in STAGES[:3]}
+    params = {name: folder.read_params(workdir, name, system.param_shapes[name])[0] for name in STAGES[:3]}
     params = folder.as_exported(params)
     path = workdir / "denoiser" / "statistics.json"
     if not hosts.broadcast_from_primary(path.exists()):
@@ -69,7 +69,7 @@ def measure(system, params, examples):
 
 
 def _encoder(system, params, examples):
-    """Returns encoded_batches(first, count): the batches with clips `first` to `first + count - 1` in shuffled order.
+    """Returns encoded_batches(first, count): the batches with numbers `first` to `first + count - 1` of the shuffle.
 
     The devices of this process encode together if their number divides ENCODE_BATCH, else one device does.
     """

@@ -20,7 +20,7 @@ class Stage(NamedTuple):
 
     init: Callable  # init(key) -> params; call it under jit or eval_shape
     loss: Callable  # loss(params, key, batch, encoder_params) -> (scalar, metrics)
-    params: Any  # what init gives, as ShapeDtypeStructs
+    param_shapes: Any  # what init gives, as ShapeDtypeStructs
     batch: dict  # a training batch, as ShapeDtypeStructs
     # ShapeDtypeStructs of what `loss` reads: the parameters of earlier stages, and 'statistics'. {} if it reads none.
     encoder_params: dict
@@ -28,7 +28,7 @@ class Stage(NamedTuple):
     preview: Callable | None
     activation: tuple  # shape of the activations, with 1 for batch and channels, to check the mesh axis `sequence`
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
-    neighbors: int = 1  # consecutive clips that must share a device; the loss has one hard negative for them
+    clips_per_negative: int = 1  # consecutive clips with one hard negative in the loss; they must share a device
 
 
 def make_stages(codec):
@@ -57,21 +57,21 @@ def make_stages(codec):
         swap_words = functools.partial(hard_negatives.swap_words, groups=word_groups)
         hard_negatives.check_groups(f"{name}.hard_negatives.words", word_groups)
         if word_groups:
-            batch[hard_negatives.FIELD] = batch["tokens"]
+            batch[hard_negatives.BATCH_KEY] = batch["tokens"]
         if encoder_params and settings.cached_clips:
             batch = jax.eval_shape(functools.partial(encode_batch, codec), encoder_params, batch)
-            # On the disk they are in half precision.
+            # Encoded clips are stored in half precision.
             batch = jax.tree.map(lambda x: x if x.dtype == bool else x.update(dtype=jnp.float16), batch)
         return Stage(
             init=inits[name],
             loss=functools.partial(loss, codec),
-            params=params[name],
+            param_shapes=params[name],
             batch=batch,
             encoder_params=encoder_params or {},
             preview=preview,
             activation=activation,
             make_hard_negative=swap_words if word_groups else None,
-            neighbors=negatives.get("every", 1) if word_groups else 1,
+            clips_per_negative=negatives.get("every", 1) if word_groups else 1,
         )
 
     show_video, show_audio = (previews.reconstruction(codec, modality) for modality in ("video", "audio"))
@@ -147,8 +147,8 @@ def clip_loss(codec, params, key, batch, encoder_params):
     logits = scale * texts @ pictures.T  # [B, B], one row per text
     by_video, labels = logits.T, jnp.arange(len(logits))
     metrics = {"recall_at_1": jnp.mean(jnp.argmax(logits, 1) == labels), "temperature": 1 / scale}
-    if hard_negatives.FIELD in batch:
-        wrong_tokens = batch[hard_negatives.FIELD]
+    if hard_negatives.BATCH_KEY in batch:
+        wrong_tokens = batch[hard_negatives.BATCH_KEY]
         wrong = codec.apply_fn("clip", "embed_text")(params, wrong_tokens, text.mask(wrong_tokens))
         wrong = scale * pictures @ wrong.T  # [B, B], one row per video
         same = jnp.all(wrong_tokens == tokens, 1)  # the caption has no word of config.clip.hard_negatives
@@ -173,8 +173,8 @@ def drop_text(key, encoded_text, null, share):
 def encode_batch(codec, encoder_params, batch):
     """Encodes a batch of clips for the denoiser -> {'z': latents, 'text': text[, 'hard_negative': text]}."""
     encoded = {"text": codec.encode_text(encoder_params, batch["tokens"])}
-    if hard_negatives.FIELD in batch:
-        encoded[hard_negatives.FIELD] = codec.encode_text(encoder_params, batch[hard_negatives.FIELD])
+    if hard_negatives.BATCH_KEY in batch:
+        encoded[hard_negatives.BATCH_KEY] = codec.encode_text(encoder_params, batch[hard_negatives.BATCH_KEY])
     return encoded | {"z": codec.encode(encoder_params, batch["video"], batch["audio"])}
 
 
@@ -197,14 +197,14 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
         loss, metrics = distillation.loss(denoise_fn, teacher_fn, key, z, encoded_text, null, settings)
         return loss, {"loss": loss, **metrics}
     cond = drop_text(drop_key, encoded_text, null, settings.text_dropout)
-    if hard_negatives.FIELD not in batch:
+    if hard_negatives.BATCH_KEY not in batch:
         loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
         return loss, {"loss": loss, **metrics}
 
-    # The hard negatives share the network call. Their key is not fold_in(key, 1): that is the same as split(key)[1],
-    # which is the key of the noise in `corrupt`.
+    # The hard negatives share the network call. Their key comes from drop_key, because fold_in(key, 1) would equal
+    # split(key)[1], the key of the noise in `corrupt`.
     pair_key = jax.random.fold_in(drop_key, 1)
-    wrong, target = batch[hard_negatives.FIELD], settings.diffusion.target
+    wrong, target = batch[hard_negatives.BATCH_KEY], settings.diffusion.target
     pairs = hard_negatives.make_pairs(pair_key, z, encoded_text, wrong, target, settings.hard_negatives)
     noised = diffusion.corrupt(key, z, settings.diffusion)
     prediction, pair_prediction = hard_negatives.call_together(

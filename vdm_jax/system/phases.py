@@ -63,7 +63,7 @@ def phases(system, name):
             config = _changed(system.config, name, {key: value for key, value in part.items() if key != "share"})
             config[name].update(phases=(), steps=stop - start)
             phase_system = build(config)
-            _check_shapes({name: phase_system.params[name]}, system.params, last=number == len(parts))
+            _check_shapes({name: phase_system.param_shapes[name]}, system.param_shapes, last=number == len(parts))
         except UserError as error:
             raise UserError(f"{title}: {error}") from None
         # The other stages, and so the encoders that this stage reads, keep the settings of `system`.

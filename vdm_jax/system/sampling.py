@@ -96,7 +96,8 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            # Given the first frames, the next ones are almost certain. So their first step may be long.
+            # Given the first frames, the next ones are almost certain. So their first step may be long: it goes to this
+            # time, one for each frame.
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
@@ -196,8 +197,8 @@ def sample(
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
     # 3. The sampler. ddpm draws noise for a whole batch, with a key made from the number of its first prompt. Even so
-    # prompt i always gets the same noise: it is always row i % BATCH of batch i // BATCH, and in JAX a row of
-    # random numbers does not depend on how many rows there are.
+    # the noise of prompt i is fixed: the prompt is always row i % BATCH of batch i // BATCH, and in JAX a row of random
+    # numbers does not depend on how many rows there are.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
