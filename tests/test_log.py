@@ -138,7 +138,7 @@ def read_lines(directory):
 def test_a_log_line_holds_the_means_since_the_line_before(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     log, _ = report(tmp_path / "clip")
-    for number in log.numbers:
+    for number in log.remaining_steps:
         log.add(step(number))
         if number % 2 == 0:
             log.write(number, flush=True)
@@ -160,7 +160,7 @@ def test_a_log_line_holds_the_means_since_the_line_before(tmp_path, caplog):
 
 def test_a_run_that_continues_reports_the_steps_that_are_left(tmp_path):
     log, _ = report(tmp_path / "clip", done=4, saved=4)
-    assert list(log.numbers) == [5, 6]
+    assert list(log.remaining_steps) == [5, 6]
 
 
 def test_skipped_steps_are_named_and_too_many_in_a_row_end_the_run(tmp_path, caplog):

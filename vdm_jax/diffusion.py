@@ -54,8 +54,8 @@ def log_snr_at(t, config):
     return schedule(t, low, high, offset=2 * np.log(config["shift"]))
 
 
-# In the cosine and sigmoid schedules log_snr is infinite at both ends of the argument: an angle from 0 to pi / 2, or
-# a number from 0 to 1 (sigmoid). The bounds cut `cut_clean` off the clean end of this range and `cut_noisy` off the
+# The cosine curve is a function of an angle from 0 to pi / 2, the sigmoid curve of a number from 0 to 1. At both ends
+# of this range log_snr is infinite. The bounds cut `cut_clean` off the clean end of this range and `cut_noisy` off the
 # noisy end. What is left is `width` long, and t goes through it. alpha needs the distance to the noisy end, which is
 # cut_noisy + (1 - t) * width. (end - (cut_clean + t * width) is the same distance, but loses digits near t = 1.)
 

@@ -87,7 +87,7 @@ def heun(z, x0, past, step):
     def average(x0, x0_next, now, after):
         h = (after - now) / 2
         not_small = jnp.maximum(h, 0.05)
-        # The weight of x0_next, from 1/2 to 1. This formula loses digits if h is small. There its Taylor series is used.
+        # The weight of x0_next, from 1/2 to 1. The formula loses digits if h is small. There its Taylor series is used.
         next_weight = -1 / jnp.expm1(-not_small) - 1 / not_small
         next_weight = jnp.where(h < 0.05, 0.5 + h / 12, next_weight)
         return x0 + next_weight * (x0_next - x0)

@@ -4,8 +4,8 @@
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
 run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step of
-a stage there is nothing to save: there, a signal ends a run of one process at once. A run of several processes takes
-the first step, and ends. A stage may have phases with settings of their own: see system/phases.py.
+a stage there is nothing to save. Until then, a signal immediately ends a run that has one process, and a run of several
+processes ends after that first step. A stage may have phases with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -168,7 +168,7 @@ def take_steps(run, name, phase, checkpoints):
     run.stop.after_step = True  # from now on a signal ends the run after a step, and not at once
     save_due = stopped = False
     stopwatch.start()
-    for number in log.numbers:
+    for number in log.remaining_steps:
         with stopwatch("data"):
             batch = batches.to_devices(next(data), batch_sharding, settings.batch_size)
         with jax.transfer_guard("disallow"):  # a hidden copy between host and device would stall every step
@@ -179,7 +179,8 @@ def take_steps(run, name, phase, checkpoints):
         stopped = run.stop.is_due(number)
         last = stopped or number == phase.last_step
         save_due = save_due or last or number % config.checkpoint_every == 0
-        # Log lines are written before a save, because a run that resumes from it does not repeat the earlier steps.
+        # Log lines are written before a save. A run that resumes from the save does not repeat the steps before it, so
+        # that lines not yet written would be lost.
         if save_due or number % config.log_every == 0:
             log.write(number, flush=save_due)
         # The step function skips an update that is not finite or whose loss is far above the mean. A skip can

@@ -109,7 +109,7 @@ class TextRefiner(layers.Layer):
     def __call__(self, states, mask):
         x = states.astype(self.activation_dtype)
         heads = max(1, x.shape[-1] // self.head_dim)
-        # A token is a byte. Divided by 20, the rotary periods of 1 to 100 become 20 to 2,000 bytes.
+        # A token is a byte. Positions are divided by 20, so the rotary periods of 1 to 100 become 20 to 2,000 bytes.
         positions = jnp.arange(x.shape[1]) / 20
         for i in range(self.depth):
             x = layers.transformer_layer(x, mask, heads, i, positions, zero=True, **self.common)
@@ -140,7 +140,7 @@ class UNet(layers.Layer):
     time_strides: tuple[int, ...]  # 1 or 2: how time shrinks from resolution i to i + 1
     factorized: bool  # convolutions 1x3x3 then 3x1x1, or else 3x3x3
     head_dim: int  # channels of an attention head
-    embedding: int  # size of the embedding of noise level, time and text
+    embedding: int  # size of the embedding of noise level, seconds and text
     text_layers: int  # layers of the TextRefiner
     groups: int  # of GroupNorm
     latent_fps: float  # latent frames per second

@@ -48,7 +48,7 @@ class RunLog:
 
     def __post_init__(self):
         left = range(self.done + 1, self.last_step + 1)
-        self.numbers = tqdm(left, self.title, self.stage_steps, initial=self.done, disable=None, unit="step")
+        self.remaining_steps = tqdm(left, self.title, self.stage_steps, initial=self.done, disable=None, unit="step")
         self.metrics = MetricsLog(self.directory, self.done) if hosts.is_primary() else None
         self.history = []  # metrics of the steps since the last log boundary, on the device
         self.losses = []  # (mean loss, number of steps) for each log boundary since the last save
@@ -83,8 +83,8 @@ class RunLog:
         """Updates the progress bar. When stderr is no terminal, it writes a line instead."""
         loss, waiting = f"{means['loss']:.4f}", f"{means['data_wait_share']:.0%}"
         skipped, saved = self.metrics.skipped, "-" if self.saved is None else self.saved
-        self.numbers.set_postfix(dict(loss=loss, data=waiting, skipped=skipped, saved=saved))
-        if self.numbers.disable:
+        self.remaining_steps.set_postfix(dict(loss=loss, data=waiting, skipped=skipped, saved=saved))
+        if self.remaining_steps.disable:
             seconds = means["step_seconds"]
             left = tqdm.format_interval((self.stage_steps - number) * seconds)
             logger.info(

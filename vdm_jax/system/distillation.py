@@ -23,7 +23,7 @@ from vdm_jax.errors import UserError
 def next_levels(levels, log_snr):
     """Returns the noise level that the next step of each frame goes to, {modality: [B, T]}.
 
-    levels: the scheduling matrix, {modality: [S+1, T]}. It rises from row to row.
+    levels: the scheduling matrix of log_snr, {modality: [S+1, T]}. From row to row log_snr rises: there is less noise.
     log_snr: the noise levels now, {modality: [B, T]}. A frame at its last level stays there.
     """
 
@@ -60,8 +60,8 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     settings, diffusion_config = config.distillation, config.diffusion
     t_key, noise_key, guidance_key = jax.random.split(key, 3)
     batch = len(z["video"])
-    taught = round(batch * settings.teacher_share)  # number of rows whose target is the teacher's, the first rows
-    *fewer, most = settings.steps  # the more steps, the shorter each
+    taught = round(batch * settings.teacher_share)  # as many rows, the first ones, have a target of the teacher
+    *fewer, most = settings.steps  # more steps in a clip are shorter steps
     # The other rows have a target that the student itself makes.
     own_steps = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]
     steps = jnp.concatenate([jnp.full(taught, most), own_steps])[:, None]  # [B, 1]
@@ -113,7 +113,7 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
 def guidance(weights, context, noise, null_cond, diffusion_config):
     """Returns the Terms of the teacher's guidance. Each clip has the weights of its task.
 
-    weights: as config.sample.guidance.
+    weights: config.denoiser.distillation.guidance.
     context: {modality: bool [B, T]}, True in context frames.
     """
     both = jnp.stack([*context.values()])  # [modalities, B, T]

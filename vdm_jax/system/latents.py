@@ -69,7 +69,7 @@ def measure(system, params, examples):
 
 
 def _encoder(system, params, examples):
-    """Returns encoded_batches(first, count): the batches with numbers `first` to `first + count - 1` of the shuffle.
+    """Returns encoded_batches(first, count): the batches with clips `first` to `first + count - 1` of the shuffle.
 
     The devices of this process encode together if their number divides ENCODE_BATCH, else one device does.
     """

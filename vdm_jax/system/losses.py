@@ -22,13 +22,14 @@ class Stage(NamedTuple):
     loss: Callable  # loss(params, key, batch, encoder_params) -> (scalar, metrics)
     param_shapes: Any  # what init gives, as ShapeDtypeStructs
     batch: dict  # a training batch, as ShapeDtypeStructs
-    # ShapeDtypeStructs of what `loss` reads: the parameters of earlier stages, and 'statistics'. {} if it reads none.
+    # ShapeDtypeStructs of what `loss` reads: the parameters of earlier stages, 'statistics', and the 'teacher' of a
+    # student. {} if it reads none.
     encoder_params: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    activation: tuple  # shape of the activations, with 1 for batch and channels, to check the mesh axis `sequence`
+    activation: tuple  # shape of the largest activation, with 1 for batch and channels; `sequence` must divide it
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
-    clips_per_negative: int = 1  # consecutive clips with one hard negative in the loss; they must share a device
+    clips_per_negative: int = 1  # the loss has a hard negative for one clip in this many; they must share a device
 
 
 def make_stages(codec):
@@ -143,14 +144,14 @@ def clip_loss(codec, params, key, batch, encoder_params):
     batch (arXiv:2210.01936, section 4).
     """
     tokens, video = batch["tokens"], to_float(batch["video"])
-    texts, pictures, scale = codec.apply_fn("clip")(params, tokens, text.mask(tokens), video)
-    logits = scale * texts @ pictures.T  # [B, B], one row per text
+    texts, videos, scale = codec.apply_fn("clip")(params, tokens, text.mask(tokens), video)
+    logits = scale * texts @ videos.T  # [B, B], one row per text
     by_video, labels = logits.T, jnp.arange(len(logits))
     metrics = {"recall_at_1": jnp.mean(jnp.argmax(logits, 1) == labels), "temperature": 1 / scale}
     if hard_negatives.BATCH_KEY in batch:
         wrong_tokens = batch[hard_negatives.BATCH_KEY]
         wrong = codec.apply_fn("clip", "embed_text")(params, wrong_tokens, text.mask(wrong_tokens))
-        wrong = scale * pictures @ wrong.T  # [B, B], one row per video
+        wrong = scale * videos @ wrong.T  # [B, B], one row per video
         same = jnp.all(wrong_tokens == tokens, 1)  # the caption has no word of config.clip.hard_negatives
         right = (jnp.diagonal(wrong) < jnp.diagonal(logits)) & ~same
         metrics["hard_negative_accuracy"] = right.sum() / (~same).sum()

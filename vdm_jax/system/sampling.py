@@ -96,8 +96,8 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            # Given the first frames, the next ones are almost certain. So their first step may be long: it goes to this
-            # time, one for each frame.
+            # Given the first frames, the next ones are almost certain. So their first step may be long. These are the
+            # times where it ends, one for each frame.
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
@@ -128,7 +128,7 @@ class Sampler:
 
 
 def resolve(defaults, options):
-    """config.sample with `options` in place of its values; None leaves a value. Raises UserError for a wrong option.
+    """config.sample with `options` in place of its values; None keeps the value. Raises UserError for a wrong option.
 
     A number as guidance sets only guidance.text, not text_continue or text_cross_modal.
     """
@@ -160,7 +160,7 @@ def sample(
     clean: latents of the context frames, {modality: [B or 1, ...]}.
     masks, levels: bool [T] and log_snr [S+1, T] per modality; see tasks.py.
     weights: of guidance, {'text', 'history', 'modality'}, and 'rescale'.
-    guides: three bools: whether the text, the context frames and the other modality guide.
+    guides: three bools: whether to use text, history and modality guidance.
     """
     noise_key, sampler_key = jax.random.split(key)
     settings = codec.config.denoiser.diffusion
