@@ -61,9 +61,8 @@ def data(folder):
     clips = {"z": rows}
     record = latents._record(clips)
     encoded = [{"z": rows[:4]}, {"z": rows[4:]}]
-    progress = type("Progress", (), {"update": lambda self, n: None})()
     latents.ENCODE_BATCH = 4
-    latents._write(top / "clips_00000.npy", encoded, record, 5, progress)
+    latents._write(top / "clips_00000.npy", encoded, record, 5)
     assert [path.name for path in top.iterdir()] == ["clips_00000.npy"]
     found = latents.Encoded([top / "clips_00000.npy"], clips, 5).take([4, 0, 2])
     np.testing.assert_array_equal(found["z"], rows[[4, 0, 2]])

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 import html
 import logging
 import tempfile
@@ -123,15 +124,15 @@ class Pipeline:
         Raises UserError where these do not fit.
         """
 
-        def make(maker, prompts):
+        def prepare(maker, prompts):
             given = dict(image=image, video=video, audio=audio, between=between)
             frames = maker.config.data.frames if seconds is None else maker.frames_of(seconds)
             context = maker.context(frames, **given, context_frames=options.get("context_frames"))
             if frames > maker.config.data.frames:
-                return maker.rollout(prompts, frames, seed=seed, context=context, **options)
-            return maker.sample(prompts, seed=seed, frames=frames, context=context, **options)
+                return functools.partial(maker.rollout, prompts, frames, seed=seed, context=context, **options)
+            return functools.partial(maker.sample, prompts, seed=seed, frames=frames, context=context, **options)
 
-        return self._clips(prompt, make, options)
+        return self._clips(prompt, prepare, options)
 
     def extend(self, clip, prompt, *, seconds=None, seed=0, **options):
         """A Clip that begins with `clip` and goes on for `seconds`; a list of them for a list of prompts.
@@ -142,13 +143,13 @@ class Pipeline:
         seed, options: as in a call.
         """
 
-        def make(maker, prompts):
+        def prepare(maker, prompts):
             video, audio = maker._read(clip)
             frames = len(video) + (maker.config.data.frames if seconds is None else maker.frames_of(seconds))
             start = tuple(np.repeat(part[None], len(prompts), 0) for part in (video, audio))
-            return maker.rollout(prompts, frames, seed=seed, start=start, **options)
+            return functools.partial(maker.rollout, prompts, frames, seed=seed, start=start, **options)
 
-        return self._clips(prompt, make, options)
+        return self._clips(prompt, prepare, options)
 
     # --------------------------------------------------------------------------------------------- arrays in and out
 
@@ -248,10 +249,10 @@ class Pipeline:
             audio = media.read_audio(audio, data.sample_rate, frames / data.fps)
         return tasks.text(layout) if audio is None else tasks.audio(audio.astype(np.float32), layout)
 
-    def _clips(self, prompt, make, options):
+    def _clips(self, prompt, prepare, options):
         """A Clip of a prompt, or a list of them. Warns of words that no caption in training had.
 
-        make: (this Pipeline or its student, prompts) -> (video, audio).
+        prepare: (this Pipeline or its student, prompts) -> make, with make() -> (video, audio). It checks its inputs.
         options: of a call; `student` is taken out. Raises UserError where they are wrong.
         """
         maker = self.for_steps(options.get("steps"), options.pop("student", None))
@@ -259,6 +260,7 @@ class Pipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UserError("there is no prompt: give a text, or a list with at least one")
+        make = prepare(maker, prompts)
         data = maker.config.data
         if data.source == "world":
             unknown = captions.unknown_words(" ".join(prompts), data.world.get("wordings", 0.0))
@@ -266,7 +268,7 @@ class Pipeline:
                 words = [f"{word[:30]!r}" + (f" (nearest: {near!r})" if near else "") for word, near in unknown.items()]
                 words = ", ".join(words[:10]) + (f" and {len(words) - 10} more" if len(words) > 10 else "")
                 logger.warning("training had no caption with the words %s: the model may ignore them", words)
-        made = zip(*make(maker, prompts), prompts, strict=True)
+        made = zip(*make(), prompts, strict=True)
         clips = [Clip(video, audio, data.fps, data.sample_rate, text) for video, audio, text in made]
         return clips[0] if isinstance(prompt, str) else clips
 
