@@ -4,8 +4,8 @@
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
 run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step of
-a stage there is nothing to save. Until then, a signal immediately ends a run that has one process, and a run of several
-processes ends after that first step. A stage may have phases with settings of their own: see system/phases.py.
+a stage there is nothing to save. A signal that comes so early ends a run of one process at once, and a run of several
+processes after the first step. A stage may have phases with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -139,11 +139,13 @@ def take_steps(run, name, phase, checkpoints):
     else:
         state = checkpoint.restore(checkpoints, program.abstract)
     # 5. The step is compiled before the first batch is read, and by all processes before any of them runs it.
-    #    The log says how long this took last time. A file keeps these times, by number of parameters.
+    #    The log says how long this took last time. A file keeps the time of each program. Programs of one title differ
+    #    in the number of parameters.
     with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameter_count):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
-    # This first call starts the watchdog. It comes after compiling, which may take longer than the watchdog allows.
+    # Compiling is finished. This first report starts the watchdog. It comes only now, because compiling may take longer
+    # than the watchdog allows.
     run.report_progress(f"compiling the step of {phase.title}")
 
     # --------------------------------------------------------------------------------------------------------- loop
@@ -179,8 +181,8 @@ def take_steps(run, name, phase, checkpoints):
         stopped = run.stop.is_due(number)
         last = stopped or number == phase.last_step
         save_due = save_due or last or number % config.checkpoint_every == 0
-        # Log lines are written before a save. A run that resumes from the save does not repeat the steps before it, so
-        # that lines not yet written would be lost.
+        # Log lines are written before a save. A run that resumes from the save does not repeat the steps before it, and
+        # lines not yet written would be lost.
         if save_due or number % config.log_every == 0:
             log.write(number, flush=save_due)
         # The step function skips an update that is not finite or whose loss is far above the mean. A skip can

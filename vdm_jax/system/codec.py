@@ -37,7 +37,7 @@ def make_models(config, layout):
 
 
 def remat_modes(config, stage):
-    """(mode,), or one mode for each resolution: what the backward pass of a stage computes again. Raises UserError."""
+    """(mode,), or one mode for each resolution. It says what the backward pass computes again. Raises UserError."""
     modes = tuple(one_of(f"{stage}.remat", mode, REMAT) for mode in config[stage].remat.split(","))
     is_unet = "cross_modal" in config[stage].model
     resolutions = len(config[stage].model.channels) if is_unet else 1

@@ -60,8 +60,8 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     settings, diffusion_config = config.distillation, config.diffusion
     t_key, noise_key, guidance_key = jax.random.split(key, 3)
     batch = len(z["video"])
-    taught = round(batch * settings.teacher_share)  # as many rows, the first ones, have a target of the teacher
-    *fewer, most = settings.steps  # more steps in a clip are shorter steps
+    taught = round(batch * settings.teacher_share)  # number of rows with a target by the teacher: the first ones
+    *fewer, most = settings.steps  # numbers of sampling steps from t = 1 to 0; `most` are the shortest
     # The other rows have a target that the student itself makes.
     own_steps = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]
     steps = jnp.concatenate([jnp.full(taught, most), own_steps])[:, None]  # [B, 1]

@@ -9,7 +9,7 @@ from vdm_jax.errors import UserError
 # names, a clip is a video with its sound.
 STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 
-# Settings of a model that have one value for each resolution, and those that may be 0 or False.
+# Settings of a model: those with one value for each resolution, those that are True or False, those that may be 0.
 PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")
 SWITCHES = ("attention", "cross_modal", "factorized", "use_bias", "student")
 MAY_BE_ZERO = ("blocks", "middle_blocks", "layers", "text_layers", *SWITCHES)
@@ -111,7 +111,7 @@ def _check_model(name, model):
 def _check_halvings(denoiser, side, tokens):
     """Raises UserError unless the latents halve as often as the denoiser asks.
 
-    side: height and width of the video latents. tokens: K, sound tokens a latent frame.
+    side: height and width of the video latents. tokens: K, sound tokens per latent frame.
     """
     halvings = len(denoiser.channels) - 1
     multiple = denoiser.patch * 2**halvings

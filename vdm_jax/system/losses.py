@@ -27,9 +27,12 @@ class Stage(NamedTuple):
     encoder_params: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    activation: tuple  # shape of the largest activation, with 1 for batch and channels; `sequence` must divide it
+    # Shape of the largest activation, with 1 for batch and channels. The mesh axis `sequence` must divide its time or
+    # its height.
+    activation: tuple
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
-    clips_per_negative: int = 1  # the loss has a hard negative for one clip in this many; they must share a device
+    # Of this many consecutive clips, one has a hard negative in the loss. They must share a device.
+    clips_per_negative: int = 1
 
 
 def make_stages(codec):

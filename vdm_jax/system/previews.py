@@ -25,7 +25,7 @@ def reconstruction(codec, modality):
     def preview(params, encoder_params, clips, captions):
         truth = clips[modality]
         remade = np.asarray(reconstruct(params, truth))
-        rows = np.stack([truth, remade], 1).reshape(-1, *truth.shape[1:])  # [P, 2, ...] -> [2 P, ...]
+        rows = np.stack([truth, remade], 1).reshape(-1, *truth.shape[1:])  # [clips, 2, ...] -> [2 * clips, ...]
         labels = [label for caption in captions for label in (caption, "reconstruction")]
         return Preview(labels, **{modality: rows})
 

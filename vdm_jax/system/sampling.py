@@ -96,8 +96,8 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            # Given the first frames, the next ones are almost certain. So their first step may be long. These are the
-            # times where it ends, one for each frame.
+            # The frames after such a context are almost certain, so that their first step may be long. It ends at these
+            # times: one for the first generated frame, one for the second, and so on.
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
