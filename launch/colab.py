@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BADGE = re.compile(r"\[!\[Open \w+ in Colab\].*\n")
-MARK = "<!-- Colab -->\n"  # in the README; the badges follow it
+MARK = "<!-- launch/colab.py writes the badges of Colab below this line -->\n"  # in the README
 
 
 def main(address="", branch="main"):

@@ -34,7 +34,7 @@ class Past(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step of the loop, the same for all methods."""
+    """What every method is told about one step of the loop."""
 
     now: dict  # log_snr before the step
     after: dict  # log_snr after the step

@@ -4,8 +4,8 @@
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
 run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step of
-a stage there is nothing to save. A signal that comes so early ends a run of one process at once, and a run of several
-processes after the first step. A stage may have phases with settings of their own: see system/phases.py.
+a stage there is nothing to save. After such an early signal, a run with a single process ends immediately. A run with
+several processes ends after the first step. A stage may have phases with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -139,8 +139,8 @@ def take_steps(run, name, phase, checkpoints):
     else:
         state = checkpoint.restore(checkpoints, program.abstract)
     # 5. The step is compiled before the first batch is read, and by all processes before any of them runs it.
-    #    The log says how long this took last time. A file keeps the time of each program. Programs of one title differ
-    #    in the number of parameters.
+    #    The log says how long this took last time. A file keeps the time of each program, by its title and its number
+    #    of parameters.
     with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameter_count):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)

@@ -20,7 +20,7 @@ import numpy as np
 from vdm_jax import diffusion
 from vdm_jax.errors import UserError
 
-BATCH_KEY = "hard_negative"  # of a batch: the tokens, or the encoded text, of one hard negative per clip
+BATCH_KEY = "hard_negative"  # key of a batch; its value: tokens, or encoded text, of one hard negative per clip
 
 
 def swap_words(caption, groups):

@@ -27,8 +27,8 @@ class Stage(NamedTuple):
     encoder_params: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    # Shape of the largest activation, with 1 for batch and channels. The mesh axis `sequence` must divide its time or
-    # its height.
+    # Shape of a video or a sound inside the model: batch and channels are 1, height and width those of the latents. The
+    # mesh axis `sequence` must divide its time or its height.
     activation: tuple
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
     # Of this many consecutive clips, one has a hard negative in the loss. They must share a device.

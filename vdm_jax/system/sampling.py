@@ -96,8 +96,8 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            # The frames after such a context are almost certain, so that their first step may be long. It ends at these
-            # times: one for the first generated frame, one for the second, and so on.
+            # Such a context leaves little open in the frames after it, so their first step may be long. These are the
+            # times at which it ends: of the first generated frame, of the second, and so on.
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
