@@ -3,8 +3,8 @@
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
-run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step of
-a stage there is nothing to save. After such an early signal, a run with a single process ends immediately. A run with
+run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. If a signal comes before
+the first step of a stage, there is nothing to save: a run with a single process ends immediately, and a run with
 several processes ends after the first step. A stage may have phases with settings of their own: see system/phases.py.
 """
 
@@ -161,7 +161,7 @@ def take_steps(run, name, phase, checkpoints):
         saved=newest,
         stopwatch=stopwatch,
         sample_ids=lambda number: batches.sample_ids(examples, **order, step=number - 1),
-        stop_after=config.skip.stop_after,  # skipped steps in a row that end the run
+        stop_after=config.skip.stop_after,  # the run ends after this number of skipped steps in a row
         heartbeat_every=config.heartbeat_every,
         wait_for_save=lambda: checkpoint.finish(checkpoints),  # RunLog calls it before it raises an error
     )

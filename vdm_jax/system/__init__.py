@@ -10,7 +10,7 @@ from vdm_jax.system.losses import make_stages
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class System(Codec):
-    """A Codec, which has all models of a config, and in addition the stages that train these models."""
+    """A Codec (all models of a config), extended by the stages that train these models."""
 
     stages: dict  # {name: losses.Stage}
 

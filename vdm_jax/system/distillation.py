@@ -61,7 +61,7 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     t_key, noise_key, guidance_key = jax.random.split(key, 3)
     batch = len(z["video"])
     taught = round(batch * settings.teacher_share)  # number of rows with a target by the teacher: the first ones
-    *fewer, most = settings.steps  # steps from t = 1 to 0; with `most` steps, each is the shortest
+    *fewer, most = settings.steps  # numbers of steps from t = 1 to 0; `most` gives the shortest step
     # The other rows have a target that the student itself makes.
     own_steps = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]
     steps = jnp.concatenate([jnp.full(taught, most), own_steps])[:, None]  # [B, 1]

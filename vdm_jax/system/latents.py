@@ -71,8 +71,8 @@ def measure(system, params, examples):
 def _encoder(system, params, examples):
     """Returns encoded_batches(first, count): the batches with clips `first` to `first + count - 1`.
 
-    The clips are numbered as the training shuffles them. The devices of this process encode together if their number
-    divides ENCODE_BATCH, else one device does.
+    Clip n is the n-th clip in the shuffled order of training. The devices of this process encode together if their
+    number divides ENCODE_BATCH, else one device does.
     """
     devices = jax.local_devices()
     devices = devices if ENCODE_BATCH % len(devices) == 0 else devices[:1]

@@ -27,11 +27,11 @@ class Stage(NamedTuple):
     encoder_params: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    # Shape of a video or a sound inside the model: batch and channels are 1, height and width those of the latents. The
-    # mesh axis `sequence` must divide its time or its height.
+    # The sizes of which the mesh axis `sequence` must divide one, time or height. They are written as the shape of a
+    # video or a sound: height and width are those of the latents, batch and channels are 1.
     activation: tuple
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
-    # Of this many consecutive clips, one has a hard negative in the loss. They must share a device.
+    # The loss uses one hard negative per group of this many consecutive clips. A group must share a device.
     clips_per_negative: int = 1
 
 

@@ -96,8 +96,8 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            # Such a context leaves little open in the frames after it, so their first step may be long. These are the
-            # times at which it ends: of the first generated frame, of the second, and so on.
+            # If the clip is continued, its context leaves little open in the next frames, so their first step may be
+            # long. The settings are the times that this step reaches, for the first generated frame, the second, ...
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
