@@ -115,7 +115,7 @@ def test_pairs_share_no_key_with_the_noise_of_the_batch(monkeypatch):
     spy(hard_negatives, "make_pairs")
     spy(diffusion, "corrupt")
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), stage.batch)
-    encoder_params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), stage.encoder_params)
+    encoder_params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), stage.encoder_shapes)
     stage.loss({}, jax.random.key(0), batch, encoder_params)
     halves = jax.random.key_data(jax.random.split(jax.random.wrap_key_data(jnp.array(keys["corrupt"], jnp.uint32))))
     assert keys["make_pairs"] not in [keys["corrupt"], *halves.tolist()]

@@ -56,7 +56,7 @@ def test_which_parameters_are_counted():
     system, mesh, count = system_of_eight_clips(), sharding.make_mesh(FSDP), programs.count_parameters
     assert make(system, "clip", mesh).params == count(system.param_shapes["clip"])
     assert make(system, "sample", mesh).params == count(system.param_shapes["denoiser"])
-    assert make(system, "encode", mesh).params == count(system.stages["denoiser"].encoder_params)
+    assert make(system, "encode", mesh).params == count(system.stages["denoiser"].encoder_shapes)
 
 
 def test_the_train_step_skips_as_training_does():

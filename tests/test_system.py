@@ -230,7 +230,7 @@ def test_decoding_undoes_the_scaling(system, params):
 def test_gradients_reach_every_parameter(config, params, name):
     config.denoiser.text_dropout = 0.25
     stage = build(config).stages[name]
-    encoder_params = {part: params[part] for part in stage.encoder_params}
+    encoder_params = {part: params[part] for part in stage.encoder_shapes}
 
     @jax.jit
     def run(trained, key, batch):
@@ -262,11 +262,11 @@ def test_the_denoiser_takes_clips_or_what_they_encode_to(system, params):
 def test_a_stage_is_one_record(config):
     system = build(config)
     for name, stage in system.stages.items():
-        encoder_params = stage.encoder_params
+        encoder_params = stage.encoder_shapes
         scalar, metrics = jax.eval_shape(stage.loss, stage.param_shapes, jax.random.key(0), stage.batch, encoder_params)
         assert scalar.shape == () and "loss" in metrics, name
-    assert not any(system.stages[name].encoder_params for name in STAGES[:3])
-    assert set(system.stages["denoiser"].encoder_params) == {*STAGES[:3], "statistics"}
+    assert not any(system.stages[name].encoder_shapes for name in STAGES[:3])
+    assert set(system.stages["denoiser"].encoder_shapes) == {*STAGES[:3], "statistics"}
     assert (
         system.stages["clip"].make_hard_negative("a red circle and a blue circle") == "a blue circle and a red circle"
     )
@@ -309,7 +309,7 @@ def test_rematerialization_keeps_less_and_changes_nothing(config, name, modes, s
         for mode in modes:
             config[name].remat = mode
             stage = build(config).stages[name]
-            encoder_params = {part: params[part] for part in stage.encoder_params}
+            encoder_params = {part: params[part] for part in stage.encoder_shapes}
 
             def value(p, loss=stage.loss, encoder_params=encoder_params):
                 return loss(p, key, batch, encoder_params)[0]

@@ -108,6 +108,7 @@ def take_steps(run, name, phase, checkpoints):
     #    leaves no room for an initialized state beside a restored one.
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     step_key = jax.device_put(step_key, sharding.replicated(run.mesh))
+    #    It skips updates whose loss is more than `loss_over_mean` times the mean.
     program = train_state.program(stage, settings, init_key, run.mesh, config.skip.loss_over_mean, phase.start)
     # 2. What an earlier start has done.
     newest = checkpoints.latest_step()  # None: no checkpoint; 0: weights that were imported at step 0
@@ -121,7 +122,7 @@ def take_steps(run, name, phase, checkpoints):
     # 3. Data: clips, or clips that the earlier stages have encoded.
     examples = batches.Examples(run.sources[system], config.data.text_length, stage.make_hard_negative)
     encoder_params = {}
-    if stage.encoder_params:
+    if stage.encoder_shapes:
         encoder_params, examples = latents.prepare(system, run.workdir, examples, run.mesh)
     batch_sharding = sharding.batch_sharding(run.mesh)
     order = dict(batch_size=settings.batch_size, seed=config.seed)  # decides which clip is in which batch
@@ -139,8 +140,7 @@ def take_steps(run, name, phase, checkpoints):
     else:
         state = checkpoint.restore(checkpoints, program.abstract)
     # 5. The step is compiled before the first batch is read, and by all processes before any of them runs it.
-    #    The log says how long this took last time. A file keeps the time of each program, by its title and its number
-    #    of parameters.
+    #    The log says how long compiling took last time. A file keeps this time, by title and number of parameters.
     with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameter_count):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)

@@ -34,11 +34,11 @@ def train_step(system, name, mesh):
     """
     stage, config = system.stages[name], system.config
     program = train_state.program(stage, config[name], jax.random.key(0), mesh, config.skip.loss_over_mean)
-    others = (jax.random.key(1), stage.batch, stage.encoder_params)
+    others = (jax.random.key(1), stage.batch, stage.encoder_shapes)
     shardings = (
         sharding.replicated(mesh),
         sharding.batch_sharding(mesh),
-        sharding.state_shardings(stage.encoder_params, mesh),
+        sharding.state_shardings(stage.encoder_shapes, mesh),
     )
     return Program(
         lower=program.step.lower,
@@ -58,7 +58,7 @@ def sampling(system, sampler, mesh, rows):
     mesh: splits the parameters; all other arguments are whole on each device.
     rows: number of prompts.
     """
-    params = system.param_shapes | system.stages["denoiser"].encoder_params
+    params = system.param_shapes | system.stages["denoiser"].encoder_shapes
     arrays, static = sampler.arguments(params)
     tokens = np.zeros((rows, system.config.data.text_length), np.int32)
     arrays = [arrays[name] for name in ("clean", "masks", "levels", "weights")]
@@ -74,7 +74,7 @@ def encoding(system, mesh, rows):
     mesh: splits parameters and clips.
     rows: number of clips, which must divide over the mesh.
     """
-    params = system.stages["denoiser"].encoder_params
+    params = system.stages["denoiser"].encoder_shapes
     clips = system.stages["video_autoencoder"].batch
     clips = {name: x.update(shape=(rows, *x.shape[1:])) for name, x in clips.items()}
 

@@ -86,7 +86,7 @@ class Codec:
             return self.models[stage].apply({"params": gathered}, *arguments, method=method)
 
     def apply_fn(self, stage, method=None):
-        """call(params of the stage, *arguments), like `apply`; its backward pass follows config.<stage>.remat."""
+        """Returns call(params of the stage, *arguments), which does what `apply` does, with config.<stage>.remat."""
 
         def call(params, *arguments):
             return self.apply(stage, {stage: params}, *arguments, method=method)

@@ -60,8 +60,8 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     settings, diffusion_config = config.distillation, config.diffusion
     t_key, noise_key, guidance_key = jax.random.split(key, 3)
     batch = len(z["video"])
-    taught = round(batch * settings.teacher_share)  # number of rows with a target by the teacher: the first ones
-    *fewer, most = settings.steps  # numbers of steps from t = 1 to 0; `most` gives the shortest step
+    taught = round(batch * settings.teacher_share)  # the teacher makes the targets of this number of rows, the first
+    *fewer, most = settings.steps  # how many steps a whole clip takes; with `most`, a step is shortest
     # The other rows have a target that the student itself makes.
     own_steps = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]
     steps = jnp.concatenate([jnp.full(taught, most), own_steps])[:, None]  # [B, 1]
@@ -138,7 +138,7 @@ def x0_of_step(z, z_next, now, after):
     def leaf(z, z_next, now, after):
         now, after = broadcast_to_latent(now, z), broadcast_to_latent(after, z)
         alpha_next, sigma_next = alpha_sigma(after)
-        share = jnp.where(now == after, 1, -alpha_next * jnp.expm1((now - after) / 2))
-        return jnp.where(now == after, z_next, (z_next - sigma_next / alpha_sigma(now)[1] * z) / share)
+        x0_weight = jnp.where(now == after, 1, -alpha_next * jnp.expm1((now - after) / 2))
+        return jnp.where(now == after, z_next, (z_next - sigma_next / alpha_sigma(now)[1] * z) / x0_weight)
 
     return jax.tree.map(leaf, z, z_next, now, after)

@@ -48,7 +48,7 @@ def prepare(system, workdir, examples, mesh):
         teacher = system.config.denoiser.distillation.teacher
         if not teacher:
             raise UserError("a student needs a teacher: name exported weights in denoiser.distillation.teacher")
-        expected = system.stages["denoiser"].encoder_params["teacher"]
+        expected = system.stages["denoiser"].encoder_shapes["teacher"]
         params["teacher"] = folder.read_exported(teacher, "denoiser", expected)
     return jax.device_put(params, sharding.state_shardings(params, mesh)), examples
 

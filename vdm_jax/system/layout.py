@@ -109,7 +109,7 @@ def _check_model(name, model):
 
 
 def _check_halvings(denoiser, side, tokens):
-    """Raises UserError unless the latents halve as often as the denoiser asks.
+    """Raises UserError unless the latents can be halved from each resolution of the denoiser to the next.
 
     side: height and width of the video latents. tokens: K, sound tokens per latent frame.
     """

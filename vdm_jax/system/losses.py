@@ -22,13 +22,12 @@ class Stage(NamedTuple):
     loss: Callable  # loss(params, key, batch, encoder_params) -> (scalar, metrics)
     param_shapes: Any  # what init gives, as ShapeDtypeStructs
     batch: dict  # a training batch, as ShapeDtypeStructs
-    # ShapeDtypeStructs of what `loss` reads: the parameters of earlier stages, 'statistics', and the 'teacher' of a
-    # student. {} if it reads none.
-    encoder_params: dict
+    # The shapes of `encoder_params`: parameters of earlier stages, 'statistics', and the 'teacher' of a student; or {}.
+    encoder_shapes: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    # The sizes of which the mesh axis `sequence` must divide one, time or height. They are written as the shape of a
-    # video or a sound: height and width are those of the latents, batch and channels are 1.
+    # The mesh axis `sequence` must divide the time or the height of this shape. It is the shape of a video or a sound,
+    # with the height and width of the latents, and 1 for batch and channels.
     activation: tuple
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
     # The loss uses one hard negative per group of this many consecutive clips. A group must share a device.
@@ -47,7 +46,7 @@ def make_stages(codec):
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
     encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
 
-    def stage(name, loss, activation, preview=None, encoder_params=None):
+    def stage(name, loss, activation, preview=None, encoder_shapes=None):
         settings = config[name]
         remat_modes(config, name)  # raises for a wrong setting
         rows, side = settings.batch_size, config.data.size
@@ -62,8 +61,8 @@ def make_stages(codec):
         hard_negatives.check_groups(f"{name}.hard_negatives.words", word_groups)
         if word_groups:
             batch[hard_negatives.BATCH_KEY] = batch["tokens"]
-        if encoder_params and settings.cached_clips:
-            batch = jax.eval_shape(functools.partial(encode_batch, codec), encoder_params, batch)
+        if encoder_shapes and settings.cached_clips:
+            batch = jax.eval_shape(functools.partial(encode_batch, codec), encoder_shapes, batch)
             # Encoded clips are stored in half precision.
             batch = jax.tree.map(lambda x: x if x.dtype == bool else x.update(dtype=jnp.float16), batch)
         return Stage(
@@ -71,7 +70,7 @@ def make_stages(codec):
             loss=functools.partial(loss, codec),
             param_shapes=params[name],
             batch=batch,
-            encoder_params=encoder_params or {},
+            encoder_shapes=encoder_shapes or {},
             preview=preview,
             activation=activation,
             make_hard_negative=swap_words if word_groups else None,

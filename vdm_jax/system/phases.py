@@ -25,7 +25,7 @@ from vdm_jax.run import folder
 from vdm_jax.sharding import named_leaves
 from vdm_jax.system import System, build
 
-RESIZED = "pos_embed"  # a parameter of unet.SpaceTimeAttention, of the size of a frame
+RESIZED = "pos_embed"  # the parameter of unet.SpaceTimeAttention, of the size of a frame; not the layer of this name
 PATTERNS = ".diffusion.patterns"
 FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases")  # settings that no phase changes; {} is the stage
 
@@ -34,7 +34,7 @@ class Phase(NamedTuple):
     number: int  # from 1
     title: str  # for the user
     start: int  # number of steps in the phases before
-    last_step: int  # of this phase, counted over all phases
+    last_step: int  # of this phase, counted from the start of the stage
     system: System  # with the settings of this phase; <stage>.steps in its config are the steps of this phase
 
 
@@ -67,7 +67,7 @@ def phases(system, name):
         except UserError as error:
             raise UserError(f"{title}: {error}") from None
         # The other stages, and so the encoders that this stage reads, keep the settings of `system`.
-        stage = phase_system.stages[name]._replace(encoder_params=system.stages[name].encoder_params)
+        stage = phase_system.stages[name]._replace(encoder_shapes=system.stages[name].encoder_shapes)
         phase_system = dataclasses.replace(phase_system, stages=system.stages | {name: stage})
         made.append(Phase(number, title, start, stop, phase_system))
     return made

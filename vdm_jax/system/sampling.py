@@ -96,8 +96,8 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            # If the clip is continued, its context leaves little open in the next frames, so their first step may be
-            # long. The settings are the times that this step reaches, for the first generated frame, the second, ...
+            # The context of a continued clip almost determines the next frames, so their first step may be long. Here
+            # are the times t after that step: for the first of these frames, for the second, and so on.
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
