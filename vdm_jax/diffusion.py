@@ -57,8 +57,8 @@ def log_snr_at(t, config):
 # The cosine curve is a function of an angle from 0 to pi / 2, the sigmoid curve of a number from 0 to 1. At both ends
 # of this range log_snr is infinite. The bounds cut `cut_clean` off the clean end of this range and `cut_noisy` off the
 # noisy end. What is left is `width` long, and t goes through it. alpha needs the distance to the noisy end, which is
-# cut_noisy + (1 - t) * width. With the length R of the range, pi / 2 or 1, the distance is R - cut_clean - t * width,
-# too, but this form loses digits near t = 1.
+# cut_noisy + (1 - t) * width. The same distance is R - cut_clean - t * width, where R is the length of the range, but
+# this form loses digits near t = 1.
 
 
 def _cosine(t, low, high, offset):
@@ -252,7 +252,7 @@ def sample_times(key, shape, patterns):
     chosen = jnp.searchsorted(edges, u["pattern"][:, 0], side="right")  # [B]
     drawn = _patterns(u, T)
 
-    def of_chosen(i):  # entry i of the tuples of `_patterns`, for each example that of its pattern
+    def of_chosen(i):  # for each example, entry i of the tuple that `_patterns` gives for its pattern
         stack = jnp.stack([jnp.broadcast_to(drawn[name][i], shape) for name in names])  # [patterns, B, T]
         return stack[chosen, jnp.arange(batch)]  # [B, T]
 

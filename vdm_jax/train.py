@@ -108,7 +108,7 @@ def take_steps(run, name, phase, checkpoints):
     #    leaves no room for an initialized state beside a restored one.
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     step_key = jax.device_put(step_key, sharding.replicated(run.mesh))
-    #    It skips updates whose loss is more than `loss_over_mean` times the mean.
+    #    The step skips updates whose loss is more than `loss_over_mean` times the mean of earlier losses.
     program = train_state.program(stage, settings, init_key, run.mesh, config.skip.loss_over_mean, phase.start)
     # 2. What an earlier start has done.
     newest = checkpoints.latest_step()  # None: no checkpoint; 0: weights that were imported at step 0

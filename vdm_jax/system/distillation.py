@@ -60,7 +60,7 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     settings, diffusion_config = config.distillation, config.diffusion
     t_key, noise_key, guidance_key = jax.random.split(key, 3)
     batch = len(z["video"])
-    taught = round(batch * settings.teacher_share)  # the teacher makes the targets of this number of rows, the first
+    taught = round(batch * settings.teacher_share)  # the teacher makes the targets of the first `taught` rows
     *fewer, most = settings.steps  # how many steps a whole clip takes; with `most`, a step is shortest
     # The other rows have a target that the student itself makes.
     own_steps = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]

@@ -26,8 +26,8 @@ BATCH_KEY = "hard_negative"  # key of a batch; its value: tokens, or encoded tex
 def swap_words(caption, groups):
     """Returns the hard negative of a caption: two words of one group, such as ("left", "right"), swap places.
 
-    In a caption without two different words of one group, one word of a group is replaced by another of that group. A
-    caption without any word of a group is returned as it is. The draw depends only on the caption and the groups.
+    If no group has two different words in the caption, one word is replaced by another of its group. A caption without
+    any word of a group is returned as it is. The draw depends only on the caption and the groups.
 
     groups: tuples of words. An entry may be several words, such as "to the left", or synonyms, such as "red|scarlet".
         Synonyms never replace each other.

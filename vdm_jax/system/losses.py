@@ -26,9 +26,9 @@ class Stage(NamedTuple):
     encoder_shapes: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    # The mesh axis `sequence` must divide the time or the height of this shape. It is the shape of a video or a sound,
-    # with the height and width of the latents, and 1 for batch and channels.
-    activation: tuple
+    # Shape of a video or a sound, with the height and width of the latents, and 1 for batch and channels. The mesh axis
+    # `sequence` must divide its time or its height.
+    activation_shape: tuple
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
     # The loss uses one hard negative per group of this many consecutive clips. A group must share a device.
     clips_per_negative: int = 1
@@ -46,7 +46,7 @@ def make_stages(codec):
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
     encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
 
-    def stage(name, loss, activation, preview=None, encoder_shapes=None):
+    def stage(name, loss, activation_shape, preview=None, encoder_shapes=None):
         settings = config[name]
         remat_modes(config, name)  # raises for a wrong setting
         rows, side = settings.batch_size, config.data.size
@@ -72,7 +72,7 @@ def make_stages(codec):
             batch=batch,
             encoder_shapes=encoder_shapes or {},
             preview=preview,
-            activation=activation,
+            activation_shape=activation_shape,
             make_hard_negative=swap_words if word_groups else None,
             clips_per_negative=negatives.get("every", 1) if word_groups else 1,
         )

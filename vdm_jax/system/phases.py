@@ -25,7 +25,9 @@ from vdm_jax.run import folder
 from vdm_jax.sharding import named_leaves
 from vdm_jax.system import System, build
 
-RESIZED = "pos_embed"  # the parameter of unet.SpaceTimeAttention, of the size of a frame; not the layer of this name
+# The parameter of unet.SpaceTimeAttention, whose shape follows the size of a frame. The Dense layer pos_embed of
+# unet.NoiseEmbedding is another one.
+RESIZED = "pos_embed"
 PATTERNS = ".diffusion.patterns"
 FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases")  # settings that no phase changes; {} is the stage
 
