@@ -56,9 +56,9 @@ def log_snr_at(t, config):
 
 # The cosine curve is a function of an angle from 0 to pi / 2, the sigmoid curve of a number from 0 to 1. At both ends
 # of this range log_snr is infinite. The bounds cut `cut_clean` off the clean end of this range and `cut_noisy` off the
-# noisy end. What is left is `width` long, and t goes through it. alpha needs the distance to the noisy end, which is
-# cut_noisy + (1 - t) * width. The same distance is R - cut_clean - t * width, where R is the length of the range, but
-# this form loses digits near t = 1.
+# noisy end. What is left is `width` long; t crosses it from the clean end to the noisy end. alpha is computed from the
+# distance to the noisy end of the range, cut_noisy + (1 - t) * width. The form R - cut_clean - t * width, with R for
+# the length of the range, is equal, but loses digits near t = 1.
 
 
 def _cosine(t, low, high, offset):

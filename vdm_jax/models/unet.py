@@ -36,7 +36,7 @@ class NoiseEmbedding(layers.Layer):
         features = functools.partial(layers.fourier_features, features=self.features, max_period=1000.0)
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
         x = nn.silu(dense(name="noise_in")(features(log_snr * 10.0)))
-        # This embeds the time of a frame, [T, E]. Another pos_embed, in SpaceTimeAttention, embeds places in a frame.
+        # This pos_embed embeds the time of a frame, [T, E]. The one in SpaceTimeAttention embeds places in a frame.
         time = dense(name="pos_embed")(features(seconds * 10.0))
         x = dense(name="noise_out")(x) + time[None]
         if next_log_snr is not None:
@@ -131,7 +131,7 @@ class UNet(layers.Layer):
     with both kinds of attention.
     """
 
-    patch: int  # patch x patch latents become the channels of one place
+    patch: int  # patch x patch places of a latent frame become one place, with their channels stacked
     channels: tuple[int, ...]  # of the video stream
     audio_channels: tuple[int, ...]  # of the sound stream; () is `channels`
     blocks: tuple[int, ...]  # residual blocks on the way down, and as many on the way up

@@ -138,7 +138,8 @@ def _record(abstract_batch):
 def _cached(system, params, examples, directory):
     """Returns the Encoded clips in `directory`. If anything in the fingerprint has changed, they are made again.
 
-    Each process makes some of the files. A file gets its name when it is complete, so the next run makes only the rest.
+    Each process makes some of the files. A file gets its final name only when it is complete. After an
+    interruption, the next run makes the missing files.
     """
     mark, mark_path = _fingerprint(system.config, params), directory / "fingerprint"
     count, abstract_batch = system.config.denoiser.cached_clips, system.stages["denoiser"].batch

@@ -9,7 +9,8 @@ from vdm_jax.errors import UserError
 # names, a clip is a video with its sound.
 STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 
-# Settings of a model: those with one value for each resolution, those that are True or False, those that may be 0.
+# Settings of a model: those with one value for each resolution, those that are True or False (checked as 1 or 0), and
+# those that may be 0.
 PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")
 SWITCHES = ("attention", "cross_modal", "factorized", "use_bias", "student")
 MAY_BE_ZERO = ("blocks", "middle_blocks", "layers", "text_layers", *SWITCHES)
@@ -88,7 +89,7 @@ def layout(config):
 
 
 def _check_model(name, model):
-    """Raises UserError unless each setting of a model has whole numbers with which the model can be built.
+    """Raises UserError unless every setting of a model is one or more whole numbers in the allowed range.
 
     PER_RESOLUTION have one value for each resolution, and the strides one for each pair of neighboring resolutions.
     """

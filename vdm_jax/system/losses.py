@@ -26,8 +26,8 @@ class Stage(NamedTuple):
     encoder_shapes: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    # Shape of a video or a sound, with the height and width of the latents, and 1 for batch and channels. The mesh axis
-    # `sequence` must divide its time or its height.
+    # For the check of the mesh, whose axis `sequence` must divide time or height: the shape of a video or a sound in
+    # the model, with the height and width of the latents, and 1 for batch and channels.
     activation_shape: tuple
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
     # The loss uses one hard negative per group of this many consecutive clips. A group must share a device.

@@ -25,8 +25,8 @@ from vdm_jax.run import folder
 from vdm_jax.sharding import named_leaves
 from vdm_jax.system import System, build
 
-# The parameter of unet.SpaceTimeAttention, whose shape follows the size of a frame. The Dense layer pos_embed of
-# unet.NoiseEmbedding is another one.
+# The parameter of unet.SpaceTimeAttention, whose shape follows the size of a frame. The Dense layer of the same name in
+# unet.NoiseEmbedding is not meant: its shape is fixed.
 RESIZED = "pos_embed"
 PATTERNS = ".diffusion.patterns"
 FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases")  # settings that no phase changes; {} is the stage

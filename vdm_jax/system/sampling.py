@@ -96,8 +96,8 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            # The context of a continued clip almost determines the next frames, so their first step may be long. Here
-            # are the times t after that step: for the first of these frames, for the second, and so on.
+            # The context of a continued clip almost determines the next frames, so their first step may be long.
+            # first_step_times are the times t of these frames after that step, in their order.
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
