@@ -57,8 +57,8 @@ def log_snr_at(t, config):
 # The cosine curve is a function of an angle from 0 to pi / 2, the sigmoid curve of a number from 0 to 1. At both ends
 # of this range log_snr is infinite. The bounds cut `cut_clean` off the clean end of this range and `cut_noisy` off the
 # noisy end. What is left is `width` long; t crosses it from the clean end to the noisy end. alpha is computed from the
-# distance to the noisy end of the range, cut_noisy + (1 - t) * width. The form R - cut_clean - t * width, with R for
-# the length of the range, is equal, but loses digits near t = 1.
+# distance to the noisy end of the range, cut_noisy + (1 - t) * width. This distance also equals
+# R - cut_clean - t * width (R: length of the range), but that form loses digits near t = 1.
 
 
 def _cosine(t, low, high, offset):
@@ -199,7 +199,7 @@ def stratified_uniform(key, batch, columns):
 
 
 def _patterns(u, T):
-    """{pattern: (t of video, t of audio, context of video, context of audio)}; all broadcast to [B, T].
+    """{pattern: (t of video, t of audio, context of video, context of audio)}; all can be broadcast to [B, T].
 
     u: {name: uniform random numbers in [0, 1), [B, 1] or [B, T]}; 'other' is a second draw, independent of 't'.
     """

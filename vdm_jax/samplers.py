@@ -147,7 +147,9 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config):
         x0 = predict_x0(now, z)
         now_of_z, after_of_z = to_latent(now, z), to_latent(after, z)  # log_snr with the axes of z
 
-        def settle(z_next):  # x0 in frames that are clean after the step, z in frames that do not change
+        def settle(
+            z_next,
+        ):  # -> z_next, but x0 in frames that are clean after the step, and z in frames that do not change
             def leaf(z_next, z, x0, now, after):
                 return jnp.where(now != after, jnp.where(after >= config["log_snr_max"], x0, z_next), z)
 

@@ -128,7 +128,7 @@ class UNet(layers.Layer):
 
     Tuples have one value for each resolution i, the highest first; time_strides has one value fewer. From one
     resolution to the next, height, width and the number of sound tokens halve. The lowest resolution has a bottleneck,
-    with both kinds of attention.
+    with SpaceTimeAttention and CrossModalAttention.
     """
 
     patch: int  # patch x patch places of a latent frame become one place, with their channels stacked
@@ -171,8 +171,8 @@ class UNet(layers.Layer):
             return layers.apply_remat(module, self.remat[resolution]) if self.remat else module
 
         def residual(x, resolution, name):
-            t = x["video"].shape[1]  # frames at this resolution; each has the mean embedding of those it merges
-            merged = {m: e.reshape(e.shape[0], t, -1, e.shape[-1]).mean(2) for m, e in embedding.items()}  # [B, t, E]
+            frames = x["video"].shape[1]  # at this resolution; each has the mean embedding of the frames it merges
+            merged = {m: e.reshape(e.shape[0], frames, -1, e.shape[-1]).mean(2) for m, e in embedding.items()}
             module = with_remat(layers.ResidualBlock, resolution)
             return {m: module(channels[m][resolution], **block, name=f"{name}_{m}")(x[m], merged[m]) for m in x}
 

@@ -10,7 +10,7 @@ from vdm_jax.system.losses import make_stages
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class System(Codec):
-    """A Codec (all models of a config), extended by the stages that train these models."""
+    """All models of a config with their conversions (a Codec), and the stages that train the models."""
 
     stages: dict  # {name: losses.Stage}
 

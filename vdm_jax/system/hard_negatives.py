@@ -65,7 +65,7 @@ def check_groups(where, groups):
 
 @functools.lru_cache
 def _search(groups):
-    """(a pattern that finds the longest words first, and for each group {word: number of its entry})."""
+    """(a pattern that finds the longest words first, and for each group {word: index of its entry in the group})."""
     tables = [{word: n for n, entry in enumerate(group) for word in entry.split("|")} for group in groups]
     words = sorted({word for table in tables for word in table}, key=len, reverse=True)
     return re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE), tables

@@ -9,8 +9,8 @@ from vdm_jax.errors import UserError
 # names, a clip is a video with its sound.
 STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 
-# Settings of a model: those with one value for each resolution, those that are True or False (checked as 1 or 0), and
-# those that may be 0.
+# Settings of a model: those with one value for each resolution, those that are True or False (they count as 1 or
+# 0), and those that may be 0.
 PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")
 SWITCHES = ("attention", "cross_modal", "factorized", "use_bias", "student")
 MAY_BE_ZERO = ("blocks", "middle_blocks", "layers", "text_layers", *SWITCHES)

@@ -68,7 +68,7 @@ def phases(system, name):
             _check_shapes({name: phase_system.param_shapes[name]}, system.param_shapes, last=number == len(parts))
         except UserError as error:
             raise UserError(f"{title}: {error}") from None
-        # The other stages, and so the encoders that this stage reads, keep the settings of `system`.
+        # The other stages keep the settings of `system`. The encoders that this stage reads are among them.
         stage = phase_system.stages[name]._replace(encoder_shapes=system.stages[name].encoder_shapes)
         phase_system = dataclasses.replace(phase_system, stages=system.stages | {name: stage})
         made.append(Phase(number, title, start, stop, phase_system))

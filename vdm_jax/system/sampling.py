@@ -97,7 +97,7 @@ class Sampler:
             codec.config.denoiser.diffusion,
             masks,
             # The context of a continued clip almost determines the next frames, so their first step may be long.
-            # first_step_times are the times t of these frames after that step, in their order.
+            # It takes the first of these frames to first_step_times[0], the second to first_step_times[1], and so on.
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
@@ -206,11 +206,11 @@ def sample(
 
 
 def draw_noise(key, numbers, shapes, which):
-    """Standard normal noise {name: [B, *shapes[name]]} for clips `numbers` [B]; `which` tells draws apart: 0 to 2."""
+    """Standard normal noise {name: [B, *shapes[name]]} for clips `numbers` [B]; `which`: index of the draw, 0 to 2."""
 
     def draw(number, name):
-        place = 2 * which + sorted(shapes).index(name)
-        clip_key = jax.random.fold_in(jax.random.fold_in(key, number), place)
+        stream = 2 * which + sorted(shapes).index(name)
+        clip_key = jax.random.fold_in(jax.random.fold_in(key, number), stream)
         # One axis, reshaped, gives the same numbers and compiles faster; see diffusion.noise_like.
         return jax.random.normal(clip_key, (math.prod(shapes[name]),)).reshape(shapes[name])
 
