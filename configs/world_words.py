@@ -2,7 +2,8 @@
 
     python -m vdm_jax.train --config=configs/world_words.py --workdir=runs/world_words
 
-The denoiser learns from single frames first, then from short clips, then from whole ones. Not yet run to its end.
+The denoiser learns from single frames first, then from short clips, then from whole ones. Not yet run to its end:
+configs/world_words_phase_1 holds the weights at the end of the first phase. docs/reference_run.md tells the run.
 """
 
 from configs import world_tiny
