@@ -16,8 +16,7 @@ over steps 151 to 200 of the denoiser, one seed, 0.8 to 1.1 s a step on two CPU 
 0.30. It needs 500 steps for the loss that `base` has after 200.
 """
 
-from configs import world_tiny
-from vdm_jax.data import captions
+from configs import world_words
 from vdm_jax.errors import UserError
 
 CHANGES = {
@@ -33,21 +32,15 @@ def get_config(name="base"):
     if name not in CHANGES:
         raise UserError(f"no speed run {name!r}: use one of {', '.join(CHANGES)}")
     changes = {"learning_rate": 3e-3, "weight": 0.01, "anchor": 0.0, **CHANGES[name]}
-    config = world_tiny.get_config()
+    config = world_words.get_config()
     config.unlock()
-
-    config.data.world.update(wordings=0.7, undirected=0.3)
-    looks = (captions.COLOR_WORDS, captions.SHAPE_WORDS)
-    config.clip.steps = 3000
-    config.clip.hard_negatives.words = (*looks, *captions.DIRECTION_WORDS)
 
     denoiser = config.denoiser
     denoiser.update(steps=2000, ema=0.998, learning_rate=changes["learning_rate"])
-    denoiser.model.use_bias = False
     denoiser.diffusion.update(shift=0.4, sigmoid_bias=-2.0)
     denoiser.diffusion.patterns = {"text": 0.9, "per_modality": 0.1}
     denoiser.hard_negatives.update(
-        words=looks, log_snr=(-7.0, -2.0), weight=changes["weight"], anchor=changes["anchor"]
+        words=world_words.LOOKS, log_snr=(-7.0, -2.0), weight=changes["weight"], anchor=changes["anchor"]
     )
     # Only the denoiser sees single frames.
     frames = {"data.frames": 1, "denoiser.batch_size": 96, "denoiser.cached_clips": 32768}

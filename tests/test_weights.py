@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import common, world_tiny
+from configs import common, world_tiny, world_words
 from tests import tiny
 from tests.conftest import write_run
 from tests.test_checkpoint import equal, flip
@@ -16,6 +16,7 @@ from vdm_jax.run import checksums
 from vdm_jax.run import folder as run_folder
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
+from vdm_jax.system.phases import phases
 
 
 def test_a_run_that_is_none_or_unfinished_is_told(tmp_path):
@@ -159,3 +160,15 @@ def test_the_reference_weights_have_their_losses(name):
     batch = examples.take(range(4))
     loss, _ = jax.jit(stage.loss)(weights.params[name], jax.random.key(0), batch, weights.params)
     np.testing.assert_allclose(loss, LOSSES[name], rtol=1e-4)
+
+
+def test_the_begun_run_can_go_on():
+    """The weights at the end of a phase are whole, and the next phase of their recipe begins with them."""
+    folder = epath.Path(__file__).parents[1] / "configs" / "world_words_phase_1"
+    assert checksums.check(folder) > 1e6
+    begun = run_folder.load(folder, build)
+    recipe = build(world_words.get_config())
+    first, *_ = phases(recipe, "denoiser")
+    assert begun.steps == {name: recipe.config[name].steps for name in STAGES[:3]} | {"denoiser": first.last_step}
+    begun_in = phases(begun.system, "denoiser")[0].system.config
+    assert begun_in.to_dict() == first.system.config.to_dict()

@@ -12,7 +12,7 @@ split over chips.
 
 model_flops_per_chip     matrix products and convolutions of the model, counted from shapes (perf/flops.py)
 executed_flops_per_chip  matrix products and convolutions of the compiled program (perf/hlo.py)
-model_share              the first over the second; it is small if the program computes something twice
+model_share              model_flops_per_chip over executed_flops_per_chip; small if a program computes something twice
 hbm_bytes_per_chip       arguments, temporaries, code, and results that do not replace an argument
 collectives              how often the chips exchange data, by kind; collective_bytes_per_chip is what a chip receives
 unasked_collectives      permutes and all-to-alls, if the mesh splits neither `sequence` nor `tensor`: should be 0

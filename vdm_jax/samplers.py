@@ -175,7 +175,8 @@ class Term(NamedTuple):
     """One kind of guidance. It adds extra * (prediction with more of a condition - prediction with less of it)."""
 
     extra: float | dict  # the guidance weight - 1; a number, an array [B, 1], or a dict of these by modality
-    # The next two fields are functions (z, log_snr, cond) -> changed inputs, of the same shapes or of batch size 1.
+    # more_inputs and less_inputs take (z, log_snr, cond). They return other inputs for the network, of the same shapes
+    # or of batch size 1.
     more_inputs: Callable | None  # None: the inputs as they are
     less_inputs: Callable
 

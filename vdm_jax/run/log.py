@@ -26,10 +26,10 @@ BUCKET_PAUSE = 30  # seconds between two writes of metrics.jsonl in a bucket
 
 @dataclasses.dataclass(eq=False)
 class RunLog:
-    """The report of one stage's training. Its loop is over `numbers`: the steps to do, from 1, behind a progress bar.
+    """The report of one stage's training. The loop goes over `remaining_steps`, and shows a progress bar.
 
-    Each step calls `add`; then, where they are due, `write`, `mean_loss` for a save and `mark_saved` after it; then
-    `heartbeat`. `close` comes after the last step.
+    Each step calls `add`. Then it calls `write` if a line is due, and `mean_loss` and `mark_saved` if a save is due.
+    Then it calls `heartbeat`. `close` comes after the last step.
     """
 
     stage: str

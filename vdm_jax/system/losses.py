@@ -26,8 +26,8 @@ class Stage(NamedTuple):
     encoder_shapes: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    # A video in the model, (1, time, height, width, 1), or a sound, (1, time, 1). Height and width are those of the
-    # latents. It serves the check that the mesh axis `sequence` divides time or height.
+    # (1, time, height, width, 1) of a video, or (1, time, 1) of a sound. The latents have this height and width. The
+    # check of the mesh reads it: the mesh axis `sequence` must divide time or height.
     activation_shape: tuple
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
     # The loss uses one hard negative per group of this many consecutive clips. A group must share a device.
