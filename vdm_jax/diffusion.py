@@ -40,9 +40,9 @@ def log_snr_at(t, config):
     'cosine' and 'sigmoid' use the part of their curve between log_snr_max and log_snr_min, stretched over [0, 1].
     'linear_beta' has the 1000 noise levels of DDPM, clipped to these bounds: step n = 0..999 is t = (n + 1) / 1000.
 
-    The shift multiplies alpha / sigma before the bounds act. A shift below 1 gives more noise at every t between the
-    ends. Use it for larger or more redundant latents (arXiv:2301.11093, section 3.1: 64 / d for images of d x d
-    pixels). Raises UserError for wrong settings.
+    The shift multiplies alpha / sigma. Then the curve is cut at the bounds, so t = 0 and t = 1 keep their levels. A
+    shift below 1 gives more noise at every t between them. Use it for larger or more redundant latents
+    (arXiv:2301.11093, section 3.1: 64 / d for images of d x d pixels). Raises UserError for wrong settings.
     """
     low, high = config["log_snr_min"], config["log_snr_max"]
     if not low < high:
@@ -55,10 +55,10 @@ def log_snr_at(t, config):
 
 
 # The cosine curve is a function of an angle from 0 to pi / 2, the sigmoid curve of a number from 0 to 1. At both ends
-# of this range log_snr is infinite. The bounds cut `cut_clean` off the clean end of this range and `cut_noisy` off the
-# noisy end. What is left is `width` long; t crosses it from the clean end to the noisy end. alpha is computed from the
-# distance to the noisy end of the range, cut_noisy + (1 - t) * width. This distance also equals
-# R - cut_clean - t * width (R: length of the range), but that form loses digits near t = 1.
+# of this range log_snr is infinite. log_snr_max removes a piece of length `cut_clean` at the clean end, and log_snr_min
+# a piece of length `cut_noisy` at the noisy end. Time t runs over the rest, which has length `width`. So the point of t
+# is cut_clean + t * width away from the clean end, and cut_noisy + (1 - t) * width away from the noisy end. Each
+# formula uses both distances, and neither is computed from the other: a small difference would lose digits.
 
 
 def _cosine(t, low, high, offset):
@@ -74,7 +74,8 @@ def _cosine(t, low, high, offset):
 def _sigmoid(t, low, high, offset):
     """alpha^2 is a sigmoid of t, scaled to span [0, 1]: arXiv:2301.10972, Algorithm 1 (its start -3, end 3, tau 1).
 
-    With sigmoid(a) - sigmoid(b) = sinh((a - b) / 2) / (2 cosh(a / 2) cosh(b / 2)) the curve becomes
+    alpha^2 is proportional to sigmoid(3 - 6 t) - sigmoid(-3), and sigma^2 to sigmoid(3) - sigmoid(3 - 6 t). For any
+    a and b, sigmoid(a) - sigmoid(b) = sinh((a - b) / 2) / (2 cosh(a / 2) cosh(b / 2)). In the ratio all cosh cancel:
     log_snr = log(sinh(3 (1 - t)) / sinh(3 t)).
     """
 
@@ -206,7 +207,7 @@ def _patterns(u, T):
     t = u["t"]
     frame = jnp.arange(T)[None]
     last = T - 1
-    beginning = frame < jnp.minimum(1 + jnp.floor(u["head"] * last), last)  # the first 1 .. T-1 frames
+    beginning = frame < jnp.minimum(1 + jnp.floor(u["head"] * last), last)  # the first n frames, n from 1 to T-1
 
     # At least one frame at each end is context, and at least one frame between them is not.
     inner = max(T - 2, 0)
@@ -214,8 +215,9 @@ def _patterns(u, T):
     tail = jnp.minimum(1 + jnp.floor(u["tail"] * (inner + 1 - head)), inner + 1 - head)
     ends = ((frame < head) | (frame >= T - tail)) & (inner > 0)
 
-    # A pyramid: t rises from frame to frame. Before clipping, t of the first frame is in [-rise, 1].
-    rise = u["other"]  # t of the last frame minus t of the first
+    # A pyramid: t rises from frame to frame. The first frame has a random t in [-rise, 1]. After clipping, a frame
+    # below 0 is clean (context), and a frame above 1 is pure noise.
+    rise = u["other"]  # t of the last frame minus t of the first, before clipping
     pyramid = jnp.clip(-rise + t * (1 + rise) + rise * frame / max(last, 1), 0, 1)
     return {
         "text": (t, t, False, False),

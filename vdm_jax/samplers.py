@@ -49,9 +49,9 @@ def ddpm(z, x0, past, step):
         alpha, sigma = alpha_sigma(now)
         alpha_next, sigma_next = alpha_sigma(after)
         ratio = sigma_next / sigma
-        gain = -jnp.expm1(jax.nn.softplus(-after) - jax.nn.softplus(-now))  # 1 - alpha^2 / alpha_next^2, accurate
-        deviation = ratio * jnp.sqrt(gain)
-        kept = ratio * jnp.sqrt(jnp.maximum(1 - gain / sigma**2, 0))  # share of the old noise
+        beta = -jnp.expm1(jax.nn.softplus(-after) - jax.nn.softplus(-now))  # 1 - alpha^2 / alpha_next^2, accurate
+        deviation = ratio * jnp.sqrt(beta)
+        kept = ratio * jnp.sqrt(jnp.maximum(1 - beta / sigma**2, 0))  # share of the old noise
         return kept * z + (alpha_next - kept * alpha) * x0 + deviation * noise
 
     return jax.tree.map(leaf, z, x0, step.now, step.after, noise_like(step.key, z)), past
@@ -147,9 +147,9 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config):
         x0 = predict_x0(now, z)
         now_of_z, after_of_z = to_latent(now, z), to_latent(after, z)  # log_snr with the axes of z
 
-        def settle(
-            z_next,
-        ):  # -> z_next, but x0 in frames that are clean after the step, and z in frames that do not change
+        def settle(z_next):
+            """Returns z_next. Frames that are clean after the step get x0, and frames that do not change keep z."""
+
             def leaf(z_next, z, x0, now, after):
                 return jnp.where(now != after, jnp.where(after >= config["log_snr_max"], x0, z_next), z)
 
@@ -235,8 +235,9 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
     """Returns Terms: guidance by the context frames, arXiv:2502.06764, section 4.
 
     masks: {modality: bool [T] or [B, T]}, True in context frames.
-    history_noise: 0 for guidance by the context as it is (vanilla history guidance). A time t in (0, 1) for guidance by
-        the low frequencies of the context, which is noised to t (fractional history guidance).
+    history_noise: with 0 the prediction with more of the context reads it as it is (vanilla history guidance). With a
+        time t in (0, 1) it reads the context noised to t (fractional history guidance). The noise hides all but the low
+        frequencies of the context, so only these guide.
     """
 
     def context_at(t, z, log_snr, cond):

@@ -139,9 +139,8 @@ def take_steps(run, name, phase, checkpoints):
         state = program.begin(jax.device_put(params, sharding.state_shardings(params, run.mesh)))
     else:
         state = checkpoint.restore(checkpoints, program.abstract)
-    # 5. The step is compiled before the first batch is read, and by all processes before any of them runs it.
-    #    The log says how long compiling took last time. A file keeps one such time for each program
-    #    and number of parameters.
+    # 5. The step is compiled before the first batch is read. All processes finish compiling before any of them runs it.
+    #    The log says how long compiling took last time, for this title and this number of parameters.
     with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameter_count):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)

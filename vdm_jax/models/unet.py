@@ -171,8 +171,9 @@ class UNet(layers.Layer):
             return layers.apply_remat(module, self.remat[resolution]) if self.remat else module
 
         def residual(x, resolution, name):
-            frames = x["video"].shape[1]  # at this resolution; each has the mean embedding of the frames it merges
-            merged = {m: e.reshape(e.shape[0], frames, -1, e.shape[-1]).mean(2) for m, e in embedding.items()}
+            # A frame of this resolution merges one or more latent frames. Its embedding is their mean.
+            merged_frames = x["video"].shape[1]
+            merged = {m: e.reshape(e.shape[0], merged_frames, -1, e.shape[-1]).mean(2) for m, e in embedding.items()}
             module = with_remat(layers.ResidualBlock, resolution)
             return {m: module(channels[m][resolution], **block, name=f"{name}_{m}")(x[m], merged[m]) for m in x}
 

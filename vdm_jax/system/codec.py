@@ -23,7 +23,7 @@ def make_models(config, layout):
     clip = config.clip.model
     text_encoder = dict(clip.text, vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
     modes = remat_modes(config, "denoiser")
-    # The U-Net applies the remat modes itself if each resolution has one. Codec.apply_fn applies a single mode.
+    # With one remat mode for each resolution the U-Net applies them itself. A single mode is applied by Codec.apply_fn.
     unet = dict(config.denoiser.model, remat=modes if len(modes) > 1 else (), latent_fps=layout.latent_fps)
     models = {
         "video_autoencoder": VideoAutoencoder(**config.video_autoencoder.model, dtype=dtype),

@@ -61,10 +61,10 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     t_key, noise_key, guidance_key = jax.random.split(key, 3)
     batch = len(z["video"])
     taught = round(batch * settings.teacher_share)  # the teacher makes the targets of the first `taught` rows
-    *fewer, most = settings.steps  # how many steps a whole clip takes; with `most`, a step is shortest
+    *smaller, largest = settings.steps  # numbers of steps from pure noise to clean; the largest has the shortest steps
     # The other rows have a target that the student itself makes.
-    own_steps = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]
-    steps = jnp.concatenate([jnp.full(taught, most), own_steps])[:, None]  # [B, 1]
+    own_steps = jnp.asarray(smaller)[jnp.arange(batch - taught) % len(smaller)]
+    steps = jnp.concatenate([jnp.full(taught, largest), own_steps])[:, None]  # [B, 1]
 
     # Noising: a step begins at t, and goes to t - 1 / steps.
     t, context = diffusion.sample_times(t_key, z["video"].shape[:2], diffusion_config.patterns)

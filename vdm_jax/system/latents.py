@@ -92,7 +92,7 @@ def _encoder(system, params, examples):
 
 
 class Encoded:
-    """Encoded clips as a data source: {'z': latents, 'text': text[, 'hard_negative': text]}.
+    """Encoded clips as a data source: what `encode_batch` returns.
 
     The clips are records of .npy files with CLIPS_PER_FILE each, on a disk or in a bucket. Any thread may read them.
     """

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from vdm_jax.errors import UserError
 
-# In the order of training. The stage "clip" is the text encoder, trained with a video tower as in CLIP. In all other
-# names, a clip is a video with its sound.
+# In the order of training. The stage "clip" is the text encoder, trained with a video tower as in CLIP. Everywhere
+# else in this code, a clip is a video with its sound.
 STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 
 # Settings of a model: those with one value for each resolution, those that are True or False (they count as 1 or

@@ -26,8 +26,9 @@ class Stage(NamedTuple):
     encoder_shapes: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    # (1, time, height, width, 1) of a video, or (1, time, 1) of a sound. The latents have this height and width. The
-    # check of the mesh reads it: the mesh axis `sequence` must divide time or height.
+    # A shape for `check_mesh`: the mesh axis `sequence` must divide its time or its height. For a video it is (1, time,
+    # height, width, 1), with time in video frames (denoiser: latent frames), and height and width of the latents, the
+    # smallest ones in the stage. For a sound it is (1, time, 1), with time in sound tokens.
     activation_shape: tuple
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
     # The loss uses one hard negative per group of this many consecutive clips. A group must share a device.
@@ -174,7 +175,10 @@ def drop_text(key, encoded_text, null, share):
 
 
 def encode_batch(codec, encoder_params, batch):
-    """Encodes a batch of clips for the denoiser -> {'z': latents, 'text': text[, 'hard_negative': text]}."""
+    """Encodes a batch of clips for the denoiser -> {'z': latents, 'text': text}.
+
+    If the batch has hard negatives, their text is added under BATCH_KEY.
+    """
     encoded = {"text": codec.encode_text(encoder_params, batch["tokens"])}
     if hard_negatives.BATCH_KEY in batch:
         encoded[hard_negatives.BATCH_KEY] = codec.encode_text(encoder_params, batch[hard_negatives.BATCH_KEY])
@@ -204,8 +208,8 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
         loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
         return loss, {"loss": loss, **metrics}
 
-    # The hard negatives share the network call. Their key comes from drop_key, because fold_in(key, 1) would equal
-    # split(key)[1], the key of the noise in `corrupt`.
+    # The hard negatives share the network call. Their key is made from drop_key, not from key: `corrupt` splits key,
+    # and in JAX fold_in(key, 1) is the same as split(key)[1].
     pair_key = jax.random.fold_in(drop_key, 1)
     wrong, target = batch[hard_negatives.BATCH_KEY], settings.diffusion.target
     pairs = hard_negatives.make_pairs(pair_key, z, encoded_text, wrong, target, settings.hard_negatives)

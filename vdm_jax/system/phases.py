@@ -25,8 +25,9 @@ from vdm_jax.run import folder
 from vdm_jax.sharding import named_leaves
 from vdm_jax.system import System, build
 
-# The parameter of unet.SpaceTimeAttention, whose shape follows the size of a frame. The Dense layer of the same name in
-# unet.NoiseEmbedding is not meant: its shape is fixed.
+# This parameter of unet.SpaceTimeAttention is the only one whose shape follows the size of a frame. Its path ends in
+# this name. (A Dense layer in unet.NoiseEmbedding has the same name, but the paths of its parameters end in kernel or
+# bias.)
 RESIZED = "pos_embed"
 PATTERNS = ".diffusion.patterns"
 FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases")  # settings that no phase changes; {} is the stage
@@ -68,7 +69,7 @@ def phases(system, name):
             _check_shapes({name: phase_system.param_shapes[name]}, system.param_shapes, last=number == len(parts))
         except UserError as error:
             raise UserError(f"{title}: {error}") from None
-        # The other stages keep the settings of `system`. The encoders that this stage reads are among them.
+        # All other stages stay as in `system`. So the encoders that this stage reads have the shapes in `system`, too.
         stage = phase_system.stages[name]._replace(encoder_shapes=system.stages[name].encoder_shapes)
         phase_system = dataclasses.replace(phase_system, stages=system.stages | {name: stage})
         made.append(Phase(number, title, start, stop, phase_system))

@@ -96,8 +96,8 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            # The context of a continued clip almost determines the next frames, so their first step may be long.
-            # It takes the first of these frames to first_step_times[0], the second to first_step_times[1], and so on.
+            # The context of a continued clip almost determines the next frames, so their first step may be long. The
+            # first step of generated frame i goes to time first_step_times[i].
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
@@ -196,9 +196,9 @@ def sample(
         terms += samplers.modality_guidance(weights["modality"], guidance_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. ddpm draws noise for a whole batch, with a key made from the number of its first prompt. Even so
-    # the noise of prompt i is fixed: the prompt is always row i % BATCH of batch i // BATCH, and in JAX a row of random
-    # numbers does not depend on how many rows there are.
+    # 3. The sampler. ddpm draws noise for a whole batch, from a key that depends on the first prompt of the batch.
+    # Prompt i is always row i % BATCH of batch i // BATCH, so it always has the same key and the same row. The last
+    # batch may be smaller. That changes nothing: in JAX a row of random numbers does not depend on the number of rows.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
