@@ -40,9 +40,9 @@ def log_snr_at(t, config):
     'cosine' and 'sigmoid' use the part of their curve between log_snr_max and log_snr_min, stretched over [0, 1].
     'linear_beta' has the 1000 noise levels of DDPM, clipped to these bounds: step n = 0..999 is t = (n + 1) / 1000.
 
-    The shift multiplies alpha / sigma. Then the curve is cut at the bounds, so t = 0 and t = 1 keep their levels. A
-    shift below 1 gives more noise at every t between them. Use it for larger or more redundant latents
-    (arXiv:2301.11093, section 3.1: 64 / d for images of d x d pixels). Raises UserError for wrong settings.
+    The shift multiplies alpha / sigma, before the bounds act. A shift below 1 gives more noise between them. Use it for
+    larger or more redundant latents (arXiv:2301.11093, section 3.1: 64 / d for images of d x d pixels). Raises
+    UserError for wrong settings.
     """
     low, high = config["log_snr_min"], config["log_snr_max"]
     if not low < high:
@@ -56,9 +56,10 @@ def log_snr_at(t, config):
 
 # The cosine curve is a function of an angle from 0 to pi / 2, the sigmoid curve of a number from 0 to 1. At both ends
 # of this range log_snr is infinite. log_snr_max removes a piece of length `cut_clean` at the clean end, and log_snr_min
-# a piece of length `cut_noisy` at the noisy end. Time t runs over the rest, which has length `width`. So the point of t
-# is cut_clean + t * width away from the clean end, and cut_noisy + (1 - t) * width away from the noisy end. Each
-# formula uses both distances, and neither is computed from the other: a small difference would lose digits.
+# a piece of length `cut_noisy` at the noisy end. Time t runs over the rest, which has length `width`. So time t is
+# cut_clean + t * width away from the clean end, and cut_noisy + (1 - t) * width away from the noisy end. A formula that
+# needs the distance to the noisy end uses the second form. To subtract the first one from the whole length would lose
+# digits near this end.
 
 
 def _cosine(t, low, high, offset):
@@ -94,7 +95,8 @@ def _linear_beta(t, low, high, offset):
     """The noise levels of DDPM, beta from 1e-4 to 0.02, with linear interpolation of log_snr: arXiv:2006.11239."""
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # arXiv:2006.11239, eq. 4
     table = np.log(alpha_bar) - np.log1p(-alpha_bar)
-    table = np.concatenate([[max(high - offset, table[0])], table])  # DDPM has no level for t = 0
+    # DDPM has no level for t = 0. It gets log_snr_max; `offset` is added below.
+    table = np.concatenate([[max(high - offset, table[0])], table])
     times = jnp.linspace(0, 1, len(table), dtype=t.dtype)
     return jnp.clip(jnp.interp(t, times, jnp.asarray(table, t.dtype)) + offset, low, high)
 
@@ -215,10 +217,10 @@ def _patterns(u, T):
     tail = jnp.minimum(1 + jnp.floor(u["tail"] * (inner + 1 - head)), inner + 1 - head)
     ends = ((frame < head) | (frame >= T - tail)) & (inner > 0)
 
-    # A pyramid: t rises from frame to frame. The first frame has a random t in [-rise, 1]. After clipping, a frame
-    # below 0 is clean (context), and a frame above 1 is pure noise.
-    rise = u["other"]  # t of the last frame minus t of the first, before clipping
-    pyramid = jnp.clip(-rise + t * (1 + rise) + rise * frame / max(last, 1), 0, 1)
+    # A pyramid: time rises from frame to frame, and is clipped to [0, 1]. Frames at 0 are clean: they are context.
+    rise = u["other"]  # from the first frame to the last
+    first = u["t"] * (1 + rise) - rise  # time of the first frame, in [-rise, 1]
+    pyramid = jnp.clip(first + rise * frame / max(last, 1), 0, 1)
     return {
         "text": (t, t, False, False),
         "per_modality": (t, u["other"], False, False),  # UniDiffuser, arXiv:2303.06555
@@ -254,7 +256,7 @@ def sample_times(key, shape, patterns):
     chosen = jnp.searchsorted(edges, u["pattern"][:, 0], side="right")  # [B]
     drawn = _patterns(u, T)
 
-    def of_chosen(i):  # for each example, entry i of the tuple that `_patterns` gives for its pattern
+    def of_chosen(i):  # entry i of the tuples from `_patterns`; each example takes it from its own pattern
         stack = jnp.stack([jnp.broadcast_to(drawn[name][i], shape) for name in names])  # [patterns, B, T]
         return stack[chosen, jnp.arange(batch)]  # [B, T]
 

@@ -5,9 +5,9 @@ The scheduling matrix says which noise level each latent frame has before the fi
     levels = {"video": [S+1, T], "audio": [S+1, T]}     log_snr; row 0 is the start, row S the end
 
 One loop serves all tasks and methods. Frames may change in different steps: in a pyramid, earlier frames become clean
-first. A frame whose level stays the same in a step stays the same, bit for bit. So context frames never change. A frame
-that reaches log_snr_max becomes the predicted x0 itself. The notation is that of vdm_jax.diffusion. Papers on solvers
-write lambda for log_snr / 2.
+first. If the level of a frame does not change in a step, its latents do not change, bit for bit. So context frames
+never change. A frame that reaches log_snr_max becomes the predicted x0 itself. The notation is that of
+vdm_jax.diffusion. Papers on solvers write lambda for log_snr / 2.
 """
 
 import functools
@@ -81,7 +81,7 @@ def heun(z, x0, past, step):
     """Heun's method, second order with two network calls per step: ETD2RK of Cox and Matthews (2002).
 
     It solves the linear part of the equation exactly (arXiv:2211.01095, Proposition 4.1), and takes x0 as linear in
-    lambda over a step. The form of EDM (arXiv:2206.00364, Algorithm 1) is far off in a long first step.
+    lambda over a step. Heun's method as in EDM (arXiv:2206.00364, Algorithm 1) has a large error in a long first step.
     """
 
     def average(x0, x0_next, now, after):
@@ -235,9 +235,9 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
     """Returns Terms: guidance by the context frames, arXiv:2502.06764, section 4.
 
     masks: {modality: bool [T] or [B, T]}, True in context frames.
-    history_noise: with 0 the prediction with more of the context reads it as it is (vanilla history guidance). With a
-        time t in (0, 1) it reads the context noised to t (fractional history guidance). The noise hides all but the low
-        frequencies of the context, so only these guide.
+    history_noise: noise in the context of the prediction "with more of a condition" (see Term). 0 is vanilla history
+        guidance, with the context as it is. A time t in (0, 1) is fractional history guidance, with the context noised
+        to t. The noise hides all but the low frequencies of the context, so only these guide.
     """
 
     def context_at(t, z, log_snr, cond):

@@ -258,11 +258,11 @@ def check_batch(batch_size, mesh, parts=1, group=1, group_key="group"):
         raise UserError(f"batch_size={batch_size} does not divide over {over}: use {sizes}")
 
 
-def check_axes(mesh, params, stage, activation):
-    """Raises UserError when `tensor` does not divide parameters, or `sequence` cuts no dimension of the activation.
+def check_axes(mesh, params, stage, sequence_sizes):
+    """Raises UserError when `tensor` does not divide parameters, or `sequence` divides none of `sequence_sizes`.
 
     stage: name of the stage, for the message.
-    activation: shape of a video or a sound of that stage.
+    sequence_sizes: (frames, height) of a video, or (tokens,) of a sound.
     """
     ways = mesh.shape["tensor"]
     cuts = {name: dict(zip(_rule(name, leaf.shape)[1], leaf.shape)) for name, leaf in named_leaves(params).items()}
@@ -271,7 +271,7 @@ def check_axes(mesh, params, stage, activation):
         fits = _divisors(math.gcd(*sizes.values()))
         raise UserError(f"mesh.tensor={ways} does not divide the {sizes[bad[0]]} of {bad[0]}: use {fits}")
     ways = mesh.shape["sequence"]
-    if ways > 1 and "sequence" not in str(activation_spec(activation, mesh.shape)):
-        fits = _divisors(*[n for n, axes in zip(activation, ACTIVATION_AXES[len(activation)]) if "sequence" in axes])
-        clips = f"the clips of {stage} {activation}"
+    if ways > 1 and not any(_dividing(("sequence",), size, mesh.shape) for size in sequence_sizes):
+        clips = f"the clips of {stage} {sequence_sizes}"
+        fits = _divisors(*sequence_sizes)
         raise UserError(f"mesh.sequence={ways} does not divide time or height of {clips}: use {fits}")

@@ -3,9 +3,9 @@
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
-run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. If a signal comes before
-the first step of a stage, there is nothing to save: a run with a single process ends immediately, and a run with
-several processes ends after the first step. A stage may have phases with settings of their own: see system/phases.py.
+run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step
+after a start there is nothing to save, so a single process ends at once. Several processes must agree on a step to end
+at, so they take one step first. A stage may have phases with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -140,7 +140,7 @@ def take_steps(run, name, phase, checkpoints):
     else:
         state = checkpoint.restore(checkpoints, program.abstract)
     # 5. The step is compiled before the first batch is read. All processes finish compiling before any of them runs it.
-    #    The log says how long compiling took last time, for this title and this number of parameters.
+    #    The log says how long compiling took last time for a phase of the same title and number of parameters.
     with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameter_count):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
@@ -160,6 +160,7 @@ def take_steps(run, name, phase, checkpoints):
         done=done,
         saved=newest,
         stopwatch=stopwatch,
+        # Steps are counted from 1, batches from 0.
         sample_ids=lambda number: batches.sample_ids(examples, **order, step=number - 1),
         stop_after=config.skip.stop_after,  # the run ends after this number of skipped steps in a row
         heartbeat_every=config.heartbeat_every,

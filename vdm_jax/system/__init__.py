@@ -23,7 +23,7 @@ class System(Codec):
         """Raises UserError where the mesh does not divide models or activations of the stages `names`."""
         for name in names:
             stage = self.stages[name]
-            sharding.check_axes(mesh, stage.param_shapes, name, stage.activation_shape)
+            sharding.check_axes(mesh, stage.param_shapes, name, stage.sequence_sizes)
 
     def check_batch(self, mesh, name):
         """Raises UserError where the batch of stage `name` does not divide over the mesh."""

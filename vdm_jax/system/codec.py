@@ -23,7 +23,8 @@ def make_models(config, layout):
     clip = config.clip.model
     text_encoder = dict(clip.text, vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
     modes = remat_modes(config, "denoiser")
-    # With one remat mode for each resolution the U-Net applies them itself. A single mode is applied by Codec.apply_fn.
+    # A single remat mode is for the whole model: Codec.apply_fn applies it. Several modes are for one resolution each:
+    # the U-Net applies them.
     unet = dict(config.denoiser.model, remat=modes if len(modes) > 1 else (), latent_fps=layout.latent_fps)
     models = {
         "video_autoencoder": VideoAutoencoder(**config.video_autoencoder.model, dtype=dtype),
@@ -37,7 +38,10 @@ def make_models(config, layout):
 
 
 def remat_modes(config, stage):
-    """(mode,), or one mode for each resolution. It says what the backward pass computes again. Raises UserError."""
+    """(mode,), or one mode for each resolution. A mode of layers.apply_remat says what is computed again in training.
+
+    Raises UserError.
+    """
     modes = tuple(one_of(f"{stage}.remat", mode, REMAT) for mode in config[stage].remat.split(","))
     is_unet = "cross_modal" in config[stage].model
     resolutions = len(config[stage].model.channels) if is_unet else 1
@@ -48,7 +52,7 @@ def remat_modes(config, stage):
 
 
 def init_fns(models, config, layout):
-    """{name: init(key) -> params} of the models. Under eval_shape or jit the forward pass is not computed."""
+    """{name: init(key) -> params} of the models. Under eval_shape or jit only the parameters are computed."""
     side, text_length, text_width = config.data.size, config.data.text_length, config.clip.model.text.width
     tokens = jnp.zeros((1, text_length), jnp.int32)
     video = jnp.zeros((1, layout.frames, side, side, 3))

@@ -61,10 +61,10 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     t_key, noise_key, guidance_key = jax.random.split(key, 3)
     batch = len(z["video"])
     taught = round(batch * settings.teacher_share)  # the teacher makes the targets of the first `taught` rows
-    *smaller, largest = settings.steps  # numbers of steps from pure noise to clean; the largest has the shortest steps
-    # The other rows have a target that the student itself makes.
-    own_steps = jnp.asarray(smaller)[jnp.arange(batch - taught) % len(smaller)]
-    steps = jnp.concatenate([jnp.full(taught, largest), own_steps])[:, None]  # [B, 1]
+    *smaller, largest = settings.steps  # a clip in `largest` steps has the shortest steps
+    # The student itself makes the targets of the other rows.
+    own = jnp.asarray(smaller)[jnp.arange(batch - taught) % len(smaller)]
+    steps = jnp.concatenate([jnp.full(taught, largest), own])[:, None]  # [B, 1], from pure noise to a clean clip
 
     # Noising: a step begins at t, and goes to t - 1 / steps.
     t, context = diffusion.sample_times(t_key, z["video"].shape[:2], diffusion_config.patterns)
@@ -117,7 +117,7 @@ def guidance(weights, context, noise, null_cond, diffusion_config):
     context: {modality: bool [B, T]}, True in context frames.
     """
     both = jnp.stack([*context.values()])  # [modalities, B, T]
-    continued = both[:, :, :2].all((0, 2))  # [B]; the first two latent frames are context, as in system/sampling.py
+    continued = both[:, :, :2].all((0, 2))  # [B]; two latent frames at the start show the motion
     given = both.all(2).any(0)  # [B]; the whole of one modality is context
     text = jnp.where(given, weights.text_cross_modal, weights.text)
     text = jnp.where(continued, weights.text_continue, text)[:, None]
@@ -133,7 +133,7 @@ def step(z, x0, now, after):
 
 
 def x0_of_step(z, z_next, now, after):
-    """Returns the x0 with which `step` goes from z to z_next; z_next itself in frames whose level stays the same."""
+    """Returns the x0 with which `step` goes from z to z_next. In frames whose level does not change it is z_next."""
 
     def leaf(z, z_next, now, after):
         now, after = broadcast_to_latent(now, z), broadcast_to_latent(after, z)

@@ -147,7 +147,8 @@ def call_together(denoise_fn, rows_a, rows_b):
     """Returns the predictions for two batches, (prediction_a, prediction_b), by one call of the network.
 
     A program with two calls takes twice as long to compile. The call takes the rows of both batches in turns, for
-    example 3 rows of a, 2 of b, 3 of a, 2 of b. On a mesh that splits rows, each device then keeps its own rows.
+    example 3 rows of a, 2 of b, 3 of a, 2 of b. In this order a device keeps the rows that it has of a and of b. With
+    all rows of a before those of b, rows would move from device to device.
     """
     count_a, count_b = (len(jax.tree.leaves(rows)[0]) for rows in (rows_a, rows_b))
     turns = math.gcd(count_a, count_b)

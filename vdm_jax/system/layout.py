@@ -9,10 +9,9 @@ from vdm_jax.errors import UserError
 # else in this code, a clip is a video with its sound.
 STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 
-# Settings of a model: those with one value for each resolution, those that are True or False (they count as 1 or
-# 0), and those that may be 0.
-PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")
-SWITCHES = ("attention", "cross_modal", "factorized", "use_bias", "student")
+# Settings of a model
+PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")  # one value for each resolution
+SWITCHES = ("attention", "cross_modal", "factorized", "use_bias", "student")  # True or False; they count as 1 or 0
 MAY_BE_ZERO = ("blocks", "middle_blocks", "layers", "text_layers", *SWITCHES)
 
 
@@ -121,8 +120,8 @@ def _check_halvings(denoiser, side, tokens):
             f"the latents have {side}x{side} places, but denoiser.model.patch={denoiser.patch} with {halvings + 1} "
             f"resolutions needs a multiple of {multiple}: use a smaller patch, fewer resolutions or another data.size"
         )
-    # At resolution i the tokens have been halved i times, and time strides have merged frames. A merged frame must have
-    # a whole number of tokens.
+    # At resolution i a frame merges prod(time_strides[:i]) latent frames, and the sound tokens have been halved i
+    # times. A frame must have a whole number of tokens.
     for i in range(1, halvings + 1):
         if tokens * math.prod(denoiser.time_strides[:i]) % 2**i:
             raise UserError(

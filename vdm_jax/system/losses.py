@@ -26,10 +26,9 @@ class Stage(NamedTuple):
     encoder_shapes: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    # A shape for `check_mesh`: the mesh axis `sequence` must divide its time or its height. For a video it is (1, time,
-    # height, width, 1), with time in video frames (denoiser: latent frames), and height and width of the latents, the
-    # smallest ones in the stage. For a sound it is (1, time, 1), with time in sound tokens.
-    activation_shape: tuple
+    # The mesh axis `sequence` must divide one of these sizes: the number of frames, or the height of the latents. A
+    # stage of sound has one size, the number of sound tokens.
+    sequence_sizes: tuple
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
     # The loss uses one hard negative per group of this many consecutive clips. A group must share a device.
     clips_per_negative: int = 1
@@ -47,7 +46,7 @@ def make_stages(codec):
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
     encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
 
-    def stage(name, loss, activation_shape, preview=None, encoder_shapes=None):
+    def stage(name, loss, sequence_sizes, preview=None, encoder_shapes=None):
         settings = config[name]
         remat_modes(config, name)  # raises for a wrong setting
         rows, side = settings.batch_size, config.data.size
@@ -73,18 +72,18 @@ def make_stages(codec):
             batch=batch,
             encoder_shapes=encoder_shapes or {},
             preview=preview,
-            activation_shape=activation_shape,
+            sequence_sizes=sequence_sizes,
             make_hard_negative=swap_words if word_groups else None,
             clips_per_negative=negatives.get("every", 1) if word_groups else 1,
         )
 
     show_video, show_audio = (previews.reconstruction(codec, modality) for modality in ("video", "audio"))
-    places, tokens = layout.video[:2], layout.latent_frames * layout.audio[0]
+    height, tokens = layout.video[0], layout.latent_frames * layout.audio[0]
     stages = (
-        stage("video_autoencoder", video_autoencoder_loss, (1, layout.frames, *places, 1), show_video),
-        stage("audio_autoencoder", audio_autoencoder_loss, (1, tokens, 1), show_audio),
-        stage("clip", clip_loss, (1, layout.frames, *places, 1)),
-        stage("denoiser", denoiser_loss, (1, layout.latent_frames, *places, 1), previews.samples(codec), encoders),
+        stage("video_autoencoder", video_autoencoder_loss, (layout.frames, height), show_video),
+        stage("audio_autoencoder", audio_autoencoder_loss, (tokens,), show_audio),
+        stage("clip", clip_loss, (layout.frames, height)),
+        stage("denoiser", denoiser_loss, (layout.latent_frames, height), previews.samples(codec), encoders),
     )
     return dict(zip(STAGES, stages))
 
@@ -208,8 +207,8 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
         loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
         return loss, {"loss": loss, **metrics}
 
-    # The hard negatives share the network call. Their key is made from drop_key, not from key: `corrupt` splits key,
-    # and in JAX fold_in(key, 1) is the same as split(key)[1].
+    # The hard negatives share the network call. Their key must differ from the two keys that `corrupt` splits from key.
+    # fold_in(key, 1) would be one of them, split(key)[1]. So drop_key is folded.
     pair_key = jax.random.fold_in(drop_key, 1)
     wrong, target = batch[hard_negatives.BATCH_KEY], settings.diffusion.target
     pairs = hard_negatives.make_pairs(pair_key, z, encoded_text, wrong, target, settings.hard_negatives)

@@ -25,9 +25,7 @@ from vdm_jax.run import folder
 from vdm_jax.sharding import named_leaves
 from vdm_jax.system import System, build
 
-# This parameter of unet.SpaceTimeAttention is the only one whose shape follows the size of a frame. Its path ends in
-# this name. (A Dense layer in unet.NoiseEmbedding has the same name, but the paths of its parameters end in kernel or
-# bias.)
+# The position embedding in unet.SpaceTimeAttention: its shape follows the size of a frame.
 RESIZED = "pos_embed"
 PATTERNS = ".diffusion.patterns"
 FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases")  # settings that no phase changes; {} is the stage
@@ -69,7 +67,8 @@ def phases(system, name):
             _check_shapes({name: phase_system.param_shapes[name]}, system.param_shapes, last=number == len(parts))
         except UserError as error:
             raise UserError(f"{title}: {error}") from None
-        # All other stages stay as in `system`. So the encoders that this stage reads have the shapes in `system`, too.
+        # A phase does not change the other stages: they are trained with the settings of `system`. `build` has made
+        # them with the settings of the phase, so they are put back. The encoders that this stage reads are among them.
         stage = phase_system.stages[name]._replace(encoder_shapes=system.stages[name].encoder_shapes)
         phase_system = dataclasses.replace(phase_system, stages=system.stages | {name: stage})
         made.append(Phase(number, title, start, stop, phase_system))

@@ -197,8 +197,8 @@ def sample(
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
     # 3. The sampler. ddpm draws noise for a whole batch, from a key that depends on the first prompt of the batch.
-    # Prompt i is always row i % BATCH of batch i // BATCH, so it always has the same key and the same row. The last
-    # batch may be smaller. That changes nothing: in JAX a row of random numbers does not depend on the number of rows.
+    # Batches begin at the prompts 0, BATCH, 2 * BATCH, ... in every call. In JAX a row of random numbers does not
+    # depend on the number of rows. So prompt i gets the same noise in every call.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
