@@ -2,8 +2,8 @@
 
 All are pure functions. `config` is config.denoiser.diffusion of a recipe (explained in configs/common.py).
 
-The process is variance preserving. Its noise level is the natural logarithm of the signal-to-noise ratio. A low log_snr
-is a noisy frame, and a high log_snr a clean one. Time t is in [0, 1]: 0 is clean, 1 is pure noise.
+The process is variance preserving. Its noise level is log_snr, the natural logarithm of the signal-to-noise ratio: a
+higher log_snr means less noise. Time t is in [0, 1]: 0 is clean, 1 is pure noise.
 
     z_t = alpha x + sigma eps,    alpha^2 = sigmoid(log_snr),    sigma^2 = sigmoid(-log_snr)
 
@@ -40,8 +40,8 @@ def log_snr_at(t, config):
     'cosine' and 'sigmoid' use the part of their curve between log_snr_max and log_snr_min, stretched over [0, 1].
     'linear_beta' has the 1000 noise levels of DDPM, clipped to these bounds: step n = 0..999 is t = (n + 1) / 1000.
 
-    The shift multiplies alpha / sigma, before the bounds act. A shift below 1 gives more noise between them. Use it for
-    larger or more redundant latents (arXiv:2301.11093, section 3.1: 64 / d for images of d x d pixels). Raises
+    The shift multiplies alpha / sigma; then log_snr is limited to its bounds. A shift below 1 gives more noise. Use it
+    for larger or more redundant latents (arXiv:2301.11093, section 3.1: 64 / d for images of d x d pixels). Raises
     UserError for wrong settings.
     """
     low, high = config["log_snr_min"], config["log_snr_max"]
@@ -54,48 +54,42 @@ def log_snr_at(t, config):
     return schedule(t, low, high, offset=2 * np.log(config["shift"]))
 
 
-# The cosine curve is a function of an angle from 0 to pi / 2, the sigmoid curve of a number from 0 to 1. At both ends
-# of this range log_snr is infinite. log_snr_max removes a piece of length `cut_clean` at the clean end, and log_snr_min
-# a piece of length `cut_noisy` at the noisy end. Time t runs over the rest, which has length `width`. So time t is
-# cut_clean + t * width away from the clean end, and cut_noisy + (1 - t) * width away from the noisy end. A formula that
-# needs the distance to the noisy end uses the second form. To subtract the first one from the whole length would lose
-# digits near this end.
-
-
 def _cosine(t, low, high, offset):
     """alpha = cos(angle), the angle from 0 to pi / 2: arXiv:2102.09672, eq. 17 with s = 0."""
-    cut_clean = np.arctan(np.exp((offset - high) / 2))
-    cut_noisy = np.arctan(np.exp((low - offset) / 2))
-    width = np.pi / 2 - cut_clean - cut_noisy
-    cosine = jnp.sin(cut_noisy + (1 - t) * width)  # cos(x) = sin(pi / 2 - x)
-    sine = jnp.sin(cut_clean + t * width)
+    cut_clean = np.arctan(np.exp((offset - high) / 2))  # at smaller angles log_snr would be above its bound
+    cut_noisy = np.arctan(np.exp((low - offset) / 2))  # this near to pi / 2 it would be below
+    width = np.pi / 2 - cut_clean - cut_noisy  # what is left; t runs over it
+    angle = cut_clean + t * width
+    complement = cut_noisy + (1 - t) * width  # pi / 2 - angle, but more accurate when it is small
+    cosine, sine = jnp.sin(complement), jnp.sin(angle)
     return 2 * (jnp.log(cosine) - jnp.log(sine)) + offset  # log_snr = -2 log tan(angle)
 
 
 def _sigmoid(t, low, high, offset):
-    """alpha^2 is a sigmoid of t, scaled to span [0, 1]: arXiv:2301.10972, Algorithm 1 (its start -3, end 3, tau 1).
+    """alpha^2 is a sigmoid of u, scaled to span [0, 1]: arXiv:2301.10972, Algorithm 1 (its start -3, end 3, tau 1).
 
-    alpha^2 is proportional to sigmoid(3 - 6 t) - sigmoid(-3), and sigma^2 to sigmoid(3) - sigmoid(3 - 6 t). For any
+    alpha^2 is proportional to sigmoid(3 - 6 u) - sigmoid(-3), and sigma^2 to sigmoid(3) - sigmoid(3 - 6 u). For any
     a and b, sigmoid(a) - sigmoid(b) = sinh((a - b) / 2) / (2 cosh(a / 2) cosh(b / 2)). In the ratio all cosh cancel:
-    log_snr = log(sinh(3 (1 - t)) / sinh(3 t)).
+    log_snr = log(sinh(3 (1 - u)) / sinh(3 u)).
     """
 
-    def time_of(log_snr):  # inverse of the curve
+    def inverse(log_snr):  # u as a function of log_snr
         return np.arctanh(np.sinh(3) / (np.exp(log_snr) + np.cosh(3))) / 3
 
-    cut_clean = time_of(high - offset)
-    cut_noisy = time_of(offset - low)  # the curve is antisymmetric: 1 - time_of(x) = time_of(-x)
-    width = 1 - cut_clean - cut_noisy
-    signal = jnp.sinh(3 * (cut_noisy + (1 - t) * width))
-    noise = jnp.sinh(3 * (cut_clean + t * width))
-    return jnp.log(signal) - jnp.log(noise) + offset
+    cut_clean = inverse(high - offset)  # at smaller u log_snr would be above its bound
+    # This near to u = 1 it would be below. The curve is antisymmetric: 1 - inverse(x) = inverse(-x).
+    cut_noisy = inverse(offset - low)
+    width = 1 - cut_clean - cut_noisy  # what is left; t runs over it
+    u = cut_clean + t * width
+    complement = cut_noisy + (1 - t) * width  # 1 - u, but more accurate when it is small
+    return jnp.log(jnp.sinh(3 * complement)) - jnp.log(jnp.sinh(3 * u)) + offset
 
 
 def _linear_beta(t, low, high, offset):
     """The noise levels of DDPM, beta from 1e-4 to 0.02, with linear interpolation of log_snr: arXiv:2006.11239."""
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # arXiv:2006.11239, eq. 4
     table = np.log(alpha_bar) - np.log1p(-alpha_bar)
-    # DDPM has no level for t = 0. It gets log_snr_max; `offset` is added below.
+    # DDPM has no level for t = 0. Here it is log_snr_max, without the offset that is added in the end.
     table = np.concatenate([[max(high - offset, table[0])], table])
     times = jnp.linspace(0, 1, len(table), dtype=t.dtype)
     return jnp.clip(jnp.interp(t, times, jnp.asarray(table, t.dtype)) + offset, low, high)
@@ -113,7 +107,10 @@ def alpha_sigma(log_snr):
 
 
 def broadcast_to_latent(per_frame, latent):
-    """Returns values per latent frame, [B or 1, T], as an array that broadcasts onto a latent [B, K*T, ...]."""
+    """Returns values per latent frame, [B or 1, T], as an array that broadcasts onto a latent [B, K*T, ...].
+
+    K is 1 for a video.
+    """
     chex.assert_rank(per_frame, 2)
     chex.assert_is_broadcastable(per_frame.shape[:1], latent.shape[:1])
     chex.assert_is_divisible(latent.shape[1], per_frame.shape[1])
@@ -273,7 +270,7 @@ def noise_like(key, z):
 
     def draw(name, x):
         key_of_name = jax.random.fold_in(key, MODALITIES.index(name))
-        # A draw in the shape of x gives the same numbers, but takes XLA half a minute to compile for a CPU.
+        # normal(key, x.shape) would give the same numbers, but XLA takes half a minute to compile it for a CPU.
         return jax.random.normal(key_of_name, (x.shape[0], x[0].size), x.dtype).reshape(x.shape)
 
     return {name: draw(name, x) for name, x in z.items()}

@@ -235,9 +235,9 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
     """Returns Terms: guidance by the context frames, arXiv:2502.06764, section 4.
 
     masks: {modality: bool [T] or [B, T]}, True in context frames.
-    history_noise: noise in the context of the prediction "with more of a condition" (see Term). 0 is vanilla history
-        guidance, with the context as it is. A time t in (0, 1) is fractional history guidance, with the context noised
-        to t. The noise hides all but the low frequencies of the context, so only these guide.
+    history_noise: time t to which the context is noised for the prediction with more of it. 0 leaves it as it is
+        (vanilla history guidance). Above 0 the noise hides all but the low frequencies, so only these guide (fractional
+        history guidance). For the prediction with less of it, the context is pure noise.
     """
 
     def context_at(t, z, log_snr, cond):

@@ -3,9 +3,10 @@
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
-run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. Before the first step
-after a start there is nothing to save, so a single process ends at once. Several processes must agree on a step to end
-at, so they take one step first. A stage may have phases with settings of their own: see system/phases.py.
+run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. If the signal comes
+before the first step, there is nothing to save. Then a run of one process ends at once. A run of several processes
+takes one step first, because they must agree on the step to end at. A stage may have phases with settings of their own:
+see system/phases.py.
 """
 
 import logging
@@ -167,7 +168,7 @@ def take_steps(run, name, phase, checkpoints):
         wait_for_save=lambda: checkpoint.finish(checkpoints),  # RunLog calls it before it raises an error
     )
     trace = profiling.tracer(run.trace_span, directory)
-    trace(done)  # begins, if the next step is the first one to trace
+    trace(done)  # starts the trace now if the next step is the first one to trace
     run.stop.after_step = True  # from now on a signal ends the run after a step, and not at once
     save_due = stopped = False
     stopwatch.start()

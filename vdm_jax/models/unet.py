@@ -32,7 +32,8 @@ class NoiseEmbedding(layers.Layer):
     @nn.compact
     def __call__(self, log_snr, pooled, next_log_snr=None):
         dense = functools.partial(layers.Dense, self.features, **self.common)
-        # log_snr is in about [-12, 12]; times are in seconds. The factor 10 lets the sinusoids resolve steps of 0.01.
+        # log_snr is in about [-12, 12]; times are in seconds. With the factor 10 a step of 0.01 turns the fastest
+        # sinusoid by 0.1 radians, which shows.
         features = functools.partial(layers.fourier_features, features=self.features, max_period=1000.0)
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
         x = nn.silu(dense(name="noise_in")(features(log_snr * 10.0)))
@@ -221,7 +222,7 @@ class UNet(layers.Layer):
 
         # Head
         norm = functools.partial(layers.GroupNorm, self.groups, frames=frames, activation=nn.silu, **self.common)
-        x = {m: norm(name=f"norm_{m}")(x[m]) for m in x}  # with statistics of each latent frame of each modality
+        x = {m: norm(name=f"norm_{m}")(x[m]) for m in x}  # every latent frame by its own mean and variance
         features = {"video": z["video"].shape[-1] * self.patch**2, "audio": z["audio"].shape[-1]}
         x = {m: conv(features[m], KERNEL_SIZE[m], zero=True, name=f"head_{m}")(x[m]) for m in x}
         x = {**x, "video": layers.depth_to_space(x["video"], self.patch)}

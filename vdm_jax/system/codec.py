@@ -52,7 +52,7 @@ def remat_modes(config, stage):
 
 
 def init_fns(models, config, layout):
-    """{name: init(key) -> params} of the models. Under eval_shape or jit only the parameters are computed."""
+    """{name: init(key) -> params} of the models. Call them under eval_shape or jit: else Flax also runs the model."""
     side, text_length, text_width = config.data.size, config.data.text_length, config.clip.model.text.width
     tokens = jnp.zeros((1, text_length), jnp.int32)
     video = jnp.zeros((1, layout.frames, side, side, 3))

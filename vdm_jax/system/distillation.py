@@ -61,17 +61,16 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     t_key, noise_key, guidance_key = jax.random.split(key, 3)
     batch = len(z["video"])
     taught = round(batch * settings.teacher_share)  # the teacher makes the targets of the first `taught` rows
-    *smaller, largest = settings.steps  # a clip in `largest` steps has the shortest steps
-    # The student itself makes the targets of the other rows.
-    own = jnp.asarray(smaller)[jnp.arange(batch - taught) % len(smaller)]
-    steps = jnp.concatenate([jnp.full(taught, largest), own])[:, None]  # [B, 1], from pure noise to a clean clip
+    *fewer, most = settings.steps  # numbers of steps from pure noise to a clean clip
+    own_counts = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]  # of the rows that the student teaches
+    step_count = jnp.concatenate([jnp.full(taught, most), own_counts])[:, None]  # [B, 1]
 
-    # Noising: a step begins at t, and goes to t - 1 / steps.
+    # Noising: a step begins at t, and goes to t - 1 / step_count.
     t, context = diffusion.sample_times(t_key, z["video"].shape[:2], diffusion_config.patterns)
-    t = {name: jnp.ceil(t[name] * steps) / steps for name in z}
+    t = {name: jnp.ceil(t[name] * step_count) / step_count for name in z}
 
     def levels_after(share):  # log_snr when this share of the step is done; context frames are clean
-        later = {name: jnp.maximum(t[name] - share / steps, 0) for name in z}
+        later = {name: jnp.maximum(t[name] - share / step_count, 0) for name in z}
         levels = {name: diffusion.log_snr_at(later[name], diffusion_config) for name in z}
         return {name: jnp.where(context[name], diffusion_config.log_snr_max, levels[name]) for name in z}
 
@@ -117,7 +116,7 @@ def guidance(weights, context, noise, null_cond, diffusion_config):
     context: {modality: bool [B, T]}, True in context frames.
     """
     both = jnp.stack([*context.values()])  # [modalities, B, T]
-    continued = both[:, :, :2].all((0, 2))  # [B]; two latent frames at the start show the motion
+    continued = both[:, :, :2].all((0, 2))  # [B]; the context has the first two latent frames, so it shows the motion
     given = both.all(2).any(0)  # [B]; the whole of one modality is context
     text = jnp.where(given, weights.text_cross_modal, weights.text)
     text = jnp.where(continued, weights.text_continue, text)[:, None]

@@ -33,8 +33,8 @@ def swap_words(caption, groups):
         Synonyms never replace each other.
     """
     rng = np.random.default_rng(zlib.crc32(caption.encode("utf-8", errors="replace")))
-    pattern, tables = _search(groups)
-    words = pattern.split(caption)  # at odd places words of the groups, at even places the text between
+    pattern, tables = _pattern_and_tables(groups)
+    words = pattern.split(caption)  # words[1], words[3], ... are words of the groups, the others the text between them
     words[1::2] = [word.lower() for word in words[1::2]]
     swaps, replacements = [], []  # changes {place: new word}
     for table in tables:
@@ -64,8 +64,8 @@ def check_groups(where, groups):
 
 
 @functools.lru_cache
-def _search(groups):
-    """(a pattern that finds the longest words first, and for each group {word: index of its entry in the group})."""
+def _pattern_and_tables(groups):
+    """(a pattern that finds words of the groups, the longest first; for each group {word: number of its entry})."""
     tables = [{word: n for n, entry in enumerate(group) for word in entry.split("|")} for group in groups]
     words = sorted({word for table in tables for word in table}, key=len, reverse=True)
     return re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE), tables
@@ -147,8 +147,8 @@ def call_together(denoise_fn, rows_a, rows_b):
     """Returns the predictions for two batches, (prediction_a, prediction_b), by one call of the network.
 
     A program with two calls takes twice as long to compile. The call takes the rows of both batches in turns, for
-    example 3 rows of a, 2 of b, 3 of a, 2 of b. In this order a device keeps the rows that it has of a and of b. With
-    all rows of a before those of b, rows would move from device to device.
+    example 3 rows of the first, 2 of the second, 3 of the first, 2 of the second. Each device of a mesh holds
+    consecutive rows of a batch. In this order its rows of the joined batch are its own rows of both.
     """
     count_a, count_b = (len(jax.tree.leaves(rows)[0]) for rows in (rows_a, rows_b))
     turns = math.gcd(count_a, count_b)

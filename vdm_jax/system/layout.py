@@ -11,7 +11,7 @@ STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 
 # Settings of a model
 PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")  # one value for each resolution
-SWITCHES = ("attention", "cross_modal", "factorized", "use_bias", "student")  # True or False; they count as 1 or 0
+SWITCHES = ("attention", "cross_modal", "factorized", "use_bias", "student")  # True or False, checked as 1 or 0
 MAY_BE_ZERO = ("blocks", "middle_blocks", "layers", "text_layers", *SWITCHES)
 
 
@@ -120,8 +120,8 @@ def _check_halvings(denoiser, side, tokens):
             f"the latents have {side}x{side} places, but denoiser.model.patch={denoiser.patch} with {halvings + 1} "
             f"resolutions needs a multiple of {multiple}: use a smaller patch, fewer resolutions or another data.size"
         )
-    # At resolution i a frame merges prod(time_strides[:i]) latent frames, and the sound tokens have been halved i
-    # times. A frame must have a whole number of tokens.
+    # A time step of resolution i covers prod(time_strides[:i]) latent frames, and the sound tokens have been halved i
+    # times. A time step must have a whole number of tokens.
     for i in range(1, halvings + 1):
         if tokens * math.prod(denoiser.time_strides[:i]) % 2**i:
             raise UserError(

@@ -26,8 +26,8 @@ class Stage(NamedTuple):
     encoder_shapes: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    # The mesh axis `sequence` must divide one of these sizes: the number of frames, or the height of the latents. A
-    # stage of sound has one size, the number of sound tokens.
+    # The sizes that the mesh axis `sequence` can cut: (frames, height of the latents), or (sound tokens,) of the audio
+    # autoencoder. It must divide at least one of them.
     sequence_sizes: tuple
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
     # The loss uses one hard negative per group of this many consecutive clips. A group must share a device.
@@ -195,7 +195,7 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
     else:
         batch = jax.lax.stop_gradient(encode_batch(codec, encoder_params, batch))
     z, encoded_text = batch["z"], batch["text"]
-    drop_key, key = jax.random.split(key)
+    drop_key, key, pair_key = jax.random.split(key, 3)
     null = codec.encode_null_text(encoder_params)
     denoise_fn = functools.partial(codec.apply_fn("denoiser"), params)
     if "teacher" in encoder_params:
@@ -207,9 +207,6 @@ def denoiser_loss(codec, params, key, batch, encoder_params):
         loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
         return loss, {"loss": loss, **metrics}
 
-    # The hard negatives share the network call. Their key must differ from the two keys that `corrupt` splits from key.
-    # fold_in(key, 1) would be one of them, split(key)[1]. So drop_key is folded.
-    pair_key = jax.random.fold_in(drop_key, 1)
     wrong, target = batch[hard_negatives.BATCH_KEY], settings.diffusion.target
     pairs = hard_negatives.make_pairs(pair_key, z, encoded_text, wrong, target, settings.hard_negatives)
     noised = diffusion.corrupt(key, z, settings.diffusion)

@@ -86,7 +86,8 @@ class Sampler:
         context = context or tasks.text(layout)  # the task `text`, where no frame is context
         masks, clean = context.masks, self._context_latents(params, context, layout)
         guidance = settings["guidance"]
-        continued = all(mask[:2].all() for mask in masks.values())  # two latent frames at the start show the motion
+        # A clip is continued if the first two latent frames are context. One would not show the motion.
+        continued = all(mask[:2].all() for mask in masks.values())
         given = any(mask.all() for mask in masks.values())  # the whole of one modality is context
         text_weight = guidance["text_continue" if continued else "text_cross_modal" if given else "text"]
         weights = {"text": text_weight, "history": guidance["history"], "modality": guidance["modality"]}
@@ -96,8 +97,8 @@ class Sampler:
             layout.latent_frames,
             codec.config.denoiser.diffusion,
             masks,
-            # The context of a continued clip almost determines the next frames, so their first step may be long. The
-            # first step of generated frame i goes to time first_step_times[i].
+            # The context of a continued clip almost determines the next frames. So their first step may remove most of
+            # the noise: generated frame i goes from time 1 to first_step_times[i].
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
@@ -196,9 +197,9 @@ def sample(
         terms += samplers.modality_guidance(weights["modality"], guidance_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. ddpm draws noise for a whole batch, from a key that depends on the first prompt of the batch.
-    # Batches begin at the prompts 0, BATCH, 2 * BATCH, ... in every call. In JAX a row of random numbers does not
-    # depend on the number of rows. So prompt i gets the same noise in every call.
+    # 3. The sampler. Prompt i gets the same noise of ddpm in every call, although ddpm draws for a whole batch. The key
+    # depends on the first prompt of a batch, and batches always begin at 0, BATCH, 2 * BATCH, ... A row of random
+    # numbers does not depend on the number of rows.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
