@@ -40,9 +40,9 @@ def log_snr_at(t, config):
     'cosine' and 'sigmoid' use the part of their curve between log_snr_max and log_snr_min, stretched over [0, 1].
     'linear_beta' has the 1000 noise levels of DDPM, clipped to these bounds: step n = 0..999 is t = (n + 1) / 1000.
 
-    The shift multiplies alpha / sigma; then log_snr is limited to its bounds. A shift below 1 gives more noise. Use it
-    for larger or more redundant latents (arXiv:2301.11093, section 3.1: 64 / d for images of d x d pixels). Raises
-    UserError for wrong settings.
+    The shift multiplies alpha / sigma of the whole curve, before it is limited to the bounds. A shift below 1 gives
+    more noise. Use it for larger or more redundant latents (arXiv:2301.11093, section 3.1: 64 / d for images of d x d
+    pixels). Raises UserError for wrong settings.
     """
     low, high = config["log_snr_min"], config["log_snr_max"]
     if not low < high:
@@ -57,7 +57,7 @@ def log_snr_at(t, config):
 def _cosine(t, low, high, offset):
     """alpha = cos(angle), the angle from 0 to pi / 2: arXiv:2102.09672, eq. 17 with s = 0."""
     cut_clean = np.arctan(np.exp((offset - high) / 2))  # at smaller angles log_snr would be above its bound
-    cut_noisy = np.arctan(np.exp((low - offset) / 2))  # this near to pi / 2 it would be below
+    cut_noisy = np.arctan(np.exp((low - offset) / 2))  # a distance from pi / 2; nearer it would be below
     width = np.pi / 2 - cut_clean - cut_noisy  # what is left; t runs over it
     angle = cut_clean + t * width
     complement = cut_noisy + (1 - t) * width  # pi / 2 - angle, but more accurate when it is small
@@ -77,7 +77,7 @@ def _sigmoid(t, low, high, offset):
         return np.arctanh(np.sinh(3) / (np.exp(log_snr) + np.cosh(3))) / 3
 
     cut_clean = inverse(high - offset)  # at smaller u log_snr would be above its bound
-    # This near to u = 1 it would be below. The curve is antisymmetric: 1 - inverse(x) = inverse(-x).
+    # A distance from u = 1; nearer it would be below. The curve is antisymmetric: 1 - inverse(x) = inverse(-x).
     cut_noisy = inverse(offset - low)
     width = 1 - cut_clean - cut_noisy  # what is left; t runs over it
     u = cut_clean + t * width
@@ -89,7 +89,7 @@ def _linear_beta(t, low, high, offset):
     """The noise levels of DDPM, beta from 1e-4 to 0.02, with linear interpolation of log_snr: arXiv:2006.11239."""
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # arXiv:2006.11239, eq. 4
     table = np.log(alpha_bar) - np.log1p(-alpha_bar)
-    # DDPM has no level for t = 0. Here it is log_snr_max, without the offset that is added in the end.
+    # DDPM has no level for t = 0. Here it is log_snr_max. The offset is subtracted, because it is added to all below.
     table = np.concatenate([[max(high - offset, table[0])], table])
     times = jnp.linspace(0, 1, len(table), dtype=t.dtype)
     return jnp.clip(jnp.interp(t, times, jnp.asarray(table, t.dtype)) + offset, low, high)
@@ -227,7 +227,7 @@ def _patterns(u, T):
         "image": (t, t, frame < min(1, last), False),  # the first video frame, unless it is the only frame
         "continue": (t, t, beginning, beginning),
         "between": (t, t, ends, ends),
-        "rollout": (pyramid, pyramid, pyramid <= 0, pyramid <= 0),
+        "rollout": (pyramid, pyramid, pyramid <= 0, pyramid <= 0),  # for long clips whose windows are pyramids
     }
 
 

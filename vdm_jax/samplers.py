@@ -81,7 +81,7 @@ def heun(z, x0, past, step):
     """Heun's method, second order with two network calls per step: ETD2RK of Cox and Matthews (2002).
 
     It solves the linear part of the equation exactly (arXiv:2211.01095, Proposition 4.1), and takes x0 as linear in
-    lambda over a step. Heun's method as in EDM (arXiv:2206.00364, Algorithm 1) has a large error in a long first step.
+    lambda over a step. The form in EDM (arXiv:2206.00364, Algorithm 1) has a large error in a long first step.
     """
 
     def average(x0, x0_next, now, after):
@@ -235,9 +235,9 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
     """Returns Terms: guidance by the context frames, arXiv:2502.06764, section 4.
 
     masks: {modality: bool [T] or [B, T]}, True in context frames.
-    history_noise: time t to which the context is noised for the prediction with more of it. 0 leaves it as it is
-        (vanilla history guidance). Above 0 the noise hides all but the low frequencies, so only these guide (fractional
-        history guidance). For the prediction with less of it, the context is pure noise.
+    history_noise: time t, or 0. The Term is a prediction with the context minus one with pure noise in its place. The
+        first one reads the context noised to t. 0 leaves it as it is (vanilla history guidance). Above 0 the noise
+        hides all but the low frequencies, so only these guide (fractional history guidance).
     """
 
     def context_at(t, z, log_snr, cond):

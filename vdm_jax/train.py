@@ -3,10 +3,10 @@
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
-run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. If the signal comes
-before the first step, there is nothing to save. Then a run of one process ends at once. A run of several processes
-takes one step first, because they must agree on the step to end at. A stage may have phases with settings of their own:
-see system/phases.py.
+run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. While a stage is being
+prepared (compiled, its clips encoded) there is nothing to save. Then a run of one process ends at once. A run of
+several processes takes one step first, because they must agree on the step to end at. A stage may have phases with
+settings of their own: see system/phases.py.
 """
 
 import logging
@@ -127,8 +127,8 @@ def take_steps(run, name, phase, checkpoints):
         encoder_params, examples = latents.prepare(system, run.workdir, examples, run.mesh)
     batch_sharding = sharding.batch_sharding(run.mesh)
     order = dict(batch_size=settings.batch_size, seed=config.seed)  # decides which clip is in which batch
-    rows = sharding.local_rows(batch_sharding, settings.batch_size)
-    data = batches.batches(examples, **order, rows=rows, start=done, data=config.data)
+    own_rows = sharding.local_rows(batch_sharding, settings.batch_size)  # of each batch, those of this process
+    data = batches.batches(examples, **order, rows=own_rows, start=done, data=config.data)
     # 4. The state itself: initialized at random, begun from the phase before, or restored directly onto the mesh.
     begins_phase = done > 0 and done == phase.start  # the newest checkpoint is the last one of the phase before
     if newest is None:

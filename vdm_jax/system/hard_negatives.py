@@ -83,7 +83,7 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(key, z, right, wrong, target, config):
-    """Returns the Pairs of clips 0, config.every, 2 * config.every, ... of a batch.
+    """Returns a pair for each of the clips 0, config.every, 2 * config.every, ... of a batch.
 
     Both rows of a clip have the same noise and the same noise level, which is one number for all of the clip. The noise
     levels of the clips are evenly spaced over config.log_snr.
@@ -147,8 +147,8 @@ def call_together(denoise_fn, rows_a, rows_b):
     """Returns the predictions for two batches, (prediction_a, prediction_b), by one call of the network.
 
     A program with two calls takes twice as long to compile. The call takes the rows of both batches in turns, for
-    example 3 rows of the first, 2 of the second, 3 of the first, 2 of the second. Each device of a mesh holds
-    consecutive rows of a batch. In this order its rows of the joined batch are its own rows of both.
+    example 3 rows of the first, 2 of the second, 3 of the first, 2 of the second. A device of a mesh holds consecutive
+    rows of a batch. In this order no row moves to another device when the batches are joined.
     """
     count_a, count_b = (len(jax.tree.leaves(rows)[0]) for rows in (rows_a, rows_b))
     turns = math.gcd(count_a, count_b)

@@ -92,7 +92,7 @@ def _encoder(system, params, examples):
 
 
 class Encoded:
-    """Encoded clips as a data source: what `encode_batch` returns.
+    """A data source of encoded clips. `take` returns a batch in the form of `encode_batch`.
 
     The clips are records of .npy files with CLIPS_PER_FILE each, on a disk or in a bucket. Any thread may read them.
     """
@@ -167,7 +167,7 @@ def _cached(system, params, examples, directory):
 
 
 def _write(path, encoded_batches, record, count):
-    """Writes the first `count` clips of the batches as a .npy file of records; holds one batch at a time."""
+    """Writes the first `count` clips of the batches as a .npy file of records. One batch at a time is in memory."""
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("wb") as file:
         descr = np.lib.format.dtype_to_descr(record)

@@ -26,8 +26,8 @@ class Stage(NamedTuple):
     encoder_shapes: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
-    # The sizes that the mesh axis `sequence` can cut: (frames, height of the latents), or (sound tokens,) of the audio
-    # autoencoder. It must divide at least one of them.
+    # The mesh axis `sequence` must divide at least one of these sizes. Audio autoencoder: (sound tokens,). Denoiser:
+    # (latent frames, height of a latent frame). Other stages: (video frames, height of a latent frame).
     sequence_sizes: tuple
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
     # The loss uses one hard negative per group of this many consecutive clips. A group must share a device.
