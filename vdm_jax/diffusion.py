@@ -56,8 +56,8 @@ def log_snr_at(t, config):
 
 def _cosine(t, low, high, offset):
     """alpha = cos(angle), the angle from 0 to pi / 2: arXiv:2102.09672, eq. 17 with s = 0."""
-    cut_clean = np.arctan(np.exp((offset - high) / 2))  # at smaller angles log_snr would be above its bound
-    cut_noisy = np.arctan(np.exp((low - offset) / 2))  # a distance from pi / 2; nearer it would be below
+    cut_clean = np.arctan(np.exp((offset - high) / 2))  # at this angle log_snr has its upper bound
+    cut_noisy = np.arctan(np.exp((low - offset) / 2))  # at this distance from pi / 2 it has its lower bound
     width = np.pi / 2 - cut_clean - cut_noisy  # what is left; t runs over it
     angle = cut_clean + t * width
     complement = cut_noisy + (1 - t) * width  # pi / 2 - angle, but more accurate when it is small
@@ -76,8 +76,8 @@ def _sigmoid(t, low, high, offset):
     def inverse(log_snr):  # u as a function of log_snr
         return np.arctanh(np.sinh(3) / (np.exp(log_snr) + np.cosh(3))) / 3
 
-    cut_clean = inverse(high - offset)  # at smaller u log_snr would be above its bound
-    # A distance from u = 1; nearer it would be below. The curve is antisymmetric: 1 - inverse(x) = inverse(-x).
+    cut_clean = inverse(high - offset)  # at this u log_snr has its upper bound
+    # At this distance from u = 1 it has its lower bound. The curve is antisymmetric: 1 - inverse(x) = inverse(-x).
     cut_noisy = inverse(offset - low)
     width = 1 - cut_clean - cut_noisy  # what is left; t runs over it
     u = cut_clean + t * width
@@ -89,7 +89,7 @@ def _linear_beta(t, low, high, offset):
     """The noise levels of DDPM, beta from 1e-4 to 0.02, with linear interpolation of log_snr: arXiv:2006.11239."""
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # arXiv:2006.11239, eq. 4
     table = np.log(alpha_bar) - np.log1p(-alpha_bar)
-    # DDPM has no level for t = 0. Here it is log_snr_max. The offset is subtracted, because it is added to all below.
+    # DDPM has no level for t = 0. Here it is log_snr_max, without the offset that the last line adds to every level.
     table = np.concatenate([[max(high - offset, table[0])], table])
     times = jnp.linspace(0, 1, len(table), dtype=t.dtype)
     return jnp.clip(jnp.interp(t, times, jnp.asarray(table, t.dtype)) + offset, low, high)

@@ -235,9 +235,9 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
     """Returns Terms: guidance by the context frames, arXiv:2502.06764, section 4.
 
     masks: {modality: bool [T] or [B, T]}, True in context frames.
-    history_noise: time t, or 0. The Term is a prediction with the context minus one with pure noise in its place. The
-        first one reads the context noised to t. 0 leaves it as it is (vanilla history guidance). Above 0 the noise
-        hides all but the low frequencies, so only these guide (fractional history guidance).
+    history_noise: time t to which the context is noised in the prediction with the context. The Term is this prediction
+        minus one with pure noise in place of the context. 0 leaves the context as it is (vanilla history guidance).
+        Above 0 the noise hides all but the low frequencies, so only these guide (fractional history guidance).
     """
 
     def context_at(t, z, log_snr, cond):

@@ -3,10 +3,10 @@
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
 A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
-run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. While a stage is being
-prepared (compiled, its clips encoded) there is nothing to save. Then a run of one process ends at once. A run of
-several processes takes one step first, because they must agree on the step to end at. A stage may have phases with
-settings of their own: see system/phases.py.
+run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. A signal that comes
+while a stage is being prepared (its step compiled, its clips encoded) finds nothing to save. It ends a run of one
+process at once. A run of several processes takes one step first, because they must agree on the step to end at. A stage
+may have phases with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -39,7 +39,7 @@ class Run(NamedTuple):
     plan: dict  # {stage: its Phases}
     sources: dict  # {System: data source of its training clips}
     stop: preemption.Stop  # stop.is_due(step) -> whether a signal asks the run to end
-    report_progress: Any  # report_progress(finished) tells the watchdog what is finished; None stops it
+    report_progress: Any  # report_progress(what) tells the watchdog that `what` is finished; None as `what` stops it
     trace_span: tuple | None  # first and last step to trace
 
 
@@ -111,7 +111,7 @@ def take_steps(run, name, phase, checkpoints):
     step_key = jax.device_put(step_key, sharding.replicated(run.mesh))
     #    The step skips updates whose loss is more than `loss_over_mean` times the mean of earlier losses.
     program = train_state.program(stage, settings, init_key, run.mesh, config.skip.loss_over_mean, phase.start)
-    # 2. What an earlier start has done.
+    # 2. What earlier calls of this command have done.
     newest = checkpoints.latest_step()  # None: no checkpoint; 0: weights that were imported at step 0
     done = newest or 0
     parameter_count = sum(x.size for x in jax.tree.leaves(stage.param_shapes))
@@ -127,8 +127,8 @@ def take_steps(run, name, phase, checkpoints):
         encoder_params, examples = latents.prepare(system, run.workdir, examples, run.mesh)
     batch_sharding = sharding.batch_sharding(run.mesh)
     order = dict(batch_size=settings.batch_size, seed=config.seed)  # decides which clip is in which batch
-    own_rows = sharding.local_rows(batch_sharding, settings.batch_size)  # of each batch, those of this process
-    data = batches.batches(examples, **order, rows=own_rows, start=done, data=config.data)
+    row_numbers = sharding.local_rows(batch_sharding, settings.batch_size)  # the rows of this process
+    data = batches.batches(examples, **order, rows=row_numbers, start=done, data=config.data)
     # 4. The state itself: initialized at random, begun from the phase before, or restored directly onto the mesh.
     begins_phase = done > 0 and done == phase.start  # the newest checkpoint is the last one of the phase before
     if newest is None:

@@ -32,8 +32,8 @@ class NoiseEmbedding(layers.Layer):
     @nn.compact
     def __call__(self, log_snr, pooled, next_log_snr=None):
         dense = functools.partial(layers.Dense, self.features, **self.common)
-        # log_snr is in about [-12, 12]; times are in seconds. With the factor 10 a step of 0.01 turns the fastest
-        # sinusoid by 0.1 radians. The network can tell that.
+        # log_snr is in about [-12, 12]; times are in seconds. With the factor 10 a difference of 0.01 turns the fastest
+        # sinusoid by 0.1 radians, enough for the network to notice.
         features = functools.partial(layers.fourier_features, features=self.features, max_period=1000.0)
         seconds = jnp.arange(log_snr.shape[1]) / self.latent_fps
         x = nn.silu(dense(name="noise_in")(features(log_snr * 10.0)))

@@ -20,13 +20,13 @@ class System(Codec):
         return {name: stage.param_shapes for name, stage in self.stages.items()}
 
     def check_mesh(self, mesh, names):
-        """Raises UserError where the mesh does not divide models or activations of the stages `names`."""
+        """Raises UserError where the mesh cannot evenly split the models or activations of the stages `names`."""
         for name in names:
             stage = self.stages[name]
             sharding.check_axes(mesh, stage.param_shapes, name, stage.sequence_sizes)
 
     def check_batch(self, mesh, name):
-        """Raises UserError where the batch of stage `name` does not divide over the mesh."""
+        """Raises UserError where the mesh cannot evenly split the batch of stage `name`."""
         settings = self.config[name]
         sharding.check_batch(
             settings.batch_size,

@@ -62,7 +62,7 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     batch = len(z["video"])
     taught = round(batch * settings.teacher_share)  # the teacher makes the targets of the first `taught` rows
     *fewer, most = settings.steps  # numbers of steps from pure noise to a clean clip
-    own_counts = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]  # of the rows that the student teaches
+    own_counts = jnp.asarray(fewer)[jnp.arange(batch - taught) % len(fewer)]  # the student itself teaches these rows
     step_count = jnp.concatenate([jnp.full(taught, most), own_counts])[:, None]  # [B, 1]
 
     # Noising: a step begins at t, and goes to t - 1 / step_count.
@@ -92,10 +92,10 @@ def loss(student_fn, teacher_fn, key, z, cond, null_cond, config):
     def student_x0(z_t, now, after, cond):
         return predict_x0(student_fn, z_t, now, {**cond, "next_log_snr": after})
 
-    z_own, start_own, middle_own, end_own, cond_own = map(own_rows, (z_t, start, middle, end, cond))
-    z_middle = step(z_own, student_x0(z_own, start_own, middle_own, cond_own), start_own, middle_own)
-    z_end = step(z_middle, student_x0(z_middle, middle_own, end_own, cond_own), middle_own, end_own)
-    by_student = x0_of_step(z_own, z_end, start_own, end_own)
+    own_z, own_start, own_middle, own_end, own_cond = map(own_rows, (z_t, start, middle, end, cond))
+    z_middle = step(own_z, student_x0(own_z, own_start, own_middle, own_cond), own_start, own_middle)
+    z_end = step(z_middle, student_x0(z_middle, own_middle, own_end, own_cond), own_middle, own_end)
+    by_student = x0_of_step(own_z, z_end, own_start, own_end)
     target = jax.lax.stop_gradient(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), by_teacher, by_student))
 
     # The error

@@ -120,8 +120,8 @@ def _check_halvings(denoiser, side, tokens):
             f"the latents have {side}x{side} places, but denoiser.model.patch={denoiser.patch} with {halvings + 1} "
             f"resolutions needs a multiple of {multiple}: use a smaller patch, fewer resolutions or another data.size"
         )
-    # A time step of resolution i covers prod(time_strides[:i]) latent frames, and the sound tokens have been halved i
-    # times. A time step must have a whole number of tokens.
+    # A frame of resolution i merges prod(time_strides[:i]) latent frames, and the sound tokens have been halved i
+    # times. Each such frame must have a whole number of tokens.
     for i in range(1, halvings + 1):
         if tokens * math.prod(denoiser.time_strides[:i]) % 2**i:
             raise UserError(

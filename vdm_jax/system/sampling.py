@@ -197,9 +197,9 @@ def sample(
         terms += samplers.modality_guidance(weights["modality"], guidance_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. The noise that ddpm adds to clip i does not depend on how many clips are sampled. It is drawn for
-    # a whole batch, but the key depends only on the first clip of the batch, and clip i is always in the same batch. A
-    # row of random numbers does not depend on the number of rows.
+    # 3. The sampler. ddpm draws noise for a whole batch. Clip i must get the same noise in every call, so the key
+    # depends only on the first clip of its batch: batches begin at the clips 0, BATCH, 2 * BATCH, ... In JAX a row of
+    # random numbers does not depend on the number of rows.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
