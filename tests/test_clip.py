@@ -8,7 +8,7 @@ from tests import tiny
 from tests.helpers import weights
 from vdm_jax.data import text
 from vdm_jax.system import build
-from vdm_jax.system.codec import to_float
+from vdm_jax.system.networks import to_float
 
 PROMPTS = ["a red circle", "a blue square moving left", "", "zwei Kreise, größer"]
 

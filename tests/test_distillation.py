@@ -138,22 +138,17 @@ def test_a_student_is_trained_from_a_teacher_and_sampled(command, tiny_run, tmp_
     assert command(sample, f"--workdir={run}", *clip, f"--out={tmp_path}/b.mp4").code == 0
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
+    # Trained and beside its teacher, it makes the clips of few steps.
     assert command(train, *recipe, f"--workdir={run}", "--stage=denoiser").code == 0
-    assert command(sample, f"--workdir={run}", *clip, f"--out={tmp_path}/c.mp4").code == 0
-    assert (tmp_path / "a.mp4").read_bytes() != (tmp_path / "c.mp4").read_bytes()
-
-    # Beside its teacher, it makes the clips of few steps.
     assert command(weights, "export", f"--workdir={run}", f"--out={teacher}/student").code == 0
-    for name, more, maker in (("d", [], "student"), ("e", ["--teacher"], None), ("f", ["--student"], None)):
+    for name, more, maker in (("c", [], "student"), ("d", ["--teacher"], None)):
         made = command(sample, f"--weights={teacher}", *clip, *more, f"--out={tmp_path}/{name}.mp4")
         assert made.code == 0 and any(f"the {maker} makes the clips" in line for line in made.err) == bool(maker)
-    same = {name: (tmp_path / f"{name}.mp4").read_bytes() for name in "adef"}
-    assert same["d"] == same["f"] != same["a"] == same["e"]
+    teachers, students, told = ((tmp_path / f"{name}.mp4").read_bytes() for name in "acd")
+    assert teachers == told != students
     pipe = load(teacher)
     assert pipe.for_steps(5) is pipe.for_steps(1, student=False) is pipe
     assert pipe.for_steps() is pipe.for_steps(4) is pipe.for_steps(9, student=True) is pipe.student
-    few = pipe("a red circle", steps=2, guidance=1.0)
-    np.testing.assert_array_equal(few.video, pipe.student("a red circle", steps=2, guidance=1.0).video)
     made = command(sample, f"--weights={teacher}", *clip, "--student", "--teacher", f"--out={tmp_path}/g.mp4")
     assert made.code == 2 and "only one of --student and --teacher" in made.err[-1]
     with pytest.raises(UserError, match="have no student"):

@@ -11,7 +11,7 @@ from tests import tiny
 from tests.gaussian import prediction_of
 from tests.test_diffusion import latents, make_config
 from vdm_jax import diffusion
-from vdm_jax.system import build, codec, hard_negatives
+from vdm_jax.system import System, build, hard_negatives
 
 GROUPS = (("red", "green", "blue"), ("circle", "square"), ("left", "right", "up"))
 SETTINGS = dict(every=1, log_snr=(-6.0, -2.0), weight=0.5, anchor=0.25)
@@ -111,7 +111,7 @@ def test_pairs_share_no_key_with_the_noise_of_the_batch(monkeypatch):
 
     system = build(tiny.get_config("hard_negatives"))
     stage = system.stages["denoiser"]
-    monkeypatch.setattr(codec.Codec, "apply_fn", lambda self, name: lambda params, z, *rest: z)
+    monkeypatch.setattr(System, "apply_fn", lambda self, name: lambda params, z, *rest: z)
     spy(hard_negatives, "make_pairs")
     spy(diffusion, "corrupt")
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), stage.batch)

@@ -6,7 +6,6 @@ import signal
 import socket
 import time
 
-import numpy as np
 import pytest
 
 from tests.helpers import finish, start
@@ -73,12 +72,12 @@ cli.run(train.main)
 """
 
 
-def pair(workdir, steps=STEPS):
+def pair(workdir):
     """Starts a run of two processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    options = f"--config=tests/tiny.py --stage={STAGE} --config.preview_every=0 --config.{STAGE}.steps={steps}".split()
+    options = f"--config=tests/tiny.py --stage={STAGE} --config.preview_every=0 --config.{STAGE}.steps={STEPS}".split()
     options += [f"--workdir={workdir}", "--config.checkpoint_every=50"]
     return [start("-c", RANK, address, rank, *options) for rank in range(2)]
 
@@ -134,20 +133,3 @@ def test_where_the_coordinator_is_gone_or_stuck_the_other_ends(stopped, tmp_path
     assert run_folder.newest_step(workdir, STAGE) >= newest
     checkpoint.quarantine_damaged(workdir / STAGE / "checkpoints")
     assert not (workdir / STAGE / "damaged").exists()
-
-
-def test_a_run_of_two_goes_on_in_one_with_the_same_losses(stopped, tmp_path):
-    """Batches do not depend on the number of processes."""
-    newest = run_folder.newest_step(stopped[0], STAGE)
-    steps, two, one = newest + 10, tmp_path / "two", tmp_path / "one"
-    for folder in (two, one):
-        shutil.copytree(stopped[0], folder)
-    processes = pair(two, steps)
-    assert [finish(process)[0] for process in processes] == [0, 0]
-    options = f"--config=tests/tiny.py --stage={STAGE} --config.preview_every=0 --config.{STAGE}.steps={steps}".split()
-    code, _, err = finish(start("-m", "vdm_jax.train", *options, f"--workdir={one}"))
-    assert code == 0, err
-    two, one = ({line["step"]: line["loss"] for line in lines(folder)} for folder in (two, one))
-    assert list(two) == list(one) == list(range(1, steps + 1))
-    after = range(newest + 1, steps + 1)  # before it, both have the lines of the run that was stopped
-    np.testing.assert_allclose([two[step] for step in after], [one[step] for step in after], rtol=1e-6)

@@ -27,7 +27,7 @@ from vdm_jax.errors import UserError
 from vdm_jax.models.layers import REMAT
 from vdm_jax.perf import flops
 from vdm_jax.sharding import path_name
-from vdm_jax.system import build, codec, losses
+from vdm_jax.system import build, losses, networks
 from vdm_jax.system.layout import STAGES, Layout, layout
 
 
@@ -96,7 +96,7 @@ def test_every_recipe_fits_together(recipe):
     sizes = layout(config)
     assert sizes.frames == 1 + sizes.f_t * (sizes.latent_frames - 1)
     teacher = {"teacher"} if config.denoiser.model.student else set()
-    assert set(codec.make_models(config, sizes)) == set(STAGES) | teacher
+    assert set(networks.make_models(config, sizes)) == set(STAGES) | teacher
     with pytest.raises((AttributeError, KeyError)):
         config.denoiser.stps = 3  # locked
 
@@ -136,7 +136,7 @@ WRONG = {  # changes -> the message holds these words, and what it names works
 def test_sizes_that_do_not_fit_are_told(config, changes, words):
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError) as error:
-        codec.make_models(config, layout(config))
+        networks.make_models(config, layout(config))
     assert words in str(error.value) and "\n" not in str(error.value)
     if words.startswith("use"):
         (key,) = changes
@@ -146,7 +146,7 @@ def test_sizes_that_do_not_fit_are_told(config, changes, words):
                 config.denoiser.model.update(
                     channels=(16,), blocks=(1,), attention=(False,), cross_modal=(False,), time_strides=()
                 )
-            codec.make_models(config, layout(config))
+            networks.make_models(config, layout(config))
 
 
 @pytest.mark.parametrize("script, options", [
@@ -159,7 +159,9 @@ def test_sizes_that_do_not_fit_are_told(config, changes, words):
 def test_a_command_builds_its_system_once(tiny_run, tmp_path, command, monkeypatch, script, options):
     built = []
     original = package.make_stages
-    monkeypatch.setattr(package, "make_stages", lambda codec: built.append(codec.config.to_json()) or original(codec))
+    monkeypatch.setattr(
+        package, "make_stages", lambda system: built.append(system.config.to_json()) or original(system)
+    )
     done = command(script, *(option.format(run=tiny_run, tmp=tmp_path) for option in options))
     assert done.code == 0, done.err
     assert len(built) == 1
@@ -170,9 +172,9 @@ def test_a_command_builds_its_system_once(tiny_run, tmp_path, command, monkeypat
 
 def test_pixels_survive_the_way_to_float_and_back():
     values = np.arange(256, dtype=np.uint8)
-    assert float(codec.to_float(values).min()) == -1 and float(codec.to_float(values).max()) == 1
-    np.testing.assert_array_equal(codec.to_uint8(codec.to_float(values)), values)
-    np.testing.assert_array_equal(codec.to_uint8(np.array([-3.0, 3.0])), [0, 255])
+    assert float(networks.to_float(values).min()) == -1 and float(networks.to_float(values).max()) == 1
+    np.testing.assert_array_equal(networks.to_uint8(networks.to_float(values)), values)
+    np.testing.assert_array_equal(networks.to_uint8(np.array([-3.0, 3.0])), [0, 255])
 
 
 def test_padding_of_sound_is_undone(system):

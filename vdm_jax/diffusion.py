@@ -89,7 +89,8 @@ def _linear_beta(t, low, high, offset):
     """The noise levels of DDPM, beta from 1e-4 to 0.02, with linear interpolation of log_snr: arXiv:2006.11239."""
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # arXiv:2006.11239, eq. 4
     table = np.log(alpha_bar) - np.log1p(-alpha_bar)
-    # DDPM has no level for t = 0. Here it is log_snr_max, without the offset that the last line adds to every level.
+    # DDPM has no level for t = 0. Here it is log_snr_max. The offset is subtracted now, because the `return` line adds
+    # it to every level.
     table = np.concatenate([[max(high - offset, table[0])], table])
     times = jnp.linspace(0, 1, len(table), dtype=t.dtype)
     return jnp.clip(jnp.interp(t, times, jnp.asarray(table, t.dtype)) + offset, low, high)

@@ -35,8 +35,8 @@ from vdm_jax.metrics import copies, figures, reconstruction, report, shares, tas
 from vdm_jax.run import cli, storage
 from vdm_jax.run.progress import progress
 from vdm_jax.system import hard_negatives
-from vdm_jax.system.codec import to_float
 from vdm_jax.system.layout import STAGES
+from vdm_jax.system.networks import to_float
 
 logger = logging.getLogger("vdm_jax")
 

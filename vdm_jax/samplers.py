@@ -126,7 +126,7 @@ def sample(denoise_fn, key, z_T, cond, levels, method, config):
     z_T: the start, at the noise levels of row 0: standard normal noise in frames to generate; clean or noised latents
         in context frames.
     levels: the scheduling matrix, or one per example, [S+1, B, T]. No frame's log_snr falls from row to row.
-    method: one of METHODS; only ddpm adds noise. Raises UserError for another.
+    method: one of METHODS; else a UserError is raised. Only ddpm adds noise.
     """
     step_fn = METHODS[one_of("method", method, METHODS)]
     z_T = jax.tree.map(lambda z: z.astype(jnp.promote_types(z.dtype, jnp.float32)), z_T)
@@ -235,9 +235,9 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
     """Returns Terms: guidance by the context frames, arXiv:2502.06764, section 4.
 
     masks: {modality: bool [T] or [B, T]}, True in context frames.
-    history_noise: time t to which the context is noised in the prediction with the context. The Term is this prediction
-        minus one with pure noise in place of the context. 0 leaves the context as it is (vanilla history guidance).
-        Above 0 the noise hides all but the low frequencies, so only these guide (fractional history guidance).
+    history_noise: a time t. The Term is one prediction with the context noised to t, minus one with pure noise in place
+        of the context. With 0 the first of the two reads the context as it is (vanilla history guidance). Above 0 the
+        noise hides all but the low frequencies, so only these guide (fractional history guidance).
     """
 
     def context_at(t, z, log_snr, cond):

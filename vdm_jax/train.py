@@ -2,8 +2,8 @@
 
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
-A finished stage is skipped, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end the
-run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. A signal that comes
+A finished stage stays as it is, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end
+the run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. A signal that comes
 while a stage is being prepared (its step compiled, its clips encoded) finds nothing to save. It ends a run of one
 process at once. A run of several processes takes one step first, because they must agree on the step to end at. A stage
 may have phases with settings of their own: see system/phases.py.
@@ -164,7 +164,7 @@ def take_steps(run, name, phase, checkpoints):
         # Steps are counted from 1, batches from 0.
         sample_ids=lambda number: batches.sample_ids(examples, **order, step=number - 1),
         stop_after=config.skip.stop_after,  # the run ends after this number of skipped steps in a row
-        heartbeat_every=config.heartbeat_every,
+        heartbeat_every=config.heartbeat_every,  # seconds between two writings of heartbeat.json, for other programs
         wait_for_save=lambda: checkpoint.finish(checkpoints),  # RunLog calls it before it raises an error
     )
     trace = profiling.tracer(run.trace_span, directory)

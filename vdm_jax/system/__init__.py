@@ -2,22 +2,99 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
 from vdm_jax import sharding
-from vdm_jax.system.codec import Codec, make_models
-from vdm_jax.system.layout import layout
+from vdm_jax.data import text
+from vdm_jax.models.layers import apply_remat
+from vdm_jax.system.layout import Layout, layout
 from vdm_jax.system.losses import make_stages
+from vdm_jax.system.networks import make_models, remat_modes, to_float, to_uint8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class System(Codec):
-    """All models of a config with their conversions (a Codec), and the stages that train the models."""
+class System:
+    """All models of a config, the conversions between clips, latents and text, and the stages that train the models.
 
-    stages: dict  # {name: losses.Stage}
+    `params` in the methods is {stage: tree of parameters}. It may have one more key, 'statistics', for the latents:
+    {modality: {'mean' [C], 'std' [C]}}. A method reads only the entries that it needs.
+    """
+
+    config: ConfigDict
+    layout: Layout
+    models: dict  # {stage: Flax module}; a student has a "teacher", too
+    stages: dict = dataclasses.field(default_factory=dict)  # {name: losses.Stage}; make_stages needs all but these
 
     @property
     def param_shapes(self):
         """The shapes of the parameters of every stage, {stage: tree of ShapeDtypeStruct}."""
         return {name: stage.param_shapes for name, stage in self.stages.items()}
+
+    def apply(self, stage, params, *arguments, method=None):
+        """The output of a stage's model. method: of the module; None: __call__."""
+        with jax.named_scope(f"{stage}_{method}" if method else stage):
+            gathered = sharding.all_gather_params(params[stage], self.models[stage].dtype)
+            return self.models[stage].apply({"params": gathered}, *arguments, method=method)
+
+    def apply_fn(self, stage, method=None):
+        """Returns call(params of the stage, *arguments), which does what `apply` does, with config.<stage>.remat."""
+
+        def call(params, *arguments):
+            return self.apply(stage, {stage: params}, *arguments, method=method)
+
+        modes = remat_modes(self.config, stage)
+        return apply_remat(call, modes[0]) if len(modes) == 1 else call  # else by resolution, inside the model
+
+    def encode(self, params, video, audio):
+        """Clips, uint8 [B, F, H, W, 3] and float32 [B, N] -> latents {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}.
+
+        With 'statistics', every channel gets mean 0 and variance 1.
+        """
+        z = {
+            "video": self.apply("video_autoencoder", params, to_float(video), method="encode")[0],
+            "audio": self.apply("audio_autoencoder", params, self.pad_audio(audio), method="encode")[0],
+        }
+        if "statistics" not in params:
+            return z
+        statistics = params["statistics"]
+        return {name: (z[name] - statistics[name]["mean"]) / statistics[name]["std"] for name in z}
+
+    def decode(self, params, z):
+        """Latents, as `encode` gives them with 'statistics' -> (video uint8 [B, F, H, W, 3], audio float32 [B, N])."""
+        statistics = params["statistics"]
+        z = {name: z[name] * statistics[name]["std"] + statistics[name]["mean"] for name in z}
+        video = self.apply("video_autoencoder", params, z["video"], method="decode")
+        audio = self.apply("audio_autoencoder", params, z["audio"], method="decode")
+        return to_uint8(video), self.trim_audio(audio)
+
+    def reconstruct(self, stage, params, x):
+        """x encoded and decoded by one autoencoder, without noise in the latents: video uint8 or audio float32."""
+        is_video = stage == "video_autoencoder"
+        z = self.apply(stage, params, to_float(x) if is_video else self.pad_audio(x), method="encode")[0]
+        out = self.apply(stage, params, z, method="decode")
+        return to_uint8(out) if is_video else self.trim_audio(out)
+
+    def encode_text(self, params, tokens):
+        """Tokens int32 [B, L] -> text {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]}."""
+        mask = text.mask(tokens)
+        return self.apply("clip", params, tokens, mask, method="encode_text") | {"mask": mask}
+
+    def encode_null_text(self, params):
+        """The encoded null text, of batch size 1, as `encode_text` gives it."""
+        return self.encode_text(params, text.encode([text.NULL_TEXT], self.config.data.text_length))
+
+    def pad_audio(self, audio):
+        """[B, N] -> [B, T * f_t * samples_per_frame], with f_t - 1 video frames of silence before frame 0.
+
+        The first latent frame holds one video frame, but its sound tokens cover the length of f_t frames.
+        """
+        return jnp.pad(audio, ((0, 0), ((self.layout.f_t - 1) * self.layout.samples_per_frame, 0)))
+
+    def trim_audio(self, audio):
+        """Undoes `pad_audio`, and limits the sound to [-1, 1]."""
+        return jnp.clip(audio[:, (self.layout.f_t - 1) * self.layout.samples_per_frame :], -1.0, 1.0)
 
     def check_mesh(self, mesh, names):
         """Raises UserError where the mesh cannot evenly split the models or activations of the stages `names`."""
@@ -40,5 +117,5 @@ class System(Codec):
 def build(config):
     """The System of a config. Raises UserError where settings do not fit together."""
     sizes = layout(config)
-    codec = Codec(config, sizes, make_models(config, sizes))
-    return System(codec.config, codec.layout, codec.models, make_stages(codec))
+    system = System(config, sizes, make_models(config, sizes))
+    return dataclasses.replace(system, stages=make_stages(system))

@@ -11,7 +11,8 @@ STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 
 # Settings of a model
 PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")  # one value for each resolution
-SWITCHES = ("attention", "cross_modal", "factorized", "use_bias", "student")  # True or False, checked as 1 or 0
+SWITCHES = ("attention", "cross_modal", "factorized", "use_bias", "student")  # True or False
+# The check sees False as 0.
 MAY_BE_ZERO = ("blocks", "middle_blocks", "layers", "text_layers", *SWITCHES)
 
 
@@ -81,7 +82,7 @@ def layout(config):
         video=(side, side, video.latent_channels),
         audio=(tokens, audio.latent_channels),
     ).with_frames(data.frames)
-    padded = sizes.latent_frames * f_t * per_frame  # see Codec.pad_audio
+    padded = sizes.latent_frames * f_t * per_frame  # see System.pad_audio
     if max(config.audio_autoencoder.stft_windows) > padded:
         raise UserError(f"audio_autoencoder.stft_windows go past the {padded} samples of a clip")
     return sizes

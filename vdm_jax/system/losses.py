@@ -11,8 +11,8 @@ import optax
 from vdm_jax import diffusion
 from vdm_jax.data import text
 from vdm_jax.system import distillation, hard_negatives, previews
-from vdm_jax.system.codec import init_fns, remat_modes, to_float
 from vdm_jax.system.layout import STAGES
+from vdm_jax.system.networks import init_fns, remat_modes, to_float
 
 
 class Stage(NamedTuple):
@@ -34,10 +34,10 @@ class Stage(NamedTuple):
     clips_per_negative: int = 1
 
 
-def make_stages(codec):
-    """{name: Stage} of the four stages of a Codec. Raises UserError for wrong settings."""
-    config, layout = codec.config, codec.layout
-    inits = init_fns(codec.models, config, layout)
+def make_stages(system):
+    """{name: Stage} of the four stages of a System. Raises UserError for wrong settings."""
+    config, layout = system.config, system.layout
+    inits = init_fns(system.models, config, layout)
     params = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in inits.items()}
     encoders = {name: params[name] for name in STAGES[:3]}
     if "teacher" in params:
@@ -62,12 +62,12 @@ def make_stages(codec):
         if word_groups:
             batch[hard_negatives.BATCH_KEY] = batch["tokens"]
         if encoder_shapes and settings.cached_clips:
-            batch = jax.eval_shape(functools.partial(encode_batch, codec), encoder_shapes, batch)
+            batch = jax.eval_shape(functools.partial(encode_batch, system), encoder_shapes, batch)
             # Encoded clips are stored in half precision.
             batch = jax.tree.map(lambda x: x if x.dtype == bool else x.update(dtype=jnp.float16), batch)
         return Stage(
             init=inits[name],
-            loss=functools.partial(loss, codec),
+            loss=functools.partial(loss, system),
             param_shapes=params[name],
             batch=batch,
             encoder_shapes=encoder_shapes or {},
@@ -77,32 +77,32 @@ def make_stages(codec):
             clips_per_negative=negatives.get("every", 1) if word_groups else 1,
         )
 
-    show_video, show_audio = (previews.reconstruction(codec, modality) for modality in ("video", "audio"))
+    show_video, show_audio = (previews.reconstruction(system, modality) for modality in ("video", "audio"))
     height, tokens = layout.video[0], layout.latent_frames * layout.audio[0]
     stages = (
         stage("video_autoencoder", video_autoencoder_loss, (layout.frames, height), show_video),
         stage("audio_autoencoder", audio_autoencoder_loss, (tokens,), show_audio),
         stage("clip", clip_loss, (layout.frames, height)),
-        stage("denoiser", denoiser_loss, (layout.latent_frames, height), previews.samples(codec), encoders),
+        stage("denoiser", denoiser_loss, (layout.latent_frames, height), previews.samples(system), encoders),
     )
     return dict(zip(STAGES, stages))
 
 
-def video_autoencoder_loss(codec, params, key, batch, encoder_params):
+def video_autoencoder_loss(system, params, key, batch, encoder_params):
     """Squared and absolute error of the pixels, plus the KL divergence of the latents. -> (scalar, metrics)."""
     video = to_float(batch["video"])
-    out, mean, log_variance = codec.apply_fn("video_autoencoder")(params, video, key)
+    out, mean, log_variance = system.apply_fn("video_autoencoder")(params, video, key)
     mse = jnp.mean(jnp.square(out - video))
     kl = kl_divergence(mean, log_variance) / video[0, ..., 0].size  # per pixel
-    loss = mse + jnp.mean(jnp.abs(out - video)) + codec.config.video_autoencoder.kl_weight * kl
+    loss = mse + jnp.mean(jnp.abs(out - video)) + system.config.video_autoencoder.kl_weight * kl
     return loss, {"loss": loss, "mse": mse, "kl": kl, "psnr": -10 * jnp.log10(mse / 4)}  # pixels span a range of 2
 
 
-def audio_autoencoder_loss(codec, params, key, batch, encoder_params):
+def audio_autoencoder_loss(system, params, key, batch, encoder_params):
     """Error of the waveform and of its spectra, plus the KL divergence of the latents. -> (scalar, metrics)."""
-    settings = codec.config.audio_autoencoder
-    audio = codec.pad_audio(batch["audio"])
-    out, mean, log_variance = codec.apply_fn("audio_autoencoder")(params, audio, key)
+    settings = system.config.audio_autoencoder
+    audio = system.pad_audio(batch["audio"])
+    out, mean, log_variance = system.apply_fn("audio_autoencoder")(params, audio, key)
     wave = jnp.mean(jnp.abs(out - audio)) + 10 * jnp.mean(jnp.square(out - audio))
     stft = sum(stft_distance(out, audio, window) for window in settings.stft_windows)
     kl = kl_divergence(mean, log_variance) / audio.shape[1]  # per sample
@@ -139,20 +139,20 @@ def _magnitudes(audio, window):
     return jnp.sqrt(power + 1e-12) * (2 / hann.sum())  # a sine of full scale has magnitude 1
 
 
-def clip_loss(codec, params, key, batch, encoder_params):
+def clip_loss(system, params, key, batch, encoder_params):
     """Contrastive loss of captions and clips (arXiv:2103.00020, fig. 3). -> (scalar, metrics).
 
     With hard negatives each clip adds one wrong caption, and every video is compared with all wrong captions of the
     batch (arXiv:2210.01936, section 4).
     """
     tokens, video = batch["tokens"], to_float(batch["video"])
-    texts, videos, scale = codec.apply_fn("clip")(params, tokens, text.mask(tokens), video)
+    texts, videos, scale = system.apply_fn("clip")(params, tokens, text.mask(tokens), video)
     logits = scale * texts @ videos.T  # [B, B], one row per text
     by_video, labels = logits.T, jnp.arange(len(logits))
     metrics = {"recall_at_1": jnp.mean(jnp.argmax(logits, 1) == labels), "temperature": 1 / scale}
     if hard_negatives.BATCH_KEY in batch:
         wrong_tokens = batch[hard_negatives.BATCH_KEY]
-        wrong = codec.apply_fn("clip", "embed_text")(params, wrong_tokens, text.mask(wrong_tokens))
+        wrong = system.apply_fn("clip", "embed_text")(params, wrong_tokens, text.mask(wrong_tokens))
         wrong = scale * videos @ wrong.T  # [B, B], one row per video
         same = jnp.all(wrong_tokens == tokens, 1)  # the caption has no word of config.clip.hard_negatives
         right = (jnp.diagonal(wrong) < jnp.diagonal(logits)) & ~same
@@ -173,33 +173,33 @@ def drop_text(key, encoded_text, null, share):
     return jax.tree.map(choose, null, encoded_text)
 
 
-def encode_batch(codec, encoder_params, batch):
+def encode_batch(system, encoder_params, batch):
     """Encodes a batch of clips for the denoiser -> {'z': latents, 'text': text}.
 
     If the batch has hard negatives, their text is added under BATCH_KEY.
     """
-    encoded = {"text": codec.encode_text(encoder_params, batch["tokens"])}
+    encoded = {"text": system.encode_text(encoder_params, batch["tokens"])}
     if hard_negatives.BATCH_KEY in batch:
-        encoded[hard_negatives.BATCH_KEY] = codec.encode_text(encoder_params, batch[hard_negatives.BATCH_KEY])
-    return encoded | {"z": codec.encode(encoder_params, batch["video"], batch["audio"])}
+        encoded[hard_negatives.BATCH_KEY] = system.encode_text(encoder_params, batch[hard_negatives.BATCH_KEY])
+    return encoded | {"z": system.encode(encoder_params, batch["video"], batch["audio"])}
 
 
-def denoiser_loss(codec, params, key, batch, encoder_params):
+def denoiser_loss(system, params, key, batch, encoder_params):
     """The denoising loss, with the loss of hard negatives where the batch has any. -> (scalar, metrics).
 
     A student has the loss of distillation.py instead. batch: clips, or what `encode_batch` made of them.
     """
-    settings = codec.config.denoiser
+    settings = system.config.denoiser
     if "z" in batch:
         batch = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32), batch)
     else:
-        batch = jax.lax.stop_gradient(encode_batch(codec, encoder_params, batch))
+        batch = jax.lax.stop_gradient(encode_batch(system, encoder_params, batch))
     z, encoded_text = batch["z"], batch["text"]
     drop_key, key, pair_key = jax.random.split(key, 3)
-    null = codec.encode_null_text(encoder_params)
-    denoise_fn = functools.partial(codec.apply_fn("denoiser"), params)
+    null = system.encode_null_text(encoder_params)
+    denoise_fn = functools.partial(system.apply_fn("denoiser"), params)
     if "teacher" in encoder_params:
-        teacher_fn = functools.partial(codec.apply, "teacher", encoder_params)
+        teacher_fn = functools.partial(system.apply, "teacher", encoder_params)
         loss, metrics = distillation.loss(denoise_fn, teacher_fn, key, z, encoded_text, null, settings)
         return loss, {"loss": loss, **metrics}
     cond = drop_text(drop_key, encoded_text, null, settings.text_dropout)

@@ -17,10 +17,10 @@ class Preview(NamedTuple):
     audio: Any = None  # float32 [R, N]
 
 
-def reconstruction(codec, modality):
+def reconstruction(system, modality):
     """Returns preview(params, encoder_params, clips, captions) of an autoencoder: clips and their reconstructions."""
     name = f"{modality}_autoencoder"
-    reconstruct = jax.jit(lambda params, x: sharding.replicate(codec.reconstruct(name, {name: params}, x)))
+    reconstruct = jax.jit(lambda params, x: sharding.replicate(system.reconstruct(name, {name: params}, x)))
 
     def preview(params, encoder_params, clips, captions):
         truth = clips[modality]
@@ -32,9 +32,9 @@ def reconstruction(codec, modality):
     return preview
 
 
-def samples(codec):
+def samples(system):
     """Returns preview(params, encoder_params, clips, captions) of the denoiser: a generated clip for each caption."""
-    sampler = sampling.Sampler(codec)
+    sampler = sampling.Sampler(system)
 
     def preview(params, encoder_params, clips, captions):
         return Preview(captions, *sampler(encoder_params | {"denoiser": params}, captions))

@@ -20,17 +20,17 @@ BATCH = 8  # prompts sampled at once
 
 
 class Sampler:
-    """Samples with the models of a Codec; compiles `program` once for each shape and each set of static arguments.
+    """Samples with the models of a System; compiles `program` once for each shape and each set of static arguments.
 
     If a mesh is set, its axes `data` and `fsdp` split the work by clips. In the end every process gets all clips.
     """
 
-    def __init__(self, codec):
-        self.codec = codec
+    def __init__(self, system):
+        self.system = system
         static = ("method", "interval", "guides", "history_noise")
-        self.program = jax.jit(functools.partial(sample, codec), static_argnames=static)
+        self.program = jax.jit(functools.partial(sample, system), static_argnames=static)
         self._compiled = {}  # {shapes and static arguments: compiled program}
-        self._encode = jax.jit(lambda params, v, a: sharding.replicate(codec.encode(params, v, a)))
+        self._encode = jax.jit(lambda params, v, a: sharding.replicate(system.encode(params, v, a)))
 
     def __call__(self, params, prompts, *, seed=0, window=0, frames=None, context=None, **options):
         """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]) for P prompts, as NumPy arrays.
@@ -46,7 +46,7 @@ class Sampler:
         """
         arrays, static = self.arguments(params, frames=frames, context=context, **options)
         clean = arrays.pop("clean")
-        tokens = text.encode(prompts, self.codec.config.data.text_length)
+        tokens = text.encode(prompts, self.system.config.data.text_length)
         key = jax.random.fold_in(jax.random.key(seed), window)
         batch = min(BATCH, len(prompts))
 
@@ -71,7 +71,7 @@ class Sampler:
         if kind not in self._compiled:
             clips = len(arrays["numbers"])
             rows, latent_frames = arrays["levels"]["video"].shape
-            frames = 1 + self.codec.layout.f_t * (latent_frames - 1)
+            frames = 1 + self.system.layout.f_t * (latent_frames - 1)
             what = f"the sampler, {clips} clip(s) of {frames} frames in {rows - 1} steps"
             parameter_count = sum(x.size for x in jax.tree.leaves(params))
             with profiling.compiling(what, key=f"{static['method']} {static['guides']} {parameter_count}"):
@@ -80,9 +80,9 @@ class Sampler:
 
     def arguments(self, params, *, frames=None, context=None, **options):
         """-> (arrays, static arguments) of `program`, except params, key, numbers and tokens. Raises UserError."""
-        codec = self.codec
-        layout = codec.layout if frames is None else codec.layout.with_frames(frames)
-        settings = resolve(codec.config.sample, options)
+        system = self.system
+        layout = system.layout if frames is None else system.layout.with_frames(frames)
+        settings = resolve(system.config.sample, options)
         context = context or tasks.text(layout)  # the task `text`, where no frame is context
         masks, clean = context.masks, self._context_latents(params, context, layout)
         guidance = settings["guidance"]
@@ -95,7 +95,7 @@ class Sampler:
         levels = tasks.scheduling_matrix(
             settings["steps"],
             layout.latent_frames,
-            codec.config.denoiser.diffusion,
+            system.config.denoiser.diffusion,
             masks,
             # The context of a continued clip almost determines the next frames. So their first step may remove most of
             # the noise: generated frame i goes from time 1 to first_step_times[i].
@@ -118,7 +118,7 @@ class Sampler:
         if context.video is None and context.audio is None:
             return clean
         rows = max(len(x) for x in (context.video, context.audio) if x is not None)
-        side = self.codec.config.data.size
+        side = self.system.config.data.size
         shapes = (layout.frames, side, side, 3), (layout.samples,)
         video = np.zeros((rows, *shapes[0]), np.uint8) if context.video is None else context.video
         audio = np.zeros((rows, *shapes[1]), np.float32) if context.audio is None else context.audio
@@ -153,7 +153,7 @@ def resolve(defaults, options):
 
 
 def sample(
-    codec, params, key, numbers, tokens, clean, masks, levels, weights, *, method, interval, guides, history_noise
+    system, params, key, numbers, tokens, clean, masks, levels, weights, *, method, interval, guides, history_noise
 ):
     """-> (video uint8 [B, F, H, W, 3], audio float32 [B, N]). Pure; to be jitted.
 
@@ -164,7 +164,7 @@ def sample(
     guides: three bools: whether to use text, history and modality guidance.
     """
     noise_key, sampler_key = jax.random.split(key)
-    settings = codec.config.denoiser.diffusion
+    settings = system.config.denoiser.diffusion
     shapes = {name: x.shape[1:] for name, x in clean.items()}
 
     # 1. What the sampler starts from: noise, and context frames, clean or lightly noised.
@@ -179,9 +179,9 @@ def sample(
     z = {modality: constrain(x) for modality, x in z.items()}
 
     # 2. The denoiser, guided.
-    model = codec.models["denoiser"]
+    model = system.models["denoiser"]
     denoise_fn = functools.partial(model.apply, {"params": sharding.all_gather_params(params["denoiser"], model.dtype)})
-    cond = codec.encode_text(params, tokens)
+    cond = system.encode_text(params, tokens)
     if model.student:
         student_fn = denoise_fn
 
@@ -190,20 +190,21 @@ def sample(
 
     terms = []
     if guides[0]:
-        terms += samplers.text_guidance(weights["text"], codec.encode_null_text(params))
+        terms += samplers.text_guidance(weights["text"], system.encode_null_text(params))
     if guides[1]:
         terms += samplers.history_guidance(weights["history"], masks, guidance_noise, settings, history_noise)
     if guides[2]:
         terms += samplers.modality_guidance(weights["modality"], guidance_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. ddpm draws noise for a whole batch. Clip i must get the same noise in every call, so the key
-    # depends only on the first clip of its batch: batches begin at the clips 0, BATCH, 2 * BATCH, ... In JAX a row of
-    # random numbers does not depend on the number of rows.
+    # 3. The sampler. ddpm draws the noise of a whole batch from one key. Clip i must get the same noise however many
+    # clips there are. Batches begin at the clips 0, BATCH, 2 * BATCH, ... So clip i is always in the same row, and
+    # numbers[0] is the same. A batch may have fewer rows: in JAX a row of random numbers does not depend on their
+    # number.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
-    return sharding.replicate(codec.decode(params, z))
+    return sharding.replicate(system.decode(params, z))
 
 
 def draw_noise(key, numbers, shapes, which):

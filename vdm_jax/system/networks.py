@@ -1,0 +1,76 @@
+"""The networks of a config, how their parameters are initialized, and pixels as the networks read them."""
+
+import jax
+import jax.numpy as jnp
+
+from vdm_jax.data import text
+from vdm_jax.errors import UserError, one_of
+from vdm_jax.models.audio_autoencoder import AudioAutoencoder
+from vdm_jax.models.clip import Clip
+from vdm_jax.models.layers import REMAT
+from vdm_jax.models.unet import UNet
+from vdm_jax.models.video_autoencoder import VideoAutoencoder
+
+
+def make_models(config, layout):
+    """{stage: Flax module} of a config, and the "teacher" of a student. Raises UserError for wrong settings."""
+    dtype = jnp.dtype(one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16")))
+    clip = config.clip.model
+    text_encoder = dict(clip.text, vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
+    modes = remat_modes(config, "denoiser")
+    # A single remat mode is for the whole model: System.apply_fn applies it. Several modes are for one resolution each:
+    # the U-Net applies them.
+    unet = dict(config.denoiser.model, remat=modes if len(modes) > 1 else (), latent_fps=layout.latent_fps)
+    models = {
+        "video_autoencoder": VideoAutoencoder(**config.video_autoencoder.model, dtype=dtype),
+        "audio_autoencoder": AudioAutoencoder(**config.audio_autoencoder.model, dtype=dtype),
+        "clip": Clip(text_encoder, clip.video.to_dict(), clip.embedding, dtype=dtype),
+        "denoiser": UNet(**unet, dtype=dtype),
+    }
+    if models["denoiser"].student:
+        models["teacher"] = UNet(**{**unet, "student": False}, dtype=dtype)
+    return models
+
+
+def remat_modes(config, stage):
+    """(mode,), or one mode for each resolution. A mode of layers.apply_remat says what is computed again in training.
+
+    Raises UserError.
+    """
+    modes = tuple(one_of(f"{stage}.remat", mode, REMAT) for mode in config[stage].remat.split(","))
+    is_unet = "cross_modal" in config[stage].model
+    resolutions = len(config[stage].model.channels) if is_unet else 1
+    if len(modes) not in (1, resolutions):
+        takes = "one value" + (f", or one for each of {resolutions} resolutions" if resolutions > 1 else "")
+        raise UserError(f"{stage}.remat={config[stage].remat!r} has {len(modes)} values: it takes {takes}")
+    return modes
+
+
+def init_fns(models, config, layout):
+    """{name: init(key) -> params} of the models. Call them under eval_shape or jit: else Flax also runs the model."""
+    side, text_length, text_width = config.data.size, config.data.text_length, config.clip.model.text.width
+    tokens = jnp.zeros((1, text_length), jnp.int32)
+    video = jnp.zeros((1, layout.frames, side, side, 3))
+    sound = jnp.zeros((1, layout.latent_frames * layout.f_t * layout.samples_per_frame))
+    latents = {name: jnp.zeros((1, *shape)) for name, shape in layout.latent_shapes.items()}
+    log_snr = {name: jnp.zeros((1, layout.latent_frames)) for name in latents}
+    states, pooled = jnp.zeros((1, text_length, text_width)), jnp.zeros((1, text_width))
+    cond = {"states": states, "mask": jnp.ones((1, text_length), bool), "pooled": pooled, "next_log_snr": log_snr}
+    arguments = {
+        "video_autoencoder": (video, jax.random.key(0)),
+        "audio_autoencoder": (sound, jax.random.key(0)),
+        "clip": (tokens, cond["mask"], video),
+        "denoiser": (latents, log_snr, cond),
+        "teacher": (latents, log_snr, cond),
+    }
+    return {name: lambda key, name=name: models[name].init(key, *arguments[name])["params"] for name in models}
+
+
+def to_float(video):
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return video.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(video):
+    """float in [-1, 1] -> uint8 0..255."""
+    return jnp.clip(jnp.round((video + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
