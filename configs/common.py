@@ -174,7 +174,7 @@ def get_config():
                     "image": 0.05,
                     "continue": 0.05,
                     "between": 0.025,
-                    "rollout": 0.025,
+                    "pyramid": 0.025,
                 }
             ),
         )

@@ -55,7 +55,7 @@ def get_config():
         "image": 0.04,
         "continue": 0.06,
         "between": 0.02,
-        "rollout": 0.02,
+        "pyramid": 0.02,
     }
     denoiser.model.update(
         channels=(48, 112),

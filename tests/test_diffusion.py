@@ -258,8 +258,8 @@ def test_first_and_last_frames_are_context():
         assert not draw(batch=8, frames=1, **{name: 1})[2].any()
 
 
-def test_rollout_rises_from_frame_to_frame():
-    video, audio, context, context_audio = draw(rollout=1)
+def test_a_pyramid_rises_from_frame_to_frame():
+    video, audio, context, context_audio = draw(pyramid=1)
     assert (video == audio).all() and (context == context_audio).all()
     assert (np.diff(video, axis=1) >= 0).all() and (video[:, -1] > 0).all()
     rise = np.diff(video, axis=1)

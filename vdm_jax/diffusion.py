@@ -26,7 +26,7 @@ from vdm_jax.errors import UserError, one_of
 
 TARGETS = ("noise", "x0", "v")
 WEIGHTINGS = ("uniform", "min_snr", "sigmoid")
-PATTERNS = ("text", "per_modality", "per_frame", "foley", "audio", "image", "continue", "between", "rollout")
+PATTERNS = ("text", "per_modality", "per_frame", "foley", "audio", "image", "continue", "between", "pyramid")
 MODALITIES = ("video", "audio")
 NOISE_BINS = 4  # the metrics eps_mse_* split t in [0, 1] into this many equal bins
 
@@ -174,7 +174,7 @@ def loss_weight(log_snr, slope, config):
       'min_snr'  min(1, gamma / snr), which is min(snr, gamma) for x0: arXiv:2303.09556, section 3.4
       'sigmoid'  sigmoid(bias - log_snr) * slope, slope = -d log_snr / dt: arXiv:2303.00848, section 2, with the
                  sigmoid of arXiv:2410.19324. The slope makes the expected loss an integral over log_snr, the same for
-                 every schedule. This is exact for every pattern but 'rollout', whose t is not uniform.
+                 every schedule. This is exact for every pattern but 'pyramid', whose t is not uniform.
     """
     name = one_of("weighting", config["weighting"], WEIGHTINGS)
     if name == "uniform":
@@ -228,7 +228,7 @@ def _patterns(u, T):
         "image": (t, t, frame < min(1, last), False),  # the first video frame, unless it is the only frame
         "continue": (t, t, beginning, beginning),
         "between": (t, t, ends, ends),
-        "rollout": (pyramid, pyramid, pyramid <= 0, pyramid <= 0),  # for long clips whose windows are pyramids
+        "pyramid": (pyramid, pyramid, pyramid <= 0, pyramid <= 0),  # for sampling with `lag` above 0
     }
 
 

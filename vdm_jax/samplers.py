@@ -184,7 +184,7 @@ class Term(NamedTuple):
 def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
     """Returns denoise_fn with guidance by a list of Terms. All predictions are one network call with a larger batch.
 
-    rescale: share in [0, 1]. With 1 each frame gets the standard deviation of the unguided prediction
+    rescale: share in [0, 1]. With rescale = 1, each frame gets the standard deviation of the unguided prediction
         (arXiv:2305.08891, eq. 14 to 16, but by frame, because each has its own noise level).
     interval: (low, high) in log_snr. Frames outside it get the unguided prediction (arXiv:2404.07724).
     """
@@ -235,9 +235,9 @@ def history_guidance(weight, masks, noise, config, history_noise=0.0):
     """Returns Terms: guidance by the context frames, arXiv:2502.06764, section 4.
 
     masks: {modality: bool [T] or [B, T]}, True in context frames.
-    history_noise: a time t. The Term is one prediction with the context noised to t, minus one with pure noise in place
-        of the context. With 0 the first of the two reads the context as it is (vanilla history guidance). Above 0 the
-        noise hides all but the low frequencies, so only these guide (fractional history guidance).
+    history_noise: a time t. The Term is the difference of two predictions: the first reads the context noised to t, the
+        second reads pure noise in place of the context. 0 leaves the context as it is (vanilla history guidance). Above
+        0 the noise hides all but the low frequencies, so only these guide (fractional history guidance).
     """
 
     def context_at(t, z, log_snr, cond):

@@ -17,8 +17,7 @@ SPACINGS = ("time", "log_snr", "karras")
 
 
 # --------------------------------------------------------------------------------- context: one function per task
-# A long clip, the task `rollout`, is a series of windows of the task `continue`. (The training pattern `rollout`
-# prepares for windows that are pyramids, with `lag` above 0.) The layout is a system.layout.Layout.
+# A long clip, the task `rollout`, is a series of windows of the task `continue`. The layout is a system.layout.Layout.
 
 
 class Context(NamedTuple):

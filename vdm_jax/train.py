@@ -4,9 +4,9 @@
 
 A finished stage stays as it is, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end
 the run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. A signal that comes
-while a stage is being prepared (its step compiled, its clips encoded) finds nothing to save. It ends a run of one
-process at once. A run of several processes takes one step first, because they must agree on the step to end at. A stage
-may have phases with settings of their own: see system/phases.py.
+while a stage is being prepared (its step compiled, its clips encoded) finds nothing to save. If the run has one
+process, the signal ends it immediately. If it has several, they take one step first, because they must agree on the
+step to end at. A stage may have phases with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -39,7 +39,7 @@ class Run(NamedTuple):
     plan: dict  # {stage: its Phases}
     sources: dict  # {System: data source of its training clips}
     stop: preemption.Stop  # stop.is_due(step) -> whether a signal asks the run to end
-    report_progress: Any  # report_progress(what) tells the watchdog that `what` is finished; None as `what` stops it
+    report_progress: Any  # report_progress(what) tells the watchdog what is finished; report_progress(None) stops it
     trace_span: tuple | None  # first and last step to trace
 
 

@@ -25,7 +25,7 @@ class System:
     config: ConfigDict
     layout: Layout
     models: dict  # {stage: Flax module}; a student has a "teacher", too
-    stages: dict = dataclasses.field(default_factory=dict)  # {name: losses.Stage}; make_stages needs all but these
+    stages: dict = dataclasses.field(default_factory=dict)  # {name: losses.Stage}; `build` makes them last
 
     @property
     def param_shapes(self):

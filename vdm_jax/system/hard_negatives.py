@@ -20,7 +20,7 @@ import numpy as np
 from vdm_jax import diffusion
 from vdm_jax.errors import UserError
 
-BATCH_KEY = "hard_negative"  # key of a batch; its value: tokens, or encoded text, of one hard negative per clip
+BATCH_KEY = "hard_negative"  # batch[BATCH_KEY] holds one hard negative per clip, as tokens or as encoded text
 
 
 def swap_words(caption, groups):

@@ -31,7 +31,7 @@ def prepare(system, workdir, examples, mesh):
     The encoders are rounded to the precision of exported weights, so that training has the same encoders as sampling.
     With config.denoiser.cached_clips = 0 the given data/batches.Examples are returned. With n > 0 they are encoded
     once, and the result is n Encoded clips in the folder of the run.
-    Raises UserError where an earlier stage has no checkpoint, or a student no teacher.
+    Raises UserError where an earlier stage has no checkpoint, or a student has no teacher.
     """
     params = {name: folder.read_params(workdir, name, system.param_shapes[name])[0] for name in STAGES[:3]}
     params = folder.as_exported(params)

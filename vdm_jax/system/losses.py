@@ -16,7 +16,7 @@ from vdm_jax.system.networks import init_fns, remat_modes, to_float
 
 
 class Stage(NamedTuple):
-    """One stage of training. The training loop, the benchmark and the dry run read this record."""
+    """One stage of training. The commands train, bench and dry_run read this record."""
 
     init: Callable  # init(key) -> params; call it under jit or eval_shape
     loss: Callable  # loss(params, key, batch, encoder_params) -> (scalar, metrics)

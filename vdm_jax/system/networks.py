@@ -18,8 +18,8 @@ def make_models(config, layout):
     clip = config.clip.model
     text_encoder = dict(clip.text, vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
     modes = remat_modes(config, "denoiser")
-    # A single remat mode is for the whole model: System.apply_fn applies it. Several modes are for one resolution each:
-    # the U-Net applies them.
+    # A single remat mode is for the whole model: System.apply_fn applies it. If there are several, each is for one
+    # resolution, and the U-Net applies it.
     unet = dict(config.denoiser.model, remat=modes if len(modes) > 1 else (), latent_fps=layout.latent_fps)
     models = {
         "video_autoencoder": VideoAutoencoder(**config.video_autoencoder.model, dtype=dtype),
