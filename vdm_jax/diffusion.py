@@ -134,7 +134,7 @@ def add_noise(x, eps, log_snr):
 
 
 def to_target(x, eps, log_snr, target):
-    """Returns what a network should predict, like x. v is defined in arXiv:2202.00512, appendix D."""
+    """Returns what a network should predict, in the shapes of x. v is defined in arXiv:2202.00512, appendix D."""
     formulas = {
         "noise": lambda alpha, sigma, x, eps: eps,
         "x0": lambda alpha, sigma, x, eps: x,
@@ -144,7 +144,7 @@ def to_target(x, eps, log_snr, target):
 
 
 def to_x0(prediction, z, log_snr, target):
-    """Returns the clean latents, like z, that a prediction of `target` implies.
+    """Returns the clean latents that a prediction of `target` implies, in the shapes of z.
 
     With 'noise', the rounding error grows as exp(-log_snr / 2).
     """
@@ -168,8 +168,8 @@ def eps_error_factor(log_snr, target):
 def loss_weight(log_snr, slope, config):
     """Returns the weight on the squared error of config.target, an array like log_snr.
 
-    Two networks with the same error of x0 have the same loss, whatever their targets. The weightings, as factors of
-    |eps error|^2:
+    The loss is a weighted error of eps, whatever the target; `eps_error_factor` converts the others. The weightings are
+    factors of |eps error|^2:
       'uniform'  1, the simple loss: arXiv:2006.11239, eq. 14
       'min_snr'  min(1, gamma / snr), which is min(snr, gamma) for x0: arXiv:2303.09556, section 3.4
       'sigmoid'  sigmoid(bias - log_snr) * slope, slope = -d log_snr / dt: arXiv:2303.00848, section 2, with the
@@ -228,7 +228,7 @@ def _patterns(u, T):
         "image": (t, t, frame < min(1, last), False),  # the first video frame, unless it is the only frame
         "continue": (t, t, beginning, beginning),
         "between": (t, t, ends, ends),
-        "pyramid": (pyramid, pyramid, pyramid <= 0, pyramid <= 0),  # for sampling with `lag` above 0
+        "pyramid": (pyramid, pyramid, pyramid <= 0, pyramid <= 0),  # each frame lags behind the one before
     }
 
 

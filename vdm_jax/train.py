@@ -3,10 +3,10 @@
     python -m vdm_jax.train --config=configs/world.py --workdir=DIR [--stage=all] [--config.denoiser.steps=500]
 
 A finished stage stays as it is, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end
-the run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. A signal that comes
-while a stage is being prepared (its step compiled, its clips encoded) finds nothing to save. If the run has one
-process, the signal ends it immediately. If it has several, they take one step first, because they must agree on the
-step to end at. A stage may have phases with settings of their own: see system/phases.py.
+the run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. While a stage
+is being prepared (its step compiled, its clips encoded) there is nothing to save yet: a signal then ends a run of one
+process at once. A run of several processes first takes one step, because they must agree on the step to end at. A stage
+may have phases with settings of their own: see system/phases.py.
 """
 
 import logging

@@ -24,7 +24,7 @@ class System:
 
     config: ConfigDict
     layout: Layout
-    models: dict  # {stage: Flax module}; a student has a "teacher", too
+    models: dict  # {stage: Flax module}, and "teacher" if the denoiser is a student (see distillation.py)
     stages: dict = dataclasses.field(default_factory=dict)  # {name: losses.Stage}; `build` makes them last
 
     @property
@@ -45,7 +45,7 @@ class System:
             return self.apply(stage, {stage: params}, *arguments, method=method)
 
         modes = remat_modes(self.config, stage)
-        return apply_remat(call, modes[0]) if len(modes) == 1 else call  # else by resolution, inside the model
+        return apply_remat(call, modes[0]) if len(modes) == 1 else call  # the U-Net itself applies several modes
 
     def encode(self, params, video, audio):
         """Clips, uint8 [B, F, H, W, 3] and float32 [B, N] -> latents {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}.

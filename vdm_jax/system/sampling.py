@@ -199,7 +199,7 @@ def sample(
 
     # 3. The sampler. ddpm draws the noise of a whole batch from one key. Clip i must get the same noise however many
     # clips there are. Batches begin at the clips 0, BATCH, 2 * BATCH, ... So clip i is always in the same row, and
-    # numbers[0] is the same. In JAX a row of random numbers is the same for any number of rows.
+    # numbers[0] is the same. In JAX row i of a random array does not depend on how many rows it has.
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
