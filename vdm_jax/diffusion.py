@@ -66,11 +66,11 @@ def _cosine(t, low, high, offset):
 
 
 def _sigmoid(t, low, high, offset):
-    """alpha^2 is a sigmoid of u, scaled to span [0, 1]: arXiv:2301.10972, Algorithm 1 (its start -3, end 3, tau 1).
+    """alpha^2 is a sigmoid, scaled to span [0, 1]: arXiv:2301.10972, Algorithm 1, with start -3, end 3 and tau 1.
 
-    alpha^2 is proportional to sigmoid(3 - 6 u) - sigmoid(-3), and sigma^2 to sigmoid(3) - sigmoid(3 - 6 u). For any
-    a and b, sigmoid(a) - sigmoid(b) = sinh((a - b) / 2) / (2 cosh(a / 2) cosh(b / 2)). In the ratio all cosh cancel:
-    log_snr = log(sinh(3 (1 - u)) / sinh(3 u)).
+    u in [0, 1] is the time on the whole curve. alpha^2 is proportional to sigmoid(3 - 6 u) - sigmoid(-3), and sigma^2
+    to sigmoid(3) - sigmoid(3 - 6 u). For any a and b, sigmoid(a) - sigmoid(b) = sinh((a - b) / 2) / (2 cosh(a / 2)
+    cosh(b / 2)). In the ratio all cosh cancel: log_snr = log(sinh(3 (1 - u)) / sinh(3 u)).
     """
 
     def inverse(log_snr):  # u as a function of log_snr
@@ -168,8 +168,8 @@ def eps_error_factor(log_snr, target):
 def loss_weight(log_snr, slope, config):
     """Returns the weight on the squared error of config.target, an array like log_snr.
 
-    The loss is a weighted error of eps, whatever the target; `eps_error_factor` converts the others. The weightings are
-    factors of |eps error|^2:
+    The loss is a weighted error of eps, whatever the target: `eps_error_factor` turns an error of x0 or v into one of
+    eps. The weightings are factors of |eps error|^2:
       'uniform'  1, the simple loss: arXiv:2006.11239, eq. 14
       'min_snr'  min(1, gamma / snr), which is min(snr, gamma) for x0: arXiv:2303.09556, section 3.4
       'sigmoid'  sigmoid(bias - log_snr) * slope, slope = -d log_snr / dt: arXiv:2303.00848, section 2, with the

@@ -4,9 +4,9 @@
 
 A finished stage stays as it is, and an interrupted stage continues from its newest checkpoint. SIGTERM and SIGINT end
 the run after the current step, with a checkpoint and exit code 0. A second signal ends it at once. While a stage
-is being prepared (its step compiled, its clips encoded) there is nothing to save yet: a signal then ends a run of one
-process at once. A run of several processes first takes one step, because they must agree on the step to end at. A stage
-may have phases with settings of their own: see system/phases.py.
+is being prepared (its step compiled, its clips encoded) there is nothing to save yet. A signal in this time ends a run
+of one process at once. A run of several processes ends after its next step, because the processes must agree on a step.
+A stage may have phases with settings of their own: see system/phases.py.
 """
 
 import logging
@@ -120,7 +120,7 @@ def take_steps(run, name, phase, checkpoints):
         logger.info("  %s", line)
     if done >= phase.last_step:
         return True
-    # 3. Data: clips, or clips that the earlier stages have encoded.
+    # 3. Data: clips. For the denoiser, the models of the earlier stages encode them, now or in each batch.
     examples = batches.Examples(run.sources[system], config.data.text_length, stage.make_hard_negative)
     encoder_params = {}
     if stage.encoder_shapes:

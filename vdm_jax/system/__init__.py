@@ -45,7 +45,7 @@ class System:
             return self.apply(stage, {stage: params}, *arguments, method=method)
 
         modes = remat_modes(self.config, stage)
-        return apply_remat(call, modes[0]) if len(modes) == 1 else call  # the U-Net itself applies several modes
+        return apply_remat(call, modes[0]) if len(modes) == 1 else call  # the U-Net applies its modes itself
 
     def encode(self, params, video, audio):
         """Clips, uint8 [B, F, H, W, 3] and float32 [B, N] -> latents {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}.

@@ -67,8 +67,8 @@ def phases(system, name):
             _check_shapes({name: phase_system.param_shapes[name]}, system.param_shapes, last=number == len(parts))
         except UserError as error:
             raise UserError(f"{title}: {error}") from None
-        # `build` made all stages with the settings of the phase. Only stage `name` keeps them. The other stages are
-        # those of `system` again, and so are the encoders that stage `name` reads.
+        # `build` used the settings of the phase for all stages, but they are meant for stage `name` only. So the other
+        # stages are taken from `system`, and so are the shapes of the encoders' parameters.
         stage = phase_system.stages[name]._replace(encoder_shapes=system.stages[name].encoder_shapes)
         phase_system = dataclasses.replace(phase_system, stages=system.stages | {name: stage})
         made.append(Phase(number, title, start, stop, phase_system))

@@ -197,9 +197,10 @@ def sample(
         terms += samplers.modality_guidance(weights["modality"], guidance_noise, settings)
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
-    # 3. The sampler. ddpm draws the noise of a whole batch from one key. Clip i must get the same noise however many
-    # clips there are. Batches begin at the clips 0, BATCH, 2 * BATCH, ... So clip i is always in the same row, and
-    # numbers[0] is the same. In JAX row i of a random array does not depend on how many rows it has.
+    # 3. The sampler. A clip must get the same noise of ddpm, however many clips there are. The noise depends on the key
+    # and on the row of the clip in its batch. The key is made from the first clip of the batch. Batches begin at the
+    # clips 0, BATCH, 2 * BATCH, ..., so a clip always has the same first clip and the same row. (In JAX a row of a
+    # random array does not depend on how many rows follow.)
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
