@@ -37,7 +37,7 @@ class Run(NamedTuple):
     workdir: Any  # epath.Path
     mesh: jax.sharding.Mesh
     plan: dict  # {stage: its Phases}
-    sources: dict  # {System: data source of its training clips}
+    sources: dict  # {System of a phase: data source of its training clips}
     stop: preemption.Stop  # stop.is_due(step) -> whether a signal asks the run to end
     report_progress: Any  # report_progress(what) tells the watchdog what is finished; report_progress(None) stops it
     trace_span: tuple | None  # first and last step to trace

@@ -45,7 +45,7 @@ class System:
             return self.apply(stage, {stage: params}, *arguments, method=method)
 
         modes = remat_modes(self.config, stage)
-        return apply_remat(call, modes[0]) if len(modes) == 1 else call  # the U-Net applies its modes itself
+        return apply_remat(call, modes[0]) if len(modes) == 1 else call  # the U-Net applies several modes
 
     def encode(self, params, video, audio):
         """Clips, uint8 [B, F, H, W, 3] and float32 [B, N] -> latents {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}.
@@ -70,7 +70,7 @@ class System:
         return to_uint8(video), self.trim_audio(audio)
 
     def reconstruct(self, stage, params, x):
-        """x encoded and decoded by one autoencoder, without noise in the latents: video uint8 or audio float32."""
+        """x encoded and decoded by one autoencoder, which decodes the mean latents: video uint8 or audio float32."""
         is_video = stage == "video_autoencoder"
         z = self.apply(stage, params, to_float(x) if is_video else self.pad_audio(x), method="encode")[0]
         out = self.apply(stage, params, z, method="decode")

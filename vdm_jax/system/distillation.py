@@ -35,7 +35,7 @@ def next_levels(levels, log_snr):
 
 
 def check(config):
-    """Raises UserError for wrong steps, or if teacher_share gives the teacher all clips of a batch, or none."""
+    """Raises UserError for wrong sampling steps, or if teacher_share gives the teacher all clips or none."""
     settings, rows = config.distillation, config.batch_size // config.accumulate
     steps = settings.steps
     if len(steps) < 2 or steps[0] < 1 or any(2 * a != b for a, b in zip(steps, steps[1:])):

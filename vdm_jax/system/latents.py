@@ -94,7 +94,8 @@ def _encoder(system, params, examples):
 class Encoded:
     """A data source of encoded clips. `take` returns a batch in the form of `encode_batch`.
 
-    The clips are records of .npy files with CLIPS_PER_FILE each, on a disk or in a bucket. Any thread may read them.
+    A .npy file holds CLIPS_PER_FILE clips, on a disk or in a bucket. A clip is a record of a NumPy structured array.
+    Any thread may read.
     """
 
     def __init__(self, paths, abstract_batch, count):

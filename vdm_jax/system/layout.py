@@ -12,7 +12,7 @@ STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 # Settings of a model
 PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")  # one value for each resolution
 SWITCHES = ("attention", "cross_modal", "factorized", "use_bias", "student")  # True or False
-# The switches are here because `_check_model` reads False as 0.
+# MAY_BE_ZERO has the switches, because `_check_model` reads False as 0.
 MAY_BE_ZERO = ("blocks", "middle_blocks", "layers", "text_layers", *SWITCHES)
 
 

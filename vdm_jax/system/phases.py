@@ -103,15 +103,16 @@ def _keys(prefix, settings):
             yield path
 
 
-def _check_shapes(params, recipe, last):
-    """Raises UserError where `params` of a phase have other shapes than the parameters of the recipe.
+def _check_shapes(shapes, recipe_shapes, last):
+    """Raises UserError where the parameters of a phase have other shapes than those of the recipe.
 
     Only embeddings of positions may differ, and not in the last phase, whose weights are the result.
     """
-    recipe = named_leaves(recipe)
-    for path, leaf in named_leaves(params).items():
-        if leaf.shape != recipe[path].shape and (last or path.split("/")[-1] != RESIZED):
-            raise UserError(f"it changes {path} from {recipe[path].shape} to {leaf.shape}: keep data.size")
+    recipe_shapes = named_leaves(recipe_shapes)
+    for path, leaf in named_leaves(shapes).items():
+        before = recipe_shapes[path].shape
+        if leaf.shape != before and (last or path.split("/")[-1] != RESIZED):
+            raise UserError(f"it changes {path} from {before} to {leaf.shape}: keep data.size")
 
 
 def first_params(ema, expected):

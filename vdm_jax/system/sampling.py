@@ -198,9 +198,9 @@ def sample(
     denoise_fn = samplers.guided(denoise_fn, terms, weights["rescale"], interval)
 
     # 3. The sampler. A clip must get the same noise of ddpm, however many clips there are. The noise depends on the key
-    # and on the row of the clip in its batch. The key is made from the first clip of the batch. Batches begin at the
-    # clips 0, BATCH, 2 * BATCH, ..., so a clip always has the same first clip and the same row. (In JAX a row of a
-    # random array does not depend on how many rows follow.)
+    # and on the row of the clip in its batch. The key is made from the number of the first clip of the batch. Batches
+    # begin at the clips 0, BATCH, 2 * BATCH, ..., so the batch of a given clip always begins with the same clip. (In
+    # JAX a row of a random array does not depend on how many rows follow.)
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
