@@ -10,7 +10,7 @@ from configs import world_tiny
 from vdm_jax.data import captions
 
 LOOKS = (captions.COLOR_WORDS, captions.SHAPE_WORDS)
-STEPS = (2500, 3000, 9500)  # of the denoiser: single frames, short clips, whole clips
+STEPS = (2500, 3000, 15000)  # of the denoiser: single frames, short clips, whole clips
 
 
 def get_config():
@@ -40,8 +40,23 @@ def get_config():
         "denoiser.batch_size": 48,
         "denoiser.diffusion.patterns": {"text": 0.8, "per_modality": 0.1, "per_frame": 0.05, "image": 0.05},
     }
+    # More clips whose sound is given, and more that go on, than world_tiny.py has: these were the weakest.
+    whole = {
+        "denoiser.cached_clips": 49152,
+        "denoiser.diffusion.patterns": {
+            "text": 0.46,
+            "per_modality": 0.06,
+            "per_frame": 0.05,
+            "foley": 0.06,
+            "audio": 0.14,
+            "image": 0.05,
+            "continue": 0.14,
+            "between": 0.02,
+            "pyramid": 0.02,
+        },
+    }
     denoiser.phases = tuple(
-        {"share": steps / sum(STEPS), **settings} for steps, settings in zip(STEPS, (frames, short, {}))
+        {"share": steps / sum(STEPS), **settings} for steps, settings in zip(STEPS, (frames, short, whole))
     )
 
     config.lock()
