@@ -43,6 +43,8 @@ def make_stages(codec):
     if "teacher" in params:
         distillation.check(config.denoiser)
         encoders["teacher"] = params["teacher"]
+    # This raises for noise levels that do not fit together.
+    jax.eval_shape(functools.partial(diffusion.log_snr_at, config=config.denoiser.diffusion), 0.0)
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
     encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
 
