@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from etils import epath
@@ -38,7 +39,7 @@ def rows(workdir):
 
 
 def contents(directory):
-    return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(directory.rglob("*")) if p.is_file()}
+    return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(directory).rglob("*")) if p.is_file()}
 
 
 def test_each_later_start_adds_a_row(workdir, config, monkeypatch, caplog):

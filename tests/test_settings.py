@@ -1,5 +1,6 @@
 """Every key of configs/common.py: the values that it may have, and whether a run may go on with another value."""
 
+import functools
 import json
 import math
 import re
@@ -16,14 +17,20 @@ DEFAULTS = settings.flat(common.get_config().to_dict())
 # What a run that has begun may change freely, and never. A key is meant with all that begins with it. All other keys
 # need --change.
 FREE = (
-    "checkpoint_every log_every keep. preview_every heartbeat_every skip.stop_after compilation_cache watchdog_seconds "
-    "mesh. data.threads data.prefetch sample. evaluate."
-).split() + [f"{stage}.remat" for stage in STAGES]
+    *"checkpoint_every log_every keep. preview_every heartbeat_every skip.stop_after compilation_cache".split(),
+    *"watchdog_seconds mesh. data.threads data.prefetch sample. evaluate.".split(),
+    *(f"{stage}.{key}" for stage in STAGES for key in ("remat", "steps")),  # more steps
+)
 FIXED = (
-    "data.frames data.size data.fps data.sample_rate data.text_length denoiser.diffusion.schedule "
-    "denoiser.diffusion.log_snr_ denoiser.diffusion.shift denoiser.diffusion.target"
-).split() + [f"{stage}.{part}" for stage in STAGES for part in ("model.", "optimizer")]
+    *"data.frames data.size data.fps data.sample_rate data.text_length".split(),
+    *(f"denoiser.diffusion.{key}" for key in ("schedule", "log_snr_", "shift", "target")),
+    *(f"{stage}.{key}" for stage in STAGES for key in ("model.", "optimizer")),
+)
 BEGUN = dict.fromkeys(STAGES, 10)
+BEFORE = record.of(common.get_config())
+GROUPS = {}
+for key in DEFAULTS:
+    GROUPS.setdefault(key.partition(".")[0], []).append(key)
 
 
 def wrong_values(value):
@@ -37,20 +44,23 @@ def wrong_values(value):
         return [3, None]
     if isinstance(value, dict):
         return [{"txt": 1.0}, {"text": -1.0}, {"text": math.nan}, {"text": 0.0}, {}, 1.0]
-    return [5, None] + [
-        (*value[1:], wrong) for wrong in wrong_values(value[0]) if value and not isinstance(wrong, tuple)
-    ]
+    return [5, None, *((*value[1:], wrong) for each in value[:1] for wrong in wrong_values(each))]
 
 
-@pytest.mark.parametrize("key", DEFAULTS)
-def test_a_key_has_allowed_values(key):
-    """Its default is one of them. Another value is an error that names the key, the value and what is allowed."""
-    row, default = settings.setting(key), DEFAULTS[key]
-    settings.check({key: default})
-    for value in wrong_values(default) if default != () else [5, None]:
-        with pytest.raises(UserError) as error:
-            settings.check({key: value})
-        assert str(error.value) == f"{key}={value!r} must be {row.allowed.words}"
+def check(key, value):
+    settings.check(functools.reduce(lambda tree, part: {part: tree}, reversed(key.split(".")), value))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_key_has_allowed_values(group):
+    """The default is one of them. Another value is an error that names the key, the value and what is allowed."""
+    for key in GROUPS[group]:
+        row, default = settings.setting(key), DEFAULTS[key]
+        check(key, default)
+        for value in wrong_values(default):
+            with pytest.raises(UserError) as error:
+                check(key, value)
+            assert str(error.value) == f"{key}={value!r} must be {row.allowed.words}"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +77,7 @@ def test_a_key_has_allowed_values(key):
         ("denoiser.cached_clips", -1, "a whole number of at least 0"),
         ("denoiser.accumulate", 0, "a whole number of at least 1"),
         ("denoiser.hard_negatives.every", 0, "a whole number of at least 1"),
-        ("denoiser.hard_negatives.log_snr", (1.0, -1.0), "two numbers, the first below the second"),
+        ("denoiser.hard_negatives.log_snr", (1.0, -1.0), "two finite numbers, the first below the second"),
         ("denoiser.model.text_layers", 9999, "a whole number from 0 to 1000"),
         ("denoiser.diffusion.shift", 0.0, "a finite number above 0"),
         ("denoiser.diffusion.target", "eps", "noise, x0 or v"),
@@ -89,7 +99,7 @@ def test_a_key_has_allowed_values(key):
 )
 def test_a_value_out_of_range_is_told(key, value, words):
     with pytest.raises(UserError, match=re.escape(f"{key}={value!r} must be {words}") + "$"):
-        settings.check({key: value})
+        check(key, value)
 
 
 # ------------------------------------------------------------------------------------------------ a run that goes on
@@ -107,73 +117,71 @@ def other(value):
     return value + ["new"] if isinstance(value, list) else f"{value}x" if isinstance(value, str) else value + 1
 
 
-@pytest.mark.parametrize("key", DEFAULTS)
-def test_a_key_has_a_rule_for_a_run_that_goes_on(key):
-    before = record.of(common.get_config())
-    now = before | {key: [{"share": 1.0}] if key.endswith(".phases") else other(before[key])}
-    made = {key: [before[key], now[key]]}
-    assert start(before, now, dict.fromkeys(STAGES), measured=False) == made  # nothing has begun
-    if key.startswith(tuple(FIXED)):
-        for allowed in (False, True):
-            with pytest.raises(UserError, match="what it has saved has no meaning with .*another --workdir") as error:
-                start(before, now, allowed=allowed)
-            assert f"DIR was started with {key}={before[key]!r}, " in str(error.value)
-    elif key.startswith(tuple(FREE)) or key in [f"{stage}.steps" for stage in STAGES]:
-        assert start(before, now) == made
-    else:
-        with pytest.raises(UserError, match="give --change to go on") as error:
-            start(before, now)
-        assert f"{key}={before[key]!r}, now {now[key]!r}" in str(error.value)
-        assert start(before, now, allowed=True) == made
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_key_has_a_rule_for_a_run_that_goes_on(group):
+    for key in GROUPS[group]:
+        now = BEFORE | {key: [{"share": 1.0}] if key.endswith(".phases") else other(BEFORE[key])}
+        made = {key: [BEFORE[key], now[key]]}
+        assert start(BEFORE, now, dict.fromkeys(STAGES), measured=False) == made  # nothing has begun
+        if key.startswith(FIXED):
+            for allowed in (False, True):
+                with pytest.raises(
+                    UserError, match="no meaning with .*: give the old value, or another --workdir"
+                ) as error:
+                    start(BEFORE, now, allowed=allowed)
+                assert f"DIR was started with {key}={BEFORE[key]!r}, " in str(error.value)
+        elif key.startswith(FREE):
+            assert start(BEFORE, now) == made
+        else:
+            with pytest.raises(UserError, match="give --change to go on") as error:
+                start(BEFORE, now)
+            assert f"{key}={BEFORE[key]!r}, now {now[key]!r}" in str(error.value)
+            assert start(BEFORE, now, allowed=True) == made
 
 
 def test_a_rule_counts_from_the_first_step_of_the_stage():
-    before = record.of(common.get_config())
     imported = BEGUN | {"denoiser": 0}  # weights without a step of training
     rate, model, target = (
-        before | {f"denoiser.{key}": value}
+        BEFORE | {f"denoiser.{key}": value}
         for key, value in (("learning_rate", 1.0), ("model.patch", 2), ("diffusion.target", "x0"))
     )
     for now in (rate, model, target):
-        assert len(start(before, now, BEGUN | {"denoiser": None})) == 1
-    assert "denoiser.learning_rate" in start(before, rate, imported)
+        assert len(start(BEFORE, now, BEGUN | {"denoiser": None})) == 1
+    assert "denoiser.learning_rate" in start(BEFORE, rate, imported)
     for now in (model, target):
         with pytest.raises(UserError, match="no meaning"):
-            start(before, now, imported)
+            start(BEFORE, now, imported)
     with pytest.raises(UserError, match="--change"):  # data is shared by all stages
-        start(before, before | {"data.world.pan": 1.0}, dict.fromkeys(STAGES) | {"clip": 1})
-    frames = before | {"data.frames": 33}
+        start(BEFORE, BEFORE | {"data.world.pan": 1.0}, dict.fromkeys(STAGES) | {"clip": 1})
+    frames = BEFORE | {"data.frames": 33}
     with pytest.raises(UserError, match="data.frames=17, now 33.*--change"):
-        start(before, frames, measured=False)
-    assert start(before, frames, measured=False, allowed=True) == {"data.frames": [17, 33]}
+        start(BEFORE, frames, measured=False)
+    assert start(BEFORE, frames, measured=False, allowed=True) == {"data.frames": [17, 33]}
 
 
 def test_a_start_of_one_stage_changes_no_other():
-    before = record.of(common.get_config())
-    now = before | {"clip.learning_rate": 1.0, "denoiser.steps": 5, "audio_autoencoder.ema": 0.5}
-    assert start(before, now, stages=["clip"], allowed=True) == {"clip.learning_rate": [2e-3, 1.0]}
+    now = BEFORE | {"clip.learning_rate": 1.0, "denoiser.steps": 5, "audio_autoencoder.ema": 0.5}
+    assert start(BEFORE, now, stages=["clip"], allowed=True) == {"clip.learning_rate": [2e-3, 1.0]}
     with pytest.raises(UserError, match="denoiser.model.patch=1"):  # the wrong model would encode or sample
-        start(before, before | {"denoiser.model.patch": 2}, stages=["clip"])
+        start(BEFORE, BEFORE | {"denoiser.model.patch": 2}, stages=["clip"])
 
 
 def test_steps_may_grow():
-    before = record.of(common.get_config())
-    assert start(before, before | {"clip.steps": 2001}) == {"clip.steps": [2000, 2001]}
+    assert start(BEFORE, BEFORE | {"clip.steps": 2001}) == {"clip.steps": [2000, 2001]}
     with pytest.raises(UserError, match="clip.steps=2000, now 1999.*--change"):
-        start(before, before | {"clip.steps": 1999})
-    assert start(before, before | {"clip.steps": 10}, allowed=True) == {"clip.steps": [2000, 10]}
+        start(BEFORE, BEFORE | {"clip.steps": 1999})
+    assert start(BEFORE, BEFORE | {"clip.steps": 10}, allowed=True) == {"clip.steps": [2000, 10]}
     with pytest.raises(UserError, match="^clip.steps=9, but 10 steps are done in DIR: give at least 10"):
-        start(before, before | {"clip.steps": 9}, allowed=True)
+        start(BEFORE, BEFORE | {"clip.steps": 9}, allowed=True)
 
 
 def test_settings_of_other_versions_of_the_package_are_told_and_not_refused():
-    before = record.of(common.get_config())
-    older = {key: value for key, value in before.items() if key not in ("clip.ema", "denoiser.model.groups")}
+    older = {key: value for key, value in BEFORE.items() if key not in ("clip.ema", "denoiser.model.groups")}
     expected = {"clip.ema": [None, 0.999], "denoiser.model.groups": [None, 8]}
-    assert start(older, before) == expected
-    assert start(before, older) == {key: value[::-1] for key, value in expected.items()}
+    assert start(older, BEFORE) == expected
+    assert start(BEFORE, older) == {key: value[::-1] for key, value in expected.items()}
     with pytest.raises(UserError, match="data.world.colors=.'red'., now .'blue'..*--change"):  # a key of a recipe
-        start(before | {"data.world.colors": ["red"]}, before | {"data.world.colors": ["blue"]})
+        start(BEFORE | {"data.world.colors": ["red"]}, BEFORE | {"data.world.colors": ["blue"]})
 
 
 def test_the_end_of_a_finished_phase_may_not_move():

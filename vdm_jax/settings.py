@@ -72,7 +72,7 @@ def _is_list(x):
 
 
 def _is_rising(x):
-    return _is_list(x) and len(x) == 2 and all(_is(numbers.Real, bound) for bound in x) and x[0] < x[1]
+    return _is_list(x) and len(x) == 2 and all(map(number().fits, x)) and x[0] < x[1]
 
 
 def _are_shares(x):
@@ -82,7 +82,7 @@ def _are_shares(x):
 
 ABOVE_0 = Allowed("a finite number above 0", lambda x: number(0).fits(x) and x > 0)
 BELOW_1 = Allowed("a number of at least 0 and below 1", lambda x: number(0, 1).fits(x) and x < 1)
-RISING = Allowed("two numbers, the first below the second", _is_rising)
+RISING = Allowed("two finite numbers, the first below the second", _is_rising)
 SIZE = whole(1, 1_000_000)  # of a part of a model
 SHARES = Allowed(f"shares of at least 0, one of them above 0, for some of {', '.join(diffusion.PATTERNS)}", _are_shares)
 SWITCH = Allowed("True or False", lambda x: x in (True, False))
