@@ -14,6 +14,7 @@ from vdm_jax import train
 from vdm_jax.errors import UserError
 from vdm_jax.run import folder, record, storage
 from vdm_jax.settings import STAGES
+from vdm_jax.system.layout import layout
 
 CONFIG = "--config=tests/tiny.py"
 
@@ -139,25 +140,77 @@ def test_exported_weights_have_the_changes_of_their_run(workdir, config, tmp_pat
 
 REFUSED = {  # options of a start in a finished run -> what the line says
     "--config.denoiser.diffusion.target=x0": "denoiser.diffusion.target='v', and what it has saved has no meaning",
-    "--config.denoiser.diffusion.log_snr_max=9": "denoiser.diffusion.log_snr_max=12.0",
-    "--config.denoiser.diffusion.log_snr_min=20": "log_snr_min=20.0 must be below log_snr_max=12.0",
+    "--config.denoiser.diffusion.log_snr_max=9": "denoiser.diffusion.log_snr_max=12.0, and what it has saved",
     "--config.audio_autoencoder.model.latent_channels=8": "audio_autoencoder.model.latent_channels=4, and what it has",
     "--config.data.fps=4": "data.fps=8, and what it has saved has no meaning with 4",
-    "--config.data.text_length=64": "data.text_length=96",
-    "--config.data.frames=9": "data.frames=5",
-    "--config.clip.optimizer=muon": "clip.optimizer='adamw'",
+    "--config.data.text_length=64": "data.text_length=96, and what it has saved",
+    "--config.data.frames=9": "data.frames=5, and what it has saved",
+    "--config.clip.optimizer=muon": "clip.optimizer='adamw', and what it has saved",
     "--config.clip.learning_rate=1": "clip.learning_rate=0.002, now 1.0): give --change",
     "--config.clip.learning_rate=nan": "clip.learning_rate=nan must be a finite number above 0",
     "--config.seed=1": "seed=0, now 1): give --change",
     "--config.data.world.pan=1": "data.world.pan=0.0, now 1.0): give --change",
     "--config.clip.steps=7": "clip.steps=7, but 8 steps are done in",
 }
+ALLOWED = {  # -> the changes in the record
+    ("--config.log_every=3", "--config.sample.steps=2"): {"log_every": [1, 3], "sample.steps": [4, 2]},
+    ("--config.clip.steps=9",): {"clip.steps": [8, 9]},
+    ("--config.seed=1", "--change"): {"seed": [0, 1]},
+    ("--config.clip.ema=0.5", "--stage=denoiser"): {},
+}
+
+
+class WithoutModels:
+    """A System that checks settings, and builds no models."""
+
+    def __init__(self, config):
+        self.config, self.layout = config, layout(config)
+
+    def check_batch(self, *arguments):
+        pass
+
+    check_mesh = check_batch
+
+
+@pytest.fixture
+def finished(workdir, monkeypatch):
+    """A run whose stages have all taken their eight steps. Its starts train nothing."""
+    monkeypatch.setattr(train, "build", WithoutModels)
+    monkeypatch.setattr(train, "train_phase", lambda *arguments: True)
+    monkeypatch.setattr(folder, "newest_step", lambda workdir, stage: 8)
+    (workdir / "denoiser").mkdir()
+    for name in ("lock", folder.STATISTICS):
+        (workdir / name).touch()
+    return workdir
 
 
 @pytest.mark.parametrize("option, words", REFUSED.items())
-def test_a_refused_start_changes_nothing(command, tiny_run, option, words):
-    (tiny_run / "lock").touch()
-    before = contents(tiny_run)
-    done = command(train, CONFIG, f"--workdir={tiny_run}", option)
+def test_a_refused_start_changes_nothing(command, finished, option, words):
+    before = contents(finished)
+    done = command(train, CONFIG, f"--workdir={finished}", option)
     assert done.code == 2 and len(done.err) == 1 and words in done.err[0]
-    assert contents(tiny_run) == before
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("options, changed", ALLOWED.items())
+def test_an_allowed_change_is_told_and_in_force(command, finished, options, changed):
+    done = command(train, CONFIG, f"--workdir={finished}", *options)
+    assert done.code == 0, done.err
+    (row,) = rows(finished)
+    assert row["changed"] == changed and row["steps"] == dict.fromkeys(STAGES, 8)
+    for key, (old, new) in changed.items():
+        assert any(f"{key}: {old!r} before, {new!r} from this start on" in line for line in done.err)
+    assert record.of(folder.read_config(finished)) == record.of(tiny.get_config()) | {
+        k: v[1] for k, v in changed.items()
+    }
+
+
+def test_a_run_of_an_older_version_goes_on(command, finished):
+    """Its config.json was written at its last start, and it has no record."""
+    path = finished / "config.json"
+    older = json.loads(path.read_text())
+    del older["denoiser"]["diffusion"]["shift"]
+    path.write_text(json.dumps(older))
+    done = command(train, CONFIG, f"--workdir={finished}")
+    assert done.code == 0 and rows(finished)[0]["changed"] == {"denoiser.diffusion.shift": [None, 1.0]}
+    assert json.loads(path.read_text()) == older

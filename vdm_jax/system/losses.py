@@ -37,14 +37,14 @@ class Stage(NamedTuple):
 def make_stages(codec):
     """{name: Stage} of the four stages of a Codec. Raises UserError for wrong settings."""
     config, layout = codec.config, codec.layout
+    # This raises for noise levels that do not fit together.
+    jax.eval_shape(functools.partial(diffusion.log_snr_at, config=config.denoiser.diffusion), 0.0)
     inits = init_fns(codec.models, config, layout)
     params = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in inits.items()}
     encoders = {name: params[name] for name in STAGES[:3]}
     if "teacher" in params:
         distillation.check(config.denoiser)
         encoders["teacher"] = params["teacher"]
-    # This raises for noise levels that do not fit together.
-    jax.eval_shape(functools.partial(diffusion.log_snr_at, config=config.denoiser.diffusion), 0.0)
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
     encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
 
