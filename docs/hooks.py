@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from vdm_jax.settings import flat, setting
+
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ROOT / "configs" / "common.py"
 STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
@@ -33,7 +35,6 @@ def settings():
     """
     sys.path.insert(0, str(ROOT))
     from configs import common
-    from vdm_jax.settings import flat
 
     source = COMMON.read_text()
     reader = Comments(source.splitlines())
@@ -124,10 +125,8 @@ class Comments(ast.NodeVisitor):
 
 def settings_tables():
     """Markdown: a heading and a table for each top-level group of keys."""
-    rows, tables = settings(), {}  # `settings` makes vdm_jax importable
-    from vdm_jax.settings import setting
-
-    for key, value, comment in rows:
+    tables = {}
+    for key, value, comment in settings():
         group = key.partition(".")[0]
         alone = "." not in key and value is not None
         default = "" if value is None else f"`{value!r}`"

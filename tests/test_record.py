@@ -111,6 +111,12 @@ def test_a_damaged_row_is_told(workdir, config, damage, words):
     assert contents(workdir) == before
 
 
+def test_a_config_that_contradicts_itself_is_told(workdir):
+    (workdir / "config.json").write_text('{"data": 3, "data.size": 3}')
+    with pytest.raises(UserError, match="config.json is damaged"):
+        folder.read_config(workdir)
+
+
 def test_a_full_disk_at_a_start_loses_nothing(workdir, config, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")

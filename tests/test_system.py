@@ -149,6 +149,12 @@ def test_sizes_that_do_not_fit_are_told(config, changes, words):
             codec.make_models(config, layout(config))
 
 
+def test_noise_levels_that_do_not_fit_are_told(config):
+    config.denoiser.diffusion.log_snr_min = 20.0
+    with pytest.raises(UserError, match="log_snr_min=20.0 must be below log_snr_max=12.0"):
+        build(config)
+
+
 @pytest.mark.parametrize("script, options", [
     (train, ["--config=tests/tiny.py", "--workdir={run}"]),
     (sample, ["--workdir={run}", "--prompt=a red circle", "--steps=2", "--out={tmp}/clip.mp4"]),

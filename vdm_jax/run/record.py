@@ -41,13 +41,21 @@ def read(folder):
             raise UserError(
                 f"line {number} of {folder / NAME} is damaged ({error}): restore the file from a copy"
             ) from None
+    try:
+        return _nested(in_force)
+    except (TypeError, AttributeError) as error:  # a key is a setting and a group of settings
+        raise UserError(f"{folder / 'config.json'} is damaged ({error}): restore it or train again") from None
+
+
+def _nested(in_force):
+    """{dotted key: value} -> nested dicts. A key with None is no setting any more."""
     tree = {}
     for key, value in in_force.items():
         *groups, name = key.split(".")
         part = tree
         for group in groups:
             part = part.setdefault(group, {})
-        if value is not None:  # None: the key is no setting any more
+        if value is not None:
             part[name] = value
     return tree
 
@@ -85,7 +93,7 @@ def read_json(path):
         return stored
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the run that should hold it is unfinished") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it or train again") from None
 
 
