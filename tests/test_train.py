@@ -233,7 +233,7 @@ WRONG = {  # options -> what the line says
     "a loose word": ((CONFIG, "--workdir=DIR", "clip"), "unexpected argument 'clip'"),
     "no steps": (
         (CONFIG, "--workdir=DIR", "--config.clip.steps=0"),
-        "clip.steps=0 must be a whole number of at least 1",
+        "clip.steps=0 must be a whole number from 1 to 2147483647",
     ),
     "no saves": (
         (CONFIG, "--workdir=DIR", "--config.checkpoint_every=0"),
