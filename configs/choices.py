@@ -2,7 +2,7 @@
 
     python -m vdm_jax.weights import --weights=reference --workdir=runs/noise
     rm -r runs/noise/denoiser/checkpoints
-    python -m vdm_jax.train --config=configs/choices.py:noise --workdir=runs/noise --stage=denoiser
+    python -m vdm_jax.train --config=configs/choices.py:noise --workdir=runs/noise --stage=denoiser --change
     python -m vdm_jax.evaluate --workdir=runs/noise --out=reports/noise
 
 Each choice has 400 steps of 16 clips with one object, about two minutes on two CPU cores. docs/results.md has the table

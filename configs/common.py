@@ -1,6 +1,7 @@
 """Every key with its default. A recipe calls `get_config()` and states only what differs.
 
 The defaults are a complete model of the procedural world, of middle size. No figure in docs/ was made with them.
+vdm_jax/settings.py has the allowed values of each key, and its rule for a run that goes on.
 """
 
 from ml_collections import ConfigDict

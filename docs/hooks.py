@@ -1,6 +1,7 @@
 """Fills two pages from the source when the site is built, so that they cannot go stale.
 
-`<!-- settings -->` in configuration.md becomes the tables of all keys of configs/common.py: key, default, comment.
+`<!-- settings -->` in configuration.md becomes the tables of all keys of configs/common.py: key, default, comment, the
+allowed values and the rule for a run that goes on.
 `<!-- api: FILE -->` in api.md becomes the public classes and functions of FILE with their signatures and docstrings.
 """
 
@@ -9,6 +10,8 @@ import html
 import re
 import sys
 from pathlib import Path
+
+from vdm_jax.settings import flat, setting
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ROOT / "configs" / "common.py"
@@ -36,7 +39,7 @@ def settings():
     source = COMMON.read_text()
     reader = Comments(source.splitlines())
     reader.visit(ast.parse(source))
-    values, places = dict(flat(common.get_config().to_dict())), list(reader.at)
+    values, places = flat(common.get_config().to_dict()), list(reader.at)
 
     def shared(key):
         stage, _, rest = key.partition(".")
@@ -62,15 +65,6 @@ def settings():
             seen.add(group)
         rows.append((key, values[key], comment))
     return rows
-
-
-def flat(tree, above=""):
-    """Yields (dotted key, value) of each leaf of nested dicts."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{above}{key}.")
-        else:
-            yield above + key, value
 
 
 class Comments(ast.NodeVisitor):
@@ -136,10 +130,14 @@ def settings_tables():
         group = key.partition(".")[0]
         alone = "." not in key and value is not None
         default = "" if value is None else f"`{value!r}`"
-        row = f"| `{key}` | {default} | {html.escape(comment, quote=False)} |"
+        found = setting(key) if value is not None else None
+        allowed, rule = (found.allowed.words, found.rule) if found else ("", "")
+        row = f"| `{key}` | {default} | {html.escape(comment, quote=False)} | {allowed} | {rule} |"
         tables.setdefault("The run as a whole" if alone else group, []).append(row)
     return "\n".join(
-        "\n".join([f"## {group}", "", "| key | default | meaning |", "|---|---|---|", *rows, ""])
+        "\n".join(
+            [f"## {group}", "", "| key | default | meaning | allowed | in a run |", "|---|---|---|---|---|", *rows, ""]
+        )
         for group, rows in tables.items()
     )
 

@@ -57,7 +57,7 @@ def test_twice_the_steps_need_almost_twice_the_flops(command, tmp_path):
         ([], "--config=FILE is missing"),
         ([CONFIG, "--part=all"], "--part"),
         ([CONFIG, "--repeats=0"], "--repeats"),
-        ([CONFIG, "--config.denoiser.batch_size=0"], "batch_size=0 must be at least 1"),
+        ([CONFIG, "--config.denoiser.batch_size=0"], "batch_size=0 must be a whole number of at least 1"),
         ([CONFIG, "more"], "unexpected argument 'more'"),
     ],
 )

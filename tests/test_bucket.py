@@ -46,6 +46,8 @@ def first():
 
 
 def resumed():
+    (start,) = metrics(FOLDER / "starts.jsonl")
+    assert start["changed"] == {} and start["steps"]["audio_autoencoder"] == 4
     print(json.dumps([metrics(FOLDER / "audio_autoencoder" / "metrics.jsonl"), metrics(FOLDER / "before.jsonl")]))
 
 

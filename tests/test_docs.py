@@ -23,6 +23,7 @@ from tests import tiny
 from tests.helpers import ROOT
 from vdm_jax.data import media
 from vdm_jax.run import cli
+from vdm_jax.settings import flat, setting
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- not run: ([^>]+) -->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
@@ -254,17 +255,19 @@ def hooks():
 def test_the_reference_has_every_setting_with_its_comment():
     rows = {key: (value, comment) for key, value, comment in hooks().settings()}
     config = tiny.common.get_config()
-    for key, (value, _) in rows.items():
-        held = config
-        for part in key.split("."):
-            held = held[part]
-        assert value is None or value == held, key
-    assert {key for key, (value, _) in rows.items() if value is not None} == set(dict(hooks().flat(config.to_dict())))
+    assert {key: value for key, (value, _) in rows.items() if value is not None} == flat(config.to_dict())
     source = (ROOT / "configs" / "common.py").read_text()
     # Beside the key; of the keys that all stages share; above the key, on two lines; of a group.
     for key in ("data.fps", "denoiser.learning_rate", "sample.context_noise", "mesh"):
         comment = rows[key][1]
         assert len(comment) > 8 and comment in source.replace("\n            # ", " "), key
+
+
+def test_the_reference_has_the_rules_of_every_setting():
+    lines = hooks().settings_tables().splitlines()
+    for key in flat(tiny.common.get_config().to_dict()):
+        (line,) = [line for line in lines if line.startswith(f"| `{key}` |")]
+        assert line.endswith(f" | {setting(key).allowed.words} | {setting(key).rule} |")
 
 
 def test_the_figure_of_noise_levels_is_what_its_script_draws(tmp_path):

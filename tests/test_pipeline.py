@@ -262,10 +262,10 @@ def test_one_sound_gives_way_to_the_next():
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(guidance=float("nan")), "guidance.text=nan"),
+    (dict(guidance=float("nan")), "sample.guidance.text=nan must be a finite number"),
     (dict(guidance=dict(txt=1.0)), "did you mean 'text'"),
-    (dict(context_noise=2.0), "context_noise=2.0 must be from 0 to 1"),
-    (dict(first_step_times=(0.1, -1.0)), "first_step_times=.* must be times from 0 to 1"),
+    (dict(context_noise=2.0), "sample.context_noise=2.0 must be a finite number from 0 to 1"),
+    (dict(first_step_times=(0.1, -1.0)), "first_step_times=.* must be 0 or more values, each .* from 0 to 1"),
     (dict(step=3), "did you mean 'steps'"),
 ])  # fmt: skip
 def test_wrong_options_are_named(pipe, options, words):

@@ -103,7 +103,7 @@ def test_every_recipe_fits_together(recipe):
 
 WRONG = {  # changes -> the message holds these words, and what it names works
     "frames": ({"data.frames": 6}, "use 5 or 7"),
-    "no frames": ({"data.frames": 0}, "data.frames=0 must be at least 1"),
+    "no frames": ({"data.frames": 0}, "data.frames=0 must be a whole number of at least 1"),
     "size": ({"data.size": 18}, "use 16"),
     "small size": ({"data.size": 3}, "use 4"),
     "no size": ({"data.size": 0}, "data.size=0"),
@@ -128,7 +128,7 @@ WRONG = {  # changes -> the message holds these words, and what it names works
     "too few blocks": ({"denoiser.model.blocks": (1,)}, "denoiser.model.blocks=(1,) must have 2 values"),
     "too many strides": ({"video_autoencoder.model.time_strides": (2, 2)}, "time_strides=(2, 2) must have 1 values"),
     "attention": ({"denoiser.model.attention": (True,) * 3}, "denoiser.model.attention"),
-    "precision": ({"compute_dtype": "bf16"}, "did you mean 'bfloat16'"),
+    "precision": ({"compute_dtype": "bf16"}, "compute_dtype='bf16' must be float32 or bfloat16"),
 }
 
 
@@ -147,6 +147,12 @@ def test_sizes_that_do_not_fit_are_told(config, changes, words):
                     channels=(16,), blocks=(1,), attention=(False,), cross_modal=(False,), time_strides=()
                 )
             networks.make_models(config, layout(config))
+
+
+def test_noise_levels_that_do_not_fit_are_told(config):
+    config.denoiser.diffusion.log_snr_min = 20.0
+    with pytest.raises(UserError, match="log_snr_min=20.0 must be below log_snr_max=12.0"):
+        build(config)
 
 
 @pytest.mark.parametrize("script, options", [

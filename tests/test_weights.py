@@ -1,5 +1,7 @@
 """Weights that are exported, imported and verified."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -128,6 +130,28 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     (tmp_path / "out" / "clip.safetensors").unlink()
     with pytest.raises(UserError, match="clip.safetensors is missing"):
         run_folder.load(None, build)
+
+
+def test_an_import_tells_what_its_config_changes(capsys):
+    config, steps = tiny.get_config(), dict.fromkeys(STAGES, 8)
+
+    def check(changes, restarted=()):
+        changed = tiny.get_config()
+        changed.update_from_flattened_dict(changes)
+        done = steps | dict.fromkeys(restarted, 0)
+        weights.check_changes(config, run_folder.Weights(SimpleNamespace(config=changed), {}, done))
+        return capsys.readouterr().out
+
+    assert check({}) == check({"log_every": 7}) == ""
+    told = check({"data.size": 32, "seed": 1})
+    assert told == "data.size: 16 for the weights, 32 in the new run\nseed: 0 for the weights, 1 in the new run\n"
+    target = {"denoiser.diffusion.target": "x0"}
+    with pytest.raises(UserError, match="trained with denoiser.diffusion.target='v'.*--restart=denoiser"):
+        check(target)
+    assert "'x0' in the new run" in check(target, ["denoiser"])
+    with pytest.raises(UserError, match="clip.steps=7, but the weights have 8 steps.*--restart=clip"):
+        check({"clip.steps": 7})
+    assert "clip.steps" in check({"clip.steps": 7}, ["clip"])
 
 
 def merged(defaults, settings):

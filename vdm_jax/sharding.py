@@ -244,9 +244,6 @@ def check_batch(batch_size, mesh, parts=1, group=1, group_key="group"):
     group: clips that stay together on a device. A device's share of a microbatch must be a multiple of it.
     group_key: the config key that sets `group`, for the message.
     """
-    for name, value in (("batch_size", batch_size), ("accumulate", parts), (group_key, group)):
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1")
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     ways = devices * parts * group
     if batch_size % ways:

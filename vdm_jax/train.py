@@ -56,14 +56,14 @@ def main(argv):
 
     names = STAGES if options.stage == "all" else (options.stage,)
     system = build(config)
-    # Sizes, phases, batches and the mesh are checked before anything is written, the rest when a stage starts.
+    # All settings are checked before anything is written. What a stage needs of others is checked when it starts.
     plan = {name: phases(system, name) for name in names}
     mesh = sharding.make_mesh(config.mesh)
-    check(config, mesh, plan)
+    check(mesh, plan)
     sources = {phase.system: batches.source(phase.system.config) for stage in plan.values() for phase in stage}
     report_progress = hosts.watchdog(config.watchdog_seconds)
     with folder.exclusive_lock(workdir), jax.set_mesh(mesh), hosts.exit_on_lost_peer(), preemption.watching() as stop:
-        folder.write_config(workdir, config, STAGES)
+        folder.write_config(workdir, config, names, options.change)
         logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
         run = Run(workdir, mesh, plan, sources, stop, report_progress, span)
         for name in names:
@@ -72,13 +72,8 @@ def main(argv):
                     break
 
 
-def check(config, mesh, plan):
-    """Raises UserError where settings do not fit. plan: {stage: its Phases}."""
-    counts = {key: config[key] for key in ("checkpoint_every", "log_every")}
-    counts |= {f"{name}.steps": config[name].steps for name in plan} | {"skip.stop_after": config.skip.stop_after}
-    for key, value in counts.items():
-        if value < 1:
-            raise UserError(f"{key}={value} must be at least 1")
+def check(mesh, plan):
+    """Raises UserError where a phase does not fit the mesh. plan: {stage: its Phases}."""
     for name, stage_phases in plan.items():
         for phase in stage_phases:
             try:
@@ -238,6 +233,7 @@ def define_flags():
     flags.DEFINE_string("profile", None, "Steps of each stage to trace for xprof, such as 10:15.")
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_enum("stage", "all", ("all", *STAGES), "Stage to train.")
+    flags.DEFINE_bool("change", False, "Go on with other settings of the training than the run has had so far.")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@
 Import restores weights and step counts, not the optimizer state. To train a stage further, raise its steps, or give
 --restart=STAGE, which sets its step count to 0. --weights=reference names the weights that ship with the package.
 
-With --config=FILE the new run has that config. Parameters that are missing from the weights are freshly initialized,
-and their stage restarts at step 0. Zero-initialized layers do not change the output.
+With --config=FILE the new run has that config, and each setting that changes the training is told. Parameters that are
+missing from the weights are freshly initialized, and their stage restarts at step 0. Zero-initialized layers do not
+change the output.
 """
 
 import time
@@ -17,9 +18,9 @@ import jax
 from absl import flags
 from etils import epath
 
-from vdm_jax import train_state
+from vdm_jax import settings, train_state
 from vdm_jax.errors import UserError
-from vdm_jax.run import checkpoint, checksums, cli, folder, storage
+from vdm_jax.run import checkpoint, checksums, cli, folder, record, storage
 from vdm_jax.sharding import named_leaves, path_name
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
@@ -29,7 +30,7 @@ def main(argv):
     options = flags.FLAGS
     if argv[1:] == ["export"] and options.workdir and options.out:
         weights, out = folder.load(options.workdir, build), storage.given(options.out)
-        folder.write_exported(out, weights)
+        folder.write_exported(out, weights, options.workdir)
         size = sum((out / f"{stage}.safetensors").stat().length for stage in weights.steps)
         print(f"wrote {out}: {size / 1e6:.2f} MB of weights")
     elif argv[1:2] == ["verify"] and len(argv) == 3:
@@ -37,9 +38,11 @@ def main(argv):
     elif argv[1:] == ["import"] and options.weights and options.workdir:
         source = None if options.weights == "reference" else options.weights
         weights = folder.load(source, build, unverified=options.unverified)
+        trained_with = weights.system.config
         if options.config is not None:
             weights = add_missing_params(weights, options.config)
         weights = weights._replace(steps=weights.steps | dict.fromkeys(options.restart, 0))
+        check_changes(trained_with, weights)
         import_weights(weights, storage.given(options.workdir))
     else:
         raise UserError(
@@ -97,6 +100,29 @@ def add_missing_params(weights, config):
             steps[name] = 0
             print(f"{name} restarts at step 0: {len(added)} parameters are freshly initialized, first {added[0]}")
     return folder.Weights(system, params, steps)
+
+
+def check_changes(trained_with, weights):
+    """Prints the settings in which the new run differs from the training of the weights. trained_with: its config.
+
+    Raises UserError for a setting without which the weights of a stage that goes on have no meaning.
+    """
+    now = record.of(weights.system.config)
+    for stage, step in weights.steps.items():
+        if step > now[f"{stage}.steps"]:
+            raise UserError(
+                f"{stage}.steps={now[f'{stage}.steps']}, but the weights have {step} steps: give at least {step}, "
+                f"or --restart={stage}"
+            )
+    for key, (old, new) in settings.differences(record.of(trained_with), now).items():
+        row = settings.setting(key)
+        if key.startswith("denoiser.diffusion.") and row.rule == settings.FIXED and weights.steps["denoiser"]:
+            raise UserError(
+                f"the weights were trained with {key}={old!r}, and have no meaning with {new!r}: give the old value, "
+                "or --restart=denoiser"
+            )
+        if row is None or row.rule != settings.FREE:
+            print(f"{key}: {old!r} for the weights, {new!r} in the new run")
 
 
 def import_weights(weights, workdir):

@@ -29,7 +29,7 @@ HELD_OUT_SEED = 1_000_003  # added to the seed of the procedural world for clips
 def source(config, split="train"):
     """Returns the data source of config.data, split "train" or "held_out"; its items are {'video', 'audio', 'caption'}.
 
-    Raises UserError if the source is unknown or cannot be opened.
+    Raises UserError if the source cannot be opened.
     """
     data = config.data
     clip = dict(frames=data.frames, size=data.size, fps=data.fps, sample_rate=data.sample_rate)
@@ -39,11 +39,9 @@ def source(config, split="train"):
         if not data.path:
             raise UserError("data.path is empty: name the folder of videos, --config.data.path=FOLDER")
         return Files(data.path, split=split, seed=config.seed, **clip, **data.files)
-    if data.source == "tfds":
-        from vdm_jax.data.tfds import Tfds  # imports tensorflow_datasets, which few runs need
+    from vdm_jax.data.tfds import Tfds  # imports tensorflow_datasets, which few runs need
 
-        return Tfds(data_dir=data.path, seed=config.seed, **clip, **data.tfds)
-    raise UserError(f"data.source={data.source!r} is unknown: use world, files or tfds")
+    return Tfds(data_dir=data.path, seed=config.seed, **clip, **data.tfds)
 
 
 @dataclasses.dataclass(eq=False)

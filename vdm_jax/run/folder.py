@@ -1,11 +1,12 @@
 """The folder of a run, and the folder of exported weights.
 
-    <workdir>/config.json                         the config of the run
+    <workdir>/config.json, starts.jsonl           the config of the run, and what changed it; see record.py
     <workdir>/lock                                held by the training that is running
     <workdir>/<stage>/checkpoints/<step>/         see checkpoint.py
     <workdir>/denoiser/statistics.json            mean and standard deviation of the latents
 
-    <weights>/config.json, statistics.json        as above
+    <weights>/config.json, statistics.json        as above; config.json is the config in force
+    <weights>/changes.jsonl                       the changes in starts.jsonl, if there are any
     <weights>/<stage>.safetensors                 parameters in half precision, and the step that they are from
     <weights>/checksums.txt                       see checksums.py
 
@@ -16,6 +17,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -26,9 +28,12 @@ import safetensors.numpy
 from etils import epath
 from safetensors import SafetensorError
 
+from vdm_jax import settings
 from vdm_jax.errors import UserError
-from vdm_jax.run import checkpoint, checksums, hosts, storage
+from vdm_jax.run import checkpoint, checksums, hosts, record, storage
 from vdm_jax.sharding import named_leaves, path_name
+
+logger = logging.getLogger("vdm_jax")
 
 REFERENCE = epath.Path(__file__).parents[1] / "reference"  # the weights that ship with the package
 STATISTICS = "denoiser/statistics.json"  # in the folder of a run
@@ -75,7 +80,7 @@ def newest_step(workdir, stage):
 
 
 def read_config(folder):
-    """Returns the config of a run or of exported weights, locked. Lists come back as tuples. Raises UserError."""
+    """Returns the config in force of a run or of exported weights, locked. Lists become tuples. Raises UserError."""
     path = folder / "config.json"
     if not path.exists():
         if folder == REFERENCE:
@@ -92,54 +97,43 @@ def read_config(folder):
             return {k: as_tuples(v) for k, v in value.items()}
         return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
-    return ml_collections.ConfigDict(as_tuples(_read_json(path))).lock()
+    return ml_collections.ConfigDict(as_tuples(record.read(folder))).lock()
 
 
-def write_config(workdir, config, stages):
-    """Writes the config.json of a run with these stages. All processes call this.
+def write_config(workdir, config, stages, change=False):
+    """Writes the config.json of a new run, or adds a row to starts.jsonl of a run that goes on. All processes call it.
 
-    Raises UserError when the folder holds a run of other data sizes, or whose started stages have other models.
+    stages: those that this start trains.
+    change: whether the user allows changes of the training.
+    Raises UserError, and writes nothing, for a change that is refused; see settings.changes.
     """
-    path = workdir / "config.json"
+    path, made = workdir / "config.json", None
+    done = {stage: newest_step(workdir, stage) for stage in settings.STAGES}
     if path.exists():
-        before = read_config(workdir)
-        for stage in stages:
-            started = newest_step(workdir, stage) is not None and stage in before
-            if started and json.loads(before[stage].model.to_json()) != json.loads(config[stage].model.to_json()):
-                raise UserError(
-                    f"{workdir} was started with another {stage}.model: use another --workdir, or its config"
-                )
-        for key in ("size", "fps", "sample_rate", "text_length"):
-            if key in before.data and before.data[key] != config.data[key]:
-                raise UserError(f"{workdir} was started with data.{key}={before.data[key]}: use another --workdir")
-    hosts.broadcast_from_primary(True)  # the file is written only after every process has read the old one
+        before, measured = settings.flat(record.read(workdir)), (workdir / STATISTICS).exists()
+        made = settings.changes(workdir, before, record.of(config), done, stages, measured, change)
+        for key, (old, new) in made.items():
+            logger.info("%s: %r before, %r from this start on", key, old, new)
+    hosts.broadcast_from_primary(True)  # nothing is written before every process has read the old files
     if hosts.is_primary():
         try:
-            storage.replace(path, config.to_json_best_effort(indent=1, sort_keys=True) + "\n")
+            if made is None:
+                storage.replace(path, config.to_json_best_effort(indent=1, sort_keys=True) + "\n")
+            else:
+                record.append(workdir, done, made)
         except OSError as error:
             raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
 
 
 def read_statistics(path):
     """Returns the statistics of the latents, {modality: {'mean' [C], 'std' [C]}}, float32."""
-    return {m: {k: np.asarray(v, np.float32) for k, v in s.items()} for m, s in _read_json(epath.Path(path)).items()}
+    stored = record.read_json(epath.Path(path))
+    return {m: {k: np.asarray(v, np.float32) for k, v in s.items()} for m, s in stored.items()}
 
 
 def write_statistics(path, statistics):
     lists = {m: {k: np.asarray(v).tolist() for k, v in s.items()} for m, s in statistics.items()}
     storage.replace(epath.Path(path), json.dumps(lists, indent=1) + "\n")
-
-
-def _read_json(path):
-    try:
-        stored = json.loads(path.read_text())
-        if not isinstance(stored, dict):
-            raise ValueError("it holds no mapping of names to values")
-        return stored
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the run that should hold it is unfinished") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): restore it or train again") from None
 
 
 class Weights(NamedTuple):
@@ -201,13 +195,14 @@ def read_params(workdir, stage, expected):
     return stored["ema"], step
 
 
-def write_exported(folder, weights):
-    """Writes Weights as exported weights, with their checksums."""
+def write_exported(folder, weights, workdir):
+    """Writes Weights as exported weights, with their checksums and the changes in the record of the run `workdir`."""
     folder.mkdir(parents=True, exist_ok=True)
     for stage, step in weights.steps.items():
         write_safetensors(folder / f"{stage}.safetensors", weights.params[stage], step)
     (folder / "config.json").write_text(weights.system.config.to_json_best_effort(indent=1) + "\n")
     write_statistics(folder / "statistics.json", weights.params["statistics"])
+    record.write_changes(storage.given(workdir), folder)
     checksums.write(folder)
 
 

@@ -3,17 +3,12 @@
 import math
 from typing import NamedTuple
 
+from vdm_jax import settings
 from vdm_jax.errors import UserError
+from vdm_jax.settings import STAGES
 
-# In the order of training. The stage "clip" is the text encoder, trained with a video tower as in CLIP. Everywhere
-# else in this code, a clip is a video with its sound.
-STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
-
-# Settings of a model
-PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")  # one value for each resolution
-SWITCHES = ("attention", "cross_modal", "factorized", "use_bias", "student")  # True or False
-# MAY_BE_ZERO has the switches, because `_check_model` reads False as 0.
-MAY_BE_ZERO = ("blocks", "middle_blocks", "layers", "text_layers", *SWITCHES)
+# Settings of a model with one value for each resolution.
+PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")
 
 
 class Layout(NamedTuple):
@@ -45,15 +40,11 @@ class Layout(NamedTuple):
 
 
 def layout(config):
-    """The Layout of a config's clips. Raises UserError where sizes do not fit together."""
+    """The Layout of a config's clips. Raises UserError for a setting that is not allowed, or that fits no other."""
+    settings.check(config.to_dict())
     data, video, audio = config.data, config.video_autoencoder.model, config.audio_autoencoder.model
-    for name in ("frames", "size", "fps", "sample_rate"):
-        if data[name] < 1:
-            raise UserError(f"data.{name}={data[name]} must be at least 1")
     for stage in STAGES:
-        _check_model(f"{stage}.model", config[stage].model)
-        if config[stage].batch_size < 1:
-            raise UserError(f"{stage}.batch_size={config[stage].batch_size} must be at least 1")
+        _check_lengths(f"{stage}.model", config[stage].model)
     if data.sample_rate % data.fps:
         raise UserError(f"data.sample_rate={data.sample_rate} is not a multiple of data.fps={data.fps}")
 
@@ -88,24 +79,17 @@ def layout(config):
     return sizes
 
 
-def _check_model(name, model):
-    """Raises UserError unless every setting of a model is one or more whole numbers in the allowed range.
+def _check_lengths(name, model):
+    """Raises UserError unless every setting of a model has the right number of values.
 
     PER_RESOLUTION have one value for each resolution, and the strides one for each pair of neighboring resolutions.
     """
     for key, value in model.items():
-        if hasattr(value, "items"):  # settings of a part
-            _check_model(f"{name}.{key}", value)
-            continue
-        low, high = (0, 1000) if key in MAY_BE_ZERO else (1, 1_000_000)
-        numbers = value if isinstance(value, tuple | list) else (value,)
-        if not all(isinstance(number, int) and low <= number <= high for number in numbers):
-            raise UserError(f"{name}.{key}={value!r} must be one or more whole numbers from {low} to {high}")
         is_stride = key.endswith("strides")
         unset = key == "audio_channels" and not value  # () means the channels of the video stream
         if (is_stride or key in PER_RESOLUTION) and not unset:
             wanted = len(model.channels) - is_stride
-            if len(numbers) != wanted:
+            if len(value) != wanted:
                 raise UserError(f"{name}.{key}={value} must have {wanted} values for channels={model.channels}")
 
 

@@ -37,6 +37,8 @@ class Stage(NamedTuple):
 def make_stages(system):
     """{name: Stage} of the four stages of a System. Raises UserError for wrong settings."""
     config, layout = system.config, system.layout
+    # This raises for noise levels that do not fit together.
+    jax.eval_shape(functools.partial(diffusion.log_snr_at, config=config.denoiser.diffusion), 0.0)
     inits = init_fns(system.models, config, layout)
     params = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in inits.items()}
     encoders = {name: params[name] for name in STAGES[:3]}

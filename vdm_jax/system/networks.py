@@ -14,7 +14,7 @@ from vdm_jax.models.video_autoencoder import VideoAutoencoder
 
 def make_models(config, layout):
     """{stage: Flax module} of a config, and the "teacher" of a student. Raises UserError for wrong settings."""
-    dtype = jnp.dtype(one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16")))
+    dtype = jnp.dtype(config.compute_dtype)
     clip = config.clip.model
     text_encoder = dict(clip.text, vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
     modes = remat_modes(config, "denoiser")

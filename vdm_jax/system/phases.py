@@ -7,7 +7,7 @@
 
 `share` is the share of config.denoiser.steps, and shares sum to 1. Every other key names a setting of config.data or of
 the stage. The value of "denoiser.diffusion.patterns" is {pattern: share}, and replaces all patterns. A phase cannot
-change the model, the steps, the phases or data.text_length.
+change the model, its target and range of noise levels, the steps, the phases or data.text_length.
 
 A phase starts from the EMA weights at the end of the phase before, rounded to half precision as in exported weights,
 with a fresh optimizer. So a run can move to another machine between phases with only its exported weights and config.
@@ -22,13 +22,15 @@ import numpy as np
 
 from vdm_jax.errors import UserError, one_of
 from vdm_jax.run import folder
+from vdm_jax.settings import flat, phase_ends
 from vdm_jax.sharding import named_leaves
 from vdm_jax.system import System, build
 
 # The position embedding in unet.SpaceTimeAttention: its shape follows the size of a frame.
 RESIZED = "pos_embed"
 PATTERNS = ".diffusion.patterns"
-FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases")  # settings that no phase changes; {} is the stage
+# Settings that no phase changes; {} is the stage. Sampling reads the target and the noise levels of the recipe.
+FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases", "{}.diffusion.target", "{}.diffusion.log_snr_")
 
 
 class Phase(NamedTuple):
@@ -54,7 +56,7 @@ def phases(system, name):
     positive = all(isinstance(share, int | float) and share > 0 for share in shares)
     if not positive or not math.isclose(sum(shares), 1, abs_tol=1e-6):
         raise UserError(f"{name}.phases have the shares {shares}: give numbers above 0 whose sum is 1")
-    ends = [round(steps * sum(shares[: i + 1])) for i in range(len(parts))]
+    ends = phase_ends(steps, parts)
     made = []
     for number, (part, start, stop) in enumerate(zip(parts, [0, *ends], ends), 1):
         if start == stop:
@@ -78,7 +80,7 @@ def phases(system, name):
 def _changed(config, name, settings):
     """A copy of the config with the settings {dotted key: value} of one phase. Raises UserError."""
     config = config.copy_and_resolve_references()
-    known = [*_keys("data", config.data), *_keys(name, config[name])]
+    known = [*flat({key: config[key].to_dict() for key in ("data", name)})]
     for key, value in settings.items():
         if one_of("setting", key, known).startswith(tuple(fixed.format(name) for fixed in FIXED)):
             raise UserError(f"{key} cannot change from phase to phase")
@@ -91,16 +93,6 @@ def _changed(config, name, settings):
         except (TypeError, ValueError) as error:
             raise UserError(f"{key}={value!r}: {error}") from None
     return config
-
-
-def _keys(prefix, settings):
-    """Yields the dotted keys of all settings in a ConfigDict; the patterns are one setting."""
-    for key, value in settings.items():
-        path = f"{prefix}.{key}"
-        if hasattr(value, "items") and not path.endswith(PATTERNS):
-            yield from _keys(path, value)
-        else:
-            yield path
 
 
 def _check_shapes(shapes, recipe_shapes, last):

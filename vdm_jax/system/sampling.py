@@ -13,6 +13,7 @@ from vdm_jax.diffusion import add_noise, broadcast_to_latent
 from vdm_jax.errors import UserError, one_of
 from vdm_jax.run import hosts, profiling
 from vdm_jax.run.progress import progress
+from vdm_jax.settings import check
 from vdm_jax.sharding import constrain
 from vdm_jax.system import distillation
 
@@ -141,14 +142,7 @@ def resolve(defaults, options):
     for name in guidance:
         one_of("guidance", name, tuple(defaults.guidance))
     settings["guidance"] = {**defaults.guidance, **{name: w for name, w in guidance.items() if w is not None}}
-    for name, weight in settings["guidance"].items():
-        if not math.isfinite(weight):
-            raise UserError(f"guidance.{name}={weight} must be a finite number")
-    for name in ("context_noise", "history_noise", "rescale"):
-        if not 0 <= settings[name] <= 1:
-            raise UserError(f"{name}={settings[name]} must be from 0 to 1")
-    if not all(0 <= t <= 1 for t in settings["first_step_times"]):
-        raise UserError(f"first_step_times={settings['first_step_times']} must be times from 0 to 1")
+    check({"sample": settings})
     return settings
 
 

@@ -1,0 +1,222 @@
+"""The settings of a run, and what its starts change. Nothing is compiled here."""
+
+import errno
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from tests import tiny
+from vdm_jax import train
+from vdm_jax.errors import UserError
+from vdm_jax.run import folder, record, storage
+from vdm_jax.settings import STAGES
+from vdm_jax.system.layout import layout
+
+CONFIG = "--config=tests/tiny.py"
+
+
+@pytest.fixture
+def config():
+    config = tiny.get_config()
+    config.unlock()
+    return config
+
+
+@pytest.fixture
+def workdir(tmp_path, config):
+    """A run after its first start."""
+    workdir = epath.Path(tmp_path / "run")
+    workdir.mkdir()
+    folder.write_config(workdir, config, STAGES)
+    return workdir
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / record.NAME).read_text().splitlines()]
+
+
+def contents(directory):
+    return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(directory).rglob("*")) if p.is_file()}
+
+
+def test_each_later_start_adds_a_row(workdir, config, monkeypatch, caplog):
+    assert [p.name for p in workdir.iterdir()] == ["config.json"]
+    first = (workdir / "config.json").read_text()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config=a b"])
+    folder.write_config(workdir, config, STAGES)
+    config.update(seed=3)
+    config.clip.model.video.channels = (8, 32)
+    config.denoiser.diffusion.patterns = {"text": 1.0}
+    with caplog.at_level("INFO"):
+        folder.write_config(workdir, config, STAGES)
+    assert "seed: 0 before, 3 from this start on" in caplog.text
+    config.seed = 4
+    folder.write_config(workdir, config, STAGES)
+    assert (workdir / "config.json").read_text() == first
+    same, second, third = rows(workdir)
+    assert same["changed"] == {} and same["command"] == "train.py '--config=a b'" and same["version"] == "0.1.0"
+    assert same["steps"] == dict.fromkeys(STAGES) and same["time"].endswith("+00:00")
+    assert second["changed"]["seed"] == [0, 3] and second["changed"]["clip.model.video.channels"] == [[8, 16], [8, 32]]
+    assert second["changed"]["denoiser.diffusion.patterns"][1] == {"text": 1.0} and len(second["changed"]) == 3
+    assert third["changed"] == {"seed": [3, 4]}
+    assert folder.read_config(workdir).to_dict() == config.to_dict()
+
+
+def test_a_key_that_is_no_setting_any_more_is_not_in_force(workdir, config):
+    del config.data.world.gravity
+    folder.write_config(workdir, config, STAGES)
+    assert rows(workdir)[0]["changed"] == {"data.world.gravity": [0.0, None]}
+    assert folder.read_config(workdir).to_dict() == config.to_dict()
+
+
+def test_a_row_that_a_kill_cut_off_does_not_count(workdir, config):
+    config.seed = 3
+    folder.write_config(workdir, config, STAGES)
+    path = workdir / record.NAME
+    row = path.read_bytes()
+    for length in (1, len(row) // 2, len(row) - 1):  # the last: only the line end is missing
+        path.write_bytes(row[:length])
+        assert folder.read_config(workdir).seed == 0
+    folder.write_config(workdir, config, STAGES)
+    assert [r["changed"] for r in rows(workdir)] == [{"seed": [0, 3]}]
+    path.write_bytes(path.read_bytes() + b'{"time": "')
+    folder.write_config(workdir, config, STAGES)
+    assert [r["changed"] for r in rows(workdir)] == [{"seed": [0, 3]}, {}]
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda lines: [lines[0][:40], lines[1]], "line 1 of .*starts.jsonl is damaged"),
+        (lambda lines: [lines[0], b"\xff\xfe"], "line 2 of .*starts.jsonl is damaged"),
+        (lambda lines: [lines[0], b"{}"], "line 2 of"),
+        (lambda lines: [lines[0], b'{"changed": {"seed": 3}}'], "line 2 of"),
+        (lambda lines: [lines[0], b"[" * 100_000], "line 2 of"),
+        (lambda lines: lines[1:], r"line 1 of .*seed was 0 before it, not 3.*restore the file from a copy"),
+    ],
+)
+def test_a_damaged_row_is_told(workdir, config, damage, words):
+    for config.seed in (3, 4):
+        folder.write_config(workdir, config, STAGES)
+    path = workdir / record.NAME
+    path.write_bytes(b"".join(line + b"\n" for line in damage(path.read_bytes().splitlines())))
+    before = contents(workdir)
+    for call in (lambda: folder.read_config(workdir), lambda: folder.write_config(workdir, config, STAGES)):
+        with pytest.raises(UserError, match=words):
+            call()
+    assert contents(workdir) == before
+
+
+def test_a_config_that_contradicts_itself_is_told(workdir):
+    (workdir / "config.json").write_text('{"data": 3, "data.size": 3}')
+    with pytest.raises(UserError, match="config.json is damaged"):
+        folder.read_config(workdir)
+
+
+def test_a_full_disk_at_a_start_loses_nothing(workdir, config, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = contents(tmp_path)
+    config.seed = 3
+    for name in ("growing", "replace"):
+        monkeypatch.setattr(storage, name, full)
+    for place in (workdir, workdir / "new"):
+        with pytest.raises(UserError, match="cannot write to --workdir=.*No space left"):
+            folder.write_config(place, config, STAGES)
+    assert contents(tmp_path) == before and folder.read_config(workdir).seed == 0
+
+
+def test_exported_weights_have_the_changes_of_their_run(workdir, config, tmp_path):
+    out = epath.Path(tmp_path)
+    record.write_changes(workdir, out)
+    folder.write_config(workdir, config, STAGES)
+    record.write_changes(workdir, out)
+    assert not (out / record.CHANGES).exists()
+    config.seed = 3
+    folder.write_config(workdir, config, STAGES)
+    record.write_changes(workdir, out)
+    (row,) = map(json.loads, (out / record.CHANGES).read_text().splitlines())
+    assert row["changed"] == {"seed": [0, 3]} and set(row) == {"time", "version", "steps", "changed"}
+
+
+REFUSED = {  # options of a start in a finished run -> what the line says
+    "--config.denoiser.diffusion.target=x0": "denoiser.diffusion.target='v', and what it has saved has no meaning",
+    "--config.denoiser.diffusion.log_snr_max=9": "denoiser.diffusion.log_snr_max=12.0, and what it has saved",
+    "--config.audio_autoencoder.model.latent_channels=8": "audio_autoencoder.model.latent_channels=4, and what it has",
+    "--config.data.fps=4": "data.fps=8, and what it has saved has no meaning with 4",
+    "--config.data.text_length=64": "data.text_length=96, and what it has saved",
+    "--config.data.frames=9": "data.frames=5, and what it has saved",
+    "--config.clip.optimizer=muon": "clip.optimizer='adamw', and what it has saved",
+    "--config.clip.learning_rate=1": "clip.learning_rate=0.002, now 1.0): give --change",
+    "--config.clip.learning_rate=nan": "clip.learning_rate=nan must be a finite number above 0",
+    "--config.seed=1": "seed=0, now 1): give --change",
+    "--config.data.world.pan=1": "data.world.pan=0.0, now 1.0): give --change",
+    "--config.clip.steps=7": "clip.steps=7, but 8 steps are done in",
+}
+ALLOWED = {  # -> the changes in the record
+    ("--config.log_every=3", "--config.sample.steps=2"): {"log_every": [1, 3], "sample.steps": [4, 2]},
+    ("--config.clip.steps=9",): {"clip.steps": [8, 9]},
+    ("--config.seed=1", "--change"): {"seed": [0, 1]},
+    ("--config.clip.ema=0.5", "--stage=denoiser"): {},
+}
+
+
+class WithoutModels:
+    """A System that checks settings, and builds no models."""
+
+    def __init__(self, config):
+        self.config, self.layout = config, layout(config)
+
+    def check_batch(self, *arguments):
+        pass
+
+    check_mesh = check_batch
+
+
+@pytest.fixture
+def finished(workdir, monkeypatch):
+    """A run whose stages have all taken their eight steps. Its starts train nothing."""
+    monkeypatch.setattr(train, "build", WithoutModels)
+    monkeypatch.setattr(train, "train_phase", lambda *arguments: True)
+    monkeypatch.setattr(folder, "newest_step", lambda workdir, stage: 8)
+    (workdir / "denoiser").mkdir()
+    for name in ("lock", folder.STATISTICS):
+        (workdir / name).touch()
+    return workdir
+
+
+@pytest.mark.parametrize("option, words", REFUSED.items())
+def test_a_refused_start_changes_nothing(command, finished, option, words):
+    before = contents(finished)
+    done = command(train, CONFIG, f"--workdir={finished}", option)
+    assert done.code == 2 and len(done.err) == 1 and words in done.err[0]
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("options, changed", ALLOWED.items())
+def test_an_allowed_change_is_told_and_in_force(command, finished, options, changed):
+    done = command(train, CONFIG, f"--workdir={finished}", *options)
+    assert done.code == 0, done.err
+    (row,) = rows(finished)
+    assert row["changed"] == changed and row["steps"] == dict.fromkeys(STAGES, 8)
+    for key, (old, new) in changed.items():
+        assert any(f"{key}: {old!r} before, {new!r} from this start on" in line for line in done.err)
+    assert record.of(folder.read_config(finished)) == record.of(tiny.get_config()) | {
+        k: v[1] for k, v in changed.items()
+    }
+
+
+def test_a_run_of_an_older_version_goes_on(command, finished):
+    """Its config.json was written at its last start, and it has no record."""
+    path = finished / "config.json"
+    older = json.loads(path.read_text())
+    del older["denoiser"]["diffusion"]["shift"]
+    path.write_text(json.dumps(older))
+    done = command(train, CONFIG, f"--workdir={finished}")
+    assert done.code == 0 and rows(finished)[0]["changed"] == {"denoiser.diffusion.shift": [None, 1.0]}
+    assert json.loads(path.read_text()) == older
