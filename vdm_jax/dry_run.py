@@ -118,6 +118,8 @@ def slice_devices(name):
     # By default a host has 2 x 2 chips. A slice of fewer chips needs a smaller host.
     small = sides and 0 < math.prod(sides) < 4
     host = {"chips_per_host_bounds": [*sides, 1][:3]} if small else {}
+    if name.strip().startswith("v4:"):
+        host["chip_config_name"] = "megacore"  # the two cores of a chip are one device, as on a TPU VM
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name.strip(), **host).devices
     except Exception as error:  # its type depends on the version of JAX

@@ -1,6 +1,8 @@
-"""What all commands share: the --config flag, and wrong input that ends with one clear line."""
+"""What all commands share: the --config flag, output that nobody reads, and faults that end with one clear line."""
 
+import errno
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -56,6 +58,7 @@ def use_cache(config):
 
 def run(main):
     """Runs main(argv) as absl's app.run does. A UserError and a wrong flag end with one line and exit code 2."""
+    _keep_streams()
     _log()
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
         if module.startswith(("vdm_jax", "ml_collections")):  # --help shows all flags of a command
@@ -64,8 +67,54 @@ def run(main):
     try:
         app.run(main, flags_parser=_parse)
     except (UserError, KeyboardInterrupt) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split()) or 'interrupted'}\n")
-        sys.exit(2)
+        _end(str(error) or "interrupted")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _end(
+            f"the device has too little memory ({str(error).splitlines()[0]}): use smaller batches, or end another "
+            f"process that holds its memory"
+        )
+
+
+def _end(fault):
+    sys.stderr.write(f"error: {' '.join(fault.split())}\n")
+    sys.exit(2)
+
+
+class _Stream:
+    """A standard stream. When its reader is gone, what is written to it is lost, and no error is raised."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, function, *arguments):
+        try:
+            function(*arguments)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # from now on also for what Python or a library writes by itself
+                with open(os.devnull, "wb") as nothing:
+                    os.dup2(nothing.fileno(), self.stream.fileno())
+
+
+def _keep_streams():
+    """Opens standard streams that are closed, and keeps a run alive when the reader of one goes away."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The file gets the number of the closed stream. Otherwise the next file that is opened would get it, and
+            # with it the messages of a library.
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdout, sys.stderr = _Stream(sys.stdout), _Stream(sys.stderr)
 
 
 def call(script, *options):

@@ -38,7 +38,8 @@ class System(Codec):
 
 
 def build(config):
-    """The System of a config. Raises UserError where settings do not fit together."""
+    """The System of a config. Raises UserError where settings do not fit together, or where there is no device."""
+    sharding.find_devices()
     sizes = layout(config)
     codec = Codec(config, sizes, make_models(config, sizes))
     return System(codec.config, codec.layout, codec.models, make_stages(codec))
