@@ -13,8 +13,9 @@ from ml_collections import config_flags
 
 from vdm_jax.errors import UserError
 
-# Hides the warnings of libraries. Some of them warn while they are imported, so this is done before that.
-absl.logging.set_verbosity(absl.logging.ERROR)
+# Hides what libraries log: a fault that ends a run is raised, too. Some libraries warn while they are imported, so this
+# is done before that.
+absl.logging.set_verbosity(absl.logging.FATAL)
 
 
 def define_config():
