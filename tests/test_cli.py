@@ -1,9 +1,15 @@
-"""A command called inside a process, as notebooks do."""
+"""A command called inside a process, as notebooks do; a machine without its accelerator; output that nobody reads."""
 
+import os
+import subprocess
+import sys
+
+import jax
 import pytest
 from absl import flags
 
-from vdm_jax import overview
+from tests.helpers import ROOT, finish, start
+from vdm_jax import bench, evaluate, overview, sample, train, weights
 from vdm_jax.errors import UserError
 from vdm_jax.run import cli
 
@@ -22,3 +28,74 @@ def test_a_script_can_be_called_again_and_again(capsys):
     with pytest.raises(UserError, match="nosuch"):
         cli.call(overview, CONFIG, "--config.nosuch=1")
     assert set(flags.FLAGS) == before
+
+
+# -------------------------------------------------------------------------------------------------------- the machine
+
+COMMANDS = {
+    train: (CONFIG, "--workdir=DIR/run"),
+    sample: ("--prompt=x", "--out=DIR/x.mp4"),
+    evaluate: ("--out=DIR/report",),
+    bench: (CONFIG,),
+    weights: ("import", "--weights=reference", "--workdir=DIR/run"),
+}
+
+
+@pytest.mark.parametrize("script", COMMANDS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize("error", [RuntimeError("in use by process 7 (set JAX_PLATFORMS='' to x)"), AssertionError()])
+def test_an_accelerator_that_is_absent_or_busy_is_named(command, monkeypatch, tmp_path, script, error):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    done = command(script, *(option.replace("DIR", str(tmp_path)) for option in COMMANDS[script]))
+    assert done.code == 2 and len(done.err) == 1
+    assert done.err[0].startswith("error: JAX_PLATFORMS=") and "JAX_PLATFORMS=cpu" in done.err[0]
+    assert ("(in use by process 7)" if str(error) else "(its package is not installed)") in done.err[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_jax_names_a_missing_accelerator_as_expected():
+    code, _, lines = finish(start("-c", "import vdm_jax.sharding as s; s.find_devices()", JAX_PLATFORMS="rocm"), 120)
+    assert code and "UserError: JAX_PLATFORMS=rocm: no device is ready" in lines[-1]
+
+
+def test_too_little_memory_is_one_line(command, monkeypatch):
+    def main(argv):
+        raise jax.errors.JaxRuntimeError(fault)
+
+    monkeypatch.setattr(overview, "main", main)
+    fault = "RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nand more"
+    done = command(overview)
+    assert done.code == 2 and len(done.err) == 1 and "too little memory" in done.err[0] and "7 bytes" in done.err[0]
+    fault = "INTERNAL: a bug"
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        overview.main([])
+
+
+# --------------------------------------------------------------------------------------------------------- the streams
+
+TALK = """
+import logging, os, sys
+from vdm_jax.errors import UserError
+from vdm_jax.run import cli, progress
+def main(argv):
+    for number in range(3):
+        logging.getLogger("vdm_jax").info("a line")
+        print("a line", flush=number < 2)
+        with progress.progress("steps", 2, "step") as advance:
+            advance(1)
+    opened = os.open(argv[1], os.O_CREAT | os.O_WRONLY)
+    assert opened > 2  # no library writes its messages to this file
+    raise UserError("the end")
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "2>&1 | true", "2>/dev/full >/dev/full"])
+def test_closed_and_broken_streams_end_no_run(tmp_path, streams):
+    shell = f'"$0" -c "$1" "$2" {streams}; exit ${{PIPESTATUS[0]}}'
+    command = ["bash", "-c", shell, sys.executable, TALK, tmp_path / "reached"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, timeout=120)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "reached").exists()

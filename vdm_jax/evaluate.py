@@ -113,7 +113,7 @@ def main(argv):
     settings = {
         "weights": cli.weights_folder(options) or "reference",
         "data": config.data.source,
-        "held-out clips": len(items),
+        "held-out clips" if batches.holds_out(config) else "clips of training": len(items),
         "prompts": len(prompts),
         **{key.replace("_", " "): config.sample[key] for key in ("method", "steps", "first_step_times", "rescale")},
         **{f"guidance {name.replace('_', ' ')}": weight for name, weight in config.sample.guidance.items()},
