@@ -96,6 +96,7 @@ cli.run(main)
 def test_closed_and_broken_streams_end_no_run(tmp_path, streams):
     shell = f'"$0" -c "$1" "$2" {streams}; exit ${{PIPESTATUS[0]}}'
     command = ["bash", "-c", shell, sys.executable, TALK, tmp_path / "reached"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, timeout=120)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 2 and b"Traceback" not in done.stderr, done.stderr
     assert (tmp_path / "reached").exists()

@@ -125,8 +125,9 @@ def report(directory, done=0, **changed):
     watch.start()
     directory.mkdir(parents=True, exist_ok=True)
     settings = dict(
-        stage_steps=6, last_step=6, done=done, saved=lambda: None, stopwatch=watch, stop_after=3, heartbeat_every=1000.0,
-        sample_ids=lambda number: f"those of {number}", wait_for_save=lambda: called.append("finish"),
+        stage_steps=6, last_step=6, done=done, saved=lambda: None, stopwatch=watch, stop_after=3,
+        heartbeat_every=1000.0, sample_ids=lambda number: f"those of {number}",
+        wait_for_save=lambda: called.append("finish"),
     )  # fmt: skip
     return run_log.RunLog("clip", "clip", 1, directory, **{**settings, **changed}), called
 

@@ -215,7 +215,8 @@ def test_training_never_sees_what_is_held_out(data_dir, caplog, settings, known)
 
 
 @pytest.mark.parametrize(
-    "split, held_out", [("train", "train[90%:]"), ("train[:3]", "train[2:]"), ("short+train", "short"), ("all", "train[:1]")]
+    "split, held_out",
+    [("train", "train[90%:]"), ("train[:3]", "train[2:]"), ("short+train", "short"), ("all", "train[:1]")],
 )
 def test_splits_that_share_an_example_are_refused(data_dir, split, held_out):
     for part in ("train", "held_out"):

@@ -77,8 +77,8 @@ class Tfds:
             raise self._fault(f"split {split!r} cannot be opened", error) from error
         if any(_share_examples(a, b) for a in train for b in held_out):
             raise UserError(
-                f"data.tfds.split={self.split!r} and data.tfds.held_out={self.held_out!r} share examples: give two parts "
-                "such as 'train[:90%]' and 'train[90%:]', or two splits"
+                f"data.tfds.split={self.split!r} and data.tfds.held_out={self.held_out!r} share examples: give two "
+                "parts such as 'train[:90%]' and 'train[90%:]', or two splits"
             )
         for key in (self.video_key, *filter(None, (self.audio_key, self.caption_key))):
             if key not in self.features:

@@ -129,7 +129,7 @@ def exit_on_lost_peer():
 
 
 def watchdog(seconds):
-    """Returns report_progress(what), to be called when a step was started. When the calls stop, the process ends by `abort`.
+    """Returns report_progress(what), to be called when a step begins. When the calls stop, the process ends by `abort`.
 
     seconds: the longest pause between two calls; 0 for any. A single process has no limit: it waits for no other.
     what: what was done last, for the message. report_progress(None) ends the watch.
