@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 from tests.helpers import ROOT, finish, start
-from vdm_jax import bench, evaluate, overview, sample, train, weights
+from vdm_jax import bench, dry_run, evaluate, load, overview, sample, train, weights
 from vdm_jax.errors import UserError
 from vdm_jax.run import cli
 
@@ -71,6 +71,58 @@ def test_too_little_memory_is_one_line(command, monkeypatch):
     fault = "INTERNAL: a bug"
     with pytest.raises(jax.errors.JaxRuntimeError):
         overview.main([])
+
+
+# ---------------------------------------------------------------------------------------------------- numbers and names
+
+HUGE, LONG = "100000000000000000000", "x" * 5000
+SILLY = {  # command -> its options, one of them silly
+    sample: [
+        *(f"--steps={value}" for value in (HUGE, "1e20", "nan", "-1", "0", "")),
+        *(f"--guidance={value}" for value in ("1e30", "-1e30", "nan", "inf", "")),
+        *(f"--guidance.{key}=1e30" for key in ("history", "modality", "text_continue", "text_cross_modal")),
+        *(f"--seconds={value}" for value in ("1e20", "-1", "0", "nan", "inf", "")),
+        *(f"--lag={value}" for value in (HUGE, "-1", "nan")),
+        *(f"--{key}_noise={value}" for key in ("context", "history") for value in ("1e20", "-1", "nan")),
+        *(f"--seed={value}" for value in (HUGE, "-1")),
+        *("--processes=" + value for value in (HUGE, "-1")),
+        *(f"--image={value}" for value in ("", "/", LONG)),
+        "--between=a", "--between=" + ",".join("x" * 10000), "--weights=", f"--weights={LONG}",
+    ],
+    evaluate: [f"--count={HUGE}", "--count=-1", "--count=nan", "--samplers=ddim:1e5", f"--samplers=ddim:{HUGE}"],
+    bench: [f"--steps={HUGE}", "--repeats=-1", f"--repeats={HUGE}"],
+    dry_run: ["--mfu=nan", f"--rows={HUGE}", "--rows=0", "--topology="],
+    overview: [f"--chips={HUGE}", "--chips=-1"],
+    train: ["--profile=", "--profile=1:\u00b2", f"--workdir={LONG}", "--stage="],
+}  # fmt: skip
+COMMON = {
+    sample: ("--prompt=x", "--out=DIR/x.mp4"),
+    evaluate: ("--out=DIR/report",),
+    bench: (CONFIG, "--part=sample"),
+    dry_run: (CONFIG, "--topology=v5e:2x2", "--part=sample"),
+    overview: (CONFIG,),
+    train: (CONFIG, "--workdir=DIR/run"),
+}
+
+
+@pytest.mark.parametrize("script", SILLY, ids=lambda script: script.__name__)
+def test_numbers_and_names_without_sense_are_one_line(command, monkeypatch, tiny_run, tmp_path, script):
+    if script is sample:  # the run is read once
+        pipe = load(tiny_run)
+        settings = pipe.config.sample.copy_and_resolve_references()
+
+        def read_again(*arguments, **options):
+            pipe.config.sample.update(settings)
+            return pipe if os.path.exists(arguments[0] or "") else load(*arguments, **options)
+
+        monkeypatch.setattr(sample, "load", read_again)
+    for silly in SILLY[script]:
+        options = [option.replace("DIR", str(tmp_path)) for option in COMMON[script]]
+        options += [f"--workdir={tiny_run}"] * (script is sample and "--weights" not in silly)
+        done = command(script, *options, silly)
+        assert done.code == 2 and done.err[-1].startswith("error: "), (silly, done.err)
+        assert not any("Traceback" in line for line in done.err), (silly, done.err)
+    assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------------- the streams

@@ -285,7 +285,7 @@ def define_flags():
     flags.DEFINE_string("topology", None, "TPU slice, such as v5e:4x4; or several slices, with commas between them.")
     flags.DEFINE_enum("part", "train", ("train", "sample", "encode"), "Program to compile.")
     flags.DEFINE_enum("stage", "denoiser", STAGES, "Stage, with --part=train.")
-    flags.DEFINE_integer("rows", BATCH, "Number of prompts or clips, with --part=sample and --part=encode.")
+    flags.DEFINE_integer("rows", BATCH, "Number of prompts or clips, with --part=sample and --part=encode.", 1, 2**24)
     flags.DEFINE_float("mfu", 0.4, "Assumed share of the peak FLOP/s.", lower_bound=0.01, upper_bound=1)
     flags.DEFINE_bool("try", False, "Compile the suggested changes of a program that does not fit, until one fits.")
     flags.DEFINE_enum("effort", "O1", ("default", "O0", "O1", "O2", "O3"), "Optimization level of the compiler.")

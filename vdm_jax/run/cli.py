@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vdm_jax.errors import UserError
+
+PATH_FAULTS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 
 # Hides what libraries log: a fault that ends a run is raised, too. Some libraries warn while they are imported, so this
 # is done before that.
@@ -69,6 +72,10 @@ def run(main):
         app.run(main, flags_parser=_parse)
     except (UserError, KeyboardInterrupt) as error:
         _end(str(error) or "interrupted")
+    except OSError as error:
+        if error.errno not in PATH_FAULTS:
+            raise
+        _end(f"cannot use {str(error.filename)[:300]}: {error.strerror}: give another path")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -147,7 +154,11 @@ def _log():
 
 
 def _parse(argv):
-    """Parses flags. Raises UserError for a missing or broken recipe, and for a mistyped key."""
+    """Parses flags. Raises UserError for a broken recipe, a mistyped key, an empty value and a number without sense."""
+    # An empty value comes from an unset variable of a shell. Without a value a flag would have its default, silently.
+    for name in (a[:-1] for a in argv[1:] if a.startswith("-") and a.endswith("=") and a.count("=") == 1):
+        if name.lstrip("-") != "prompt" and not name.lstrip("-").startswith("config."):
+            raise UserError(f"{name}= has no value: give one, or leave the flag out")
     # Recipes import `configs.common`. This makes it importable from any working directory.
     for path in (a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("config=")):
         sys.path.append(str(Path(path).resolve().parent.parent))
@@ -162,6 +173,9 @@ def _parse(argv):
             hasattr(flags.FLAGS.config, "lock")  # the first access raises the error of a missing file
         except OSError:
             raise UserError(f"cannot read the recipe --config={flags.FLAGS['config'].config_filename}") from None
+    for name, value in flags.FLAGS.flag_values_dict().items():
+        if isinstance(value, float) and not math.isfinite(value) and not name.startswith("config."):
+            raise UserError(f"--{name}={value} must be a finite number")
     return rest
 
 

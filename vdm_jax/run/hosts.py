@@ -37,8 +37,8 @@ def define_flags():
         "distributed", "auto", ("auto", "yes", "no"), "Join other processes. auto: if Slurm, GKE or a TPU VM names any."
     )
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0. Give --processes and --process with it.")
-    flags.DEFINE_integer("processes", None, "Number of processes.", lower_bound=1)
-    flags.DEFINE_integer("process", None, "Number of this process, from 0.", lower_bound=0)
+    flags.DEFINE_integer("processes", None, "Number of processes.", 1, 2**20)
+    flags.DEFINE_integer("process", None, "Number of this process, from 0.", 0, 2**20)
 
 
 def initialize(options):

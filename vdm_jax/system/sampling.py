@@ -17,6 +17,7 @@ from vdm_jax.sharding import constrain
 from vdm_jax.system import distillation
 
 BATCH = 8  # prompts sampled at once
+MAX_GUIDANCE = 100  # far beyond it a clip is noise or of one color
 
 
 class Sampler:
@@ -141,8 +142,8 @@ def resolve(defaults, options):
         one_of("guidance", name, tuple(defaults.guidance))
     settings["guidance"] = {**defaults.guidance, **{name: w for name, w in guidance.items() if w is not None}}
     for name, weight in settings["guidance"].items():
-        if not math.isfinite(weight):
-            raise UserError(f"guidance.{name}={weight} must be a finite number")
+        if not abs(weight) <= MAX_GUIDANCE:  # true for nan
+            raise UserError(f"guidance.{name}={weight} must be a number from -{MAX_GUIDANCE} to {MAX_GUIDANCE}")
     for name in ("context_noise", "history_noise", "rescale"):
         if not 0 <= settings[name] <= 1:
             raise UserError(f"{name}={settings[name]} must be from 0 to 1")
