@@ -62,7 +62,8 @@ def get_config():
     data.tfds = ConfigDict(  # see data/tfds.py
         dict(
             name="",  # of the data set
-            split="train",  # in the notation of TFDS
+            split="train[:90%]",  # examples of training, in the notation of TFDS
+            held_out="train[90%:]",  # other examples, which training does not see; "" holds nothing out
             video_key="video",  # feature of the frames
             audio_key="",  # feature of the sound; "" for silent clips
             caption_key="caption",  # feature of the caption

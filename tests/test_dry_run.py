@@ -78,12 +78,13 @@ def test_a_program_that_does_not_fit_gets_suggestions_that_fit(tmp_path):
 def test_a_slice_may_be_smaller_than_a_host_and_an_axis_smaller_than_a_side():
     script = """
 from vdm_jax import dry_run, sharding
-print([len(dry_run.slice_devices(f"v5e:{n}")) for n in ("1x1", "2x1", "2x4")])
+print([len(dry_run.slice_devices(name)) for name in ("v5e:1x1", "v5e:2x1", "v5e:2x4", "v4:2x2x1")])
+sharding.make_mesh(dict(data=-1, fsdp=1, sequence=1, tensor=1), dry_run.slice_devices("v4:2x2x1"))
 mesh = sharding.make_mesh(dict(data=-1, fsdp=16, sequence=1, tensor=1), dry_run.slice_devices("v6e:8x8"))
 print(mesh.shape["data"], mesh.shape["fsdp"])
 """
     code, out, _ = finish(start("-c", script))
-    assert code == 0 and out.splitlines() == ["[1, 2, 8]", "4 16"]
+    assert code == 0 and out.splitlines() == ["[1, 2, 8, 4]", "4 16"]
 
 
 def test_suggestions_keep_to_the_mesh():

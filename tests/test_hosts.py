@@ -147,7 +147,7 @@ def test_nobody_waits_for_a_process_that_is(tmp_path, how):
             time.sleep(0.5)
         os.kill(second.pid, signal.SIGSTOP if how == "stuck" else signal.SIGKILL)
         code, _, err = finish(first, SOON)
-    told = "nothing has happened for 15 s after step" if how == "stuck" else "another process is lost"
+    told = "nothing has happened for 15 s after the start of step" if how == "stuck" else "another process is lost"
     assert code == hosts.TRY_AGAIN
     assert any(told in line and "exit code 75" in line for line in err), "\n".join(err[-20:])
 

@@ -2,13 +2,17 @@
 
 import json
 import logging
+import shutil
 import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
+from vdm_jax import train_state
 from vdm_jax.errors import UserError
+from vdm_jax.run import folder as run_folder
 from vdm_jax.run import log as run_log
 
 
@@ -121,8 +125,9 @@ def report(directory, done=0, **changed):
     watch.start()
     directory.mkdir(parents=True, exist_ok=True)
     settings = dict(
-        stage_steps=6, last_step=6, done=done, saved=None, stopwatch=watch, stop_after=3, heartbeat_every=1000.0,
-        sample_ids=lambda number: f"those of {number}", wait_for_save=lambda: called.append("finish"),
+        stage_steps=6, last_step=6, done=done, saved=lambda: None, stopwatch=watch, stop_after=3,
+        heartbeat_every=1000.0, sample_ids=lambda number: f"those of {number}",
+        wait_for_save=lambda: called.append("finish"),
     )  # fmt: skip
     return run_log.RunLog("clip", "clip", 1, directory, **{**settings, **changed}), called
 
@@ -137,16 +142,17 @@ def read_lines(directory):
 
 def test_a_log_line_holds_the_means_since_the_line_before(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    log, _ = report(tmp_path / "clip")
+    complete = [None]
+    log, _ = report(tmp_path / "clip", saved=lambda: complete[-1])
     for number in log.remaining_steps:
         log.add(step(number))
         if number % 2 == 0:
             log.write(number, flush=True)
         if number == 4:
             assert log.mean_loss() == 2.5
-            log.mark_saved(number)
             assert np.isnan(log.mean_loss())
-    log.close()
+            complete.append(3)  # what is on the disk counts
+    log.close(6)
     lines = read_lines(tmp_path / "clip")
     assert [(line["step"], line["loss"], line["skipped"]) for line in lines] == [(2, 1.5, 0), (4, 3.5, 0), (6, 5.5, 0)]
     assert {"step_seconds", "data_wait_share", "saving_share", "goodput"} <= set(lines[0])
@@ -155,16 +161,16 @@ def test_a_log_line_holds_the_means_since_the_line_before(tmp_path, caplog):
     assert [line.split("  ")[0] for line in shown] == [
         "clip 2/6 loss 1.5000", "clip 4/6 loss 3.5000", "clip 6/6 loss 5.5000",
     ]  # fmt: skip
-    assert "saved -" in shown[1] and "saved 4" in shown[2] and shown[2].endswith("  00:00 left")
+    assert "saved -" in shown[1] and "saved 3" in shown[2] and shown[2].endswith("  00:00 left")
 
 
 def test_a_run_that_continues_reports_the_steps_that_are_left(tmp_path):
-    log, _ = report(tmp_path / "clip", done=4, saved=4)
+    log, _ = report(tmp_path / "clip", done=4)
     assert list(log.remaining_steps) == [5, 6]
 
 
 def test_skipped_steps_are_named_and_too_many_in_a_row_end_the_run(tmp_path, caplog):
-    log, called = report(tmp_path / "clip", saved=1)
+    log, called = report(tmp_path / "clip", saved=lambda: 1)
     for skipped in (0, 1, 1):
         log.add(step(np.nan if skipped else 1, skipped))
     log.write(3)
@@ -201,20 +207,76 @@ def test_a_streak_goes_on_over_log_lines_and_ends_with_a_good_step(tmp_path):
         write(15, (1, 1, 1, 1, 0))
 
 
-def test_the_heartbeat_is_written_at_its_pace_and_at_the_last_step(tmp_path):
-    log, _ = report(tmp_path / "clip", saved=3)
+class Unfinished:
+    """The loss of a step that the device has not finished."""
+
+    def is_ready(self):
+        return False
+
+
+def test_the_heartbeat_is_written_at_its_pace_and_at_the_end_and_tells_what_is_finished(tmp_path):
+    complete = [None]
+    log, _ = report(tmp_path / "clip", saved=lambda: complete[-1])
     path = tmp_path / "heartbeat.json"
-    for number, last, read in ((1, False, 1), (2, False, 1), (3, True, 3)):
-        log.heartbeat(number, last)
+
+    def check(*values):
         beat = json.loads(path.read_text())
-        assert (beat["step"], beat["steps"], beat["stage"], beat["saved"]) == (read, 6, "clip", 3)
+        assert (beat["step"], beat["saved"], beat["steps"], beat["stage"]) == (*values, 6, "clip")
         assert abs(beat["time"] - time.time()) < 1000
+
+    log.add(step(1))
+    log.add({"loss": Unfinished()})
+    log.heartbeat(2)
+    check(1, None)  # step 2 was started only
+    log.heartbeat(3)
+    check(1, None)
+    log.history, log.heartbeat_every = [step(2)], 0.0
+    complete.append(2)
+    time.sleep(0.01)
+    log.heartbeat(3)
+    check(3, 2)
+    log.history, log.heartbeat_every = [], 1000.0
+    complete.append(6)
+    log.close(6)
+    check(6, 6)
     assert not list(tmp_path.glob("*.tmp"))  # it is whole at any moment
-    log, _ = report(tmp_path / "clip", heartbeat_every=0.0)
-    for number in (4, 5):
-        log.heartbeat(number)
-        assert json.loads(path.read_text())["step"] == number
-        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("lost", ["deleted", "moved", "replaced"])
+def test_a_folder_that_is_gone_is_told_instead_of_written_anew(tmp_path, lost):
+    workdir = tmp_path / "run"
+    log, _ = report(workdir / "clip", heartbeat_every=0.0)
+    log.add(step(1))
+    log.write(1)
+    if lost == "moved":
+        workdir.rename(tmp_path / "elsewhere")
+    else:
+        shutil.rmtree(workdir)
+    if lost == "replaced":  # by another training
+        other, _ = report(workdir / "clip")
+        other.metrics.close()
+    before = sorted(tmp_path.rglob("*"))
+    for act in (lambda: log.write(2), lambda: log.heartbeat(2)):
+        log.add(step(2))
+        with pytest.raises(UserError, match="clip: cannot write in .*run: .*deleted, moved or replaced"):
+            with run_folder.explain_disk_faults(epath.Path(workdir), "clip"):
+                act()
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(FileNotFoundError), run_folder.explain_disk_faults(epath.Path(workdir), "clip"):
+        open(tmp_path / "video.mp4")  # no file of the run
+
+
+@pytest.mark.parametrize("part, settings", [("params", "clip.learning_rate"), ("ema", "clip.ema")])
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, part, settings):
+    log, called = report(tmp_path / "clip", saved=lambda: 4)
+    state = {"params": {"a": jnp.ones(3), "b": jnp.ones((2, 2))}, "ema": {"a": jnp.ones(3)}, "opt": ()}
+    log.check_state(6, train_state.finite(state))
+    assert not called
+    for bad in (np.nan, np.inf):
+        state[part]["a"] = state[part]["a"].at[1].set(bad)
+        with pytest.raises(UserError, match=f"clip: step 6 is not saved.* in {part} .* of step 4; look at {settings}"):
+            log.check_state(6, train_state.finite(state))
+    assert called == ["finish"] * 2
 
 
 def test_only_the_primary_process_writes(tmp_path, monkeypatch):
@@ -224,7 +286,7 @@ def test_only_the_primary_process_writes(tmp_path, monkeypatch):
         log.add(step(np.nan, 1))
     with pytest.raises(UserError, match="in a row"):  # all processes stop
         log.write(3)
-    log.heartbeat(3, last=True)
-    log.close()
+    log.heartbeat(3)
+    log.close(3)
     assert called == ["finish"]
     assert [path.name for path in tmp_path.iterdir()] == ["clip"] and not list((tmp_path / "clip").iterdir())

@@ -154,6 +154,8 @@ def test_splits_and_folders(data_dir):
         ({"video_key": ""}, "no feature '', only"),
         ({"name": "no_such_data_set"}, "no_such_data_set.*cannot be opened"),
         ({"split": "absent"}, "absent.*cannot be opened"),
+        ({"held_out": "absent"}, "absent"),
+        ({"held_out": "train[99", "part": "held_out"}, "train.99.*cannot be opened"),
         ({"video_key": "film"}, "no feature 'film', only"),
         ({"audio_key": "noise"}, "no feature 'noise'"),
         ({"caption_key": "words"}, "no feature 'words'"),
@@ -190,17 +192,33 @@ def test_a_data_set_in_a_bucket(data_dir, bucket):
     assert code == 0, "\n".join(err[-20:])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="Clips of a TFDS data set that are called held out are training clips. Planned: Nothing silently wrong",
-)
-def test_training_never_sees_what_is_held_out(data_dir):
+def held_out_config(data_dir, **settings):
     config = common.get_config()
     config.data.update(source="tfds", path=str(data_dir), frames=4, size=16)
-    config.data.tfds.update(name="tiny_clips", video_key="clip", caption_key="text")
-    seen = {}
+    config.data.tfds.update(name="tiny_clips", video_key="clip", caption_key="text", **settings)
+    return config
+
+
+@pytest.mark.parametrize(
+    "settings, known", [({}, 5), ({"split": "train", "held_out": "short"}, 6), ({"held_out": ""}, 4)]
+)
+def test_training_never_sees_what_is_held_out(data_dir, caplog, settings, known):
+    config, seen = held_out_config(data_dir, **settings), {}
     for split in ("train", "held_out"):
         source = batches.source(config, split)
         seen[split] = {source[i]["caption"] for i in range(20)}
-    assert not seen["train"] & seen["held_out"]
+    assert len(seen["train"] | seen["held_out"]) == known
+    nothing = settings == {"held_out": ""}
+    assert (seen["train"] == seen["held_out"]) == nothing == (not batches.holds_out(config))
+    assert nothing or not seen["train"] & seen["held_out"]
+    assert [message for message in caplog.messages if "nothing is held out" in message] == caplog.messages[:nothing]
+
+
+@pytest.mark.parametrize(
+    "split, held_out",
+    [("train", "train[90%:]"), ("train[:3]", "train[2:]"), ("short+train", "short"), ("all", "train[:1]")],
+)
+def test_splits_that_share_an_example_are_refused(data_dir, split, held_out):
+    for part in ("train", "held_out"):
+        with pytest.raises(UserError, match="share examples"):
+            batches.source(held_out_config(data_dir, split=split, held_out=held_out), part)

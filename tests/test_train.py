@@ -16,7 +16,7 @@ from etils import epath
 
 from tests import tiny
 from tests.helpers import digest, final_state, finish, start
-from vdm_jax import train
+from vdm_jax import train, train_state
 from vdm_jax.data import batches, world
 from vdm_jax.run import folder as run_folder
 from vdm_jax.run import preemption
@@ -204,6 +204,29 @@ def test_bad_steps_are_skipped_counted_and_named(command, reading, tmp_path):
     assert "audio_autoencoder: 3 steps in a row were skipped, from step 5 on (loss nan" in done.err[-1]
     assert "the newest checkpoint is of step 4" in done.err[-1]
     assert run_folder.newest_step(workdir, stage) == 4  # the saves of step 6 and 8 were not made
+
+
+@pytest.mark.parametrize("fault", ["state", "folder"])
+def test_a_spoiled_state_and_a_lost_folder_end_the_run(command, reading, monkeypatch, tmp_path, fault):
+    stage, workdir, read = "audio_autoencoder", tmp_path / "run", itertools.count()
+    if fault == "state":
+        monkeypatch.setattr(train_state, "finite", lambda state: {"params": state["step"] < 3, "ema": True})
+        every, expected = 2, "step 4 is not saved, because numbers in params are not finite; the newest checkpoint is"
+    else:
+        every, expected = 8, f"cannot write in {workdir}: it, or a part of it, was deleted, moved or replaced; there is"
+
+    def lose(item):
+        if next(read) == 8 and fault == "folder":
+            shutil.rmtree(workdir)
+        return item
+
+    reading(lose)
+    options = (*OPTIONS, "--config.data.threads=1", f"--config.checkpoint_every={every}")
+    done = command(train, *options, f"--workdir={workdir}", f"--stage={stage}")
+    assert done.code == 2 and expected in done.err[-1] and done.err[-1].startswith("error: ")
+    assert not any("Traceback" in line for line in done.err), "\n".join(done.err)
+    assert run_folder.newest_step(workdir, stage) == (2 if fault == "state" else None)
+    assert workdir.exists() == (fault == "state")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):

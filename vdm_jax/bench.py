@@ -124,7 +124,7 @@ def define_flags():
     cli.define_config()
     flags.DEFINE_enum("part", "train", ("train", "sample", "encode", "data"), "What to measure.")
     flags.DEFINE_enum("stage", "denoiser", STAGES, "Stage, with --part=train and --part=data.")
-    flags.DEFINE_integer("repeats", 10, "Number of calls; the figures are of the median.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 10, "Number of calls; the figures are of the median.", 1, 10**6)
     flags.DEFINE_integer("steps", None, "Number of denoising steps, with --part=sample.", lower_bound=1)
     flags.DEFINE_enum("method", None, tuple(samplers.METHODS), "Sampling method, with --part=sample.")
     flags.DEFINE_string("out", None, "JSON file to write.")

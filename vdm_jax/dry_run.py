@@ -118,6 +118,8 @@ def slice_devices(name):
     # By default a host has 2 x 2 chips. A slice of fewer chips needs a smaller host.
     small = sides and 0 < math.prod(sides) < 4
     host = {"chips_per_host_bounds": [*sides, 1][:3]} if small else {}
+    if name.strip().startswith("v4:"):
+        host["chip_config_name"] = "megacore"  # the two cores of a chip are one device, as on a TPU VM
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name.strip(), **host).devices
     except Exception as error:  # its type depends on the version of JAX
@@ -283,7 +285,7 @@ def define_flags():
     flags.DEFINE_string("topology", None, "TPU slice, such as v5e:4x4; or several slices, with commas between them.")
     flags.DEFINE_enum("part", "train", ("train", "sample", "encode"), "Program to compile.")
     flags.DEFINE_enum("stage", "denoiser", STAGES, "Stage, with --part=train.")
-    flags.DEFINE_integer("rows", BATCH, "Number of prompts or clips, with --part=sample and --part=encode.")
+    flags.DEFINE_integer("rows", BATCH, "Number of prompts or clips, with --part=sample and --part=encode.", 1, 2**24)
     flags.DEFINE_float("mfu", 0.4, "Assumed share of the peak FLOP/s.", lower_bound=0.01, upper_bound=1)
     flags.DEFINE_bool("try", False, "Compile the suggested changes of a program that does not fit, until one fits.")
     flags.DEFINE_enum("effort", "O1", ("default", "O0", "O1", "O2", "O3"), "Optimization level of the compiler.")

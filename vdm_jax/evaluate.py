@@ -37,6 +37,7 @@ from vdm_jax.run.progress import progress
 from vdm_jax.system import hard_negatives
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.networks import to_float
+from vdm_jax.tasks import MAX_STEPS
 
 logger = logging.getLogger("vdm_jax")
 
@@ -113,7 +114,7 @@ def main(argv):
     settings = {
         "weights": cli.weights_folder(options) or "reference",
         "data": config.data.source,
-        "held-out clips": len(items),
+        "held-out clips" if batches.holds_out(config) else "clips of training": len(items),
         "prompts": len(prompts),
         **{key.replace("_", " "): config.sample[key] for key in ("method", "steps", "first_step_times", "rescale")},
         **{f"guidance {name.replace('_', ' ')}": weight for name, weight in config.sample.guidance.items()},
@@ -130,7 +131,7 @@ def read_sampler(name):
     """'dpmpp_2m:16' -> ('dpmpp_2m', 16). Raises UserError."""
     method, _, steps = name.partition(":")
     one_of("sampler", method, tuple(samplers.METHODS))
-    if not steps.isdecimal() or not 0 < int(steps) <= 10_000:
+    if not steps.isdecimal() or not 0 < int(steps) <= MAX_STEPS:
         raise UserError(f"--samplers={name}: want a method and a number of steps, such as {method}:16")
     return method, int(steps)
 
@@ -312,7 +313,7 @@ def define_flags():
     sample_command.define_run_flags()
     flags.DEFINE_string("out", None, "Folder for the report.")
     flags.DEFINE_enum("suite", "prompts", SUITES, "What to measure.")
-    flags.DEFINE_integer("count", None, "Held-out clips, prompts of a kind, and clips of a task.", lower_bound=1)
+    flags.DEFINE_integer("count", None, "Held-out clips, prompts of a kind, and clips of a task.", 1, 10**6)
     flags.DEFINE_list("samplers", [], "Also sample by each of these, such as dpmpp_2m:16,ddim:64.")
 
 

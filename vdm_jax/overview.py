@@ -44,7 +44,7 @@ def show_parameters(name, params, mesh):
 def define_flags():
     cli.define_config()
     flags.DEFINE_enum("stage", "all", ("all", *STAGES), "Stage to show.")
-    flags.DEFINE_integer("chips", None, "Number of devices that config.mesh splits parameters over.", lower_bound=1)
+    flags.DEFINE_integer("chips", None, "Number of devices that config.mesh splits parameters over.", 1, 2**20)
 
 
 if __name__ == "__main__":

@@ -155,12 +155,13 @@ TABLE = (
     # ------------------------------------------------------------------------------------------- sample, evaluate
     Setting("sample.method", choice(*samplers.METHODS), FREE),
     Setting("sample.spacing", choice(*tasks.SPACINGS), FREE),
-    Setting("sample.guidance.*", number(), FREE),
+    Setting("sample.guidance.*", number(-100, 100), FREE),  # far beyond it a clip is noise or of one color
     Setting("sample.history_noise sample.context_noise sample.rescale", number(0, 1), FREE),
     Setting("sample.interval", RISING, FREE),
     Setting("sample.first_step_times", several(number(0, 1), least=0), FREE),
-    Setting("sample.lag", whole(0), FREE),
-    Setting("sample.steps sample.context_frames evaluate.*", whole(1), FREE),
+    Setting("sample.lag", whole(0, tasks.MAX_STEPS), FREE),
+    Setting("sample.steps", whole(1, tasks.MAX_STEPS), FREE),
+    Setting("sample.context_frames evaluate.*", whole(1), FREE),
 )
 
 

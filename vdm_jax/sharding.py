@@ -53,11 +53,23 @@ PARAMETER_RULES = (
 
 def make_mesh(sizes, devices=None):
     """Returns a mesh of all devices, or of `devices`, for {axis: size}; see `mesh_shape`. Raises UserError."""
-    devices = jax.devices() if devices is None else devices
+    devices = find_devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
     # Allows an axis that is only a part of one side of a TPU slice, such as 16 devices in a slice of 8 x 8.
     grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def find_devices():
+    """Returns all devices of all processes. Raises UserError if those that JAX_PLATFORMS names are absent or busy."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that the package for CUDA is installed
+        reason = " ".join(str(error).partition(" (set JAX_PLATFORMS")[0].split()) or "its package is not installed"
+        raise UserError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms or ''}: no device is ready to use ({reason}): free it, or set "
+            f"JAX_PLATFORMS=cpu for the processor, or JAX_PLATFORMS= for what JAX finds"
+        ) from None
 
 
 def _current_mesh():

@@ -14,6 +14,7 @@ from vdm_jax.diffusion import MODALITIES, log_snr_at
 from vdm_jax.errors import UserError, one_of
 
 SPACINGS = ("time", "log_snr", "karras")
+MAX_STEPS = 10_000  # of sampling; also the largest lag
 
 
 # --------------------------------------------------------------------------------- context: one function per task
@@ -121,8 +122,8 @@ def scheduling_matrix(steps, frames, config, masks=None, lag=0, spacing="time", 
         of a random sample. Use it if the context leaves little open: the mean of different futures is blurred.
     """
     one_of("spacing", spacing, SPACINGS)
-    if steps < 1 or lag < 0:
-        raise UserError(f"steps={steps} must be at least 1 and lag={lag} at least 0")
+    if not (1 <= steps <= MAX_STEPS and 0 <= lag <= MAX_STEPS):
+        raise UserError(f"steps={steps} must be from 1 to {MAX_STEPS}, and lag={lag} from 0 to {MAX_STEPS}")
     masks = {name: np.asarray((masks or {}).get(name, np.zeros(frames)), bool) for name in MODALITIES}
     for name, mask in masks.items():
         if mask.shape != (frames,):

@@ -39,7 +39,7 @@ class Run(NamedTuple):
     plan: dict  # {stage: its Phases}
     sources: dict  # {System of a phase: data source of its training clips}
     stop: preemption.Stop  # stop.is_due(step) -> whether a signal asks the run to end
-    report_progress: Any  # report_progress(what) tells the watchdog what is finished; report_progress(None) stops it
+    report_progress: Any  # report_progress(what) tells the watchdog what was done last; report_progress(None) stops it
     trace_span: tuple | None  # first and last step to trace
 
 
@@ -140,6 +140,7 @@ def take_steps(run, name, phase, checkpoints):
     with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameter_count):
         abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
         step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
+        finite_fn = hosts.compiled(program.finite, state)
     # Compiling is finished. This first report starts the watchdog. It comes only now, because compiling may take longer
     # than the watchdog allows.
     run.report_progress(f"compiling the step of {phase.title}")
@@ -154,12 +155,12 @@ def take_steps(run, name, phase, checkpoints):
         stage_steps=run.plan[name][-1].last_step,
         last_step=phase.last_step,
         done=done,
-        saved=newest,
         stopwatch=stopwatch,
         # Steps are counted from 1, batches from 0.
         sample_ids=lambda number: batches.sample_ids(examples, **order, step=number - 1),
         stop_after=config.skip.stop_after,  # the run ends after this number of skipped steps in a row
         heartbeat_every=config.heartbeat_every,  # seconds between two writings of heartbeat.json, for other programs
+        saved=lambda: folder.newest_step(run.workdir, name),
         wait_for_save=lambda: checkpoint.finish(checkpoints),  # RunLog calls it before it raises an error
     )
     trace = profiling.tracer(run.trace_span, directory)
@@ -174,7 +175,7 @@ def take_steps(run, name, phase, checkpoints):
             state, metrics = step_fn(state, step_key, batch, encoder_params)
         log.add(metrics)
         trace(number, metrics)
-        run.report_progress(f"step {number} of {phase.title}")
+        run.report_progress(f"the start of step {number} of {phase.title}")
         stopped = run.stop.is_due(number)
         last = stopped or number == phase.last_step
         save_due = save_due or last or number % config.checkpoint_every == 0
@@ -186,10 +187,10 @@ def take_steps(run, name, phase, checkpoints):
         # mean that an earlier update spoiled the state. So a save waits for a step that is not skipped, or for the end.
         if save_due and (last or not log.skipping):
             with stopwatch("saving"):
+                log.check_state(number, finite_fn(state))
                 checkpoint.save(checkpoints, state, log.mean_loss())
-            log.mark_saved(number)
             save_due = False
-        log.heartbeat(number, last)
+        log.heartbeat(number)
         if show_preview and not stopped and (last or number % config.preview_every == 0):
             with stopwatch("preview"):
                 show_preview(state["ema"], encoder_params, number)
@@ -198,7 +199,7 @@ def take_steps(run, name, phase, checkpoints):
     checkpoint.finish(checkpoints)
     run.report_progress(None)
     run.stop.after_step = False
-    log.close()
+    log.close(number)
     if stopped:
         logger.info("%s: stopped at step %d, saved; the same command continues from there", phase.title, number)
     return not stopped and run.stop.signal is None  # a signal may come after the last step, too

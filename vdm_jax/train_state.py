@@ -63,6 +63,15 @@ def make_step(loss_fn, config, loss_over_mean=0.0, start=0):
     return step
 
 
+def finite(state):
+    """Returns {part: whether its numbers are finite} for 'params' and 'ema'.
+
+    A step is skipped when its loss or its gradient is not finite. An update can still spoil the state.
+    """
+    # If one number is not finite, the sum is not. A sum compiles in half the time of a test of each number.
+    return {part: jnp.isfinite(optax.tree.sum(state[part])) for part in ("params", "ema")}
+
+
 def accumulated(gradients, parts):
     """Returns a function like `gradients` that processes a batch in parts, one after the other, to save memory.
 
@@ -93,6 +102,7 @@ class Program(NamedTuple):
     init: Callable  # init() -> state; jitted and sharded
     begin: Callable  # begin(params) -> state before the first step of a phase; jitted and sharded
     step: Callable  # step(state, key, batch, encoder_params) -> (state, metrics); jitted, sharded, donates the state
+    finite: Callable  # the function `finite`; jitted
     abstract: Any  # the state as ShapeDtypeStructs with shardings
 
 
@@ -118,5 +128,6 @@ def program(stage, config, key, mesh, loss_over_mean, start=0):
         init=jax.jit(init, out_shardings=shardings),
         begin=jax.jit(begin, out_shardings=shardings),
         step=jax.jit(step, donate_argnums=0, out_shardings=results),
+        finite=jax.jit(finite, out_shardings=sharding.replicated(mesh)),
         abstract=jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings),
     )

@@ -6,6 +6,7 @@ of processes, and no state of the data needs to be saved.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 
 import absl.logging
@@ -22,6 +23,8 @@ absl.logging.set_verbosity(absl.logging.ERROR)  # grain warns when it is importe
 import grain  # noqa: E402
 
 absl.logging.set_verbosity(_verbosity)
+
+logger = logging.getLogger("vdm_jax")
 
 HELD_OUT_SEED = 1_000_003  # added to the seed of the procedural world for clips that training never sees
 
@@ -41,7 +44,16 @@ def source(config, split="train"):
         return Files(data.path, split=split, seed=config.seed, **clip, **data.files)
     from vdm_jax.data.tfds import Tfds  # imports tensorflow_datasets, which few runs need
 
-    return Tfds(data_dir=data.path, seed=config.seed, **clip, **data.tfds)
+    if split == "held_out" and not holds_out(config):
+        logger.warning(
+            "data.tfds.held_out is empty, so nothing is held out: previews and evaluation show training clips"
+        )
+    return Tfds(data_dir=data.path, seed=config.seed, part=split, **clip, **data.tfds)
+
+
+def holds_out(config):
+    """Returns whether training never sees the clips of split "held_out"."""
+    return config.data.source != "tfds" or bool(config.data.tfds.get("held_out"))
 
 
 @dataclasses.dataclass(eq=False)

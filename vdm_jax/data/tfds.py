@@ -5,6 +5,7 @@ Scalar, Text, ClassLabel or sequences of them. The features Video, Image and Aud
 """
 
 import dataclasses
+import math
 
 import numpy as np
 from etils import epath
@@ -12,6 +13,12 @@ from etils import epath
 from vdm_jax.data import media
 from vdm_jax.data.files import epoch_order
 from vdm_jax.errors import UserError
+
+
+def _share_examples(a, b):
+    """Returns whether two parts of splits, as TFDS gives them, have an example in common."""
+    (a_start, a_end), (b_start, b_end) = ((x.from_ or 0, math.inf if x.to is None else x.to) for x in (a, b))
+    return a.splitname == b.splitname and max(a_start, b_start) < min(a_end, b_end)
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,7 +41,9 @@ class Tfds:
     fps: float  # frames per second of a window
     sample_rate: int  # of the sound of a window, in Hz
     seed: int  # of the order of examples and of the windows
-    split: str = "train"  # in the notation of TFDS; "train[:90%]" and "train[90%:]" share no example
+    part: str = "train"  # or "held_out"
+    split: str = "train"  # of part "train", in the notation of TFDS
+    held_out: str = ""  # of part "held_out"; "" for `split`: then nothing is held out from training
     data_dir: str | None = None  # folder of the built data sets; None is TFDS's default
     video_key: str = "video"
     audio_key: str = ""  # "" for silent clips
@@ -51,22 +60,32 @@ class Tfds:
             raise UserError("data.tfds.name is empty: name a data set or its folder, --config.data.tfds.name=NAME")
         self.source_fps = self.source_fps or self.fps
         self.source_sample_rate = self.source_sample_rate or self.sample_rate
+        split = self.held_out if self.part == "held_out" and self.held_out else self.split
         try:
             if epath.Path(self.name).is_dir():
                 builder = tfds.builder_from_directory(self.name)
             else:
                 builder = tfds.builder(self.name, data_dir=self.data_dir, try_gcs=False)
-            self.source = builder.as_data_source(split=self.split)
             self.features = builder.info.features
+            self.source = builder.as_data_source(split=split)
             self.count = len(self.source)
+            train, held_out = (
+                tfds.core.ReadInstruction.from_spec(s).to_absolute(builder.info.splits) if s else []
+                for s in (self.split, self.held_out)
+            )
         except Exception as error:  # each fault has an error of its own: unknown, not built, another format
-            raise self._fault(f"split {self.split!r} cannot be opened", error) from error
+            raise self._fault(f"split {split!r} cannot be opened", error) from error
+        if any(_share_examples(a, b) for a in train for b in held_out):
+            raise UserError(
+                f"data.tfds.split={self.split!r} and data.tfds.held_out={self.held_out!r} share examples: give two "
+                "parts such as 'train[:90%]' and 'train[90%:]', or two splits"
+            )
         for key in (self.video_key, *filter(None, (self.audio_key, self.caption_key))):
             if key not in self.features:
                 known = ", ".join(self.features)
                 raise UserError(f"data set {self.name!r} has no feature {key!r}, only {known}: name one of them")
         if not self.count:
-            raise UserError(f"data set {self.name!r}: split {self.split!r} is empty")
+            raise UserError(f"data set {self.name!r}: split {split!r} is empty")
         self._read(0)  # an example that cannot be decoded ends the run now, not after an hour
 
     def _fault(self, what: str, error: Exception) -> UserError:

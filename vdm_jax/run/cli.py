@@ -1,6 +1,9 @@
-"""What all commands share: the --config flag, and wrong input that ends with one clear line."""
+"""What all commands share: the --config flag, output that nobody reads, and faults that end with one clear line."""
 
+import errno
 import logging
+import math
+import os
 import sys
 from pathlib import Path
 
@@ -11,8 +14,11 @@ from ml_collections import config_flags
 
 from vdm_jax.errors import UserError
 
-# Hides the warnings of libraries. Some of them warn while they are imported, so this is done before that.
-absl.logging.set_verbosity(absl.logging.ERROR)
+PATH_FAULTS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+
+# Hides what libraries log: a fault that ends a run is raised, too. Some libraries warn while they are imported, so this
+# is done before that.
+absl.logging.set_verbosity(absl.logging.FATAL)
 
 
 def define_config():
@@ -56,6 +62,7 @@ def use_cache(config):
 
 def run(main):
     """Runs main(argv) as absl's app.run does. A UserError and a wrong flag end with one line and exit code 2."""
+    _keep_streams()
     _log()
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
         if module.startswith(("vdm_jax", "ml_collections")):  # --help shows all flags of a command
@@ -64,8 +71,58 @@ def run(main):
     try:
         app.run(main, flags_parser=_parse)
     except (UserError, KeyboardInterrupt) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split()) or 'interrupted'}\n")
-        sys.exit(2)
+        _end(str(error) or "interrupted")
+    except OSError as error:
+        if error.errno not in PATH_FAULTS:
+            raise
+        _end(f"cannot use {str(error.filename)[:300]}: {error.strerror}: give another path")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _end(
+            f"the device has too little memory ({str(error).splitlines()[0]}): use smaller batches, or end another "
+            f"process that holds its memory"
+        )
+
+
+def _end(fault):
+    sys.stderr.write(f"error: {' '.join(fault.split())}\n")
+    sys.exit(2)
+
+
+class _Stream:
+    """A standard stream. When its reader is gone, what is written to it is lost, and no error is raised."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, function, *arguments):
+        try:
+            function(*arguments)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # from now on also for what Python or a library writes by itself
+                with open(os.devnull, "wb") as nothing:
+                    os.dup2(nothing.fileno(), self.stream.fileno())
+
+
+def _keep_streams():
+    """Opens standard streams that are closed, and keeps a run alive when the reader of one goes away."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The file gets the number of the closed stream. Otherwise the next file that is opened would get it, and
+            # with it the messages of a library.
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdout, sys.stderr = _Stream(sys.stdout), _Stream(sys.stderr)
 
 
 def call(script, *options):
@@ -97,7 +154,11 @@ def _log():
 
 
 def _parse(argv):
-    """Parses flags. Raises UserError for a missing or broken recipe, and for a mistyped key."""
+    """Parses flags. Raises UserError for a broken recipe, a mistyped key, an empty value and a number without sense."""
+    # An empty value comes from an unset variable of a shell. Without a value a flag would have its default, silently.
+    for name in (a[:-1] for a in argv[1:] if a.startswith("-") and a.endswith("=") and a.count("=") == 1):
+        if name.lstrip("-") != "prompt" and not name.lstrip("-").startswith("config."):
+            raise UserError(f"{name}= has no value: give one, or leave the flag out")
     # Recipes import `configs.common`. This makes it importable from any working directory.
     for path in (a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("config=")):
         sys.path.append(str(Path(path).resolve().parent.parent))
@@ -112,6 +173,9 @@ def _parse(argv):
             hasattr(flags.FLAGS.config, "lock")  # the first access raises the error of a missing file
         except OSError:
             raise UserError(f"cannot read the recipe --config={flags.FLAGS['config'].config_filename}") from None
+    for name, value in flags.FLAGS.flag_values_dict().items():
+        if isinstance(value, float) and not math.isfinite(value) and not name.startswith("config."):
+            raise UserError(f"--{name}={value} must be a finite number")
     return rest
 
 

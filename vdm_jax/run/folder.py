@@ -63,15 +63,17 @@ def exclusive_lock(workdir):
 
 @contextlib.contextmanager
 def explain_disk_faults(workdir, stage):
-    """Turns the OSError of a full or broken disk into a UserError that names the newest checkpoint of a stage."""
+    """Turns the OSError of a disk or a lost folder into a UserError that names the newest checkpoint of a stage."""
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_FAULTS:
+        lost = error.errno == errno.ENOENT and str(workdir) in str(error.filename)
+        if error.errno not in DISK_FAULTS and not lost:
             raise
+        fault = "it, or a part of it, was deleted, moved or replaced" if lost else error.strerror
         newest = newest_step(workdir, stage)
         left = "there is no checkpoint" if newest is None else f"step {newest} is the newest checkpoint"
-        raise UserError(f"{stage}: cannot write in {workdir}: {error.strerror}; {left}") from None
+        raise UserError(f"{stage}: cannot write in {workdir}: {fault}; {left}") from None
 
 
 def newest_step(workdir, stage):

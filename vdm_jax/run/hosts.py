@@ -23,6 +23,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from vdm_jax.errors import UserError
+from vdm_jax.sharding import find_devices
 
 logger = logging.getLogger("vdm_jax")
 
@@ -36,14 +37,14 @@ def define_flags():
         "distributed", "auto", ("auto", "yes", "no"), "Join other processes. auto: if Slurm, GKE or a TPU VM names any."
     )
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0. Give --processes and --process with it.")
-    flags.DEFINE_integer("processes", None, "Number of processes.", lower_bound=1)
-    flags.DEFINE_integer("process", None, "Number of this process, from 0.", lower_bound=0)
+    flags.DEFINE_integer("processes", None, "Number of processes.", 1, 2**20)
+    flags.DEFINE_integer("process", None, "Number of this process, from 0.", 0, 2**20)
 
 
 def initialize(options):
     """Joins the other processes that the flags name, if there are any. A command calls it before it uses a device.
 
-    Raises UserError when flags are missing or wrong, or when the others cannot be reached.
+    Raises UserError when flags are missing or wrong, or when the others or this process's devices cannot be reached.
     """
     own = dict(coordinator=options.coordinator, processes=options.processes, process=options.process)
     missing = [name for name, value in own.items() if value is None]
@@ -61,6 +62,7 @@ def initialize(options):
         jax.distributed.initialize(options.coordinator, options.processes, options.process)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the other processes: {error}") from None
+    find_devices()
     logger.info("process %d of %d", jax.process_index(), jax.process_count())
     if not is_primary():
         logger.setLevel(logging.WARNING)  # process 0 reports for all
@@ -127,7 +129,7 @@ def exit_on_lost_peer():
 
 
 def watchdog(seconds):
-    """Returns report_progress(what), to be called after each step. When the calls stop, the process ends by `abort`.
+    """Returns report_progress(what), to be called when a step begins. When the calls stop, the process ends by `abort`.
 
     seconds: the longest pause between two calls; 0 for any. A single process has no limit: it waits for no other.
     what: what was done last, for the message. report_progress(None) ends the watch.

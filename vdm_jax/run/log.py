@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -21,6 +22,10 @@ from vdm_jax.run import hosts, storage
 
 logger = logging.getLogger("vdm_jax")
 
+SUSPECTS = {  # settings of a stage that can make a part of its state not finite
+    "params": "learning_rate, weight_decay and beta2",
+    "ema": "ema",
+}
 BUCKET_PAUSE = 30  # seconds between two writes of metrics.jsonl in a bucket
 
 
@@ -28,8 +33,8 @@ BUCKET_PAUSE = 30  # seconds between two writes of metrics.jsonl in a bucket
 class RunLog:
     """The report of one stage's training. The loop goes over `remaining_steps`, and shows a progress bar.
 
-    Each step calls `add`. Then it calls `write` if a line is due, and `mean_loss` and `mark_saved` if a save is due.
-    Then it calls `heartbeat`. `close` comes after the last step.
+    Each step calls `add`. Then it calls `write` if a line is due, `mean_loss` if a save is due, and `heartbeat`.
+    `close` comes when the last save is complete.
     """
 
     stage: str
@@ -39,11 +44,11 @@ class RunLog:
     stage_steps: int  # of the whole stage
     last_step: int  # of the phase
     done: int  # how many of the steps an earlier start did
-    saved: int | None  # step of the newest checkpoint
     stopwatch: "Stopwatch"  # began with the stage
     sample_ids: Callable  # sample_ids(number) returns the names of the samples in the batch of a step
     stop_after: int  # number of skipped steps in a row that ends the run with an error
     heartbeat_every: float  # seconds
+    saved: Callable  # saved() returns the step of the newest checkpoint that is complete, or None
     wait_for_save: Callable  # wait_for_save() waits for the current save; called before that error
 
     def __post_init__(self):
@@ -82,7 +87,8 @@ class RunLog:
     def _show(self, number, means):
         """Updates the progress bar. When stderr is no terminal, it writes a line instead."""
         loss, waiting = f"{means['loss']:.4f}", f"{means['data_wait_share']:.0%}"
-        skipped, saved = self.metrics.skipped, "-" if self.saved is None else self.saved
+        skipped, saved = self.metrics.skipped, self.saved()
+        saved = "-" if saved is None else saved
         self.remaining_steps.set_postfix(dict(loss=loss, data=waiting, skipped=skipped, saved=saved))
         if self.remaining_steps.disable:
             seconds = means["step_seconds"]
@@ -101,11 +107,21 @@ class RunLog:
                 first = self.streak[0]
                 raise UserError(
                     f"{self.stage}: {len(self.streak)} steps in a row were skipped, from step {first.number} on "
-                    f"({first}); the newest checkpoint is of step {self.saved}; lower {self.stage}.learning_rate, "
+                    f"({first}); the newest checkpoint is of step {self.saved()}; lower {self.stage}.learning_rate, "
                     f"or look at these samples"
                 )
         if self.streak and self.streak[-1].number != number:
             self.streak = []
+
+    def check_state(self, number, finite):
+        """Raises UserError when the state after step `number` is not finite. finite: see train_state.finite."""
+        bad = [part for part, good in jax.device_get(finite).items() if not good]
+        if bad:
+            self.wait_for_save()
+            raise UserError(
+                f"{self.stage}: step {number} is not saved, because numbers in {' and '.join(bad)} are not finite; the "
+                f"newest checkpoint is of step {self.saved()}; look at {self.stage}.{SUSPECTS[bad[0]]}"
+            )
 
     @property
     def skipping(self):
@@ -113,27 +129,32 @@ class RunLog:
         return bool(self.streak)
 
     def mean_loss(self):
-        """Returns the mean loss of the logged steps since the last save; nan when there are none."""
-        count = sum(n for _, n in self.losses)
-        return sum(loss * n for loss, n in self.losses) / count if count else float("nan")
+        """Returns the mean loss of the logged steps since the last call; nan when there are none."""
+        losses, self.losses = self.losses, []
+        count = sum(n for _, n in losses)
+        return sum(loss * n for loss, n in losses) / count if count else float("nan")
 
-    def mark_saved(self, number):
-        """The state after step `number` is saved."""
-        self.saved, self.losses = number, []
+    def heartbeat(self, number):
+        """Writes heartbeat.json after step `number` was started, at most every `heartbeat_every` seconds."""
+        if self.metrics and time.monotonic() - self.last_beat > self.heartbeat_every:
+            self._beat(number)
 
-    def heartbeat(self, number, last=False):
-        """Writes heartbeat.json, at most every `heartbeat_every` seconds, and at the `last` step."""
-        if self.metrics and (last or time.monotonic() - self.last_beat > self.heartbeat_every):
-            self.last_beat = time.monotonic()
-            beat = dict(
-                time=time.time(), process=os.getpid(), stage=self.stage, phase=self.phase,
-                step=number, steps=self.stage_steps, saved=self.saved,
-                skipped=self.metrics.skipped, goodput=self.stopwatch.goodput(),
-            )  # fmt: skip
-            storage.replace(self.directory.parent / "heartbeat.json", json.dumps(beat) + "\n")
+    def _beat(self, number):
+        self.last_beat = time.monotonic()
+        self.metrics.check()
+        # The device may be some steps behind. Asking whether a result is there does not wait for it.
+        behind = sum(not metrics["loss"].is_ready() for metrics in self.history)
+        beat = dict(
+            time=time.time(), process=os.getpid(), stage=self.stage, phase=self.phase,
+            step=number - behind, steps=self.stage_steps, saved=self.saved(),
+            skipped=self.metrics.skipped, goodput=self.stopwatch.goodput(),
+        )  # fmt: skip
+        storage.replace(self.directory.parent / "heartbeat.json", json.dumps(beat) + "\n")
 
-    def close(self):
+    def close(self, number):
+        """Writes the last heartbeat, after step `number`, and closes the files."""
         if self.metrics:
+            self._beat(number)
             self.metrics.close()
 
 
@@ -212,7 +233,7 @@ class MetricsLog:
         path = directory / "metrics.jsonl"
         stored = path.read_bytes() if path.exists() else b""
         kept, self.skipped = good_lines(stored, step)
-        self.file = storage.growing(path, stored, kept)
+        self.path, self.file = path, storage.growing(path, stored, kept)
         self.pause = BUCKET_PAUSE if storage.in_bucket(path) else 0
         self.flushed = time.monotonic()
         self.events = event_file_writer.EventsWriter(os.path.join(directory, "events"))
@@ -225,6 +246,7 @@ class MetricsLog:
 
         In a bucket, where no file can grow, the files are written anew after BUCKET_PAUSE, or at once with `flush`.
         """
+        self.check()
         finite = {k: (v if np.isfinite(v) else None) for k, v in metrics.items()}
         self.file.write(json.dumps({"step": step, **finite}) + "\n")
         self.skipped += metrics["skipped"]
@@ -235,6 +257,12 @@ class MetricsLog:
             self.file.flush()
             self.events.flush()
             self.flushed = time.monotonic()
+
+    def check(self):
+        """Raises OSError when the file was deleted, moved or replaced. A bucket has no files that stay open."""
+        if not storage.in_bucket(self.path):
+            if not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path)):
+                raise FileNotFoundError(errno.ENOENT, "it was replaced", os.fspath(self.path))
 
     def close(self):
         self.file.close()

@@ -23,7 +23,7 @@ def span(text):
     if not text:
         return None
     first, colon, last = text.partition(":")
-    if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise UserError(f"--profile={text} must name a first and a last step, such as 10:15")
     return int(first), int(last)
 

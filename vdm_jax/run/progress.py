@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 
 from tqdm import tqdm
 
@@ -18,8 +19,8 @@ def progress(what, total, unit):
     call does all units. With several processes only the first process shows anything.
     """
     primary, done = hosts.is_primary(), 0
-    # disable=None hides the bar where stderr is no terminal.
-    with tqdm(total=total, desc=what, unit=unit, disable=None if primary else True, leave=False) as bar:
+    # disable=None hides the bar where stderr is no terminal. Some services have no stderr at all.
+    with tqdm(total=total, desc=what, unit=unit, disable=None if primary and sys.stderr else True, leave=False) as bar:
 
         def advance(n):
             nonlocal done

@@ -115,7 +115,8 @@ class System:
 
 
 def build(config):
-    """The System of a config. Raises UserError where settings do not fit together."""
+    """The System of a config. Raises UserError where settings do not fit together, or where there is no device."""
+    sharding.find_devices()
     sizes = layout(config)
     system = System(config, sizes, make_models(config, sizes))
     return dataclasses.replace(system, stages=make_stages(system))
