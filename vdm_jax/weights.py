@@ -15,6 +15,7 @@ import functools
 import time
 
 import jax
+import numpy as np
 from absl import flags
 
 from vdm_jax import train_state
@@ -22,7 +23,7 @@ from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, checksums, cli, folder, storage
 from vdm_jax.sharding import named_leaves, path_name
 from vdm_jax.system import build, latents
-from vdm_jax.system.layout import STAGES
+from vdm_jax.system.layout import STAGES, layout
 
 # Names of files and folders that need no check.
 UNCHECKED = ("lock", "heartbeat.json", "starts.jsonl", "metrics.jsonl", "events.out.tfevents.*", "previews", "plugins")
@@ -120,14 +121,15 @@ def _parts(directory):
 
 
 def _check_config(path):
-    folder.read_system(path.parent, build)
+    folder.read_system(path.parent, layout)
     return path.stat().length
 
 
 def _check_statistics(path):
     owner = path.parent if (path.parent / "config.json").exists() else path.parent.parent
-    shapes = folder.read_system(owner, build).stages["denoiser"].encoder_shapes["statistics"]
-    folder.read_statistics(path, shapes)
+    sizes = folder.read_system(owner, layout).latent_shapes
+    channels = {m: jax.ShapeDtypeStruct(shape[-1:], np.float32) for m, shape in sizes.items()}
+    folder.read_statistics(path, {m: {"mean": x, "std": x} for m, x in channels.items()})
     return path.stat().length
 
 
