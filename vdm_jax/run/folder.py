@@ -236,7 +236,10 @@ def read_params(workdir, stage, expected):
             f"{workdir} is unfinished: stage {stage} has no checkpoint; train it with "
             f"python -m vdm_jax.train --config=FILE --workdir={workdir} --stage={stage}"
         )
-    stored = checkpoint.read(epath.Path(workdir) / stage / "checkpoints" / str(step), {"ema": expected})
+    try:
+        stored = checkpoint.read(epath.Path(workdir) / stage / "checkpoints" / str(step), {"ema": expected})
+    except checksums.Damaged as error:
+        raise UserError(f"{error}; or continue training with --stage={stage}, from the checkpoint before") from None
     return stored["ema"], step
 
 
