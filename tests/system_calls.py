@@ -121,7 +121,7 @@ def live_here(run, output, n, full):
 def start(run, n=0, full=False):
     """Returns (exit code, output) of a process that lives."""
     server, output = multiprocessing.get_context("forkserver"), f"{run}.txt"
-    server.set_forkserver_preload(["tests.system_calls"])
+    server.set_forkserver_preload(["tests.soak"])
     process = server.Process(target=live_here, args=(run, output, n, full))
     process.start()
     process.join(300)

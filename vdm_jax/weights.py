@@ -96,7 +96,7 @@ def _parts(directory):
     """
     names = sorted(path.name for path in directory.iterdir())
     exported = [name for name in names if name.endswith(".safetensors")]
-    if "_CHECKPOINT_METADATA" in names or directory.parent.name == "checkpoints" and directory.name.isdigit():
+    if "_CHECKPOINT_METADATA" in names:  # the user named a checkpoint
         yield directory, functools.partial(checkpoint.check, directory)
         return
     if exported or checksums.NAME in names:
@@ -109,6 +109,8 @@ def _parts(directory):
             yield path, functools.partial(_check_statistics, path)
         elif name == "latents" and path.is_dir():
             yield path, functools.partial(latents.check, path)
+        elif directory.name == "checkpoints" and name.isdigit():
+            yield path, functools.partial(checkpoint.check, path)
         elif name.endswith(".orbax-checkpoint-tmp"):
             training = folder.is_training(directory.parent.parent)
             yield path, "a save under way" if training else "the rest of a save; the next start deletes it"

@@ -106,8 +106,8 @@ def write_json(path, values):
     """Writes {name: value} as a JSON file with a checksum. Raises UserError for a number that is not finite."""
     try:
         sealed = values | {CHECKSUM: _checksum(values)}
-    except ValueError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
+    except ValueError:
+        raise UserError(f"cannot write {path}: a number is not finite") from None
     replace(path, json.dumps(sealed, indent=1) + "\n")
 
 
