@@ -308,6 +308,7 @@ def test_a_disk_that_is_full_ends_the_run_with_the_last_checkpoint_whole(tmp_pat
     code, out, err = finish(start("-c", SAVES, folder, 1_000_000))
     errors = [line for line in err if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and errors[0] == err[-1], "\n".join(err)
+    assert not any("Traceback" in line for line in err)
     assert f"cannot save step 2 in {folder}" in errors[0] and "step 1 is the newest checkpoint" in errors[0]
     checkpoint.quarantine_damaged(folder)
     abstract = {"step": jax.ShapeDtypeStruct((), jnp.int32), "x": jax.ShapeDtypeStruct((1000,), jnp.float32)}
