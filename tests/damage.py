@@ -171,7 +171,7 @@ def trials(count, seed, folder):
     make(other, 2)
     older = digest(state(4, 1))
     measured, latents.measure = latents.measure, made_again
-    logging.getLogger("vdm_jax").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)
     try:
         right = {group: read(whole, group, 1) for group in GROUPS}
         for turn in range(count):
@@ -201,6 +201,7 @@ def trials(count, seed, folder):
                 print(turn + 1, flush=True)
     finally:
         latents.measure = measured
+        logging.disable(logging.NOTSET)
     return counts
 
 
