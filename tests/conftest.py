@@ -38,14 +38,15 @@ def write_run(workdir, config, names=STAGES):
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config.to_json_best_effort())
     system = build(config)
+    params = {name: weights(system.param_shapes[name]) for name in names}
     for name in names:
-        state = train_state.create(weights(system.param_shapes[name]), config[name])
+        state = train_state.create(params[name], config[name])
         with checkpoint.manager(workdir / name / "checkpoints") as checkpoints:
             checkpoint.save(checkpoints, state | {"step": state["step"] + config[name].steps})
     if "denoiser" in names:
         channels = {"video": system.layout.video[-1], "audio": system.layout.audio[-1]}
         statistics = {m: {"mean": [0.1] * n, "std": [0.8] * n} for m, n in channels.items()}
-        run_folder.write_statistics(workdir / "denoiser" / "statistics.json", statistics)
+        run_folder.write_statistics(workdir / "denoiser" / "statistics.json", statistics, params)
     return workdir
 
 

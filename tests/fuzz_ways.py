@@ -317,11 +317,11 @@ def run_files():
         expected = build(config).param_shapes
         out = folder / "out"
         out.mkdir()
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), expected)
         for stage in STAGES:
-            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), expected[stage])
-            run_folder.write_safetensors(out / f"{stage}.safetensors", zeros, 1)
+            run_folder.write_safetensors(out / f"{stage}.safetensors", zeros[stage], 1)
         statistics = {m: {"mean": np.zeros(4), "std": np.ones(4)} for m in ("video", "audio")}
-        run_folder.write_statistics(out / "statistics.json", statistics)
+        run_folder.write_statistics(out / "statistics.json", statistics, zeros)
         (out / "config.json").write_text(config.to_json_best_effort())
         return {PurePath(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}, expected
 

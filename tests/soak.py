@@ -2,6 +2,9 @@
 
     python -m tests.soak kill --count=100 [--seed=0]     # SIGKILL at random moments, saves included
     python -m tests.soak flips --count=200 [--seed=0]    # flipped bits in stored checkpoints
+    python -m tests.soak damage --count=2000 [--seed=0]  # damage of every kind to every file that is read back
+    python -m tests.soak calls --count=300 [--seed=0]    # SIGKILL at the n-th write, rename, fsync or unlink
+    python -m tests.soak disk-full --count=300 [--seed=0]    # no space left from the n-th of these calls on
 
 Each prints its counts. It fails when a disturbed run does not end as an undisturbed one.
 """
@@ -24,7 +27,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-from tests import tiny
+from tests import damage, system_calls, tiny
 from tests.helpers import digest, final_state
 from vdm_jax import train
 from vdm_jax.errors import UserError
@@ -182,17 +185,22 @@ def flips(count, seed, folder, steps=8, onward=5):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kill", "flips"))
+    parser.add_argument("what", choices=("kill", "flips", "damage", "calls", "disk-full"))
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--onward", type=int, default=5, help="continue training after one flip in ONWARD")
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
+        arguments = options.count, options.seed, Path(folder)
         if options.what == "kill":
-            counts = kill(options.count, options.seed, Path(folder))
+            counts = kill(*arguments)
+        elif options.what == "flips":
+            counts = flips(*arguments, onward=options.onward)
+        elif options.what == "damage":
+            counts = damage.trials(*arguments)
         else:
-            counts = flips(options.count, options.seed, Path(folder), onward=options.onward)
+            counts = system_calls.trials(*arguments, full=options.what == "disk-full")
     print(f"{options.what}: {dict(counts)} in {time.monotonic() - began:.0f} s; all as it must be")
 
 

@@ -64,15 +64,15 @@ def data(folder):
     record = latents._record(clips)
     encoded = [{"z": rows[:4]}, {"z": rows[4:]}]
     latents.ENCODE_BATCH = 4
-    latents._write(top / "clips_00000.npy", encoded, record, 5)
+    latents._write(top / "clips_00000.npy", encoded, record, 0, 5, "mark")
     assert [path.name for path in top.iterdir()] == ["clips_00000.npy"]
-    found = latents.Encoded([top / "clips_00000.npy"], clips, 5).take([4, 0, 2])
+    found = latents.Encoded([top / "clips_00000.npy"], clips, 5, "mark").take([4, 0, 2])
     np.testing.assert_array_equal(found["z"], rows[[4, 0, 2]])
     whole = (top / "clips_00000.npy").read_bytes()
     for lost in (1, record.itemsize):  # part of the last clip, and all of it
         (top / "cut.npy").write_bytes(whole[:-lost])
         with pytest.raises(UserError, match="cut.npy is damaged"):
-            latents.Encoded([top / "cut.npy"], clips, 5).take([4])
+            latents.Encoded([top / "cut.npy"], clips, 5, "mark").take([4])
 
     video = np.zeros((3, 16, 16, 3), np.uint8)
     media.write_mp4(top / "clip.mp4", video, None, 8, 8000)

@@ -255,6 +255,32 @@ def test_a_checkpoint_without_checksums_counts_as_damaged(tmp_path, caplog):
     assert steps(folder) == [1]
 
 
+def test_what_is_no_whole_checkpoint_of_its_number_is_set_aside(tmp_path, caplog):
+    folder = tmp_path / "clip" / "checkpoints"
+    save(folder, state(20), state(24, 5.0))
+    shutil.copytree(folder / "20", folder / "28")  # a copy under another number
+    (folder / "30").mkdir()
+    shutil.copytree(folder / "24", folder / "32")  # a copy that was cut off
+    for path in sorted((folder / "32").rglob("*"))[::2]:
+        path.unlink() if path.is_file() else None
+    for other in ("031", "step_40", "-5"):  # no checkpoints
+        (folder / other).mkdir()
+    (folder / "36").write_text("no folder")
+    (folder / "38").symlink_to("nowhere")
+    with pytest.raises(checksums.Damaged, match="28 is damaged: it holds step 20"):
+        checkpoint.check(folder / "28")
+    assert checkpoint.steps(folder) == [20, 24, 28, 30, 32]
+    checkpoint.quarantine_damaged(folder)
+    assert checkpoint.steps(folder) == [20, 24] and len(caplog.messages) == 3
+    assert "28 is damaged: it holds step 20; moved to" in caplog.text
+    assert "30 has no checksums.txt" in caplog.text
+    equal(restore(folder), state(24, 5.0))
+    (folder / "24").rename(folder / "23")
+    checkpoint.quarantine_damaged(folder)
+    assert checkpoint.steps(folder) == [20] and "23 is damaged: it holds step 24" in caplog.text
+    equal(restore(folder), state(20))
+
+
 SAVES = """
 import resource, signal, sys
 import jax.numpy as jnp
@@ -282,6 +308,7 @@ def test_a_disk_that_is_full_ends_the_run_with_the_last_checkpoint_whole(tmp_pat
     code, out, err = finish(start("-c", SAVES, folder, 1_000_000))
     errors = [line for line in err if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and errors[0] == err[-1], "\n".join(err)
+    assert not any("Traceback" in line for line in err)
     assert f"cannot save step 2 in {folder}" in errors[0] and "step 1 is the newest checkpoint" in errors[0]
     checkpoint.quarantine_damaged(folder)
     abstract = {"step": jax.ShapeDtypeStruct((), jnp.int32), "x": jax.ShapeDtypeStruct((1000,), jnp.float32)}

@@ -69,9 +69,28 @@ def test_what_is_missing_cut_or_longer_is_found(folder):
     with pytest.raises(checksums.Damaged, match="small file is missing"):
         checksums.check(folder)
     path.mkdir()
-    with pytest.raises(checksums.Damaged, match="small file cannot be read"):
+    with pytest.raises(checksums.Damaged, match="small file is no file"):
         checksums.check(folder)
     for content in (b"", b"\n", b"\xff\xfe", (folder / "checksums.txt").read_bytes()[:-20]):
         (folder / "checksums.txt").write_bytes(content)
         with pytest.raises(checksums.Damaged, match="checksums.txt is damaged"):
             checksums.check(folder)
+    (folder / "checksums.txt").unlink()
+    (folder / "checksums.txt").mkdir()
+    with pytest.raises(checksums.Damaged, match="checksums.txt is no file: restore this file"):
+        checksums.check(folder)
+
+
+@pytest.mark.parametrize("line", ["00000000 0 ../outside", "00000000 0 /dev/null", "00000000 0", "00000000 much empty"])
+def test_a_forged_line_reads_no_file_outside(folder, line):
+    (folder.parent / "outside").write_bytes(b"")
+    (folder / "checksums.txt").write_text(checksums._sealed(line + "\n"))
+    with pytest.raises(checksums.Damaged, match="is no file|checksums.txt is damaged"):
+        checksums.check(folder)
+
+
+def test_files_that_are_needed_must_be_listed(folder):
+    checksums.check(folder, ["empty", "a/large"])
+    (folder / "more").write_text("not listed")
+    with pytest.raises(checksums.Missing, match="more is not listed in checksums.txt"):
+        checksums.check(folder, ["empty", "more"])

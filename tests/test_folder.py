@@ -1,6 +1,7 @@
 """What the folder of a run holds comes back as it was, and what is broken or missing is named."""
 
 import errno
+import json
 
 import jax
 import numpy as np
@@ -85,23 +86,46 @@ def test_settings_come_back_and_are_locked(tmp_path, recipe):
 def test_statistics_come_back(tmp_path):
     path = tmp_path / "statistics.json"
     statistics = {"video": {"mean": np.array([0.1, -2e-9], np.float32), "std": np.array([1 / 3, 7], np.float32)}}
-    run_folder.write_statistics(path, statistics)
-    equal(run_folder.read_statistics(path), statistics)
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), statistics)
+    params = {"video_autoencoder": {"x": np.ones(2)}, "clip": {"x": np.ones(3)}}
+    run_folder.write_statistics(path, jax.tree.map(np.ones_like, statistics), params)
+    run_folder.write_statistics(path, statistics, params)  # over the first
+    back, encoders = run_folder.read_statistics(path, expected)
+    equal(back, statistics)
+    assert encoders == run_folder.encoders_hash(params | {"clip": {"x": np.zeros(3)}})
+    assert encoders != run_folder.encoders_hash({"video_autoencoder": {"x": np.zeros(2)}})
     assert [p.name for p in tmp_path.iterdir()] == ["statistics.json"]
-    path.write_text(path.read_text()[:-9])
-    with pytest.raises(UserError, match="damaged"):
-        run_folder.read_statistics(path)
-    path.unlink()
-    with pytest.raises(UserError, match="unfinished"):
-        run_folder.read_statistics(path)
 
 
-def test_statistics_are_written_over(tmp_path):
+LISTS = {"video": {"mean": [0.1, 0.2], "std": [1.0, 2.0]}}
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({}, "has no video/mean"),
+        ({"video": 3}, "damaged"),
+        ({"video": {"mean": [0.1, 0.2]}}, "has no video/std"),
+        (
+            {"video": {**LISTS["video"], "std": [1.0]}},
+            r"video/std is float32 \(1,\), the config asks for float32 \(2,\)",
+        ),
+        ({"video": {**LISTS["video"], "std": [1.0, 0.0]}}, "a value of video/std is not possible"),
+        ({"video": {**LISTS["video"], "mean": [0.1, None]}}, "a value of video/mean is not possible"),
+        ({"video": {**LISTS["video"], "mean": [0.1, np.inf]}}, "damaged .*not JSON compliant"),
+        ({"video": {**LISTS["video"], "mean": [0.1, {}]}}, "damaged"),
+        ({**LISTS, "audio": LISTS["video"]}, "has audio/mean, which the config does not"),
+        ({**LISTS, "crc32": "00000000"}, "differs from its checksum"),
+    ],
+)
+def test_statistics_that_cannot_be_are_told(tmp_path, changed, words):
     path = tmp_path / "statistics.json"
-    for mean in (1.0, 2.0):
-        run_folder.write_statistics(path, {"video": {"mean": np.full(3, mean), "std": np.ones(3)}})
-    np.testing.assert_array_equal(run_folder.read_statistics(path)["video"]["mean"], [2.0, 2.0, 2.0])
-    assert [p.name for p in tmp_path.iterdir()] == ["statistics.json"]
+    expected = {"video": dict.fromkeys(("mean", "std"), jax.ShapeDtypeStruct((2,), np.float32))}
+    path.write_text(json.dumps(LISTS))  # as an earlier version wrote it
+    assert run_folder.read_statistics(path, expected)[1] is None
+    path.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=words):
+        run_folder.read_statistics(path, expected)
 
 
 # --------------------------------------------------------------------------------------------------------------- runs

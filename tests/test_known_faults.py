@@ -17,12 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import files as recipe
 from tests.test_media import gray, write_frames
 from vdm_jax.data import batches, media
 from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
-from vdm_jax.system import latents
 
 CLIP = {"frames": 17, "size": 32, "fps": 8, "sample_rate": 8000, "seed": 0}
 READ = {"fps": 8, "size": 32, "sample_rate": 8000}
@@ -243,29 +241,6 @@ def test_captions_are_found(tmp_path, video, note, content):
     small_video(tmp_path / video, sound=False)
     (tmp_path / note).write_text(content.replace("ROOT", str(tmp_path)))
     assert Files(tmp_path, **CLIP)[0]["caption"] == "a dog"
-
-
-@fault(
-    "A cache of encoded clips is used again after the captions and videos in the folder have changed.",
-    planned="Nothing silently wrong",
-)
-def test_a_cache_of_latents_notices_that_the_folder_has_changed(tmp_path):
-    def add(number, shade, caption):
-        small_video(tmp_path / f"{number}.mp4", shade)
-        (tmp_path / f"{number}.txt").write_text(caption)
-
-    for number in range(2):
-        add(number, 40 * number, "a caption full of mistakes")
-    config = recipe.get_config()
-    with config.unlocked():
-        config.data.update(path=str(tmp_path), size=32)
-        config.denoiser.cached_clips = 32
-    weights = {"weights": np.zeros(3)}
-    before = latents._fingerprint(config, weights)
-    assert latents._fingerprint(config, weights) == before
-    for number in range(1, 4):
-        add(number, 255 - 20 * number, "a caption put right")
-    assert latents._fingerprint(config, weights) != before
 
 
 # ------------------------------------------------------------------------------------------ order and threads

@@ -1,6 +1,10 @@
 """Latents are scaled to unit variance, and encoded once."""
 
+import json
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,10 +13,13 @@ from etils import epath
 
 from tests import tiny
 from tests.helpers import weights
+from tests.test_known_faults import small_video
 from vdm_jax import sharding
 from vdm_jax.data import batches
+from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
 from vdm_jax.models import ops
+from vdm_jax.run import checksums, storage
 from vdm_jax.system import build, latents, losses
 
 
@@ -70,14 +77,131 @@ def test_processes_encode_files_of_their_own_and_go_on_where_they_were_ended(con
     assert (folder / "clips_00000.npy").stat().st_mtime_ns == first
     assert names() == [f"clips_0000{i}.npy" for i in range(3)] and len(items) == 80
     jax.tree.map(np.testing.assert_array_equal, items.take(list(range(80))), whole)
-    with (folder / "clips_00001.npy").open("wb") as file:
-        np.save(file, np.zeros((32, 4)))
-    with pytest.raises(UserError, match="clips_00001.npy is damaged"):
-        cached("two").take([40])
-    cut = (folder / "clips_00002.npy").read_bytes()[:-1]
-    (folder / "clips_00002.npy").write_bytes(cut)
-    with pytest.raises(UserError, match="clips_00002.npy is damaged"):
-        cached("two").take([79])
+
+
+def test_a_clip_that_is_not_whole_and_in_its_place_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "CLIPS_PER_FILE", 4)
+    z = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float16)
+    (tmp_path / "run").mkdir()
+    paths = [epath.Path(tmp_path / "run" / f"clips_{part:05d}.npy") for part in (0, 1)]
+    fingerprint = dict.fromkeys(latents.PARTS, "a") | {"files": {}}
+    storage.write_json(tmp_path / "run" / latents.FINGERPRINT, fingerprint)
+    mark = latents._mark(fingerprint)
+
+    def write(mark=mark):
+        for part, path in enumerate(paths):
+            latents._write(path, [{"z": z[4 * part :][:4]}], latents._record({"z": z}), 4 * part, 4, mark)
+
+    def take():
+        return latents.Encoded(paths, {"z": z}, 8, mark).take(list(range(8)))["z"]
+
+    write()
+    np.testing.assert_array_equal(take(), z)
+    assert latents.check(epath.Path(tmp_path / "run")) == sum(path.stat().length for path in paths)
+    first, second = (path.read_bytes() for path in paths)
+    header = len(first) - 4 * latents._record({"z": z}).itemsize
+    length = first[:8] + bytes([first[8] ^ 1]) + first[9:]  # of the header
+    flipped = first[:-1] + bytes([first[-1] ^ 16])
+    zeros = first[:header] + bytes(len(first) - header)
+    other = first[:6] + b"\2" + first[7:]  # another version of the format
+    for content in (length, flipped, zeros, other, second, first[:-1], first[: len(first) // 2], first[:5], b"", None):
+        paths[0].unlink()
+        paths[0].mkdir() if content is None else paths[0].write_bytes(content)
+        for read in (take, lambda: latents.check(epath.Path(tmp_path / "run"))):
+            with pytest.raises(UserError, match="clips_00000.npy is damaged: remove it, to encode its clips anew"):
+                read()
+        if content is None:
+            paths[0].rmdir()
+        paths[0].write_bytes(first)
+    np.testing.assert_array_equal(take(), z)
+    write("another run")
+    with pytest.raises(UserError, match="clips_00000.npy is damaged"):
+        take()
+
+
+def test_the_cache_is_made_again_where_weights_data_or_settings_are_others(config, tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder, clips = epath.Path(tmp_path / "latents"), tmp_path / "clips"
+    for number in range(2):
+        small_video(clips / f"{number}.mp4", 40 * number)
+        (clips / f"{number}.txt").write_text("a caption full of mistakes")
+    config.data.update(source="files", path=str(clips), size=16)
+    params = {"weights": np.zeros(3)}
+
+    def current():
+        """Returns why the cached clips are encoded again, "" when they are not."""
+        caplog.clear()
+        (folder / "clips_00000.npy").touch()
+        latents._make_current(folder, latents._fingerprint(config, params), batches.source(config))
+        assert (folder / "clips_00000.npy").exists() != bool(caplog.messages)
+        return " ".join(m for m in caplog.messages if "caption" not in m).partition("encoded again: ")[2]
+
+    latents._make_current(folder, latents._fingerprint(config, params), batches.source(config))
+    assert current() == ""
+    shutil.copytree(clips, tmp_path / "moved")
+    config.data.update(path=str(tmp_path / "moved"), threads=3)
+    assert current() == ""
+    (tmp_path / "moved" / "1.txt").write_text("a caption put right")
+    assert current() == "other data" and current() == ""
+    shutil.copy(clips / "0.mp4", tmp_path / "moved" / "1.mp4")
+    assert current() == "other data" and current() == ""
+    small_video(tmp_path / "moved" / "2.mp4", 80)
+    (tmp_path / "moved" / "2.txt").write_text("one more")
+    assert current() == "other data"
+    config.data.files.held_out = 0.25
+    params["weights"] = np.ones(3)
+    assert current() == "other weights and settings"
+    config.data.world.gravity = 0.5  # of another source
+    assert current() == ""
+    (folder / latents.FINGERPRINT).write_bytes(b"\xff")
+    assert "fingerprint.json is damaged (no UTF-8 text)" in current()
+    (folder / latents.FINGERPRINT).write_text('{"files": 3}')
+    assert "fingerprint.json is damaged (it differs from its checksum)" in current()
+    (folder / latents.FINGERPRINT).unlink()
+    (folder / "fingerprint").write_text("of an earlier version")
+    assert "fingerprint.json is missing" in current() and current() == ""
+
+
+def test_a_large_folder_is_read_once(config, tmp_path, monkeypatch):
+    small_video(tmp_path / "0.mp4")
+    small_video(tmp_path / "1.mp4", 40)
+    source = Files(tmp_path, frames=5, size=16, fps=8, sample_rate=8000, seed=0)
+    known = source.fingerprint({})
+    assert [known[name][0] for name in ("0.mp4", "1.mp4")] == [(tmp_path / name).stat().st_size for name in known]
+    os.utime(tmp_path / "1.mp4")
+    read = []
+    monkeypatch.setattr(checksums, "crc32", lambda path, f=checksums.crc32: read.append(path.name) or f(path))
+    later = source.fingerprint(known)
+    assert read == ["1.mp4"] and later["0.mp4"] == known["0.mp4"] and later["1.mp4"][2] == known["1.mp4"][2]
+    (tmp_path / "0.mp4").unlink()
+    with pytest.raises(UserError, match="cannot read .*0.mp4"):
+        source.fingerprint(known)
+
+
+def test_statistics_are_measured_again_where_the_autoencoders_are_others(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    shapes = {m: dict.fromkeys(("mean", "std"), jax.ShapeDtypeStruct((4,), np.float32)) for m in ("video", "audio")}
+    denoiser = SimpleNamespace(encoder_shapes={"statistics": shapes})
+    system, path = SimpleNamespace(stages={"denoiser": denoiser}), epath.Path(tmp_path / "statistics.json")
+    measured = []
+    ones = jax.tree.map(lambda x: np.ones(x.shape), shapes)
+    monkeypatch.setattr(latents, "measure", lambda *arguments: measured.append(1) or ones)
+
+    def statistics(value):
+        caplog.clear()
+        measured.clear()
+        params = {"video_autoencoder": {"x": np.full(3, value)}, "clip": {"x": np.zeros(3)}}
+        found = latents._statistics(system, params, None, path)
+        return float(found["video"]["mean"][0]), len(measured), " ".join(caplog.messages)
+
+    assert statistics(1.0) == (1.0, 1, "") and statistics(1.0) == (1.0, 0, "")
+    value, times, line = statistics(2.0)
+    assert times == 1 and line.endswith("statistics.json is of other autoencoders: it is measured again")
+    earlier = {m: {name: [0.5] * 4 for name in ("mean", "std")} for m in ("video", "audio")}
+    path.write_text(json.dumps(earlier))
+    value, times, line = statistics(2.0)
+    assert (value, times) == (0.5, 0) and "has no checksum: one is added" in line
+    assert statistics(2.0) == (0.5, 0, "")
 
 
 def test_accelerators_forms_measure_the_same(config):

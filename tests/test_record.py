@@ -78,9 +78,12 @@ def test_a_row_that_a_kill_cut_off_does_not_count(workdir, config):
     folder.write_config(workdir, config, STAGES)
     path = workdir / record.NAME
     row = path.read_bytes()
-    for length in (1, len(row) // 2, len(row) - 1):  # the last: only the line end is missing
+    for length in (1, len(row) // 2, len(row) - 2):
         path.write_bytes(row[:length])
         assert folder.read_config(workdir).seed == 0
+    path.write_bytes(row[:-1])  # only the line end is missing
+    assert folder.read_config(workdir).seed == 3
+    path.write_bytes(row[:9])
     folder.write_config(workdir, config, STAGES)
     assert [r["changed"] for r in rows(workdir)] == [{"seed": [0, 3]}]
     path.write_bytes(path.read_bytes() + b'{"time": "')
@@ -92,7 +95,8 @@ def test_a_row_that_a_kill_cut_off_does_not_count(workdir, config):
     "damage, words",
     [
         (lambda lines: [lines[0][:40], lines[1]], "line 1 of .*starts.jsonl is damaged"),
-        (lambda lines: [lines[0], b"\xff\xfe"], "line 2 of .*starts.jsonl is damaged"),
+        (lambda lines: [lines[0], b"\xff\xfe"], "starts.jsonl is damaged .no UTF-8 text.: restore the file"),
+        (lambda lines: [lines[0], lines[1].replace(b"4]", b"5]")], "line 2 of .*it differs from its checksum"),
         (lambda lines: [lines[0], b"{}"], "line 2 of"),
         (lambda lines: [lines[0], b'{"changed": {"seed": 3}}'], "line 2 of"),
         (lambda lines: [lines[0], b"[" * 100_000], "line 2 of"),
@@ -215,7 +219,7 @@ def test_a_run_of_an_older_version_goes_on(command, finished):
     """Its config.json was written at its last start, and it has no record."""
     path = finished / "config.json"
     older = json.loads(path.read_text())
-    del older["denoiser"]["diffusion"]["shift"]
+    del older["denoiser"]["diffusion"]["shift"], older[storage.CHECKSUM]
     path.write_text(json.dumps(older))
     done = command(train, CONFIG, f"--workdir={finished}")
     assert done.code == 0 and rows(finished)[0]["changed"] == {"denoiser.diffusion.shift": [None, 1.0]}

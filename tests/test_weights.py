@@ -1,5 +1,6 @@
 """Weights that are exported, imported and verified."""
 
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -14,9 +15,9 @@ from tests.test_checkpoint import equal, flip
 from vdm_jax import train, weights
 from vdm_jax.data import batches
 from vdm_jax.errors import UserError
-from vdm_jax.run import checksums
+from vdm_jax.run import checksums, storage
 from vdm_jax.run import folder as run_folder
-from vdm_jax.system import build
+from vdm_jax.system import build, latents
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.phases import phases
 
@@ -44,7 +45,8 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     assert set(trained.params) == {*STAGES, "statistics"}
     monkeypatch.setattr(run_folder, "REFERENCE", epath.Path(tmp_path / "out"))
     done = command(weights, "verify", tiny_run)
-    assert done.code == 0 and done.out.count(": good") == 4 and "GB/s" in done.out
+    assert done.code == 0 and done.out.count(": good") == 6 and "GB/s" in done.out  # with config and statistics
+    assert "unknown" not in done.out
     with pytest.raises(UserError, match="no reference weights"):
         run_folder.load(None, build)
     done = command(weights, "export", f"--workdir={tiny_run}", f"--out={tmp_path / 'out'}")
@@ -106,7 +108,7 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
         done = command(weights, *options)
         assert done.code == 2 and len(done.err) == 1 and "usage" in done.err[0]
     done = command(weights, "verify", tmp_path / "out")
-    assert done.code == 0 and done.out.count(": good") == 1
+    assert done.code == 0 and done.out.count(": good") == 3
     done = command(weights, "verify", tmp_path / "nothing")
     assert done.code == 2 and len(done.err) == 1 and "is not a folder" in done.err[0]
     flip(tmp_path / "out" / "clip.safetensors")
@@ -152,6 +154,41 @@ def test_an_import_tells_what_its_config_changes(capsys):
     with pytest.raises(UserError, match="clip.steps=7, but the weights have 8 steps.*--restart=clip"):
         check({"clip.steps": 7})
     assert "clip.steps" in check({"clip.steps": 7}, ["clip"])
+
+
+def test_verify_tells_damage_from_a_save_under_way_and_names_what_it_does_not_know(tiny_run, tmp_path, command):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    latents_folder = run / "denoiser" / "latents"
+    latents_folder.mkdir()
+    fingerprint = dict.fromkeys(latents.PARTS, "a")
+    storage.write_json(latents_folder / latents.FINGERPRINT, fingerprint)
+    clips = {"z": np.ones((4, 3), np.float16)}
+    path = epath.Path(latents_folder / "clips_00000.npy")
+    latents._write(path, [clips], latents._record(clips), 0, 4, latents._mark(fingerprint))
+    saving = run / "clip" / "checkpoints" / "12.orbax-checkpoint-tmp"
+    saving.mkdir()
+    (run / "clip" / "damaged").mkdir()
+    (run / "clip" / "notes.txt").write_text("mine")
+    with run_folder.exclusive_lock(run):
+        done = command(weights, "verify", run)
+    assert done.code == 0 and done.out.count(": good") == 7, done.err
+    lines = done.out.splitlines()
+    assert f"{saving}: a save under way" in lines
+    assert f"{run / 'clip' / 'damaged'}: set aside, not checked" in lines
+    assert f"{run / 'clip' / 'notes.txt'}: unknown, not checked" in lines
+    flip(path)
+    done = command(weights, "verify", run)
+    assert done.code == 2 and done.err == [f"error: {path} is damaged: remove it, to encode its clips anew"]
+    assert f"{saving}: the rest of a save; the next start deletes it" in done.out.splitlines()
+    shutil.rmtree(latents_folder)
+    (run / "clip" / "checkpoints" / "8").rename(run / "clip" / "checkpoints" / "9")
+    done = command(weights, "verify", run)
+    assert done.code == 2 and done.err[0].endswith("checkpoints/9 is damaged: it holds step 8")
+    (run / "denoiser" / "statistics.json").write_text("[]")
+    (run / "config.json").write_text("{}")
+    done = command(weights, "verify", run)
+    assert done.code == 2 and done.out.count("DAMAGED") == 3 and "and 2 more are damaged" in done.err[0]
 
 
 def merged(defaults, settings):

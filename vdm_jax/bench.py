@@ -66,7 +66,7 @@ def main(argv):
     result = {"part": options.part, "device": device, **dict.fromkeys(MEASURED), **result}
     table.show([result])
     if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        storage.replace(out, json.dumps(result, indent=1) + "\n")
 
 
 def data(system, name):

@@ -2,7 +2,7 @@
 
     python -m vdm_jax.weights export --workdir=DIR --out=FOLDER        # EMA weights of all stages, half precision
     python -m vdm_jax.weights import --weights=FOLDER --workdir=DIR    # a new run that starts from these weights
-    python -m vdm_jax.weights verify DIR                               # compares files with their checksums
+    python -m vdm_jax.weights verify DIR                               # checks all files that a run reads back
 
 Import restores weights and step counts, not the optimizer state. To train a stage further, raise its steps, or give
 --restart=STAGE, which sets its step count to 0. --weights=reference names the weights that ship with the package.
@@ -12,18 +12,22 @@ missing from the weights are freshly initialized, and their stage restarts at st
 change the output.
 """
 
+import functools
 import time
 
 import jax
+import numpy as np
 from absl import flags
-from etils import epath
 
 from vdm_jax import settings, train_state
 from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, checksums, cli, folder, record, storage
 from vdm_jax.sharding import named_leaves, path_name
-from vdm_jax.system import build
-from vdm_jax.system.layout import STAGES
+from vdm_jax.system import build, latents
+from vdm_jax.system.layout import STAGES, layout
+
+# Names of files and folders that need no check.
+UNCHECKED = ("lock", "heartbeat.json", "starts.jsonl", "metrics.jsonl", "events.out.tfevents.*", "previews", "plugins")
 
 
 def main(argv):
@@ -52,35 +56,86 @@ def main(argv):
 
 
 def verify(directory, unverified=False):
-    """Checks every checkpoint and all exported weights in `directory`, and prints a line for each.
+    """Checks every file in `directory` that a run reads back, and prints a line for each part.
 
-    Raises UserError when one is damaged or, unless `unverified`, has no checksums, or when there is nothing to check.
+    A part is a checkpoint, a folder of exported weights, the encoded clips, a config.json or a statistics.json. A line
+    also names what is not checked: a save under way, what was set aside, and unknown files.
+
+    Raises UserError when a part is damaged or, unless `unverified`, has no checksums, or when there is no part.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a folder: give a run, a checkpoint or exported weights")
-    marks = (checksums.NAME, "_CHECKPOINT_METADATA")
-    paths = [p for p in map(epath.Path, checksums.files(directory)) if p.name in marks or p.suffix == ".safetensors"]
-    left_out = {"damaged", checkpoint.SUPERSEDED}
-    folders = sorted({directory / p.parent for p in paths if left_out.isdisjoint(p.parts)})
-    if not folders:
-        raise UserError(f"{directory} holds neither checkpoints nor exported weights")
-    faults = []
-    read = 0  # bytes
+    faults, checked, read = [], 0, 0  # read: in bytes
     began = time.perf_counter()
-    for checked in folders:
+    for path, check in _parts(directory):
+        if isinstance(check, str):
+            print(f"{path}: {check}")
+            continue
+        checked += 1
         try:
-            read += checksums.check(checked)
-            print(f"{checked}: good")
-        except checksums.Missing as error:
-            faults += [] if unverified else [f"{error}, or accept this with --unverified"]
-            print(f"{checked}: no checksums")
-        except checksums.Damaged as error:
-            faults.append(error)
-            print(f"{checked}: DAMAGED")
+            read += check()
+            print(f"{path}: good")
+        except UserError as error:
+            if not path.exists():
+                print(f"{path}: superseded while it was read")
+            elif isinstance(error, checksums.Missing):
+                faults += [] if unverified else [f"{error}, or accept this with --unverified"]
+                print(f"{path}: no checksums")
+            else:
+                faults.append(error)
+                print(f"{path}: DAMAGED")
+    if not checked:
+        raise UserError(f"{directory} holds neither checkpoints nor exported weights")
     seconds = time.perf_counter() - began
     print(f"read {read / 1e9:.3f} GB at {read / 1e9 / seconds:.2f} GB/s")
     if faults:
         raise UserError(f"{faults[0]}" + (f", and {len(faults) - 1} more are damaged" if len(faults) > 1 else ""))
+
+
+def _parts(directory):
+    """Yields (path, check) for what is in a folder and its subfolders.
+
+    check: a function that returns how many bytes it read and raises UserError; or a text, where nothing is checked
+    """
+    names = sorted(path.name for path in directory.iterdir())
+    exported = [name for name in names if name.endswith(".safetensors")]
+    if "_CHECKPOINT_METADATA" in names:  # the user named a checkpoint
+        yield directory, functools.partial(checkpoint.check, directory)
+        return
+    if exported or checksums.NAME in names:
+        yield directory, functools.partial(checksums.check, directory, exported)
+    for name in names:
+        path = directory / name
+        if name == "config.json":
+            yield path, functools.partial(_check_config, path)
+        elif name == "statistics.json":
+            yield path, functools.partial(_check_statistics, path)
+        elif name == "latents" and path.is_dir():
+            yield path, functools.partial(latents.check, path)
+        elif directory.name == "checkpoints" and name.isdigit():
+            yield path, functools.partial(checkpoint.check, path)
+        elif name.endswith(".orbax-checkpoint-tmp"):
+            training = folder.is_training(directory.parent.parent)
+            yield path, "a save under way" if training else "the rest of a save; the next start deletes it"
+        elif name in ("damaged", checkpoint.SUPERSEDED):
+            yield path, "set aside, not checked"
+        elif path.is_dir():
+            yield from () if name in UNCHECKED else _parts(path)
+        elif not any(map(path.match, (*UNCHECKED, *exported, checksums.NAME))):
+            yield path, "unknown, not checked"
+
+
+def _check_config(path):
+    folder.read_system(path.parent, layout)
+    return path.stat().length
+
+
+def _check_statistics(path):
+    owner = path.parent if (path.parent / "config.json").exists() else path.parent.parent
+    sizes = folder.read_system(owner, layout).latent_shapes
+    channels = {m: jax.ShapeDtypeStruct(shape[-1:], np.float32) for m, shape in sizes.items()}
+    folder.read_statistics(path, {m: {"mean": x, "std": x} for m, x in channels.items()})
+    return path.stat().length
 
 
 def add_missing_params(weights, config):
@@ -134,7 +189,7 @@ def import_weights(weights, workdir):
         with checkpoint.manager(workdir / stage / "checkpoints") as checkpoints:
             checkpoint.save(checkpoints, state | {"step": state["step"] + step})
             checkpoint.finish(checkpoints)
-    folder.write_statistics(workdir / folder.STATISTICS, weights.params["statistics"])
+    folder.write_statistics(workdir / folder.STATISTICS, weights.params["statistics"], weights.params)
     folder.write_config(workdir, weights.system.config, STAGES)
     print(f"made {workdir}: " + ", ".join(f"{stage} at step {step}" for stage, step in weights.steps.items()))
 

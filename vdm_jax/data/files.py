@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import numpy as np
 from vdm_jax.data import media
 from vdm_jax.data.text import read_text
 from vdm_jax.errors import UserError, one_of
+from vdm_jax.run import checksums
 
 logger = logging.getLogger("vdm_jax")
 
@@ -216,6 +218,26 @@ class Files:
             caption = video.captions[int(which * len(video.captions))]
             return {"video": frames, "audio": audio, "caption": caption}
         raise UserError(f"none of the videos in {os.fspath(self.root)!r} can be read any more")
+
+    def fingerprint(self, known: dict) -> dict:
+        """Returns {name: [size in bytes, time in ns, CRC-32 of the content, captions]} of all videos.
+
+        known: an earlier result; a file of the same size and time is not read again
+        Raises UserError if a video cannot be read.
+        """
+
+        def look(video):
+            try:
+                stat = (self.root / video.name).stat()
+                size, time, crc, _ = known.get(video.name, [None] * 4)
+                if (size, time) != (stat.st_size, stat.st_mtime_ns):
+                    crc, _ = checksums.crc32(self.root / video.name)
+            except OSError as error:
+                raise UserError(f"cannot read {str(self.root / video.name)!r}: {error.strerror or error}") from error
+            return video.name, [stat.st_size, stat.st_mtime_ns, crc, video.captions]
+
+        with ThreadPoolExecutor() as threads:
+            return dict(threads.map(look, self.videos))
 
     def _window(self, video: Video, start: int, frames: int):
         """Returns frames [start, start + frames) of a video with their sound; a cached video is decoded as a whole."""

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from vdm_jax.metrics.shares import Difference, Share
+from vdm_jax.run import storage
 
 SOURCES = ("truth", "autoencoder", "samples")
 OUTCOMES = ("one_object", "two_objects", "direction", "permanence", "size_drift", "sync_impacts", "sync_onsets")
@@ -203,12 +204,12 @@ def write_report(directory: epath.Path, metrics: Mapping, *, settings: Mapping, 
     """
     numbers = {**metrics, "intervals": _intervals(metrics)}
     plain = json.loads(json.dumps(numbers), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
-    (directory / "metrics.json").write_text(json.dumps(plain, indent=2) + "\n")
+    storage.replace(directory / "metrics.json", json.dumps(plain, indent=2) + "\n")
     shown = {suffix: "".join(_figure(*item) for item in media if item[1].suffix == suffix) for suffix in MEDIA}
     first, *others = (_html_table(*table) for table in _tables(metrics))
     how = [(name, [str(value)]) for name, value in settings.items()]
     samples = f'<h2>Samples</h2>\n<div class="clips">{shown[".mp4"]}</div>\n{shown[".png"]}'
     made = _html_table("How this was made", [""], how, "settings")
     page = directory / "report.html"
-    page.write_text("\n".join([_HEAD, first, samples, *others, made, "</html>\n"]), encoding="utf-8")
+    storage.replace(page, "\n".join([_HEAD, first, samples, *others, made, "</html>\n"]))
     return page

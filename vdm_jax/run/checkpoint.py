@@ -10,7 +10,8 @@ What is on disk at each moment, in the folder `<stage>/checkpoints/`:
 5. A checkpoint that is superseded is first renamed to `superseded/<step>/` and then deleted. So a run that is killed
    in between leaves no half-deleted checkpoint under its number.
 6. The next start deletes `*tmp*` and `superseded/`. Then it reads every checkpoint, and moves one that differs from
-   its checksums to `<stage>/damaged/`. The run continues from the newest checkpoint that is left.
+   its checksums, or holds another step than its name says, to `<stage>/damaged/`. The run continues from the newest
+   checkpoint that is left.
 
 The older checkpoint stays until the newer one is complete. So one good checkpoint exists at any moment after the first.
 """
@@ -30,6 +31,8 @@ from vdm_jax.run import checksums, hosts, storage
 from vdm_jax.sharding import named_leaves
 
 logger = logging.getLogger("vdm_jax")
+# Orbax logs the traceback of a failed save, and raises the error, too: one line tells the user.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 SUPERSEDED = "superseded"  # subfolder for checkpoints that are being deleted
 
@@ -80,9 +83,10 @@ def save(checkpoints, state, loss=math.inf):
     finish(checkpoints)
     with _explain_failed_save(checkpoints, step):
         loss = loss if math.isfinite(loss) else math.inf  # Orbax would rank nan as the best
-        if not checkpoints.save(step, args=ocp.args.StandardSave(state), metrics={"loss": loss}):
-            there = f"{checkpoints.directory} holds step {checkpoints.latest_step()}"
-            raise UserError(f"step {step} is not saved: {there}; two runs cannot share a folder")
+        saved = checkpoints.save(step, args=ocp.args.StandardSave(state), metrics={"loss": loss})
+    if not saved:
+        there = f"{checkpoints.directory} holds step {checkpoints.latest_step()}"
+        raise UserError(f"step {step} is not saved: {there}; two runs cannot share a folder")
 
 
 def finish(checkpoints):
@@ -101,8 +105,6 @@ def finish(checkpoints):
 def _explain_failed_save(checkpoints, step):
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # for a full disk Orbax raises OSError, and TensorStore raises ValueError
         complete = steps(checkpoints.directory)
         left = f"step {max(complete)} is the newest checkpoint" if complete else "there is no checkpoint"
@@ -119,14 +121,47 @@ def steps(directory):
     """Returns the steps of the complete checkpoints in `directory`, ascending. It changes nothing on disk."""
     directory = storage.absolute(directory)
     # No manager is made here: it would delete the unfinished save of a training run.
-    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
+    complete = ocp.utils.checkpoint_steps(directory) if directory.exists() else []
+    return sorted({step for step in complete if (directory / str(step)).is_dir()})  # for "031" Orbax gives 31
+
+
+def check(folder):
+    """Compares the files of the checkpoint in one folder with their checksums, and its step with the folder's name.
+
+    Returns how many bytes were compared. Raises checksums.Damaged.
+    """
+    folder = storage.absolute(folder)
+    count = checksums.check(folder)
+    try:
+        step = _stored_step(folder)
+    except Exception as error:  # a file whose checksum was changed with it can raise anything in the libraries
+        raise checksums.Damaged(f"{folder} cannot be restored: {_one_line(error)}") from error
+    if folder.name.isdigit() and folder.name != str(step):
+        raise checksums.Damaged(f"{folder} is damaged: it holds step {step}")
+    return count
+
+
+def _stored_step(folder):
+    """Returns the step that is stored in a checkpoint. The process that calls this waits for no other process."""
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    )
+    arguments = ocp.args.PyTreeRestore(
+        item={"step": jax.ShapeDtypeStruct((), np.int32)},
+        restore_args={"step": ocp.ArrayRestoreArgs(restore_type=np.ndarray)},
+        partial_restore=True,
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        return int(checkpointer.restore(folder / "default", args=arguments)["step"])
 
 
 def quarantine_damaged(directory):
     """Moves each damaged checkpoint in `directory` to the folder `damaged` beside it. Call it before a run continues.
 
-    A checkpoint is damaged when its files differ from its checksums, or when it has no checksums. When all checkpoints
-    are damaged, none is moved and UserError is raised.
+    A checkpoint is damaged when its files differ from its checksums, when it has no checksums, or when its step is not
+    the one in its name. When all checkpoints are damaged, none is moved and UserError is raised.
     """
     directory, fault = storage.absolute(directory), ""
     if hosts.is_primary():
@@ -134,7 +169,7 @@ def quarantine_damaged(directory):
         damaged = {}
         for folder in checked:
             try:
-                checksums.check(folder)
+                check(folder)
                 checksums.add_later(folder)  # a killed run may not have reached `finish`
             except checksums.Damaged as error:
                 damaged[folder] = error
@@ -143,7 +178,7 @@ def quarantine_damaged(directory):
             damaged = {}
         for folder, error in damaged.items():
             aside = directory.parent / "damaged" / f"{folder.name}-{time.time_ns()}"
-            aside.parent.mkdir(exist_ok=True)
+            storage.make_folder(aside.parent)
             folder.rename(aside)
             logger.error("%s; moved to %s", error, aside)
     if hosts.broadcast_from_primary(bool(fault)):  # all processes continue from the same checkpoint, or none does
@@ -166,10 +201,10 @@ def restore(checkpoints, abstract_state):
 def read(checkpoint, expected):
     """Returns parts of the checkpoint in one folder as NumPy arrays: of 'ema' for `expected` = {'ema': tree}.
 
-    Raises UserError when the files are damaged, or the parts are those of another model.
+    Raises UserError when the checkpoint is damaged, or the parts are those of another model.
     """
     checkpoint = storage.absolute(checkpoint)
-    checksums.check(checkpoint)
+    check(checkpoint)
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)  # without shardings
     as_numpy = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(restore_type=np.ndarray), expected)
     arguments = ocp.args.PyTreeRestore(item=expected, restore_args=as_numpy, partial_restore=True)

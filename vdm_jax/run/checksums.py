@@ -4,6 +4,7 @@ Each line of `checksums.txt` is `crc32 bytes path` for one file of the folder. T
 lines. A CRC-32 detects every change of a single bit, and misses one in 4 billion other changes.
 """
 
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,7 +33,7 @@ def write(folder):
     paths = [p for p in sorted(files(folder)) if p not in (NAME, *LATER)]
     with ThreadPoolExecutor() as threads:
         lines = "".join(threads.map(lambda path: _line(folder, path), paths))
-    (folder / NAME).write_text(_sealed(lines))
+    storage.replace(folder / NAME, _sealed(lines))
 
 
 def add_later(folder):
@@ -45,20 +46,24 @@ def add_later(folder):
         storage.replace(folder / NAME, _sealed(lines + "".join(_line(folder, name) for name in more)))
 
 
-def check(folder):
+def check(folder, needed=()):
     """Compares the files in `folder` with their checksums, and returns how many bytes it read.
 
+    needed: names of files that must have a checksum
     Raises Damaged, which names the first file that differs, or Missing when the folder has no `checksums.txt`.
     """
     folder = epath.Path(folder)
-    lines = _read_lines(folder)
+    lines = _read_lines(folder).split("\n")[:-1]
+    present = set(files(folder))  # a line may name no other file
+    for name in set(needed) - {line.split(" ", 2)[2] for line in lines}:
+        raise Missing(f"{folder / name} is not listed in {NAME}, so damage would not be noticed: restore this file")
 
     def read(line):
         _, size, path = line.split(" ", 2)
+        if path not in present:
+            raise Damaged(f"{folder / path} is {'no file' if (folder / path).exists() else 'missing'}")
         try:
             found = _line(folder, path)
-        except FileNotFoundError:
-            raise Damaged(f"{folder / path} is missing") from None
         except OSError as error:
             raise Damaged(f"{folder / path} cannot be read: {error.strerror or error}") from None
         if found != line + "\n":
@@ -66,7 +71,7 @@ def check(folder):
         return int(size)
 
     with ThreadPoolExecutor() as threads:
-        return sum(threads.map(read, lines.split("\n")[:-1]))
+        return sum(threads.map(read, lines))
 
 
 def _sealed(lines):
@@ -74,12 +79,14 @@ def _sealed(lines):
 
 
 def _read_lines(folder):
+    if not (folder / NAME).exists():
+        raise Missing(f"{folder} has no {NAME}, so damage would not be noticed: restore this file")
     try:
-        content = (folder / NAME).read_bytes().decode("utf-8", "replace")
-    except FileNotFoundError:
-        raise Missing(f"{folder} has no {NAME}, so damage would not be noticed: restore this file") from None
+        content = storage.read_text(folder / NAME, "restore this file")
+    except UserError as error:
+        raise Damaged(str(error)) from None
     lines = content.partition("\n")[2]
-    if content != _sealed(lines):
+    if content != _sealed(lines) or not re.fullmatch(r"([0-9a-f]{8} \d+ .+\n)*", lines):
         raise Damaged(f"{folder / NAME} is damaged")
     return lines
 
@@ -95,9 +102,15 @@ def files(folder, above=""):
 
 def _line(folder, path):
     """Returns the line of `checksums.txt` for one file."""
+    crc, count = crc32(folder / path)
+    return f"{crc:08x} {count} {path}\n"
+
+
+def crc32(path):
+    """Returns (CRC-32, size in bytes) of the content of a file. Raises OSError."""
     crc, count = 0, 0
-    with (folder / path).open("rb") as file:
+    with epath.Path(path).open("rb") as file:
         while chunk := file.read(CHUNK):
             crc = zlib.crc32(chunk, crc)
             count += len(chunk)
-    return f"{crc:08x} {count} {path}\n"
+    return crc, count

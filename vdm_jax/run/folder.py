@@ -16,6 +16,7 @@ This file knows no models. What a folder should hold is an argument, `expected`:
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 from typing import Any, NamedTuple
@@ -59,6 +60,18 @@ def exclusive_lock(workdir):
         except OSError:
             pass  # a file system without locks
         yield
+
+
+def is_training(workdir):
+    """Returns whether a training holds the lock of a run. It does not see a training in a bucket."""
+    try:
+        with open(workdir / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # no training has begun, or a file system without locks
+    return False
 
 
 @contextlib.contextmanager
@@ -120,22 +133,49 @@ def write_config(workdir, config, stages, change=False):
     if hosts.is_primary():
         try:
             if made is None:
-                storage.replace(path, config.to_json_best_effort(indent=1, sort_keys=True) + "\n")
+                storage.write_json(path, json.loads(config.to_json_best_effort(sort_keys=True)))
             else:
                 record.append(workdir, done, made)
         except OSError as error:
             raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
 
 
-def read_statistics(path):
-    """Returns the statistics of the latents, {modality: {'mean' [C], 'std' [C]}}, float32."""
-    stored = record.read_json(epath.Path(path))
-    return {m: {k: np.asarray(v, np.float32) for k, v in s.items()} for m, s in stored.items()}
+def read_statistics(path, expected):
+    """Returns (statistics of the latents, `encoders_hash` of the parameters that they were measured with).
+
+    The statistics are {modality: {'mean' [C], 'std' [C]}}, float32. The hash is None in a file of an earlier version,
+    which has no checksum either.
+
+    expected: a tree of ShapeDtypeStruct
+    Raises UserError when the file is damaged, or when a value is not finite or a 'std' is not above 0.
+    """
+    fix = "restore it, or remove it and train the denoiser, which measures it anew"
+    stored = storage.read_json(path, fix, sealed=False)
+    encoders = stored.pop("encoders", None)
+    try:
+        arrays = {f"{m}/{name}": np.asarray(x, np.float32) for m, pair in stored.items() for name, x in pair.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): {fix}") from None
+    checkpoint.check_arrays(path, arrays, named_leaves(expected))
+    for name, x in arrays.items():
+        if not np.isfinite(x).all() or name.endswith("std") and x.min() <= 0:
+            raise UserError(f"{path} is damaged (a value of {name} is not possible): {fix}")
+    return jax.tree_util.tree_map_with_path(lambda p, x: arrays[path_name(p)], expected), encoders
 
 
-def write_statistics(path, statistics):
-    lists = {m: {k: np.asarray(v).tolist() for k, v in s.items()} for m, s in statistics.items()}
-    storage.replace(epath.Path(path), json.dumps(lists, indent=1) + "\n")
+def write_statistics(path, statistics, params):
+    """Writes the statistics of the latents, with the hash of the encoders in {stage: parameters}."""
+    lists = jax.tree.map(lambda x: np.asarray(x).tolist(), statistics)
+    storage.write_json(path, lists | {"encoders": encoders_hash(params)})
+
+
+def encoders_hash(params):
+    """Returns a hash of the autoencoders in {stage: parameters}, in the precision of exported weights."""
+    digest = hashlib.sha256()
+    for name, x in named_leaves(params).items():
+        if "_autoencoder/" in name:
+            digest.update(name.encode() + np.asarray(x, np.float16).tobytes())
+    return digest.hexdigest()
 
 
 class Weights(NamedTuple):
@@ -144,6 +184,20 @@ class Weights(NamedTuple):
     system: Any
     params: dict  # {stage: EMA parameters}; with the denoiser also 'statistics', see `read_statistics`
     steps: dict  # {stage: the step that its parameters are from}
+
+
+def read_system(source, build):
+    """Returns build(config) for the config of a run or of exported weights. Raises UserError."""
+    config = read_config(source)
+    try:
+        return build(config)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or outdated config.json can raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(
+            f"{source}/config.json does not fit this version ({reason}): train again, or restore the file"
+        ) from error
 
 
 def load(source, build, stages=None, unverified=False):
@@ -155,21 +209,12 @@ def load(source, build, stages=None, unverified=False):
     unverified: accepts exported weights that have no checksums.txt.
     """
     source = storage.given(REFERENCE if source is None else source)
-    config = read_config(source)
-    try:
-        system = build(config)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged or outdated config.json can raise anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(
-            f"{source}/config.json does not fit this version ({reason}): train again, or restore the file"
-        ) from error
+    system = read_system(source, build)
     expected = {stage: system.param_shapes[stage] for stage in stages or system.param_shapes}
     exported = any((source / f"{stage}.safetensors").exists() for stage in expected)
     if exported:
         try:
-            checksums.check(source)
+            checksums.check(source, ["statistics.json", *(f"{stage}.safetensors" for stage in expected)])
         except checksums.Missing as error:
             if not unverified:
                 raise UserError(
@@ -181,7 +226,11 @@ def load(source, build, stages=None, unverified=False):
         read = read_safetensors(source / f"{stage}.safetensors", tree) if exported else read_params(source, stage, tree)
         params[stage], steps[stage] = read
     if "denoiser" in params:
-        params["statistics"] = read_statistics(source / ("statistics.json" if exported else STATISTICS))
+        path = source / ("statistics.json" if exported else STATISTICS)
+        shapes = system.stages["denoiser"].encoder_shapes["statistics"]
+        params["statistics"], encoders = read_statistics(path, shapes)
+        if params.keys() > system.param_shapes.keys() and encoders not in (None, encoders_hash(params)):
+            logger.warning("%s is of other autoencoders: train the denoiser further, or restore the file", path)
     return Weights(system, params, steps)
 
 
@@ -193,17 +242,20 @@ def read_params(workdir, stage, expected):
             f"{workdir} is unfinished: stage {stage} has no checkpoint; train it with "
             f"python -m vdm_jax.train --config=FILE --workdir={workdir} --stage={stage}"
         )
-    stored = checkpoint.read(epath.Path(workdir) / stage / "checkpoints" / str(step), {"ema": expected})
+    try:
+        stored = checkpoint.read(epath.Path(workdir) / stage / "checkpoints" / str(step), {"ema": expected})
+    except checksums.Damaged as error:
+        raise UserError(f"{error}; or continue training with --stage={stage}, from the checkpoint before") from None
     return stored["ema"], step
 
 
 def write_exported(folder, weights, workdir):
     """Writes Weights as exported weights, with their checksums and the changes in the record of the run `workdir`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     for stage, step in weights.steps.items():
         write_safetensors(folder / f"{stage}.safetensors", weights.params[stage], step)
-    (folder / "config.json").write_text(weights.system.config.to_json_best_effort(indent=1) + "\n")
-    write_statistics(folder / "statistics.json", weights.params["statistics"])
+    storage.replace(folder / "config.json", weights.system.config.to_json_best_effort(indent=1) + "\n")
+    write_statistics(folder / "statistics.json", weights.params["statistics"], weights.params)
     record.write_changes(storage.given(workdir), folder)
     checksums.write(folder)
 
@@ -219,14 +271,15 @@ def read_exported(folder, stage, expected):
     folder: of the weights, or "reference".
     """
     folder = REFERENCE if folder == "reference" else storage.given(folder)
-    checksums.check(folder)
+    checksums.check(folder, [f"{stage}.safetensors"])
     return read_safetensors(folder / f"{stage}.safetensors", expected)[0]
 
 
 def write_safetensors(path, params, step):
     """Writes parameters in half precision under flat names 'a/b/c', and the step that they are from as metadata."""
     flat = {name: np.asarray(x, np.float16) for name, x in named_leaves(params).items()}
-    epath.Path(path).write_bytes(safetensors.numpy.save(flat, metadata={"step": str(step)}))
+    with storage.writing(path) as file:
+        file.write(safetensors.numpy.save(flat, metadata={"step": str(step)}))
 
 
 def read_safetensors(path, expected):
@@ -240,7 +293,7 @@ def read_safetensors(path, expected):
             raise ValueError(f"step {step}")
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (SafetensorError, ValueError, OverflowError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, OverflowError, KeyError) as error:
         raise UserError(f"{path} is no readable safetensors file: {error}") from None
     checkpoint.check_arrays(path, flat, named_leaves(expected), dtypes=False)
     tree = jax.tree_util.tree_map_with_path(lambda p, x: jnp.asarray(flat[path_name(p)], x.dtype), expected)

@@ -4,7 +4,6 @@ A trace is shown by TensorBoard's profile page, or by `xprof --logdir=FOLDER`.
 """
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -67,14 +66,14 @@ def compiling(what, key=""):
     yield
     seconds = time.perf_counter() - began
     logger.info("compiled in %.0f s", seconds)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        storage.replace(path, json.dumps(_read_seconds(path) | {name: round(seconds, 1)}, indent=1) + "\n")
+        storage.write_json(path, _read_seconds(path) | {name: round(seconds, 1)})
 
 
 def _read_seconds(path):
     """Returns {what was compiled: seconds}, empty for a file that is missing or damaged."""
     try:
-        return {name: float(seconds) for name, seconds in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {name: float(seconds) for name, seconds in storage.read_json(path, "").items()}
+    except (ValueError, TypeError):
         return {}

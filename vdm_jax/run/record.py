@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import re
 import shlex
 import sys
 
@@ -20,6 +21,7 @@ from vdm_jax.errors import UserError
 from vdm_jax.run import storage
 
 NAME = "starts.jsonl"
+FIX = "restore the file from a copy"
 CHANGES = "changes.jsonl"  # the rows that change something, beside exported weights
 
 
@@ -30,21 +32,20 @@ def of(config):
 
 def read(folder):
     """Returns the settings in force, nested, of a run or of exported weights. Raises UserError for a damaged file."""
-    in_force = settings.flat(read_json(folder / "config.json"))
+    path = folder / "config.json"
+    in_force = settings.flat(storage.read_json(path, "restore it or train again", sealed=False))
     for number, row in enumerate(_rows(folder), 1):
         try:
-            for key, (old, new) in json.loads(row)["changed"].items():
+            for key, (old, new) in storage.unseal(row)["changed"].items():
                 if in_force.get(key) != old:
                     raise ValueError(f"{key} was {in_force.get(key)!r} before it, not {old!r}")
                 in_force[key] = new
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"line {number} of {folder / NAME} is damaged ({error}): restore the file from a copy"
-            ) from None
+            raise UserError(f"line {number} of {folder / NAME} is damaged ({error}): {FIX}") from None
     try:
         return _nested(in_force)
     except (TypeError, AttributeError) as error:  # a key is a setting and a group of settings
-        raise UserError(f"{folder / 'config.json'} is damaged ({error}): restore it or train again") from None
+        raise UserError(f"{path} is damaged ({error}): restore it or train again") from None
 
 
 def _nested(in_force):
@@ -62,7 +63,6 @@ def _nested(in_force):
 
 def append(workdir, steps, changed):
     """Adds the row of a start. steps: {stage: step of its newest checkpoint}. changed: {key: [before, now]}."""
-    path = workdir / NAME
     row = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "version": _version(),
@@ -70,40 +70,29 @@ def append(workdir, steps, changed):
         "steps": steps,
         "changed": changed,
     }
-    kept = b"".join(line + b"\n" for line in _rows(workdir))
-    with contextlib.closing(storage.growing(path, _stored(path), kept)) as file:
-        file.write(json.dumps(row) + "\n")
+    path = workdir / NAME
+    stored, kept = _stored(workdir).encode(), "".join(row + "\n" for row in _rows(workdir)).encode()
+    with contextlib.closing(storage.growing(path, stored, kept)) as file:
+        file.write(json.dumps(storage.seal(row)) + "\n")
 
 
 def write_changes(workdir, folder):
     """Writes the rows of a run that change something into a folder of exported weights, without the commands."""
-    rows = [row for row in map(json.loads, _rows(workdir)) if row["changed"]]
+    rows = [row for row in map(storage.unseal, _rows(workdir)) if row["changed"]]
     (folder / CHANGES).unlink(missing_ok=True)
     if rows:
         lines = [json.dumps({key: row[key] for key in ("time", "version", "steps", "changed")}) + "\n" for row in rows]
-        (folder / CHANGES).write_text("".join(lines))
-
-
-def read_json(path):
-    """Returns the mapping in a JSON file. Raises UserError."""
-    try:
-        stored = json.loads(path.read_text())
-        if not isinstance(stored, dict):
-            raise ValueError("it holds no mapping of names to values")
-        return stored
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the run that should hold it is unfinished") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): restore it or train again") from None
+        storage.replace(folder / CHANGES, "".join(lines))
 
 
 def _rows(folder):
-    """The rows as bytes. What follows the last line end is left out: a start was killed while it wrote its row."""
-    return _stored(folder / NAME).split(b"\n")[:-1]
+    """The rows. A last row without its end is left out: a start was killed while it wrote the row."""
+    *rows, last = _stored(folder).split("\n")
+    return [*rows, last] if re.search(r'"crc32": "\w{8}"}', last) else rows
 
 
-def _stored(path):
-    return path.read_bytes() if path.exists() else b""
+def _stored(folder):
+    return storage.read_text(folder / NAME, FIX) if (folder / NAME).exists() else ""
 
 
 def _version():

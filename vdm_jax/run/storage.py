@@ -1,11 +1,20 @@
-"""Paths on a disk or in a bucket (gs://...). A file in a bucket can be replaced, but not appended to, cut or locked."""
+"""Paths on a disk or in a bucket (gs://...), and the one way to write a file and to read a small file back.
 
+A file in a bucket can be replaced, but not appended to, cut or locked.
+"""
+
+import contextlib
+import json
 import os
+import zlib
 
 import fsspec
 from etils import epath
 
 from vdm_jax.errors import UserError
+
+MAX_BYTES = 1 << 26  # of a small file
+CHECKSUM = "crc32"  # key of a JSON file: the CRC-32 of all other keys and values
 
 
 def in_bucket(path):
@@ -42,11 +51,98 @@ def reader(path):
     return fsspec.open(os.fspath(path), "rb", cache_type="none").open() if in_bucket(path) else open(path, "rb")
 
 
-def replace(path, text):
-    """Writes a text file as a whole. A reader sees the old file or the new one, even after a kill."""
+@contextlib.contextmanager
+def writing(path):
+    """Yields a binary file that becomes `path` when the block ends. A reader sees the old file or the complete new one.
+
+    This also holds after a kill or a power failure. Raises UserError when the file cannot be written.
+    """
+    path = epath.Path(path)
     part = path.with_name(path.name + ".tmp")
-    part.write_text(text)
-    part.replace(path)
+    try:
+        for taken in (path, part):
+            if taken.is_dir():
+                raise UserError(f"{taken} is a folder, where a file belongs: move it away")
+        with part.open("wb") as file:
+            yield file
+            if not in_bucket(path):
+                file.flush()
+                os.fsync(file.fileno())  # the content is on the disk before the name
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def replace(path, text):
+    """Writes a text file as `writing` does."""
+    with writing(path) as file:
+        file.write(text.encode())
+
+
+def read_text(path, fix):
+    """Returns the text of a small file.
+
+    fix: what the user can do, as the end of the error message
+    Raises UserError when the file is missing, too large, not UTF-8, or no file.
+    """
+    path = epath.Path(path)
+    try:
+        if not path.is_file():  # to open a pipe would wait for ever
+            fault = "is no file" if path.exists() else "is missing"
+        else:
+            with path.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
+            if len(content) <= MAX_BYTES:
+                return content.decode()
+            fault = f"is damaged (over {MAX_BYTES} bytes)"
+    except UnicodeDecodeError:
+        fault = "is damaged (no UTF-8 text)"
+    except OSError as error:
+        fault = f"cannot be read ({error.strerror or error})"
+    raise UserError(f"{path} {fault}: {fix}")
+
+
+def write_json(path, values):
+    """Writes {name: value} as a JSON file with a checksum. Raises UserError for a number that is not finite."""
+    try:
+        replace(path, json.dumps(seal(values), indent=1) + "\n")
+    except ValueError:
+        raise UserError(f"cannot write {path}: a number is not finite") from None
+
+
+def read_json(path, fix, sealed=True):
+    """Returns {name: value} of a JSON file, which is compared with its checksum.
+
+    fix: what the user can do, as the end of the error message
+    sealed: whether a file without a checksum is damaged, too
+    Raises UserError as `read_text` does, and when the file is no JSON object, differs from its checksum, or holds a
+    number that is not finite.
+    """
+    try:
+        return unseal(read_text(path, fix), sealed)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): {fix}") from None
+
+
+def seal(values):
+    """Returns {name: value} with a checksum as its last value. Raises ValueError for a number that is not finite."""
+    return values | {CHECKSUM: f"{zlib.crc32(json.dumps(values, sort_keys=True, allow_nan=False).encode()):08x}"}
+
+
+def unseal(text, sealed=True):
+    """Returns {name: value} of the JSON text of `seal`. Raises ValueError for damage.
+
+    sealed: whether a text without a checksum is damaged, too
+    """
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError("it holds no mapping of names to values")
+    stored = values.pop(CHECKSUM, None)
+    if stored != seal(values)[CHECKSUM] and (sealed or stored is not None):
+        raise ValueError("it differs from its checksum")
+    return values
 
 
 def growing(path, stored, kept):

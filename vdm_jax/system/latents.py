@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import threading
+import zlib
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from vdm_jax import sharding
 from vdm_jax.data import batches
 from vdm_jax.errors import UserError
-from vdm_jax.run import folder, hosts, storage
+from vdm_jax.run import checksums, folder, hosts, storage
 from vdm_jax.run.progress import progress
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.losses import encode_batch
@@ -23,6 +24,9 @@ ENCODE_BATCH = 32  # clips
 CLIPS_PER_FILE = 64 * ENCODE_BATCH
 OPEN_FILES = 512  # at a time
 ENCODING_SECONDS = 24 * 3600  # longest wait for the slowest process to encode its share
+FINGERPRINT = "fingerprint.json"  # what the cached clips were encoded from, in
+PARTS = ("weights", "data", "settings")
+CRC = "crc32"  # first field of a cached clip
 
 
 def prepare(system, workdir, examples, mesh):
@@ -35,13 +39,7 @@ def prepare(system, workdir, examples, mesh):
     """
     params = {name: folder.read_params(workdir, name, system.param_shapes[name])[0] for name in STAGES[:3]}
     params = folder.as_exported(params)
-    path = workdir / "denoiser" / "statistics.json"
-    if not hosts.broadcast_from_primary(path.exists()):
-        statistics = measure(system, params, examples)
-        if hosts.is_primary():
-            folder.write_statistics(path, statistics)
-        hosts.barrier("statistics", ENCODING_SECONDS)
-    params["statistics"] = folder.read_statistics(path)
+    params["statistics"] = _statistics(system, params, examples, workdir / folder.STATISTICS)
     if system.config.denoiser.cached_clips:
         examples = _cached(system, params, examples, workdir / "denoiser" / "latents")
     if "teacher" in system.models:
@@ -51,6 +49,25 @@ def prepare(system, workdir, examples, mesh):
         expected = system.stages["denoiser"].encoder_shapes["teacher"]
         params["teacher"] = folder.read_exported(teacher, "denoiser", expected)
     return jax.device_put(params, sharding.state_shardings(params, mesh)), examples
+
+
+def _statistics(system, params, examples, path):
+    """Returns the statistics in a file. They are measured when it is missing or is of other weights."""
+    shapes = system.stages["denoiser"].encoder_shapes["statistics"]
+    encoders, stored, of = folder.encoders_hash(params), None, None
+    if path.exists():
+        stored, of = folder.read_statistics(path, shapes)
+    current = stored is not None and of in (None, encoders)
+    if stored is not None and not current:
+        logger.info("%s is of other autoencoders: it is measured again", path)
+    current = hosts.broadcast_from_primary(current)
+    statistics = stored if current else measure(system, params, examples)
+    if hosts.is_primary() and of != encoders:
+        if current:
+            logger.info("%s is of an earlier version and has no checksum: one is added", path)
+        folder.write_statistics(path, statistics, params)
+    hosts.barrier("statistics", ENCODING_SECONDS)
+    return folder.read_statistics(path, shapes)[0]
 
 
 def measure(system, params, examples):
@@ -95,12 +112,12 @@ class Encoded:
     """A data source of encoded clips. `take` returns a batch in the form of `encode_batch`.
 
     A .npy file holds CLIPS_PER_FILE clips, on a disk or in a bucket. A clip is a record of a NumPy structured array.
-    Any thread may read.
+    Any thread may read. When a clip is read, it is compared with its CRC-32, which also covers its number and `mark`.
     """
 
-    def __init__(self, paths, abstract_batch, count):
+    def __init__(self, paths, abstract_batch, count, mark):
         self.paths, self.count, self.tree = paths, count, jax.tree.structure(abstract_batch)
-        self.record = _record(abstract_batch)
+        self.record, self.mark = _record(abstract_batch), mark
         self.open = functools.lru_cache(OPEN_FILES)(self._open)
 
     def __len__(self):
@@ -113,43 +130,78 @@ class Encoded:
             file, start = self.open(threading.get_ident(), number // CLIPS_PER_FILE)
             file.seek(start + number % CLIPS_PER_FILE * size)
             clip = file.read(size)
-            if len(clip) < size:
-                raise self._damaged(number // CLIPS_PER_FILE)
+            if not _is_whole(clip, size, number, self.mark):
+                raise _damaged(self.paths[number // CLIPS_PER_FILE])
             rows[i] = np.frombuffer(clip, self.record)[0]
-        return jax.tree.unflatten(self.tree, [np.ascontiguousarray(rows[name]) for name in self.record.names])
+        return jax.tree.unflatten(self.tree, [np.ascontiguousarray(rows[name]) for name in self.record.names[1:]])
 
     def _open(self, thread, part):  # `thread` is only a key of the cache: each thread opens the file for itself
-        file = storage.reader(self.paths[part])
-        np.lib.format.read_magic(file)
-        _, _, record = np.lib.format.read_array_header_1_0(file)
+        file, record, _ = _open_clips(self.paths[part])
         if record != self.record:
-            raise self._damaged(part)
+            raise _damaged(self.paths[part])
         return file, file.tell()
 
-    def _damaged(self, part):
-        return UserError(f"{self.paths[part]} is damaged: remove it, to encode its clips anew")
+
+def _open_clips(path):
+    """Returns (binary file at its first clip, NumPy type of a clip, number of clips). Raises checksums.Damaged."""
+    try:
+        file = storage.reader(path)
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("another version of the format")
+        (count,), _, record = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # a damaged header can raise anything
+        raise _damaged(path) from error
+    return file, record, count
+
+
+def _damaged(path):
+    return checksums.Damaged(f"{path} is damaged: remove it, to encode its clips anew")
+
+
+def _is_whole(clip, size, number, mark):
+    """Returns whether the bytes of an encoded clip have its size and begin with its CRC-32."""
+    return len(clip) == size and clip[:4] == _crc(clip[4:], number, mark)
+
+
+def _crc(content, number, mark):
+    """Returns the CRC-32 of a clip's number, of the mark of all clips and of the clip's content, as 4 bytes."""
+    return zlib.crc32(content, zlib.crc32(f"{number} {mark}".encode())).to_bytes(4, "little")
+
+
+def check(directory):
+    """Compares all encoded clips in a folder with their CRC-32, and returns how many bytes it read.
+
+    Raises UserError, which names the first file that is damaged.
+    """
+    mark, bytes_read = _mark(storage.read_json(directory / FINGERPRINT, "remove the folder, to encode anew")), 0
+    for path in sorted(directory.glob("clips_*.npy")):
+        file, record, count = _open_clips(path)
+        with file:
+            first, size = int(path.stem.removeprefix("clips_")) * CLIPS_PER_FILE, record.itemsize
+            numbers = range(first, first + count)
+            if not all(_is_whole(file.read(size), size, number, mark) for number in numbers) or file.read(1):
+                raise _damaged(path)
+            bytes_read += file.tell()
+    return bytes_read
 
 
 def _record(abstract_batch):
-    """Returns the NumPy type of one encoded clip: a field for each leaf of a batch, {'z/video': ...}."""
+    """Returns the NumPy type of an encoded clip: its CRC-32, and a field for each leaf of a batch, {'z/video': ...}."""
     leaves = sharding.named_leaves(abstract_batch)
-    return np.dtype([(name, leaf.dtype, leaf.shape[1:]) for name, leaf in leaves.items()])
+    return np.dtype([(CRC, "<u4"), *((name, leaf.dtype, leaf.shape[1:]) for name, leaf in leaves.items())])
 
 
 def _cached(system, params, examples, directory):
-    """Returns the Encoded clips in `directory`. If anything in the fingerprint has changed, they are made again.
+    """Returns the Encoded clips in `directory`. They are made again when weights, data or settings have changed.
 
     Each process makes some of the files. A file gets its final name only when it is complete. After an
     interruption, the next run makes the missing files.
     """
-    mark, mark_path = _fingerprint(system.config, params), directory / "fingerprint"
-    count, abstract_batch = system.config.denoiser.cached_clips, system.stages["denoiser"].batch
-    if hosts.is_primary() and not (mark_path.exists() and mark_path.read_text() == mark):
-        if directory.exists():
-            directory.rmtree()
-        directory.mkdir(parents=True)
-        mark_path.write_text(mark)
+    if hosts.is_primary():
+        _make_current(directory, _fingerprint(system.config, params), examples.source)
     hosts.barrier("folder", ENCODING_SECONDS)
+    mark = _mark(storage.read_json(directory / FINGERPRINT, "start the training again"))
+    count, abstract_batch = system.config.denoiser.cached_clips, system.stages["denoiser"].batch
     paths = [directory / f"clips_{part:05d}.npy" for part in range(-(-count // CLIPS_PER_FILE))]
     missing = [part for part, path in enumerate(paths) if not path.exists()]
     hosts.barrier("looked", ENCODING_SECONDS)  # no process writes before all have listed the missing files
@@ -160,33 +212,73 @@ def _cached(system, params, examples, directory):
         sizes = [min(CLIPS_PER_FILE, count - part * CLIPS_PER_FILE) for part in parts]
         with progress("encoding", sum(sizes), "clip") as advance:
             for part, clips in zip(parts, sizes):
-                encoded = encoded_batches(part * CLIPS_PER_FILE, clips)
-                _write(paths[part], encoded, _record(abstract_batch), clips)
+                first = part * CLIPS_PER_FILE
+                _write(paths[part], encoded_batches(first, clips), _record(abstract_batch), first, clips, mark)
                 advance(clips)
     hosts.barrier("encoded", ENCODING_SECONDS)
-    return Encoded(paths, abstract_batch, count)
+    return Encoded(paths, abstract_batch, count, mark)
 
 
-def _write(path, encoded_batches, record, count):
-    """Writes the first `count` clips of the batches as a .npy file of records. One batch at a time is in memory."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as file:
+def _write(path, encoded_batches, record, first, count, mark):
+    """Writes the first `count` clips of the batches as a .npy file of records. One batch at a time is in memory.
+
+    first: number of the first clip
+    """
+    numbers = iter(range(first, first + count))
+    with storage.writing(path) as file:
         descr = np.lib.format.dtype_to_descr(record)
         np.lib.format.write_array_header_1_0(file, dict(descr=descr, fortran_order=False, shape=(count,)))
         for batch in encoded_batches:
             rows = np.empty(min(count, ENCODE_BATCH), record)
-            for name, leaf in zip(record.names, jax.tree.leaves(batch), strict=True):
+            for name, leaf in zip(record.names[1:], jax.tree.leaves(batch), strict=True):
                 rows[name] = leaf[: len(rows)]
-            file.write(rows.tobytes())
+            for row, number in zip(rows, numbers):
+                content = row.tobytes()[4:]
+                file.write(_crc(content, number, mark) + content)
             count -= len(rows)
-    unfinished.replace(path)
+
+
+def _make_current(directory, fingerprint, source):
+    """Empties the folder of encoded clips, if they have another fingerprint or their data differs from `source`."""
+    path, stored, fault = directory / FINGERPRINT, {}, ""
+    begun = directory.exists()
+    if begun:
+        try:
+            stored = storage.read_json(path, "it tells what the clips were encoded from")
+        except UserError as error:
+            fault = str(error)
+    files = source.fingerprint(stored.get("files", {})) if hasattr(source, "fingerprint") else {}
+    # The time of a file is not part of the data: a copy of the folder is the same data.
+    data = [[name, size, crc, captions] for name, (size, _, crc, captions) in sorted(files.items())]
+    fingerprint = {**fingerprint, "data": _hash(data), "files": files}
+    changed = [part for part in PARTS if stored.get(part) != fingerprint[part]]
+    if changed:
+        if begun:
+            logger.info("the cached clips are encoded again: %s", fault or f"other {' and '.join(changed)}")
+        storage.make_folder(directory)
+        for old in list(directory.iterdir()):
+            old.rmtree() if old.is_dir() else old.unlink()
+    if stored != fingerprint:
+        storage.write_json(path, fingerprint)
+
+
+def _mark(fingerprint):
+    """Returns the text that enters the CRC-32 of each encoded clip."""
+    return " ".join(str(fingerprint.get(part)) for part in PARTS)
 
 
 def _fingerprint(config, params):
-    """A hash of the data settings, seed, number of clips, words of hard negatives, and parameters that encode."""
-    denoiser, data = config.denoiser, config.data.to_json()
+    """Returns hashes of the parameters that encode, and of the settings that decide what is encoded."""
+    denoiser, data = config.denoiser, config.data.to_dict()
+    unused = {"threads", "prefetch", "world", "files", "tfds"} - {data["source"]}
+    unused |= {"path"} if data["source"] == "files" else set()  # a folder that only moved is the same data
+    data = {key: value for key, value in data.items() if key not in unused}
     settings = [CLIPS_PER_FILE, config.seed, denoiser.cached_clips, denoiser.hard_negatives.words, data]
-    digest = hashlib.sha256(json.dumps(settings).encode())
+    digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
+    return {"weights": digest.hexdigest(), "settings": _hash(settings)}
+
+
+def _hash(values):
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
