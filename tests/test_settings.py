@@ -196,7 +196,9 @@ def test_the_end_of_a_finished_phase_may_not_move():
     assert at(2400, longer) == {"denoiser.steps": [20500, 41000]}
     with pytest.raises(UserError, match="denoiser.steps=20500, now 41000.*--change"):
         at(2500, longer)
-    shares = {"denoiser.phases": [first | {"share": 0.2}, short, whole | {"share": whole["share"] - 0.2 + first["share"]}]}
+    shares = {
+        "denoiser.phases": [first | {"share": 0.2}, short, whole | {"share": whole["share"] - 0.2 + first["share"]}]
+    }
     with pytest.raises(UserError, match="denoiser.phases=.*'share': 0.2.*--change"):
         at(2500, shares)
     assert list(at(2500, shares, allowed=True)) == ["denoiser.phases"]

@@ -80,6 +80,8 @@ def main(argv):
     cli.only_options(argv)
     if config is None or not options.topology:
         raise UserError("give both --config=FILE and --topology=NAME, e.g. --topology=v5e:4x4")
+    if math.isnan(options.mfu):  # the bounds of a flag let it through
+        raise UserError("--mfu=nan must be a number from 0.01 to 1")
     jax.config.update("jax_platforms", "cpu")  # this process does not use a TPU that this machine may have
     if options.effort != "default":
         jax.config.update("jax_optimization_level", options.effort)

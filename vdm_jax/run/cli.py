@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import math
 import os
 import sys
 from pathlib import Path
@@ -154,7 +153,7 @@ def _log():
 
 
 def _parse(argv):
-    """Parses flags. Raises UserError for a broken recipe, a mistyped key, an empty value and a number without sense."""
+    """Parses flags. Raises UserError for a broken recipe, a mistyped key and an empty value."""
     # An empty value comes from an unset variable of a shell. Without a value a flag would have its default, silently.
     for name in (a[:-1] for a in argv[1:] if a.startswith("-") and a.endswith("=") and a.count("=") == 1):
         if name.lstrip("-") != "prompt" and not name.lstrip("-").startswith("config."):
@@ -173,9 +172,6 @@ def _parse(argv):
             hasattr(flags.FLAGS.config, "lock")  # the first access raises the error of a missing file
         except OSError:
             raise UserError(f"cannot read the recipe --config={flags.FLAGS['config'].config_filename}") from None
-    for name, value in flags.FLAGS.flag_values_dict().items():
-        if isinstance(value, float) and not math.isfinite(value) and not name.startswith("config."):
-            raise UserError(f"--{name}={value} must be a finite number")
     return rest
 
 

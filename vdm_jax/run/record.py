@@ -41,7 +41,9 @@ def read(folder):
                     raise ValueError(f"{key} was {in_force.get(key)!r} before it, not {old!r}")
                 in_force[key] = new
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"line {number} of {folder / NAME} is damaged ({error}): restore the file from a copy") from None
+            raise UserError(
+                f"line {number} of {folder / NAME} is damaged ({error}): restore the file from a copy"
+            ) from None
     try:
         return _nested(in_force)
     except (TypeError, AttributeError) as error:  # a key is a setting and a group of settings
