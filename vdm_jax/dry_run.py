@@ -106,7 +106,7 @@ def main(argv):
             try_suggestions(result, config, options, name, devices)
         results.append(result)
         if out:  # written after each slice, because a compilation may take long
-            out.write_text(json.dumps(results if len(slices) > 1 else result, indent=1) + "\n")
+            storage.replace(out, json.dumps(results if len(slices) > 1 else result, indent=1) + "\n")
     table.show(results)
     if not all(result["fits"] for result in results):
         raise SystemExit(3)
