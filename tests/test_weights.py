@@ -225,11 +225,12 @@ def test_the_reference_weights_have_their_losses(name):
 
 def test_the_begun_run_can_go_on():
     """The weights at the end of a phase are whole, and the next phase of their recipe begins with them."""
-    folder = epath.Path(__file__).parents[1] / "configs" / "world_words_phase_1"
+    folder = epath.Path(__file__).parents[1] / "configs" / "world_words_begun"
     assert checksums.check(folder) > 1e6
     begun = run_folder.load(folder, build)
     recipe = build(world_words.get_config())
-    first, *_ = phases(recipe, "denoiser")
-    assert begun.steps == {name: recipe.config[name].steps for name in STAGES[:3]} | {"denoiser": first.last_step}
-    begun_in = phases(begun.system, "denoiser")[0].system.config
-    assert begun_in.to_dict() == first.system.config.to_dict()
+    first, second, third = phases(recipe, "denoiser")
+    assert begun.steps == {name: recipe.config[name].steps for name in STAGES[:3]} | {"denoiser": second.last_step}
+    for trained, planned in zip(phases(begun.system, "denoiser"), (first, second)):
+        assert trained.system.config.to_dict() == planned.system.config.to_dict()
+    assert third.start == begun.steps["denoiser"]
