@@ -40,8 +40,8 @@ def get_config():
         "denoiser.batch_size": 48,
         "denoiser.diffusion.patterns": {"text": 0.8, "per_modality": 0.1, "per_frame": 0.05, "image": 0.05},
     }
-    # More clips whose sound is given, and more that go on, than world_tiny.py has: these were the weakest. Hard negatives,
-    # because after the second phase the denoiser preferred the right caption in 58 % of clips at log SNR -6.
+    # More clips whose sound is given, and more that go on, than world_tiny.py has: these were the weakest. Hard
+    # negatives: after the second phase the denoiser preferred the right caption in 58 % of clips at log SNR -6.
     whole = {
         "denoiser.cached_clips": 49152,
         "denoiser.hard_negatives.words": (*LOOKS, *captions.DIRECTION_WORDS),
