@@ -26,6 +26,7 @@ from absl import flags
 from tests import tiny
 from tests.bucket import environment
 from tests.helpers import weights
+from vdm_jax import system as system_package
 from vdm_jax import train_state
 from vdm_jax.run import checkpoint, cli
 from vdm_jax.run import folder as run_folder
@@ -48,6 +49,22 @@ def write_run(workdir, config, names=STAGES):
         statistics = {m: {"mean": [0.1] * n, "std": [0.8] * n} for m, n in channels.items()}
         run_folder.write_statistics(workdir / "denoiser" / "statistics.json", statistics, params)
     return workdir
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stages_made_once():
+    """Within a process the stages of equal configs are made once: it takes a second, and most tests have the same."""
+    original, made = system_package.make_stages, {}
+
+    def remembered(of):
+        key = of.config.to_json_best_effort()
+        if key not in made or made[key][0].config.to_json_best_effort() != key:  # a test may change its config later
+            made[key] = of, original(of)
+        return made[key][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(system_package, "make_stages", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -87,7 +87,7 @@ def make(folder, seed):
     run_folder.write_statistics(run / run_folder.STATISTICS, statistics, params)
     system = SimpleNamespace(config=config_of(seed))
     weights = run_folder.Weights(system, params | {"statistics": statistics}, dict.fromkeys(STAGES, 8))
-    run_folder.write_exported(epath.Path(folder / "out"), weights)
+    run_folder.write_exported(epath.Path(folder / "out"), weights, run)
 
 
 def read(folder, group, seed):

@@ -431,7 +431,7 @@ def command_line(draw, folder):
             names = STAGES if options.stage == "all" else (options.stage,)
             system = build(options.config)
             plan = {name: phases(system, name) for name in names}
-            train.check(options.config, sharding.make_mesh(options.config.mesh), plan)
+            train.check(sharding.make_mesh(options.config.mesh), plan)
     finally:
         sys.argv = typed
         for name in set(flags.FLAGS) - known:

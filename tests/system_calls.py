@@ -18,7 +18,7 @@ from etils import epath
 
 from tests import damage
 from tests.helpers import digest
-from vdm_jax.run import checkpoint, cli, storage
+from vdm_jax.run import checkpoint, cli, record, storage
 from vdm_jax.run import folder as run_folder
 from vdm_jax.system import latents
 
@@ -131,7 +131,8 @@ def start(run, n=0, full=False):
 
 def content(run):
     """Returns {file: content} of a run, with the state of its newest checkpoint in place of the checkpoints."""
-    names = sorted(path for path in run.rglob("*") if path.is_file() and "checkpoints" not in path.parts)
+    names = [path for path in sorted(run.rglob("*")) if path.is_file() and "checkpoints" not in path.parts]
+    names = [path for path in names if path.name != record.NAME]  # it tells how often the run was started
     left = [path for path in run.rglob("*") if "tmp" in path.name or path.name in (checkpoint.SUPERSEDED, "damaged")]
     assert not left, f"left behind: {left}"
     with checkpoint.manager(run / "clip" / "checkpoints") as checkpoints:

@@ -1,6 +1,5 @@
 """Traces hold the steps asked for and no others. Compilation times are remembered."""
 
-import json
 import logging
 
 import jax
@@ -9,7 +8,7 @@ import pytest
 
 from vdm_jax import train
 from vdm_jax.errors import UserError
-from vdm_jax.run import profiling
+from vdm_jax.run import profiling, storage
 
 
 def test_spans():
@@ -76,12 +75,12 @@ def test_the_seconds_of_the_last_compilation_are_told_before_the_next(seconds, s
     assert said() == ["compiled in 55 s"]
     with profiling.compiling("the training step"):
         assert said() == ["compiling the training step (took 55 s last time)"]
-    (last,) = json.loads(seconds.read_text()).values()
+    (last,) = storage.read_json(seconds, "").values()
     assert last == 30 and [p.name for p in seconds.parent.iterdir()] == [seconds.name]
     said()
     with profiling.compiling("the training step", key="1.2 M"):  # another program of that name
         assert said() == ["compiling the training step (first time here)"]
-    assert len(json.loads(seconds.read_text())) == 2
+    assert len(storage.read_json(seconds, "")) == 2
 
 
 def test_a_compilation_that_fails_is_not_remembered(seconds):

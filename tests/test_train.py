@@ -217,7 +217,7 @@ def test_a_spoiled_state_and_a_lost_folder_end_the_run(command, reading, monkeyp
 
     def lose(item):
         if next(read) == 8 and fault == "folder":
-            shutil.rmtree(workdir)
+            workdir.rename(tmp_path / "elsewhere")
         return item
 
     reading(lose)

@@ -79,11 +79,12 @@ def explain_disk_faults(workdir, stage):
     """Turns the OSError of a disk or a lost folder into a UserError that names the newest checkpoint of a stage."""
     try:
         yield
-    except OSError as error:
-        lost = error.errno == errno.ENOENT and str(workdir) in str(error.filename)
-        if error.errno not in DISK_FAULTS and not lost:
+    except (OSError, UserError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__  # storage.writing raises a UserError from it
+        lost = isinstance(cause, FileNotFoundError) and str(workdir) in str(cause.filename)
+        if getattr(cause, "errno", None) not in DISK_FAULTS and not lost:
             raise
-        fault = "it, or a part of it, was deleted, moved or replaced" if lost else error.strerror
+        fault = "it, or a part of it, was deleted, moved or replaced" if lost else cause.strerror
         newest = newest_step(workdir, stage)
         left = "there is no checkpoint" if newest is None else f"step {newest} is the newest checkpoint"
         raise UserError(f"{stage}: cannot write in {workdir}: {fault}; {left}") from None

@@ -70,7 +70,7 @@ def writing(path):
                 os.fsync(file.fileno())  # the content is on the disk before the name
         part.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def replace(path, text):
