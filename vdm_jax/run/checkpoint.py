@@ -3,7 +3,8 @@
 What is on disk at each moment, in the folder `<stage>/checkpoints/`:
 
 1. `save` copies the state and returns. A thread writes it to `<step>.orbax-checkpoint-tmp/`, which no reader looks at.
-2. When all arrays are written, `checksums.txt` is added. It lists every file with its size in bytes and its CRC-32.
+2. When all arrays are written, `step.txt` and `checksums.txt` are added. `checksums.txt` lists every file with its size
+   in bytes and its CRC-32.
 3. Orbax renames the folder to `<step>/`. A disk renames a folder in one go, so a folder with this name is complete.
    A bucket cannot rename. Orbax ends with the file `commit_success.txt` there, and a folder without it does not count.
 4. `finish` adds the checksums of the files that Orbax wrote last.
@@ -35,6 +36,7 @@ logger = logging.getLogger("vdm_jax")
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 SUPERSEDED = "superseded"  # subfolder for checkpoints that are being deleted
+STEP = "step.txt"  # file of a checkpoint with the number of its step, which the arrays hold, too
 
 
 def manager(directory, newest=2, best=1):
@@ -46,9 +48,10 @@ def manager(directory, newest=2, best=1):
     _delete_superseded(directory)
 
     def seal():
-        """Adds checksums to a save whose arrays are complete. Orbax calls this before it renames the folder."""
+        """Adds STEP and checksums to a save whose arrays are complete. Orbax calls it before it renames the folder."""
         for folder in directory.iterdir() if hosts.is_primary() else ():
             if folder.is_dir() and not ocp.utils.is_checkpoint_finalized(folder):
+                storage.replace(folder / STEP, folder.name.partition(".")[0])  # of `<step>.orbax-checkpoint-tmp`
                 checksums.write(folder)
 
     loss = operator.itemgetter("loss")
@@ -133,16 +136,16 @@ def check(folder):
     folder = storage.absolute(folder)
     count = checksums.check(folder)
     try:
-        step = _stored_step(folder)
+        step = (folder / STEP).read_text() if (folder / STEP).exists() else _stored_step(folder)
     except Exception as error:  # a file whose checksum was changed with it can raise anything in the libraries
         raise checksums.Damaged(f"{folder} cannot be restored: {_one_line(error)}") from error
-    if folder.name.isdigit() and folder.name != str(step):
+    if folder.name.isdigit() and folder.name != f"{step}":
         raise checksums.Damaged(f"{folder} is damaged: it holds step {step}")
     return count
 
 
 def _stored_step(folder):
-    """Returns the step that is stored in a checkpoint. The process that calls this waits for no other process."""
+    """Returns the step in the arrays of a checkpoint from before there was STEP. It waits for no other process."""
     this = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
