@@ -229,7 +229,7 @@ def test_the_begun_run_can_go_on():
     assert checksums.check(folder) > 1e6
     begun = run_folder.load(folder, build)
     recipe = build(world_words.get_config())
-    first, second, third = phases(recipe, "denoiser")
+    first, second, third, _ = phases(recipe, "denoiser")
     assert begun.steps == {name: recipe.config[name].steps for name in STAGES[:3]} | {"denoiser": second.last_step}
     for trained, planned in zip(phases(begun.system, "denoiser"), (first, second)):
         assert trained.system.config.to_dict() == planned.system.config.to_dict()
