@@ -125,7 +125,7 @@ def report(directory, done=0, **changed):
     watch.start()
     directory.mkdir(parents=True, exist_ok=True)
     settings = dict(
-        stage_steps=6, last_step=6, done=done, saved=lambda: None, stopwatch=watch, stop_after=3,
+        stage_steps=6, last_step=6, done=done, find_saved=lambda: None, stopwatch=watch, stop_after=3,
         heartbeat_every=1000.0, sample_ids=lambda number: f"those of {number}",
         wait_for_save=lambda: called.append("finish"),
     )  # fmt: skip
@@ -143,7 +143,7 @@ def read_lines(directory):
 def test_a_log_line_holds_the_means_since_the_line_before(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     complete = [None]
-    log, _ = report(tmp_path / "clip", saved=lambda: complete[-1])
+    log, _ = report(tmp_path / "clip", find_saved=lambda: complete[-1])
     for number in log.remaining_steps:
         log.add(step(number))
         if number % 2 == 0:
@@ -151,6 +151,7 @@ def test_a_log_line_holds_the_means_since_the_line_before(tmp_path, caplog):
         if number == 4:
             assert log.mean_loss() == 2.5
             assert np.isnan(log.mean_loss())
+            log.check_state(4, {"params": True, "ema": True})  # a save begins
             complete.append(3)  # what is on the disk counts
     log.close(6)
     lines = read_lines(tmp_path / "clip")
@@ -170,7 +171,7 @@ def test_a_run_that_continues_reports_the_steps_that_are_left(tmp_path):
 
 
 def test_skipped_steps_are_named_and_too_many_in_a_row_end_the_run(tmp_path, caplog):
-    log, called = report(tmp_path / "clip", saved=lambda: 1)
+    log, called = report(tmp_path / "clip", find_saved=lambda: 1)
     for skipped in (0, 1, 1):
         log.add(step(np.nan if skipped else 1, skipped))
     log.write(3)
@@ -216,7 +217,7 @@ class Unfinished:
 
 def test_the_heartbeat_is_written_at_its_pace_and_at_the_end_and_tells_what_is_finished(tmp_path):
     complete = [None]
-    log, _ = report(tmp_path / "clip", saved=lambda: complete[-1])
+    log, _ = report(tmp_path / "clip", find_saved=lambda: complete[-1])
     path = tmp_path / "heartbeat.json"
 
     def check(*values):
@@ -224,6 +225,7 @@ def test_the_heartbeat_is_written_at_its_pace_and_at_the_end_and_tells_what_is_f
         assert (beat["step"], beat["saved"], beat["steps"], beat["stage"]) == (*values, 6, "clip")
         assert abs(beat["time"] - time.time()) < 1000
 
+    log.check_state(2, {"params": True, "ema": True})  # a save begins
     log.add(step(1))
     log.add({"loss": Unfinished()})
     log.heartbeat(2)
@@ -236,6 +238,7 @@ def test_the_heartbeat_is_written_at_its_pace_and_at_the_end_and_tells_what_is_f
     log.heartbeat(3)
     check(3, 2)
     log.history, log.heartbeat_every = [], 1000.0
+    log.check_state(6, {"params": True, "ema": True})
     complete.append(6)
     log.close(6)
     check(6, 6)
@@ -268,7 +271,7 @@ def test_a_folder_that_is_gone_is_told_instead_of_written_anew(tmp_path, lost):
 
 @pytest.mark.parametrize("part, settings", [("params", "clip.learning_rate"), ("ema", "clip.ema")])
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, part, settings):
-    log, called = report(tmp_path / "clip", saved=lambda: 4)
+    log, called = report(tmp_path / "clip", find_saved=lambda: 4)
     state = {"params": {"a": jnp.ones(3), "b": jnp.ones((2, 2))}, "ema": {"a": jnp.ones(3)}, "opt": ()}
     log.check_state(6, train_state.finite(state))
     assert not called

@@ -160,7 +160,7 @@ def take_steps(run, name, phase, checkpoints):
         sample_ids=lambda number: batches.sample_ids(examples, **order, step=number - 1),
         stop_after=config.skip.stop_after,  # the run ends after this number of skipped steps in a row
         heartbeat_every=config.heartbeat_every,  # seconds between two writings of heartbeat.json, for other programs
-        saved=lambda: folder.newest_step(run.workdir, name),
+        find_saved=lambda: folder.newest_step(run.workdir, name),
         wait_for_save=lambda: checkpoint.finish(checkpoints),  # RunLog calls it before it raises an error
     )
     trace = profiling.tracer(run.trace_span, directory)

@@ -32,8 +32,6 @@ from vdm_jax.run import checksums, hosts, storage
 from vdm_jax.sharding import named_leaves
 
 logger = logging.getLogger("vdm_jax")
-# Orbax logs the traceback of a failed save, and raises the error, too: one line tells the user.
-logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 SUPERSEDED = "superseded"  # subfolder for checkpoints that are being deleted
 STEP = "step.txt"  # file of a checkpoint with the number of its step, which the arrays hold, too

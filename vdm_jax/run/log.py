@@ -48,7 +48,7 @@ class RunLog:
     sample_ids: Callable  # sample_ids(number) returns the names of the samples in the batch of a step
     stop_after: int  # number of skipped steps in a row that ends the run with an error
     heartbeat_every: float  # seconds
-    saved: Callable  # saved() returns the step of the newest checkpoint that is complete, or None
+    find_saved: Callable  # find_saved() looks on the disk for the newest complete checkpoint -> its step, or None
     wait_for_save: Callable  # wait_for_save() waits for the current save; called before that error
 
     def __post_init__(self):
@@ -59,6 +59,13 @@ class RunLog:
         self.losses = []  # (mean loss, number of steps) for each log boundary since the last save
         self.streak = []  # the Skipped in a row, up to the last logged step
         self.last_beat = float("-inf")
+        self.known = self.due = self.find_saved()  # newest complete checkpoint that is known, and the last save begun
+
+    def saved(self):
+        """Returns the step of the newest complete checkpoint, or None. It looks on the disk only during a save."""
+        if self.known != self.due:
+            self.known = self.find_saved()
+        return self.known
 
     def add(self, metrics):
         """Takes the metrics of the next step, on the device: {name: scalar}, with 'loss', 'grad_norm' and 'skipped'."""
@@ -114,7 +121,10 @@ class RunLog:
             self.streak = []
 
     def check_state(self, number, finite):
-        """Raises UserError when the state after step `number` is not finite. finite: see train_state.finite."""
+        """Call it before a save. Raises UserError when the state after step `number` is not finite.
+
+        finite: see train_state.finite
+        """
         bad = [part for part, good in jax.device_get(finite).items() if not good]
         if bad:
             self.wait_for_save()
@@ -122,6 +132,7 @@ class RunLog:
                 f"{self.stage}: step {number} is not saved, because numbers in {' and '.join(bad)} are not finite; the "
                 f"newest checkpoint is of step {self.saved()}; look at {self.stage}.{SUSPECTS[bad[0]]}"
             )
+        self.due = number
 
     @property
     def skipping(self):

@@ -96,9 +96,9 @@ def _changed(config, name, settings):
 
 
 def _check_shapes(shapes, recipe_shapes, last):
-    """Raises UserError where the parameters of a phase have other shapes than those of the recipe.
+    """Raises UserError where a phase changes the shape of a parameter.
 
-    Only embeddings of positions may differ, and not in the last phase, whose weights are the result.
+    Only an embedding of positions may have another shape, and not in the last phase, whose weights are the result.
     """
     recipe_shapes = named_leaves(recipe_shapes)
     for path, leaf in named_leaves(shapes).items():
