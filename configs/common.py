@@ -40,7 +40,10 @@ def get_config():
     data.source = "world"  # "world", "files" or "tfds"
     data.path = ""  # files: the folder of videos; tfds: the data_dir
     data.frames = 17  # video frames a clip: 1 + f_t * n, where f_t is the number of frames per latent frame
-    data.size = 32  # height and width, in pixels
+    data.size = (32, 32)  # height and width, in pixels
+    # Shapes of clips that the denoiser is trained on in turn, such as ("17x48x64", "33x96x160"): frames x height x
+    # width. Videos go to the most similar shape, see data/buckets.py. (): data.frames and data.size alone.
+    data.buckets = ()
     data.fps = 8  # frames a second
     data.sample_rate = 8000  # Hz
     data.text_length = 128  # byte tokens of a caption; a longer caption is cut

@@ -19,7 +19,7 @@ def get_config():
     config = common.get_config()
     config.unlock()
 
-    config.data.update(source="files", size=64, frames=17, fps=8, sample_rate=8000)
+    config.data.update(source="files", size=(64, 64), frames=17, fps=8, sample_rate=8000)
 
     vae = config.video_autoencoder
     vae.update(steps=2000, batch_size=4, learning_rate=2e-3, kl_weight=1e-4)

@@ -22,7 +22,9 @@ def get_config():
     config.compute_dtype = "bfloat16"
     config.checkpoint_every = 1000
     config.mesh.update(data=1, fsdp=-1)
-    config.data.update(source="tfds", frames=33, size=128, fps=16, sample_rate=16000, text_length=256, threads=16)
+    config.data.update(
+        source="tfds", frames=33, size=(128, 128), fps=16, sample_rate=16000, text_length=256, threads=16
+    )
 
     for stage in ("video_autoencoder", "audio_autoencoder", "clip", "denoiser"):
         config[stage].update(optimizer="adamw", remat="blocks")

@@ -20,7 +20,7 @@ def get_config():
     config = t2v_300m.get_config()
     config.unlock()
     config.mesh.update(data=-1, fsdp=16)
-    config.data.update(frames=65, size=256)
+    config.data.update(frames=65, size=(256, 256))
 
     vae = config.video_autoencoder
     vae.update(steps=200_000, batch_size=256)

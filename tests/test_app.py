@@ -23,7 +23,7 @@ from vdm_jax.data import media
 from vdm_jax.errors import UserError
 
 CONFIG = tiny.get_config()
-RATES = dict(fps=8, size=16, sample_rate=2000)  # of CONFIG; a clip in training has 5 frames, 0.625 s
+RATES = dict(fps=8, size=(16, 24), sample_rate=2000)  # of CONFIG; a clip in training has 5 frames, 0.625 s
 FORM = dict.fromkeys(app.FIELDS) | dict(task="text", prompt="a red circle", seconds=0.625, seed=3, steps=4, guidance=4)
 
 
@@ -136,7 +136,7 @@ def test_a_long_clip_is_watched(pipe, monkeypatch):
 
 
 def test_a_clip_that_is_too_long(pipe, tmp_path, monkeypatch):
-    video = np.zeros((20, 16, 16, 3), np.uint8)
+    video = np.zeros((20, 16, 24, 3), np.uint8)
     media.write_mp4(tmp_path / "long.mp4", video, None, 8, 2000)
     monkeypatch.setattr(app, "MAX_SECONDS", 2)
     for form in [
@@ -224,7 +224,7 @@ def test_the_page_in_a_browser(site, browser, tiny_run, tmp_path, command):
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(video.get_attribute("src")) as answer:
         (tmp_path / "page.mp4").write_bytes(answer.read())
     pixels, sound = media.read_video(tmp_path / "page.mp4", **RATES)
-    assert pixels.shape == (5, 16, 16, 3) and np.abs(sound).max() > 0.01
+    assert pixels.shape == (5, 16, 24, 3) and np.abs(sound).max() > 0.01
 
     clip = vdm_jax.load(tiny_run)("a red circle moving right", seed=0)
     clip.save(tmp_path / "api.mp4")

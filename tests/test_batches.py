@@ -52,9 +52,9 @@ def test_a_batch_follows_from_seed_and_step():
 def test_the_samples_of_a_step_can_be_named():
     whole = numbers(12)
     for step in (0, 5, 11):
-        ids = batches.sample_ids(Numbers(10), batch_size=4, seed=0, step=step)
+        ids = batches.sample_ids([Numbers(10)], [1], batch_size=4, seed=0, step=step)
         np.testing.assert_array_equal(ids, whole[step])
-    assert batches.sample_ids(Numbers(10), batch_size=4, seed=1, step=0) != list(whole[0])
+    assert batches.sample_ids([Numbers(10)], [1], batch_size=4, seed=1, step=0) != list(whole[0])
 
 
 def test_every_epoch_holds_every_item_once_in_another_order():
@@ -80,7 +80,7 @@ def test_batches_of_the_world():
 
     first, second = itertools.islice(from_step(0), 2)
     assert {k: (x.shape, x.dtype) for k, x in first.items()} == {
-        "video": ((3, 5, 16, 16, 3), np.uint8),
+        "video": ((3, 5, 16, 24, 3), np.uint8),
         "audio": ((3, 1250), np.float32),
         "tokens": ((3, 96), np.int32),
     }

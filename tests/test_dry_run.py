@@ -46,7 +46,7 @@ def plan(tmp_path, *options, config=CONFIG):
 def test_the_train_step_asks_for_no_permutes(tmp_path):
     # The frames are 96 pixels wide. Model FLOPs count the windows of a convolution over padding, and no chip executes
     # them; with smaller frames they are a large share.
-    options = ("--topology=v5e:2x2", *FSDP, "--config.compute_dtype=bfloat16", "--config.data.size=96")
+    options = ("--topology=v5e:2x2", *FSDP, "--config.compute_dtype=bfloat16", "--config.data.size=96,96")
     code, printed, made = plan(tmp_path, *options, config=f"{CONFIG}:hard_negatives")
     assert code == 0 and made["fits"] and made["chips"] == 4
     assert set(made) >= KEYS and all(key in printed for key in KEYS - {"topology"})

@@ -53,8 +53,8 @@ def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     assert "text ranks its own video first" in done.out and "100 %" in done.out
     page = (out / "report.html").read_text()
     assert page.count("data:video/mp4") == 5 and page.count("data:image/png") == 3
-    video, audio = media.read_video(out / "sample_002.mp4", fps=8, size=16, sample_rate=2000)
-    assert video.shape == (5, 16, 16, 3) and np.abs(audio).max() > 0.01
+    video, audio = media.read_video(out / "sample_002.mp4", fps=8, size=(16, 24), sample_rate=2000)
+    assert video.shape == (5, 16, 24, 3) and np.abs(audio).max() > 0.01
 
 
 def test_the_autoencoders_alone(tmp_path, command):
@@ -72,7 +72,7 @@ def test_the_autoencoders_alone(tmp_path, command):
 def test_a_folder_of_videos_has_no_state_but_all_else(tmp_path, command, config):
     films = tmp_path / "films"
     films.mkdir()
-    source = World(seed=5, frames=30, size=16, sample_rate=2000, **config.data.world)
+    source = World(seed=5, frames=30, size=(16, 24), sample_rate=2000, **config.data.world)
     for i in range(3):
         item = source[i]
         media.write_mp4(films / f"{i}.mp4", item["video"], item["audio"], fps=8, sample_rate=2000)

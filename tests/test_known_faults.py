@@ -275,5 +275,5 @@ def test_training_sees_each_video_once_an_epoch(tmp_path):
             shutil.copy(tmp_path / "0.mp4", tmp_path / f"{number}.mp4")
         (tmp_path / f"{number}.txt").write_text(str(number))
     source = Files(tmp_path, **CLIP)
-    ids = [i for step in range(3) for i in batches.sample_ids(source, batch_size=4, seed=0, step=step)]
+    ids = [i for step in range(3) for i in batches.sample_ids([source], [1], batch_size=4, seed=0, step=step)]
     assert {source[i]["caption"] for i in ids} == {str(number) for number in range(12)}

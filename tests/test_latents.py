@@ -125,7 +125,7 @@ def test_the_cache_is_made_again_where_weights_data_or_settings_are_others(confi
     for number in range(2):
         small_video(clips / f"{number}.mp4", 40 * number)
         (clips / f"{number}.txt").write_text("a caption full of mistakes")
-    config.data.update(source="files", path=str(clips), size=16)
+    config.data.update(source="files", path=str(clips), size=(16, 16))
     params = {"weights": np.zeros(3)}
 
     def current():
@@ -227,7 +227,7 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
     def prepare():
         encoded.clear()
         system = build(config)
-        params, items = latents.prepare(system, epath.Path(workdir), examples(system), mesh)
+        params, (items,) = latents.prepare([system], epath.Path(workdir), [examples(system)], mesh)
         return params, items, len(encoded)
 
     params, items, times = prepare()

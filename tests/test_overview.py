@@ -15,7 +15,7 @@ CONFIG = "--config=tests/tiny.py"
 def test_sizes_and_parameters_are_shown(command):
     done = command(overview, CONFIG)
     assert done.code == 0, done.err
-    assert "clip     5 frames of 16x16, 1250 samples of sound" in done.out
+    assert "clip     5 frames of 16x24, 1250 samples of sound" in done.out
     system = build(tiny.get_config())
     for name, shape in system.layout.latent_shapes.items():
         assert f"latents  {name} {shape}, 4 latent frames a second" in done.out

@@ -26,25 +26,27 @@ def with_phases(*parts, steps=10):
 
 
 def test_shares_become_steps_and_settings():
-    system = with_phases({"share": 0.25, "data.size": 8}, {"share": 0.75, "denoiser.diffusion.patterns": {"text": 1.0}})
+    system = with_phases(
+        {"share": 0.25, "data.size": (8, 8)}, {"share": 0.75, "denoiser.diffusion.patterns": {"text": 1.0}}
+    )
     first, second = phases(system, "denoiser")
     assert first[:4] == (1, "denoiser, phase 1 of 2", 0, 2)
     assert second[:4] == (2, "denoiser, phase 2 of 2", 2, 10)
     assert [phase.system.config.denoiser.steps for phase in (first, second)] == [2, 8]
-    assert (first.system.config.data.size, second.system.config.data.size) == (8, 16)
+    assert (first.system.config.data.size, second.system.config.data.size) == ((8, 8), (16, 24))
     assert second.system.config.denoiser.diffusion.patterns.to_dict() == {"text": 1.0}
     assert system.config.denoiser.diffusion.patterns.text == 0.6  # the recipe itself is as it was
 
 
 def test_a_stage_without_phases_is_one_phase():
     system = build(tiny.get_config())
-    assert phases(system, "clip") == [(1, "clip", 0, 8, system)]
+    assert phases(system, "clip") == [(1, "clip", 0, 8, system, [system])]
 
 
 def test_only_positions_may_have_another_shape_and_not_in_the_last_phase():
     config = tiny.get_config()
     config.denoiser.model.update(attention=(False, True))
-    small, large = {"share": 0.5, "data.size": 8}, {"share": 0.5}
+    small, large = {"share": 0.5, "data.size": (8, 8)}, {"share": 0.5}
     config.denoiser.phases = (small, large)
     assert len(phases(build(config), "denoiser")) == 2
     config.denoiser.phases = (large, small)

@@ -34,9 +34,9 @@ def pipe(tiny_run):
 @pytest.fixture(scope="module")
 def clip(pipe):
     """A clip as long as those of training: moving bars and a chirp."""
-    layout, side = pipe.system.layout, pipe.config.data.size
-    ramp = np.arange(layout.frames)[:, None, None, None] * 9 + np.arange(side)[:, None] * np.array([5, 11, 17])
-    video = np.broadcast_to(ramp, (layout.frames, side, side, 3)).astype(np.uint8)
+    layout, size = pipe.system.layout, pipe.config.data.size
+    ramp = np.arange(layout.frames)[:, None, None, None] * 9 + np.arange(size[1])[:, None] * np.array([5, 11, 17])
+    video = np.broadcast_to(ramp, (layout.frames, *size, 3)).astype(np.uint8)
     time = np.arange(layout.samples) / pipe.config.data.sample_rate
     return {"video": video, "audio": np.sin(300 * time * (1 + time)).astype(np.float32)}
 
@@ -69,7 +69,7 @@ def test_a_second_prompt_of_the_same_shape_does_not_recompile(pipe):
     assert pipe.traces() == traces
     data = pipe.config.data
     for video, audio in (first, second, third):
-        assert video.shape == (1, data.frames, data.size, data.size, 3) and video.dtype == np.uint8
+        assert video.shape == (1, data.frames, *data.size, 3) and video.dtype == np.uint8
         assert audio.shape == (1, data.frames * data.sample_rate // data.fps) and audio.dtype == np.float32
         assert np.abs(audio).max() <= 1
     assert differ(first[0], second[0]) and differ(first[1], second[1])
@@ -116,7 +116,7 @@ def test_noisy_context_and_history_guidance_draw_their_own_noise(pipe, monkeypat
 
     monkeypatch.setattr(sampling, "add_noise", add_noise)
     monkeypatch.setattr(sampling.samplers, "history_guidance", history_guidance)
-    picture = tasks.image(np.zeros((16, 16, 3), np.uint8), pipe.system.layout)
+    picture = tasks.image(np.zeros((16, 24, 3), np.uint8), pipe.system.layout)
     arrays, static = pipe.sampler.arguments(pipe.params, context=picture, guidance={"history": 2.0}, steps=1)
     more = dict(key=jax.random.key(0), numbers=np.arange(1), tokens=np.zeros((1, 96), np.int32))
     jax.eval_shape(functools.partial(sampling.sample, pipe.system, **static), pipe.params, **more, **arrays)
@@ -279,13 +279,13 @@ def test_wrong_options_are_named(pipe, options, words):
 def test_a_prompt_gives_a_clip_and_a_list_gives_a_list(pipe, tmp_path):
     made = pipe("a red circle", steps=2)
     assert isinstance(made, vdm_jax.Clip) and made.prompt == "a red circle"
-    assert made.video.shape == (5, 16, 16, 3) and made.audio.shape == (1250,)
+    assert made.video.shape == (5, 16, 24, 3) and made.audio.shape == (1250,)
     assert (made.fps, made.sample_rate, made.seconds) == (8, 2000, 0.625)
     several = pipe(["a red circle", "a blue square"], steps=2)
     assert [clip.prompt for clip in several] == ["a red circle", "a blue square"]
     assert_same("video", several[0].video, made.video)
     made.save(tmp_path / "clip.mp4")
-    assert len(media.read_video(tmp_path / "clip.mp4", fps=8, size=16, sample_rate=2000)[0]) == 5
+    assert len(media.read_video(tmp_path / "clip.mp4", fps=8, size=(16, 24), sample_rate=2000)[0]) == 5
     longer = pipe.extend(made, "it goes on", seconds=1.125, steps=2)
     assert len(longer.video) == 5 + 9 and len(longer.audio) == 14 * 250
     np.testing.assert_array_equal(longer.video[:5], made.video)
@@ -305,7 +305,7 @@ def test_context_is_read_at_the_size_and_rates_of_the_system(pipe, tmp_path):
     video[:, :, 8:24, 0] = 200  # the left half of what the center crop keeps
     media.write_mp4(path, video, np.sin(np.arange(9 * 500) / 3), fps=8, sample_rate=4000)
     context = pipe.context(5, video=path)
-    assert context.video.shape == (1, 5, 16, 16, 3) and context.video.dtype == np.uint8
+    assert context.video.shape == (1, 5, 16, 24, 3) and context.video.dtype == np.uint8
     assert context.masks["video"].all() and not context.masks["audio"].any() and context.audio is None
     assert context.video[0, :, :, :7, 0].min() > 150 and context.video[0, :, :, 9:, 0].max() < 50
     context = pipe.context(5, audio=path)
@@ -317,7 +317,7 @@ def test_context_is_read_at_the_size_and_rates_of_the_system(pipe, tmp_path):
     assert context.masks["video"].tolist() == [True, False, True]
     assert pipe.context(5).video is None
     clip = vdm_jax.Clip(video[:, :16, :16], np.zeros(9 * 250, np.float32), 8, 2000)
-    assert pipe.context(5, video=clip).video.shape == (1, 5, 16, 16, 3)
+    assert pipe.context(5, video=clip).video.shape == (1, 5, 16, 24, 3)
     with pytest.raises(UserError, match="the clip has 8 fps and 4000 Hz, the system 8 fps and 2000 Hz"):
         pipe.context(5, video=vdm_jax.Clip(video, np.zeros(4500, np.float32), 8, 4000))
 

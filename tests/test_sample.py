@@ -49,8 +49,8 @@ def test_a_file_of_prompts_becomes_a_folder(tiny_run, tmp_path, command):
     done = command(sample, f"--workdir={tiny_run}", f"--prompts={prompts}", f"--out={tmp_path / 'clips'}", "--steps=2")
     assert done.code == 0
     assert sorted(p.name for p in (tmp_path / "clips").iterdir()) == ["000.mp4", "001.mp4", "contact_sheet.png"]
-    first, second = (media.read_video(tmp_path / "clips" / f"00{i}.mp4", size=16, **RATE)[0] for i in (0, 1))
-    assert first.shape == (5, 16, 16, 3) and np.abs(first.astype(int) - second).mean() > 1
+    first, second = (media.read_video(tmp_path / "clips" / f"00{i}.mp4", size=(16, 24), **RATE)[0] for i in (0, 1))
+    assert first.shape == (5, 16, 24, 3) and np.abs(first.astype(int) - second).mean() > 1
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +113,14 @@ def test_wrong_input_is_one_clear_line(command, files, options, told):
 
 
 def test_a_clip_is_continued_and_two_are_joined(tiny_run, tmp_path, command):
-    ramp = np.arange(9)[:, None, None, None] * 20 + np.zeros((9, 16, 16, 3))
+    ramp = np.arange(9)[:, None, None, None] * 20 + np.zeros((9, 16, 24, 3))
     media.write_mp4(tmp_path / "a.mp4", ramp.astype(np.uint8), np.sin(np.arange(9 * 250) / 3), **RATE)
     common = [f"--workdir={tiny_run}", "--prompt=a red circle", "--steps=2", f"--out={tmp_path / 'out.mp4'}"]
     done = command(sample, *common, f"--continue={tmp_path / 'a.mp4'}", "--seconds=1.125")
     assert done.code == 0
-    before = media.read_video(tmp_path / "a.mp4", size=16, **RATE)[0]
-    after, sound = media.read_video(tmp_path / "out.mp4", size=16, **RATE)
+    before = media.read_video(tmp_path / "a.mp4", size=(16, 24), **RATE)[0]
+    after, sound = media.read_video(tmp_path / "out.mp4", size=(16, 24), **RATE)
     assert len(after) == 9 + 9 and np.abs(sound[: 9 * 250]).max() > 0.8
     assert np.abs(after[:9].astype(int) - before).mean() < 6  # H.264 twice
     done = command(sample, *common, f"--between={tmp_path / 'a.mp4'},{tmp_path / 'a.mp4'}")
-    assert done.code == 0 and len(media.read_video(tmp_path / "out.mp4", size=16, **RATE)[0]) == 5
+    assert done.code == 0 and len(media.read_video(tmp_path / "out.mp4", size=(16, 24), **RATE)[0]) == 5

@@ -216,7 +216,7 @@ def batches(system, rng):
     words = {k: x.astype(np.float32) for k, x in words.items()} | {"mask": text.mask(tokens)}
     wrong = words | {"states": words["states"][::-1]}
     negatives = {"hard_negative": wrong} if system.stages["denoiser"].make_hard_negative else {}
-    video = rng.integers(0, 256, (8, 5, 16, 16, 3), np.uint8)
+    video = rng.integers(0, 256, (8, 5, 16, 24, 3), np.uint8)
     audio = rng.uniform(-1, 1, (8, system.layout.samples)).astype(np.float32)
     return {
         "video_autoencoder": {"video": video},

@@ -1,5 +1,6 @@
 """Sizes, losses and latents of the four stages."""
 
+import ast
 import re
 
 import jax
@@ -55,7 +56,7 @@ def params(system):
 
 def clips(batch=4, seed=0):
     rng = np.random.default_rng(seed)
-    video = rng.integers(0, 256, (batch, 5, 16, 16, 3), np.uint8)
+    video = rng.integers(0, 256, (batch, 5, 16, 24, 3), np.uint8)
     audio = rng.uniform(-1, 1, (batch, 1250)).astype(np.float32)
     tokens = text.encode([f"clip {i}" for i in range(batch)], 96)
     return {"video": video, "audio": audio, "tokens": tokens, "hard_negative": tokens[::-1]}
@@ -66,9 +67,9 @@ def clips(batch=4, seed=0):
 
 def test_layout(config):
     sizes = layout(config)
-    assert sizes == Layout(5, 1250, 250, 2, 3, 4.0, (4, 4, 4), (4, 4))
+    assert sizes == Layout(5, 1250, 250, 2, 3, 4.0, (4, 6, 4), (4, 4))
     assert sizes.with_frames(13) == sizes._replace(frames=13, samples=3250, latent_frames=7)
-    assert sizes.latent_shapes == {"video": (3, 4, 4, 4), "audio": (12, 4)}
+    assert sizes.latent_shapes == {"video": (3, 4, 6, 4), "audio": (12, 4)}
 
 
 @pytest.mark.parametrize("choice", choices.CHOICES)
@@ -104,13 +105,13 @@ def test_every_recipe_fits_together(recipe):
 WRONG = {  # changes -> the message holds these words, and what it names works
     "frames": ({"data.frames": 6}, "use 5 or 7"),
     "no frames": ({"data.frames": 0}, "data.frames=0 must be a whole number of at least 1"),
-    "size": ({"data.size": 18}, "use 16"),
-    "small size": ({"data.size": 3}, "use 4"),
-    "no size": ({"data.size": 0}, "data.size=0"),
+    "size": ({"data.size": (18, 19)}, "use (16, 16)"),
+    "small size": ({"data.size": (3, 3)}, "use (4, 4)"),
+    "no size": ({"data.size": (0, 16)}, "data.size=(0, 16) must be 2 values, each a whole number of at least 1"),
     "fps": ({"data.fps": 0}, "data.fps=0"),
     "sample rate": ({"data.sample_rate": 2001}, "not a multiple of data.fps=8"),
     "sound tokens": ({"audio_autoencoder.model.patch": 30}, "500 samples is no multiple of the 150 samples"),
-    "odd latents": ({"data.size": 20}, "5x5 places"),
+    "odd latents": ({"data.size": (16, 20)}, "4x5 places"),
     "odd tokens": (
         {"audio_autoencoder.model.patch": 100, "denoiser.model.time_strides": (1,)},
         "1 sound tokens per latent frame",
@@ -119,7 +120,7 @@ WRONG = {  # changes -> the message holds these words, and what it names works
     "stft windows": ({"audio_autoencoder.stft_windows": (64, 2048)}, "stft_windows"),
     "patch": (
         {"denoiser.model.patch": 3},
-        "4x4 places, but denoiser.model.patch=3 with 2 resolutions needs a multiple of 6",
+        "4x6 places, but denoiser.model.patch=3 with 2 resolutions needs a multiple of 6",
     ),
     "sound channels": (
         {"denoiser.model.audio_channels": (8,)},
@@ -140,9 +141,9 @@ def test_sizes_that_do_not_fit_are_told(config, changes, words):
     assert words in str(error.value) and "\n" not in str(error.value)
     if words.startswith("use"):
         (key,) = changes
-        for number in re.findall(r"\d+", words):
-            config.update_from_flattened_dict({key: int(number)})
-            if (key, number) == ("data.size", "4"):  # one latent pixel, which no denoiser of two resolutions halves
+        for fix in re.findall(r"\(.*\)|\d+", words):
+            config.update_from_flattened_dict({key: ast.literal_eval(fix)})
+            if (key, fix) == ("data.size", "(4, 4)"):  # one latent pixel, which no denoiser of two resolutions halves
                 config.denoiser.model.update(
                     channels=(16,), blocks=(1,), attention=(False,), cross_modal=(False,), time_strides=()
                 )
@@ -212,7 +213,7 @@ def test_latents_of_both_keep_to_one_time_axis(system, params):
     assert tokens.tolist() == [False] * 10 + [True] * 2
 
     out = jax.eval_shape(lambda z: system.decode(params, z), z)
-    assert [(x.shape, x.dtype) for x in out] == [((4, 5, 16, 16, 3), np.uint8), ((4, 1250), np.float32)]
+    assert [(x.shape, x.dtype) for x in out] == [((4, 5, 16, 24, 3), np.uint8), ((4, 1250), np.float32)]
     raw = jax.jit(lambda v, a: system.encode({k: params[k] for k in STAGES}, v, a))(video, audio)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.8 * b + 0.1, rtol=1e-4, atol=1e-4), raw, z)
 

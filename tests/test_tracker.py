@@ -309,7 +309,7 @@ def test_sound_out_of_time_is_out_of_sync(clips):
 
 def test_larger_frames_and_other_rates():
     for size, fps, rate in ((64, 8, 16000), (100, 12, 24000), (128, 16, 44100)):
-        source = World(seed=7004, size=size, fps=fps, sample_rate=rate, frames=25, **PLAIN)
+        source = World(seed=7004, size=(size, size), fps=fps, sample_rate=rate, frames=25, **PLAIN)
         rows = []
         for i in range(4):
             item = source[i]

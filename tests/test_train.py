@@ -178,7 +178,7 @@ def test_a_signal_ends_a_run_and_the_next_goes_on_from_there(command, reading, w
 
 def test_bad_steps_are_skipped_counted_and_named(command, reading, tmp_path):
     stage, config, workdir = "audio_autoencoder", tiny.get_config(), tmp_path / "run"
-    ids = batches.sample_ids(batches.source(config), batch_size=4, seed=config.seed, step=4)
+    ids = batches.sample_ids([batches.source(config)], [1], batch_size=4, seed=config.seed, step=4)
     bad = batches.source(config)[ids[1]]["video"]
 
     def spoil(item):
@@ -267,7 +267,10 @@ WRONG = {  # options -> what the line says
         "clip.batch_size=0 must be a whole number of at least 1",
     ),
     "too many devices": ((CONFIG, "--workdir=DIR", "--config.mesh.fsdp=64"), "does not fill"),
-    "sizes": ((CONFIG, "--workdir=DIR", "--config.data.size=18"), "data.size=18 is not a multiple of 4: use 16"),
+    "sizes": (
+        (CONFIG, "--workdir=DIR", "--config.data.size=18,16"),
+        "data.size=(18, 16) is not a multiple of 4: use (16, 16)",
+    ),
     "too many layers": ((CONFIG, "--workdir=DIR", "--config.clip.model.text.layers=9999"), "from 0 to 1000"),
     "no stride": ((CONFIG, "--workdir=DIR", "--config.video_autoencoder.model.time_strides=(0,)"), "from 1 to 1000000"),
     "no such data": ((CONFIG, "--workdir=DIR", "--config.data.source=wrld"), "must be world, files or tfds"),

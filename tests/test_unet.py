@@ -28,6 +28,7 @@ SETTINGS = dict(
     text_layers=1,
     groups=2,
     latent_fps=2.0,
+    places=(4, 4),
 )
 LENGTH = 12  # byte tokens
 
@@ -294,7 +295,7 @@ def test_space_time_attention_depends_on_positions_and_times():
     rng = np.random.default_rng(0)
     x = np.repeat(rng.normal(size=(1, 3, 1, 1, 16)), 4, 2).astype(np.float32)  # four equal places
     _, _, cond = inputs()
-    module = SpaceTimeAttention(head_dim=8)
+    module = SpaceTimeAttention(head_dim=8, places=(4, 1))
     times = np.repeat([0.0, 0.5, 1.0], 4)
     params = init_weights(module, x, times, cond)
     run = jax.jit(functools.partial(module.apply, {"params": params}))

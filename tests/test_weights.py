@@ -145,8 +145,8 @@ def test_an_import_tells_what_its_config_changes(capsys):
         return capsys.readouterr().out
 
     assert check({}) == check({"log_every": 7}) == ""
-    told = check({"data.size": 32, "seed": 1})
-    assert told == "data.size: 16 for the weights, 32 in the new run\nseed: 0 for the weights, 1 in the new run\n"
+    told = check({"data.frames": 9, "seed": 1})
+    assert told == "data.frames: 5 for the weights, 9 in the new run\nseed: 0 for the weights, 1 in the new run\n"
     target = {"denoiser.diffusion.target": "x0"}
     with pytest.raises(UserError, match="trained with denoiser.diffusion.target='v'.*--restart=denoiser"):
         check(target)

@@ -21,7 +21,7 @@ def test_layout_of_an_item():
     count = len(item["state"]["radius"])
     assert item["state"]["position"].shape == item["state"]["velocity"].shape == (17, count, 2)
     assert item["state"]["visible"].shape == (17, count)
-    other = World(size=64, fps=16, frames=9, sample_rate=16000)[0]
+    other = World(size=(64, 64), fps=16, frames=9, sample_rate=16000)[0]
     assert other["video"].shape == (9, 64, 64, 3) and other["audio"].shape == (9000,)
 
 
@@ -62,7 +62,7 @@ def test_free_flight_is_the_parabola():
 
 def test_energy_is_kept_momentum_is_exchanged_and_nothing_overlaps():
     for features in (PLAIN, {**PLAIN, "gravity": 1}):
-        source = World(seed=4, frames=600, fps=60, size=8, objects=(0, 0.5, 0.5), **features)
+        source = World(seed=4, frames=600, fps=60, size=(8, 8), objects=(0, 0.5, 0.5), **features)
         met = 0
         for i in range(12):
             state = source[i]["state"]
@@ -150,7 +150,7 @@ def test_coverage_is_area(shape):
 def test_renders_of_all_sizes_show_the_same():
     small = World(seed=12)[5]
     for size in (64, 128, 256):
-        big = World(seed=12, size=size)[5]
+        big = World(seed=12, size=(size, size))[5]
         k = size // 32
         mean = big["video"].reshape(17, 32, k, 32, k, 3).mean((2, 4))
         assert np.abs(mean - small["video"]).mean() < 1.5 and big["video"].shape[1] == size

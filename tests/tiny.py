@@ -18,7 +18,7 @@ def get_config(more=None):
     config.update(checkpoint_every=4, log_every=1, preview_every=1000)
 
     data = config.data
-    data.update(frames=5, size=16, sample_rate=2000, text_length=96)  # 250 samples a frame; f_t = 2, so T = 3
+    data.update(frames=5, size=(16, 24), sample_rate=2000, text_length=96)  # 250 samples a frame; f_t = 2, so T = 3
     data.world = dict(objects=(1.0,), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0)
 
     tiny = dict(optimizer="adamw", steps=8, batch_size=4, warmup_steps=2)  # adamw compiles faster

@@ -19,10 +19,10 @@ def main(argv):
     config = cli.recipe(argv)
     system = build(config)
     mesh = sharding.mesh_shape(config.mesh, options.chips) if options.chips else None
-    layout, side = system.layout, config.data.size
+    layout, (height, width) = system.layout, config.data.size
     if mesh:
         print(f"mesh     {', '.join(f'{axis}={n}' for axis, n in mesh.items())}")
-    print(f"clip     {layout.frames} frames of {side}x{side}, {layout.samples} samples of sound")
+    print(f"clip     {layout.frames} frames of {height}x{width}, {layout.samples} samples of sound")
     for name, shape in layout.latent_shapes.items():
         print(f"latents  {name} {shape}, {layout.latent_fps:g} latent frames a second")
     for name in STAGES if options.stage == "all" else (options.stage,):

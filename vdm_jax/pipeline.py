@@ -85,6 +85,7 @@ class Pipeline:
         self.mesh = mesh or sharding.make_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1))
         self.params = jax.device_put(params, sharding.state_shardings(params, self.mesh))
         self.sampler = Sampler(system)
+        self.sized = {}  # {(height, width): Pipeline}, see `for_size`
 
     @property
     def config(self):
@@ -104,12 +105,28 @@ class Pipeline:
             logger.info("the %s makes the clips, because of the number of steps", "student" if student else "teacher")
         return self.student if student else self
 
-    def __call__(self, prompt, *, seed=0, seconds=None, image=None, video=None, audio=None, between=None, **options):
+    def for_size(self, size):
+        """The Pipeline that makes clips of a size (height, width), in pixels. Its parameters are those of this one.
+
+        size: None: as in training.
+        Raises UserError where the models do not take this size.
+        """
+        if size is None or tuple(size) == tuple(self.config.data.size):
+            return self
+        if size not in self.sized:
+            system = self.system.with_shape(self.config.data.frames, size)
+            self.sized[size] = Pipeline(system, self.params, self.mesh)
+        return self.sized[size]
+
+    def __call__(
+        self, prompt, *, seed=0, seconds=None, size=None, image=None, video=None, audio=None, between=None, **options
+    ):
         """A Clip of a prompt, or a list of Clips of a list of prompts.
 
         Main arguments:
         prompt: a text, or a list of texts.
         seed: seed of the noise. The same seed and prompt give the same clip.
+        size: (height, width) in pixels; None: as in training.
         seconds: length; None: as in training. A longer clip is made window by window.
         image: the first frame; a file, or uint8 [h, w, 3].
         video: a silent clip that gets a sound; a file, a Clip, or uint8 [F, h, w, 3] at the system's frame rate.
@@ -125,6 +142,7 @@ class Pipeline:
         """
 
         def prepare(maker, prompts):
+            maker = maker.for_size(size)
             given = dict(image=image, video=video, audio=audio, between=between)
             frames = maker.config.data.frames if seconds is None else maker.frames_of(seconds)
             context = maker.context(frames, **given, context_frames=options.get("context_frames"))
@@ -237,8 +255,9 @@ class Pipeline:
         if given and image is None and frames > data.frames:
             raise UserError(f"{', '.join(given)} is for clips of up to {data.frames / data.fps:g} s: lower seconds")
         if image is not None:
-            image = media.fit(image, data.size) if isinstance(image, np.ndarray) else media.read_image(image, data.size)
-            return tasks.image(image, layout)
+            image = image if isinstance(image, np.ndarray) else media.read_image(image)
+            self._tell_fit("the image", image.shape[:2])
+            return tasks.image(media.fit(image, data.size), layout)
         if video is not None:
             return tasks.foley(self._read(video, frames)[0], layout)
         if between is not None:
@@ -297,6 +316,7 @@ class Pipeline:
             clip = Clip(clip, np.zeros(len(clip) * per_frame, np.float32), data.fps, data.sample_rate)
         if not isinstance(clip, Clip):
             shape = dict(fps=data.fps, size=data.size, sample_rate=data.sample_rate)
+            self._tell_fit(clip, media.probe(clip)["size"])
             video, audio = media.read_video(clip, **shape, frames=frames)
             return video, audio[: len(video) * per_frame]
         if (clip.fps, clip.sample_rate) != (data.fps, data.sample_rate):
@@ -306,8 +326,16 @@ class Pipeline:
             )
         if not len(clip.video) or len(clip.audio) < len(clip.video) * per_frame:
             raise UserError(f"the clip has {len(clip.video)} frames and {len(clip.audio)} samples of sound: too few")
+        self._tell_fit("the clip", clip.video.shape[1:3])
         video = np.stack([media.fit(frame, data.size) for frame in clip.video[:frames]])
         return video, clip.audio[: len(video) * per_frame]
+
+    def _tell_fit(self, name, size):
+        """Tells that a picture of a size (height, width) is scaled to that of the clips, and cropped if it must be."""
+        height, width = self.config.data.size
+        if tuple(size) != (height, width):
+            cropped = "scaled and cropped" if size[0] * width != size[1] * height else "scaled"
+            logger.info("%s of %dx%d pixels is %s to %dx%d", name, *size, cropped, height, width)
 
 
 def crossfade(audio, following, overlap, fade):

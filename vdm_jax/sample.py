@@ -25,7 +25,7 @@ import logging
 from absl import flags
 
 from vdm_jax import samplers
-from vdm_jax.data import text
+from vdm_jax.data import buckets, text
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import figures
 from vdm_jax.pipeline import load
@@ -82,6 +82,7 @@ def load_pipeline(options, stages=STAGES):
         raise UserError("give only one of --student and --teacher")
     chosen = options.student if options.student or options.teacher else None
     pipe = load(cli.weights_folder(options), stages=stages).for_steps(options["steps"].value, chosen)
+    pipe = pipe.for_size(buckets.parse_size(options.size) if options.size else None)
     cli.use_cache(pipe.config)
     settings = pipe.config.sample
     settings.update({key: options[key].value for key in SAMPLER if options[key].value is not None})
@@ -104,6 +105,7 @@ def define_run_flags():
     flags.DEFINE_float("guidance.modality", None, "Guidance scale of sound on picture, and of picture on sound.")
     flags.DEFINE_float("history_noise", None, "Time in [0, 1] to which history guidance noises the context; 0: clean.")
     flags.DEFINE_float("context_noise", None, "Noise the context frames of a continued clip to this time in [0, 1].")
+    flags.DEFINE_string("size", None, "Height x width of the clips in pixels, such as 48x64; default: as in training.")
     flags.DEFINE_integer("lag", None, "Steps by which each latent frame follows the one before it.", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**31 - 1)
 

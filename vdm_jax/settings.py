@@ -48,9 +48,9 @@ def number(low=-math.inf, high=math.inf):
 
 
 def several(each, least=1, most=math.inf):
-    count = f"{least} or more values" if most == math.inf else f"{least} to {most} values"
+    count = f"{least} or more" if most == math.inf else f"{least} to {most}" if least < most else f"{least}"
     fits = lambda x: _is_list(x) and least <= len(x) <= most and all(map(each.fits, x))  # noqa: E731
-    return Allowed(f"{count}, each {each.words}", fits)
+    return Allowed(f"{count} values, each {each.words}", fits)
 
 
 def choice(*names):
@@ -104,7 +104,9 @@ TABLE = (
     Setting("mesh.*", MESH, FREE),
     # ------------------------------------------------------------------------------------------------------- data
     Setting("data.source", choice("world", "files", "tfds"), CHANGE),
-    Setting("data.frames data.size data.fps data.sample_rate", whole(1), FIXED),
+    Setting("data.frames data.fps data.sample_rate", whole(1), FIXED),
+    Setting("data.size", several(whole(1), 2, 2), FIXED),
+    Setting("data.buckets", several(TEXT, least=0), CHANGE),  # see buckets.parse
     Setting("data.text_length", whole(2), FIXED),
     Setting("data.threads data.prefetch", whole(0), FREE),
     Setting("data.world.objects", several(number(0, 1), most=3), CHANGE),

@@ -37,7 +37,7 @@ class Run(NamedTuple):
     workdir: Any  # epath.Path
     mesh: jax.sharding.Mesh
     plan: dict  # {stage: its Phases}
-    sources: dict  # {System of a phase: data source of its training clips}
+    sources: dict  # {System that a phase is trained on: data source of its training clips}
     stop: preemption.Stop  # stop.is_due(step) -> whether a signal asks the run to end
     report_progress: Any  # report_progress(what) tells the watchdog what was done last; report_progress(None) stops it
     trace_span: tuple | None  # first and last step to trace
@@ -60,7 +60,8 @@ def main(argv):
     plan = {name: phases(system, name) for name in names}
     mesh = sharding.make_mesh(config.mesh)
     check(mesh, plan)
-    sources = {phase.system: batches.source(phase.system.config) for stage in plan.values() for phase in stage}
+    systems = [system for stage in plan.values() for phase in stage for system in phase.buckets]
+    sources = {system: batches.source(system.config) for system in systems}
     report_progress = hosts.watchdog(config.watchdog_seconds)
     with folder.exclusive_lock(workdir), jax.set_mesh(mesh), hosts.exit_on_lost_peer(), preemption.watching() as stop:
         folder.write_config(workdir, config, names, options.change)
@@ -77,8 +78,9 @@ def check(mesh, plan):
     for name, stage_phases in plan.items():
         for phase in stage_phases:
             try:
-                phase.system.check_batch(mesh, name)
-                phase.system.check_mesh(mesh, [name])
+                for system in phase.buckets:
+                    system.check_batch(mesh, name)
+                    system.check_mesh(mesh, [name])
             except UserError as error:
                 raise UserError(f"{phase.title}: {error}") from None
 
@@ -105,7 +107,11 @@ def take_steps(run, name, phase, checkpoints):
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     step_key = jax.device_put(step_key, sharding.replicated(run.mesh))
     #    The step skips updates whose loss is more than `loss_over_mean` times the mean of earlier losses.
-    program = train_state.program(stage, settings, init_key, run.mesh, config.skip.loss_over_mean, phase.start)
+    programs = [
+        train_state.program(bucket.stages[name], settings, init_key, run.mesh, config.skip.loss_over_mean, phase.start)
+        for bucket in phase.buckets
+    ]
+    program = programs[0]  # the programs differ in their step only
     # 2. What earlier calls of this command have done.
     newest = checkpoints.latest_step()  # None: no checkpoint; 0: weights that were imported at step 0
     done = newest or 0
@@ -116,14 +122,18 @@ def take_steps(run, name, phase, checkpoints):
     if done >= phase.last_step:
         return True
     # 3. Data: clips. For the denoiser, the models of the earlier stages encode them, now or in each batch.
-    examples = batches.Examples(run.sources[system], config.data.text_length, stage.make_hard_negative)
+    examples = [
+        batches.Examples(run.sources[bucket], config.data.text_length, stage.make_hard_negative)
+        for bucket in phase.buckets
+    ]
+    weights = [own.weight for own in examples]  # of the buckets
     encoder_params = {}
     if stage.encoder_shapes:
-        encoder_params, examples = latents.prepare(system, run.workdir, examples, run.mesh)
+        encoder_params, examples = latents.prepare(phase.buckets, run.workdir, examples, run.mesh)
     batch_sharding = sharding.batch_sharding(run.mesh)
     order = dict(batch_size=settings.batch_size, seed=config.seed)  # decides which clip is in which batch
     row_numbers = sharding.local_rows(batch_sharding, settings.batch_size)  # the rows of this process
-    data = batches.batches(examples, **order, rows=row_numbers, start=done, data=config.data)
+    data = batches.in_buckets(examples, weights, **order, rows=row_numbers, start=done, data=config.data)
     # 4. The state itself: initialized at random, begun from the phase before, or restored directly onto the mesh.
     begins_phase = done > 0 and done == phase.start  # the newest checkpoint is the last one of the phase before
     if newest is None:
@@ -138,8 +148,10 @@ def take_steps(run, name, phase, checkpoints):
     # 5. The step is compiled before the first batch is read. All processes finish compiling before any of them runs it.
     #    The log says how long compiling took last time for a phase of the same title and number of parameters.
     with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameter_count):
-        abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), stage.batch)
-        step_fn = hosts.compiled(program.step, state, step_key, abstract_batch, encoder_params)
+        step_fns = []
+        for bucket, own in zip(phase.buckets, programs):
+            abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), bucket.stages[name].batch)
+            step_fns.append(hosts.compiled(own.step, state, step_key, abstract_batch, encoder_params))
         finite_fn = hosts.compiled(program.finite, state)
     # Compiling is finished. This first report starts the watchdog. It comes only now, because compiling may take longer
     # than the watchdog allows.
@@ -157,7 +169,7 @@ def take_steps(run, name, phase, checkpoints):
         done=done,
         stopwatch=stopwatch,
         # Steps are counted from 1, batches from 0.
-        sample_ids=lambda number: batches.sample_ids(examples, **order, step=number - 1),
+        sample_ids=lambda number: batches.sample_ids(examples, weights, **order, step=number - 1),
         stop_after=config.skip.stop_after,  # the run ends after this number of skipped steps in a row
         heartbeat_every=config.heartbeat_every,  # seconds between two writings of heartbeat.json, for other programs
         find_saved=lambda: folder.newest_step(run.workdir, name),
@@ -170,9 +182,10 @@ def take_steps(run, name, phase, checkpoints):
     stopwatch.start()
     for number in log.remaining_steps:
         with stopwatch("data"):
-            batch = batches.to_devices(next(data), batch_sharding, settings.batch_size)
+            bucket, batch = next(data)
+            batch = batches.to_devices(batch, batch_sharding, settings.batch_size)
         with jax.transfer_guard("disallow"):  # a hidden copy between host and device would stall every step
-            state, metrics = step_fn(state, step_key, batch, encoder_params)
+            state, metrics = step_fns[bucket](state, step_key, batch, encoder_params)
         log.add(metrics)
         trace(number, metrics)
         run.report_progress(f"the start of step {number} of {phase.title}")

@@ -110,7 +110,7 @@ def _parts(directory):
             yield path, functools.partial(_check_config, path)
         elif name == "statistics.json":
             yield path, functools.partial(_check_statistics, path)
-        elif name == "latents" and path.is_dir():
+        elif name.startswith("latents") and path.is_dir():
             yield path, functools.partial(latents.check, path)
         elif directory.name == "checkpoints" and name.isdigit():
             yield path, functools.partial(checkpoint.check, path)

@@ -6,6 +6,7 @@ of processes, and no state of the data needs to be saved.
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -13,7 +14,7 @@ import absl.logging
 import jax
 import numpy as np
 
-from vdm_jax.data import text
+from vdm_jax.data import buckets, text
 from vdm_jax.data.files import Files
 from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
@@ -41,7 +42,8 @@ def source(config, split="train"):
     if data.source == "files":
         if not data.path:
             raise UserError("data.path is empty: name the folder of videos, --config.data.path=FOLDER")
-        return Files(data.path, split=split, seed=config.seed, **clip, **data.files)
+        shapes = tuple(map(buckets.parse, data.buckets))
+        return Files(data.path, split=split, seed=config.seed, buckets=shapes, **clip, **data.files)
     from vdm_jax.data.tfds import Tfds  # imports tensorflow_datasets, which few runs need
 
     if split == "held_out" and not holds_out(config):
@@ -66,6 +68,11 @@ class Examples:
 
     def __len__(self):
         return len(self.source)
+
+    @property
+    def weight(self):
+        """The number of videos; 1 for a source without any, which makes clips."""
+        return len(getattr(self.source, "videos", "1"))
 
     def take(self, numbers):
         """Returns a batch of the items of these numbers.
@@ -103,10 +110,27 @@ def batches(items, *, batch_size, seed, start, data, rows=None, stop=None):
     return iter(taken.to_iter_dataset(read))
 
 
-def sample_ids(items, *, batch_size, seed, step):
-    """Returns the numbers of the items in the batch of a step, to look at when that step has gone wrong."""
-    order = _order(items, seed)
-    return [int(order[step * batch_size + row]) for row in range(batch_size)]
+def in_buckets(items, weights, *, seed, start, **options):
+    """Returns an iterator of (number of a bucket, batch), from step `start` on. See data/buckets.py.
+
+    items: for each bucket, what `batches` takes
+    weights: of the buckets
+    options: further arguments of `batches`
+    """
+    _, before = buckets.schedule(weights, seed, start)
+    streams = [batches(own, seed=seed, start=step, **options) for own, step in zip(items, before)]
+    numbers = (buckets.schedule(weights, seed, step)[0] for step in itertools.count(start))
+    return ((number, next(streams[number])) for number in numbers)
+
+
+def sample_ids(items, weights, *, batch_size, seed, step):
+    """Returns the numbers of the items in the batch of a step, to look at when that step has gone wrong.
+
+    items, weights: as in `in_buckets`
+    """
+    bucket, before = buckets.schedule(weights, seed, step)
+    order = _order(items[bucket], seed)
+    return [int(order[before[bucket] * batch_size + row]) for row in range(batch_size)]
 
 
 def to_devices(batch, sharding, batch_size):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vdm_jax.data import media
+from vdm_jax.data import buckets, media
 from vdm_jax.data.text import read_text
 from vdm_jax.errors import UserError, one_of
 from vdm_jax.run import checksums
@@ -134,6 +134,7 @@ class Files:
     seed: int  # of the order of videos and of the windows
     split: str = "train"  # or "held_out"
     held_out: float = 0.2  # share of every video, in 0..1, that is kept from training
+    buckets: tuple = ()  # of buckets.Bucket: only videos for which (frames, *size) is the nearest one are used
     cache_bytes: int = 2 << 30  # for decoded videos; of videos that do not fit, only the window is decoded
 
     def __post_init__(self):
@@ -166,7 +167,7 @@ class Files:
             if held and total >= 2 * self.frames:
                 held = max(held, self.frames)
             first, end = (0, total - held) if self.split == "train" else (total - held, total)
-            if first == end:
+            if first == end or not self._is_mine(end - first, info):
                 continue
             need = total * frame_bytes
             cached = need <= free_bytes and info["duration"] <= MAX_CACHED_SECONDS
@@ -194,6 +195,11 @@ class Files:
             if listing:
                 raise UserError(f"{what}: raise held_out ({self.held_out:g}) or add longer videos")
             raise UserError(f"{what}: it holds no {', '.join(SUFFIXES)} file")
+
+    def _is_mine(self, frames: int, info: dict) -> bool:
+        """Returns whether a video of `frames` frames belongs to the bucket of this source."""
+        mine = (self.frames, *media.pair(self.size))
+        return mine not in self.buckets or buckets.nearest(self.buckets, frames, *info["size"]) == mine
 
     def __len__(self) -> int:
         return 2**31 - 1

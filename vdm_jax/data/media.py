@@ -184,15 +184,19 @@ def fit(image: np.ndarray, size, pixel_aspect: float = 1.0) -> np.ndarray:
 
 
 def probe(path) -> dict:
-    """Returns {'duration': s from the first frame on, 'has_audio': bool} of a video.
+    """Returns {'duration': s from the first frame on, 'has_audio': bool, 'size': (h, w)} of a video.
 
-    The duration is the header's; where the header states none, all packets are read. Raises UserError if the first
-    frame cannot be decoded.
+    The size is in pixels, as the first frame is shown: turned upright, and as wide as square pixels would be. The
+    duration is the header's; where the header states none, all packets are read. Raises UserError if the first frame
+    cannot be decoded.
     """
     with _reading(path), _open(path) as container:
         stream = _video_stream(container)
-        if next(container.decode(stream), None) is None:
+        frame = next(container.decode(stream), None)
+        if frame is None:
             raise UserError("none of its frames can be decoded")
+        size = frame.height, round(frame.width * float(stream.sample_aspect_ratio or 1))
+        size = size[::-1] if _turns(frame) % 2 else size
         duration = 0
         if stream.duration and stream.time_base:
             duration = stream.duration * stream.time_base
@@ -203,7 +207,12 @@ def probe(path) -> dict:
             stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
             last = max(stamps, default=0) * stream.time_base - _origin(stream)
             duration = max(last, 0) + _step(stream)
-        return {"duration": float(duration), "has_audio": bool(container.streams.audio)}
+        return {"duration": float(duration), "has_audio": bool(container.streams.audio), "size": size}
+
+
+def _turns(frame):
+    """Returns by how many right angles a frame is turned to be upright: phones store a rotation beside the frames."""
+    return round((frame.rotation or 0) / 90)
 
 
 def _shown_frames(container, stream, start: Fraction) -> Iterator[tuple[av.VideoFrame, Fraction]]:
@@ -268,9 +277,8 @@ def read_video(path, *, fps, size, sample_rate, start=0.0, frames=None) -> tuple
                     raise UserError(too_long)
                 if due > len(images):
                     aspect = float(stream.sample_aspect_ratio or 1)
-                    turns = round((frame.rotation or 0) / 90)  # phones store a rotation beside the frames
-                    image = np.rot90(frame.to_ndarray(format="rgb24", interpolation=TO_RGB), turns)
-                    image = fit(image, size, 1 / aspect if turns % 2 else aspect)
+                    image = np.rot90(frame.to_ndarray(format="rgb24", interpolation=TO_RGB), _turns(frame))
+                    image = fit(image, size, 1 / aspect if _turns(frame) % 2 else aspect)
                     images += [image] * (due - len(images))
                 if due == frames:
                     break
@@ -340,11 +348,12 @@ def resample(audio, from_rate: int, to_rate: int) -> np.ndarray:
     return result
 
 
-def read_image(path, size) -> np.ndarray:
-    """Returns an image, turned upright, scaled and cropped by `fit`: uint8 [h, w, 3]. Raises UserError."""
+def read_image(path, size=None) -> np.ndarray:
+    """Returns an image, turned upright, uint8 [h, w, 3], scaled and cropped by `fit` to a size. Raises UserError."""
     with _reading(path), Image.open(path, formats=IMAGE_FORMATS) as image:
         _check_pixels(image.width, image.height)  # before any pixel is decompressed
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow would make all 16-bit gray white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return fit(np.asarray(image.convert("RGB")), size)
+        pixels = np.asarray(image.convert("RGB"))
+        return pixels if size is None else fit(pixels, size)

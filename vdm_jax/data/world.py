@@ -4,9 +4,9 @@ Colored shapes move in a box. They bounce off its walls and off each other, and 
 from event to event in closed form. (All objects share one acceleration, so their relative motion is linear.) Positions
 and impact times are therefore exact and do not depend on the frame rate.
 
-Units: the frame is 1 x 1, x to the right and y down. A position times the frame's size is in pixels, where pixel j
-covers [j, j + 1). Times are in seconds. Frame k shows time k / fps, and the sound of [k / fps, (k + 1) / fps) belongs
-to it.
+Units: lengths are in frame heights, x to the right and y down. A position times the frame's height is in pixels, where
+pixel j covers [j, j + 1). Times are in seconds. Frame k shows time k / fps, and the sound of [k / fps, (k + 1) / fps)
+belongs to it.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ BACKGROUND = 0.12
 WALL = 0.26
 OCCLUDER = 0.45
 
-# Lengths, in frame widths.
+# Lengths, in frame heights.
 EDGE = 0.016  # width of the drawn wall inside the frame
 OUTSIDE = 0.34  # centers go this far past the frame where the side walls are open
 
@@ -57,17 +57,17 @@ class World:
     `world[i]` is {'video': uint8 [F, H, W, 3], 'audio': float32 [F * sample_rate // fps], 'caption': str,
     'state': dict}. All of the state is as the camera sees it; with O objects in F frames:
 
-      position   float32 [F, O, 2], in frame widths
-      velocity   float32 [F, O, 2], in frame widths per second
+      position   float32 [F, O, 2], in frame heights
+      velocity   float32 [F, O, 2], in frame heights per second
       visible    float32 [F, O], the share of the object's area that lies in the frame and is not occluded
-      radius     float32 [O], in frame widths
+      radius     float32 [O], in frame heights
       shape, color, material  int [O], indices into SHAPES, COLORS, MATERIALS of captions.py
-      camera     float32 [F, 2], in frame widths
+      camera     float32 [F, 2], in frame heights
       light      float32 [F], a factor on the brightness
-      gravity    float, in frame widths per second^2
-      occluder   float32 [F, 2], left and right edge in frame widths, or None
+      gravity    float, in frame heights per second^2
+      occluder   float32 [F, 2], left and right edge in frame heights, or None
       events     list of {'time': s, 'objects': indices, the faster one first, 'kind': 'wall' | 'object' | 'turn',
-                 'speed': of the impact, in frame widths per second, 'position': (x, y) of the contact}; in a 'turn' an
+                 'speed': of the impact, in frame heights per second, 'position': (x, y) of the contact}; in a 'turn' an
                  object that has left through an open side comes back, silent and out of sight
 
     Raises UserError where a setting is out of its range.
@@ -75,7 +75,7 @@ class World:
 
     seed: int = 0
     frames: int = 17  # F
-    size: int = 32  # height and width of the frame, in pixels
+    size: tuple = (32, 32)  # height and width of the frame, in pixels
     fps: float = 8  # frames per second
     sample_rate: int = 8000  # of the sound, in Hz
     objects: tuple = (0.5, 0.35, 0.15)  # chances of 1, 2 and 3 objects, which sum to 1
@@ -86,8 +86,8 @@ class World:
     leave: float = 0.2  # of open side walls
     pan: float = 0.2  # of a moving camera
     light: float = 0.2  # of a changing light
-    speed: tuple = (0.35, 0.7)  # range of the speed at the beginning, in frame widths per second
-    radius: tuple = (0.10, 0.19)  # range, in frame widths
+    speed: tuple = (0.35, 0.7)  # range of the speed at the beginning, in frame heights per second
+    radius: tuple = (0.10, 0.19)  # range, in frame heights
     undirected: float = 0.0  # chance in 0..1 of a caption that may leave directions out, each with a chance of 3 in 4
     wordings: float = 0.0  # chance in 0..1 of a caption in the many words of wordings.py
 
@@ -104,8 +104,10 @@ class World:
                 raise UserError(f"world: {name}={chance!r} must be a chance from 0 to 1")
         if any(p > 0 and n >= len(set(self.colors)) for n, p in enumerate(objects)):
             raise UserError("world: no two objects share a color; name at least as many colors as objects")
-        if self.frames < 1 or self.size < 8 or self.fps <= 0 or self.sample_rate < 2000:
+        if self.frames < 1 or min(self.size) < 8 or self.fps <= 0 or self.sample_rate < 2000:
             raise UserError("world: want frames >= 1, size >= 8, fps > 0 and sample_rate >= 2000")
+        if self.size[1] < 0.5 * self.size[0]:
+            raise UserError(f"world: size={self.size} (height, width) must be at least half as wide as high")
         if not (0 < speed[0] <= speed[1] <= 1 and 0.04 <= radius[0] <= radius[1] <= 0.2):
             raise UserError("world: speed must be a range in 0..1 and radius a range in 0.04..0.2")
 
@@ -147,14 +149,15 @@ class World:
 
     def _episode(self, rng):
         """Draws all that does not change in an episode, and where and how fast each object begins."""
+        wide = self.size[1] / self.size[0]
         chances = (self.gravity, self.occluder, self.leave, self.pan, self.light)
         gravity, occluder, leave, pan, light = (rng.random() < chance for chance in chances)
         count = int(np.searchsorted(np.cumsum(self.objects), _uniform(rng, 0, 0.999999), side="right")) + 1
-        episode = {"g": _uniform(rng, 0.4, 0.7) if gravity else 0.0, "open": leave}
+        episode = {"g": _uniform(rng, 0.4, 0.7) if gravity else 0.0, "open": leave, "wide": wide}
         left = _uniform(rng, 0.33, 0.4)
         right = left + _uniform(rng, 0.26, 0.33)
-        episode["bar"] = (left, right) if occluder else None
-        reach = _uniform(rng, 0.06, 0.1)  # frame widths
+        episode["bar"] = (left * wide, right * wide) if occluder else None
+        reach = _uniform(rng, 0.06, 0.1)  # frame heights
         waves = [(_uniform(rng, low, high), _uniform(rng, 0, 6.28)) for low, high in ((6, 9), (7, 11))]
         episode["pan"] = (reach if pan else 0.0, *waves)  # a wave, of x and of y: (period in s, phase)
         episode["light"] = (_uniform(rng, 5, 9), _uniform(rng, 0, 6.28)) if light else None
@@ -186,7 +189,7 @@ class World:
             along, across = speed * math.cos(angle), speed * math.sin(angle)
             velocity = _pick(rng, ((along, across), (-along, across), (across, along), (across, -along)))
             margin = r + 0.02
-            x, y = _uniform(rng, margin, 1 - margin), _uniform(rng, margin, 1 - margin)
+            x, y = _uniform(rng, margin, episode["wide"] - margin), _uniform(rng, margin, 1 - margin)
             if bar and bar[0] - r < x < bar[1] + r:
                 continue
             if any(math.hypot(x - x2, y - y2) < r + r2 + 0.04 for x2, y2, _, _, r2 in placed):
@@ -194,7 +197,7 @@ class World:
             trial = [*placed, (x, y, *velocity, r)]
             columns = list(zip(*trial))
             # The walls count as closed even where the sides are open: no object leaves before its direction is seen.
-            if next_event(*columns, columns[-1], episode["g"])[0] > FREE:
+            if next_event(*columns, columns[-1], episode["wide"], episode["g"])[0] > FREE:
                 placed = trial
                 if len(placed) == count:
                     episode.update(zip(("x", "y", "vx", "vy", "r"), columns))
@@ -225,19 +228,20 @@ def _pick(rng, options):
     return options[int(rng.random() * len(options))]
 
 
-def next_event(x, y, vx, vy, r, low, g):
+def next_event(x, y, vx, vy, r, low, wide, g):
     """Returns (seconds until the next contact, kind, indices); kind is 'side', 'floor or ceiling' or 'object'.
 
     An object only meets what it approaches, so an object that has just bounced does not meet the same wall again.
 
     x, y, vx, vy, r: centers, velocities and radii, each O numbers
-    low: the lower bound of each center's x; the upper bound is 1 - low
-    g: acceleration downwards, in frame widths per second^2
+    low: the lower bound of each center's x; the upper bound is wide - low
+    wide: width of the frame
+    g: acceleration downwards, in frame heights per second^2
     """
     best, kind, indices = math.inf, None, ()
     for i in range(len(x)):
         if vx[i]:
-            t = ((1 - low[i] if vx[i] > 0 else low[i]) - x[i]) / vx[i]
+            t = ((wide - low[i] if vx[i] > 0 else low[i]) - x[i]) / vx[i]
             if t < best:
                 best, kind, indices = max(t, 0.0), "side", (i,)
         to_floor, to_ceiling, v = max(1 - r[i] - y[i], 0.0), max(y[i] - r[i], 0.0), vy[i]
@@ -271,12 +275,12 @@ def simulate(episode, end):
     Collisions are elastic, and an object's mass is its radius squared.
     """
     x, y, vx, vy = motion = [list(episode[k]) for k in ("x", "y", "vx", "vy")]
-    r, g, open_sides = episode["r"], episode["g"], episode["open"]
+    r, g, wide, open_sides = (episode[k] for k in ("r", "g", "wide", "open"))
     low = [-OUTSIDE if open_sides else a for a in r]
     now, events = 0.0, []
     starts, motions = [now], [np.array(motion)]
     while True:
-        dt, kind, indices = next_event(x, y, vx, vy, r, low, g)
+        dt, kind, indices = next_event(x, y, vx, vy, r, low, wide, g)
         if now + dt >= end:
             return np.array(starts), np.array(motions), events
         now += dt
@@ -300,11 +304,11 @@ def simulate(episode, end):
             vx[j], vy[j] = vx[j] + pj * nx, vy[j] + pj * ny
             contact = (x[i] + r[i] * nx, y[i] + r[i] * ny)
         else:
-            at, velocity, bound = (x, vx, low) if kind == "side" else (y, vy, r)
+            at, velocity, bound, length = (x, vx, low, wide) if kind == "side" else (y, vy, r, 1)
             far = velocity[i] > 0  # the right wall, or the floor
-            speed, at[i] = abs(velocity[i]), 1 - bound[i] if far else bound[i]
+            speed, at[i] = abs(velocity[i]), length - bound[i] if far else bound[i]
             velocity[i] = -velocity[i]
-            contact = (float(far), y[i]) if kind == "side" else (x[i], float(far))
+            contact = (far * wide, y[i]) if kind == "side" else (x[i], float(far))
             kind = "turn" if kind == "side" and open_sides else "wall"
         starts.append(now)
         motions.append(np.array(motion))
@@ -312,7 +316,7 @@ def simulate(episode, end):
 
 
 def camera_at(episode, times):
-    """Returns the camera's offset and its velocity at `times` [F] (s): each [F, 2], in frame widths (per second)."""
+    """Returns the camera's offset and its velocity at `times` [F] (s): each [F, 2], in frame heights (per second)."""
     reach, *waves = episode["pan"]
     periods, phases = np.array(waves).T
     size, rate = np.array([reach, 0.4 * reach]), 2 * math.pi / periods
@@ -339,39 +343,45 @@ def coverage(shape, dx, dy, radius):
 
 
 def render(state, size, open_sides):
-    """Returns the video of a state, uint8 [F, size, size, 3], and each object's visible share, float32 [F, O].
+    """Returns the video of a state, uint8 [F, H, W, 3], and each object's visible share, float32 [F, O].
 
     state: as `World` describes it, without 'visible' and 'events'
+    size: (H, W), in pixels
     open_sides: without side walls
     """
     position, camera = state["position"], state["camera"]
-    frames = len(position)
-    pixel = np.arange(size, dtype=np.float32) + 0.5
+    frames, (height, width) = len(position), size
     cameras = camera if camera.any() else camera[:1]  # a still camera sees one background
-    world = pixel / size + cameras[:, :, None]  # [F or 1, 2, size]
-    inside = np.clip((np.minimum(world, 1 - world) - EDGE) * size + 0.5, 0, 1)
+
+    def along(axis, pixels):
+        """The pixels' centers along an axis, the background's wave at them, and how far they are inside the walls."""
+        centers = np.arange(pixels, dtype=np.float32) + 0.5
+        place = centers / height + cameras[:, axis, None]  # [F or 1, pixels]
+        inside = np.clip((np.minimum(place, pixels / height - place) - EDGE) * height + 0.5, 0, 1)
+        return centers, np.sin(place * np.float32(6 * math.pi)), inside
+
+    (x, wave_x, inside_x), (_, wave_y, inside_y) = along(0, width), along(1, height)
     if open_sides:
-        inside[:, 0] = 1
-    wave = np.sin(world * np.float32(6 * math.pi))
-    pattern = BACKGROUND - WALL + 0.025 * wave[:, 1, :, None] * wave[:, 0, None, :]
-    gray = WALL + pattern * inside[:, 1, :, None] * inside[:, 0, None, :]
-    canvas = np.broadcast_to(gray, (3, frames, size, size)).copy()  # channels first: several times faster
+        inside_x[:] = 1
+    pattern = BACKGROUND - WALL + 0.025 * wave_y[:, :, None] * wave_x[:, None, :]
+    gray = WALL + pattern * inside_y[:, :, None] * inside_x[:, None, :]
+    canvas = np.broadcast_to(gray, (3, frames, height, width)).copy()  # channels first: several times faster
     flat = canvas.reshape(3, -1)
 
-    bar = np.zeros((frames, size), np.float32)
+    bar = np.zeros((frames, width), np.float32)
     if state["occluder"] is not None:
-        edges = state["occluder"] * size
-        bar = np.clip(np.minimum(pixel - edges[:, :1], edges[:, 1:] - pixel) + 0.5, 0, 1)
+        edges = state["occluder"] * height
+        bar = np.clip(np.minimum(x - edges[:, :1], edges[:, 1:] - x) + 0.5, 0, 1)
 
     visible = np.empty(position.shape[:2], np.float32)
     frame = np.arange(frames)[:, None]
     for o, (shape, color) in enumerate(zip(state["shape"], state["color"])):
         # Only a patch around the object is drawn. At the frame's edge the patch is moved inside.
-        radius = float(state["radius"][o]) * size
+        radius = float(state["radius"][o]) * height
         reach = math.ceil(1.3 * radius) + 1
-        side = min(size, 2 * reach + 1)
-        at = position[:, o] * size  # [F, 2]
-        corner = np.clip(np.floor(at).astype(np.int32) - reach, 0, size - side)
+        side = min(height, width, 2 * reach + 1)
+        at = position[:, o] * height  # [F, 2]
+        corner = np.clip(np.floor(at).astype(np.int32) - reach, 0, (width - side, height - side))
         grid = corner[:, :, None] + np.arange(side, dtype=np.int32)  # [F, 2, side]
         offset = grid + np.float32(0.5) - at[:, :, None]
         alpha = coverage(shape, offset[:, 0, None, :], offset[:, 1, :, None], radius)  # [F, side, side]
@@ -381,7 +391,7 @@ def render(state, size, open_sides):
         if metal:
             spot = np.exp(-(((offset + 0.35 * radius) / (0.38 * radius)) ** 2))
             shine = 0.75 * spot[:, 0, None, :] * spot[:, 1, :, None]
-        index = (frame[:, :, None] * size + grid[:, 1, :, None]) * size + grid[:, 0, None, :]
+        index = (frame[:, :, None] * height + grid[:, 1, :, None]) * width + grid[:, 0, None, :]
         for channel, value in zip(flat, PALETTE[COLORS[color]]):
             paint = np.float32(value / 255)
             if metal:
@@ -400,7 +410,7 @@ def tone(radius, material, offset, sample_rate):
 
     A small object sounds high. Rubber is a dull thud of two harmonics; metal rings inharmonically.
 
-    radius: in frame widths: 0.19 sounds at 400 Hz, 0.10 at 1750 Hz
+    radius: in frame heights: 0.19 sounds at 400 Hz, 0.10 at 1750 Hz
     material: a word of MATERIALS
     offset: from the impact to the first sample, in samples, in 0..1
     """

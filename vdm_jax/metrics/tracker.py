@@ -27,7 +27,7 @@ MIN_BODY = 0.55  # the same, and less is noise and no object
 SHARE = 0.8  # an object is right if its shape is right in this share of the frames in which it can be seen
 MIN_FLUX = 0.08  # mean rise of log(1 + 100 magnitude) over 8 ms: less is no onset
 FLUX_DELAY = 0.0003  # s from the middle of the window at the flux's peak to the onset
-MIN_KINK = 0.12  # frame widths per second: a smaller change of velocity is no impact
+MIN_KINK = 0.12  # frame heights per second: a smaller change of velocity is no impact
 FAINT_KINK = 0.06  # but so small a change may explain an onset
 STEPS = 8  # of Gauss-Newton
 LATE = 0.3  # s, by which an object may come back late
@@ -45,8 +45,8 @@ def track(video):
 
       present   bool [F]
       shape     int [F], index into SHAPES, or -1 where no shape fits
-      position  float [F, 2], of the center, in frame widths
-      radius    float [F], in frame widths
+      position  float [F, 2], of the center, in frame heights
+      radius    float [F], in frame heights
       visible   float [F], share of the fitted shape that is in sight, in 0..1
       cut       bool [F], whether it touches an occluder or the edge of the frame
       hue       float [F], in radians
@@ -79,7 +79,7 @@ def track(video):
     found = {
         "present": strong & (fit > MIN_BODY),
         "shape": np.where(strong & (fit >= MIN_FIT), shape, -1),
-        "position": center / (width, height),
+        "position": center / height,
         "radius": radius / height,
         "visible": visible,
         "cut": cut,
@@ -217,20 +217,20 @@ def _fit_shape(shape, mask, weight, max_radius):
 
 
 def second_differences(row):
-    """Returns the second differences of a track's positions, float [F - 2, 2] in frame widths, NaN if out of sight."""
+    """Returns the second differences of a track's positions, float [F - 2, 2] in frame heights, NaN if out of sight."""
     usable = row["present"] & (row["visible"] >= WHOLE)
     position = np.where(usable[:, None], row["position"], np.nan)
     return position[2:] - 2 * position[1:-1] + position[:-2]
 
 
 def impacts(tracks, fps, least=MIN_KINK):
-    """Returns the visible changes of velocity: sorted [(time in s, color, change in frame widths per second)].
+    """Returns the visible changes of velocity: sorted [(time in s, color, change in frame heights per second)].
 
     The second differences of a track are zero, except for gravity and for impacts. An impact between frames f and f + 1
     changes the velocity by d = (d2[f] + d2[f + 1]) * fps, and the shares of d2[f] and d2[f + 1] in it tell the time.
     The largest change is taken out first, until the rest is no more than noise.
 
-    least: change that counts, in frame widths per second
+    least: change that counts, in frame heights per second
     """
     second = {name: second_differences(row) for name, row in tracks.items()}
     second = {name: d2 for name, d2 in second.items() if len(d2) > 1 and np.isfinite(d2).any()}
@@ -373,7 +373,7 @@ def _returns(row, others, fps):
     if not gone:
         return None
     seen = np.flatnonzero(there[: gone[0]])
-    steps = np.abs(np.diff(row["position"][seen, 0])) / np.diff(seen)  # sideways, in frame widths a frame
+    steps = np.abs(np.diff(row["position"][seen, 0])) / np.diff(seen)  # sideways, in frame heights a frame
     speed = np.median(steps[-4:]) * fps if len(steps) else 0.0
     late = gone[0] + (2 * OUTSIDE / max(speed, 1e-3) + LATE) * fps
     back = np.flatnonzero(there[gone[0] :]) + gone[0]

@@ -54,6 +54,7 @@ class SpaceTimeAttention(layers.Layer):
     """
 
     head_dim: int  # channels of a head
+    places: tuple[int, int]  # h, w of the learned embedding of places; for another size it is interpolated
 
     @nn.compact
     def __call__(self, x, seconds, cond):
@@ -62,7 +63,9 @@ class SpaceTimeAttention(layers.Layer):
         pos_embed = 0.0
         if x.ndim == 5:  # the position within a frame; the rotary embeddings hold the time
             shape = (1, *x.shape[2:4], channels)
-            pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), shape)
+            pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), (1, *self.places, channels))
+            if pos_embed.shape != shape:  # arXiv:2010.11929, section 3.2
+                pos_embed = jax.image.resize(pos_embed, shape, "linear")
             pos_embed = jnp.broadcast_to(pos_embed, (x.shape[1], *shape[1:])).reshape(1, -1, channels)  # [1, T*h*w, C]
         attention = functools.partial(layers.Attention, self.head_dim, **self.common)
         norm = functools.partial(layers.LayerNorm, **self.common)
@@ -145,6 +148,7 @@ class UNet(layers.Layer):
     text_layers: int  # layers of the TextRefiner
     groups: int  # of GroupNorm
     latent_fps: float  # latent frames per second
+    places: tuple[int, int]  # h, w of the latents that the parameters are made for; others may be given
     student: bool = False  # whether cond has 'next_log_snr', see system/distillation.py
     remat: tuple[str, ...] = ()  # a mode of layers.apply_remat per resolution, or (); the bottleneck has the last one
 
@@ -181,7 +185,10 @@ class UNet(layers.Layer):
         def attend(x, resolution, name, attention, cross_modal):
             time = seconds(x)
             if attention:
-                module = functools.partial(with_remat(SpaceTimeAttention, resolution), self.head_dim, **self.common)
+                halvings = resolution % len(self.channels)
+                places = tuple(n // (self.patch * 2**halvings) for n in self.places)
+                module = with_remat(SpaceTimeAttention, resolution)
+                module = functools.partial(module, self.head_dim, places, **self.common)
                 x = {m: module(name=f"{name}_attention_{m}")(x[m], time[m], cond) for m in x}
             if cross_modal:
                 module = functools.partial(with_remat(CrossModalAttention, resolution), self.head_dim, **self.common)

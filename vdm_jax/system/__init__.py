@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vdm_jax import sharding
-from vdm_jax.data import text
+from vdm_jax.data import buckets, text
 from vdm_jax.models.layers import apply_remat
 from vdm_jax.system.layout import Layout, layout
 from vdm_jax.system.losses import make_stages
@@ -95,6 +95,29 @@ class System:
     def trim_audio(self, audio):
         """Undoes `pad_audio`, and limits the sound to [-1, 1]."""
         return jnp.clip(audio[:, (self.layout.f_t - 1) * self.layout.samples_per_frame :], -1.0, 1.0)
+
+    def with_shape(self, frames, size):
+        """This System for clips of `frames` frames and `size` (height, width) pixels, with the same parameters.
+
+        Raises UserError where the models do not take such clips.
+        """
+        config = self.config.copy_and_resolve_references()
+        config.data.update(frames=frames, size=tuple(size))
+        system = dataclasses.replace(self, config=config.lock(), layout=layout(config))
+        stages = make_stages(system)
+        kept = ("init", "param_shapes", "encoder_shapes")
+        stages = {
+            name: stage._replace(**{key: getattr(self.stages[name], key) for key in kept})
+            for name, stage in stages.items()
+        }
+        return dataclasses.replace(system, stages=stages)
+
+    def in_buckets(self, name):
+        """The Systems that stage `name` is trained on, one for each bucket; this System alone where there are none."""
+        if not self.config.data.buckets or not self.stages[name].any_shape:
+            return [self]
+        shapes = map(buckets.parse, self.config.data.buckets)
+        return [self.with_shape(shape.frames, (shape.height, shape.width)) for shape in shapes]
 
     def check_mesh(self, mesh, names):
         """Raises UserError where the mesh cannot evenly split the models or activations of the stages `names`."""

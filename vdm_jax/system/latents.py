@@ -29,19 +29,26 @@ PARTS = ("weights", "data", "settings")
 CRC = "crc32"  # first field of a cached clip
 
 
-def prepare(system, workdir, examples, mesh):
+def prepare(systems, workdir, examples, mesh):
     """Returns (encoder_params on the mesh, examples) for training the denoiser.
+
+    systems: one for each bucket, see System.in_buckets. The first one measures the statistics of the latents.
+    examples: data/batches.Examples of each bucket
 
     The encoders are rounded to the precision of exported weights, so that training has the same encoders as sampling.
     With config.denoiser.cached_clips = 0 the given data/batches.Examples are returned. With n > 0 they are encoded
-    once, and the result is n Encoded clips in the folder of the run.
+    once, and the result is n Encoded clips of each bucket, in the folder of the run.
     Raises UserError where an earlier stage has no checkpoint, or a student has no teacher.
     """
+    system = systems[0]
     params = {name: folder.read_params(workdir, name, system.param_shapes[name])[0] for name in STAGES[:3]}
     params = folder.as_exported(params)
-    params["statistics"] = _statistics(system, params, examples, workdir / folder.STATISTICS)
+    params["statistics"] = _statistics(system, params, examples[0], workdir / folder.STATISTICS)
     if system.config.denoiser.cached_clips:
-        examples = _cached(system, params, examples, workdir / "denoiser" / "latents")
+        shapes = [f"_{'x'.join(map(str, (own.layout.frames, *own.config.data.size)))}" for own in systems]
+        names = [f"latents{shape}" for shape in (shapes if len(systems) > 1 else [""])]
+        folders = [workdir / "denoiser" / name for name in names]
+        examples = [_cached(*parts) for parts in zip(systems, [params] * len(systems), examples, folders)]
     if "teacher" in system.models:
         teacher = system.config.denoiser.distillation.teacher
         if not teacher:

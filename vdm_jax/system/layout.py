@@ -52,17 +52,18 @@ def layout(config):
     f_s = video.patch * math.prod(video.space_strides)  # pixels per latent, in height and in width
     hop = audio.patch * math.prod(audio.strides)  # samples per sound token
     per_frame = data.sample_rate // data.fps
-    if data.size % f_s:
-        raise UserError(f"data.size={data.size} is not a multiple of {f_s}: use {data.size // f_s * f_s or f_s}")
+    if any(side % f_s for side in data.size):
+        fits = tuple(side // f_s * f_s or f_s for side in data.size)
+        raise UserError(f"data.size={data.size} is not a multiple of {f_s}: use {fits}")
     if per_frame * f_t % hop:
         raise UserError(
             f"a latent frame of {per_frame * f_t} samples is no multiple of the {hop} samples of a sound token: "
             "change audio_autoencoder.model.patch or strides, or data.sample_rate"
         )
-    if data.size % config.clip.model.video.patch:
+    if any(side % config.clip.model.video.patch for side in data.size):
         raise UserError(f"data.size={data.size} is not a multiple of clip.model.video.patch")
-    side, tokens = data.size // f_s, per_frame * f_t // hop
-    _check_halvings(config.denoiser.model, side, tokens)
+    (height, width), tokens = (side // f_s for side in data.size), per_frame * f_t // hop
+    _check_halvings(config.denoiser.model, (height, width), tokens)
     sizes = Layout(
         frames=1,
         samples=per_frame,
@@ -70,7 +71,7 @@ def layout(config):
         f_t=f_t,
         latent_frames=1,
         latent_fps=data.fps / f_t,
-        video=(side, side, video.latent_channels),
+        video=(height, width, video.latent_channels),
         audio=(tokens, audio.latent_channels),
     ).with_frames(data.frames)
     padded = sizes.latent_frames * f_t * per_frame  # see System.pad_audio
@@ -93,17 +94,18 @@ def _check_lengths(name, model):
                 raise UserError(f"{name}.{key}={value} must have {wanted} values for channels={model.channels}")
 
 
-def _check_halvings(denoiser, side, tokens):
+def _check_halvings(denoiser, sides, tokens):
     """Raises UserError unless the latents can be halved from each resolution of the denoiser to the next.
 
-    side: height and width of the video latents. tokens: K, sound tokens per latent frame.
+    sides: height and width of the video latents. tokens: K, sound tokens per latent frame.
     """
     halvings = len(denoiser.channels) - 1
     multiple = denoiser.patch * 2**halvings
-    if side % multiple:
+    if any(side % multiple for side in sides):
         raise UserError(
-            f"the latents have {side}x{side} places, but denoiser.model.patch={denoiser.patch} with {halvings + 1} "
-            f"resolutions needs a multiple of {multiple}: use a smaller patch, fewer resolutions or another data.size"
+            f"the latents have {sides[0]}x{sides[1]} places, but denoiser.model.patch={denoiser.patch} with "
+            f"{halvings + 1} resolutions needs a multiple of {multiple}: use a smaller patch, fewer resolutions or "
+            "another data.size"
         )
     # A frame of resolution i merges prod(time_strides[:i]) latent frames, and the sound tokens have been halved i
     # times. Each such frame must have a whole number of tokens.

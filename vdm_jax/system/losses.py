@@ -32,6 +32,7 @@ class Stage(NamedTuple):
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
     # The loss uses one hard negative per group of this many consecutive clips. A group must share a device.
     clips_per_negative: int = 1
+    any_shape: bool = False  # whether the model takes clips of any length, height and width, see data/buckets.py
 
 
 def make_stages(system):
@@ -51,9 +52,9 @@ def make_stages(system):
     def stage(name, loss, sequence_sizes, preview=None, encoder_shapes=None):
         settings = config[name]
         remat_modes(config, name)  # raises for a wrong setting
-        rows, side = settings.batch_size, config.data.size
+        rows = settings.batch_size
         batch = {
-            "video": jax.ShapeDtypeStruct((rows, layout.frames, side, side, 3), jnp.uint8),
+            "video": jax.ShapeDtypeStruct((rows, layout.frames, *config.data.size, 3), jnp.uint8),
             "audio": jax.ShapeDtypeStruct((rows, layout.samples), jnp.float32),
             "tokens": jax.ShapeDtypeStruct((rows, config.data.text_length), jnp.int32),
         }
@@ -77,6 +78,7 @@ def make_stages(system):
             sequence_sizes=sequence_sizes,
             make_hard_negative=swap_words if word_groups else None,
             clips_per_negative=negatives.get("every", 1) if word_groups else 1,
+            any_shape=bool(encoder_shapes),
         )
 
     show_video, show_audio = (previews.reconstruction(system, modality) for modality in ("video", "audio"))

@@ -20,7 +20,8 @@ def make_models(config, layout):
     modes = remat_modes(config, "denoiser")
     # A single remat mode is for the whole model: System.apply_fn applies it. If there are several, each is for one
     # resolution, and the U-Net applies it.
-    unet = dict(config.denoiser.model, remat=modes if len(modes) > 1 else (), latent_fps=layout.latent_fps)
+    sizes = dict(latent_fps=layout.latent_fps, places=layout.video[:2])
+    unet = dict(config.denoiser.model, remat=modes if len(modes) > 1 else (), **sizes)
     models = {
         "video_autoencoder": VideoAutoencoder(**config.video_autoencoder.model, dtype=dtype),
         "audio_autoencoder": AudioAutoencoder(**config.audio_autoencoder.model, dtype=dtype),
@@ -48,9 +49,9 @@ def remat_modes(config, stage):
 
 def init_fns(models, config, layout):
     """{name: init(key) -> params} of the models. Call them under eval_shape or jit: else Flax also runs the model."""
-    side, text_length, text_width = config.data.size, config.data.text_length, config.clip.model.text.width
+    text_length, text_width = config.data.text_length, config.clip.model.text.width
     tokens = jnp.zeros((1, text_length), jnp.int32)
-    video = jnp.zeros((1, layout.frames, side, side, 3))
+    video = jnp.zeros((1, layout.frames, *config.data.size, 3))
     sound = jnp.zeros((1, layout.latent_frames * layout.f_t * layout.samples_per_frame))
     latents = {name: jnp.zeros((1, *shape)) for name, shape in layout.latent_shapes.items()}
     log_snr = {name: jnp.zeros((1, layout.latent_frames)) for name in latents}

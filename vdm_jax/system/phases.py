@@ -39,6 +39,7 @@ class Phase(NamedTuple):
     start: int  # number of steps in the phases before
     last_step: int  # of this phase, counted from the start of the stage
     system: System  # with the settings of this phase; <stage>.steps in its config are the steps of this phase
+    buckets: list  # the Systems that it is trained on, see System.in_buckets
 
 
 def phases(system, name):
@@ -48,7 +49,7 @@ def phases(system, name):
     """
     steps, parts = system.config[name].steps, system.config[name].phases
     if not parts:
-        return [Phase(1, name, 0, steps, system)]
+        return [Phase(1, name, 0, steps, system, system.in_buckets(name))]
     for part in parts:
         if not hasattr(part, "items"):
             raise UserError(f'{name}.phases: {part!r} is no phase: write {{"share": 0.5, "data.frames": 9}}')
@@ -67,13 +68,13 @@ def phases(system, name):
             config[name].update(phases=(), steps=stop - start)
             phase_system = build(config)
             _check_shapes({name: phase_system.param_shapes[name]}, system.param_shapes, last=number == len(parts))
+            # `build` used the settings of the phase for all stages, but they are meant for stage `name` only. So the
+            # other stages are taken from `system`, and so are the shapes of the encoders' parameters.
+            stage = phase_system.stages[name]._replace(encoder_shapes=system.stages[name].encoder_shapes)
+            phase_system = dataclasses.replace(phase_system, stages=system.stages | {name: stage})
+            made.append(Phase(number, title, start, stop, phase_system, phase_system.in_buckets(name)))
         except UserError as error:
             raise UserError(f"{title}: {error}") from None
-        # `build` used the settings of the phase for all stages, but they are meant for stage `name` only. So the other
-        # stages are taken from `system`, and so are the shapes of the encoders' parameters.
-        stage = phase_system.stages[name]._replace(encoder_shapes=system.stages[name].encoder_shapes)
-        phase_system = dataclasses.replace(phase_system, stages=system.stages | {name: stage})
-        made.append(Phase(number, title, start, stop, phase_system))
     return made
 
 

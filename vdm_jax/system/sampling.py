@@ -119,8 +119,7 @@ class Sampler:
         if context.video is None and context.audio is None:
             return clean
         rows = max(len(x) for x in (context.video, context.audio) if x is not None)
-        side = self.system.config.data.size
-        shapes = (layout.frames, side, side, 3), (layout.samples,)
+        shapes = (layout.frames, *self.system.config.data.size, 3), (layout.samples,)
         video = np.zeros((rows, *shapes[0]), np.uint8) if context.video is None else context.video
         audio = np.zeros((rows, *shapes[1]), np.float32) if context.audio is None else context.audio
         if (video.shape[1:], audio.shape[1:]) != shapes:
