@@ -84,10 +84,11 @@ def _conv_video(x, kernel, bias, strides, padding):
         return out.reshape(-1, b, h, w, out.shape[-1]).swapaxes(0, 1)
 
     def full(x, kernel, bias):  # a sum of 2-D convolutions, one for each frame of the window
-        b, t = x.shape[:2]
+        b = len(x)
         if b >= 8 or strides[0] > 1:
             return add_bias(xla_conv(x, kernel, strides, padding), bias)
         x = jnp.pad(x.swapaxes(0, 1), (padding[0], *[(0, 0)] * 4))  # [T + padding, B, H, W, C]
+        t = len(x) - len(kernel) + 1
         shifted = (x[i : i + t].reshape(t * b, *x.shape[2:]) for i in range(kernel.shape[0]))
         out = sum(xla_conv(frames, tap, strides[1:], padding[1:]) for frames, tap in zip(shifted, kernel))
         return add_bias(out, bias).reshape(t, b, *out.shape[1:]).swapaxes(0, 1)
