@@ -1,4 +1,4 @@
-"""Our UNet3DCondition against diffusers' UNet3DConditionModel: parameters, values, gradients, weights from a file."""
+"""Our UNet3DConditionModel against that of diffusers: parameters, values, gradients, weights from a file."""
 
 import math
 
@@ -8,27 +8,21 @@ import pytest
 
 from tests.peers import unet3d
 from vdm_jax.errors import UserError
-from vdm_jax.models.published.unet3d_condition import (
-    MODELSCOPE,
-    UNet3DCondition,
-    diffusers_shapes,
-    load_diffusers,
-    param_shapes,
-)
+from vdm_jax.models.published import naming
+from vdm_jax.models.published.unet3d_condition import UNet3DConditionModel
+from vdm_jax.run import huggingface
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
-safetensors_torch = pytest.importorskip("safetensors.torch")
-safetensors_numpy = pytest.importorskip("safetensors.numpy")
+diffusers = pytest.importorskip("diffusers")
 
-MODEL = UNet3DCondition(**unet3d.TINY)
+MODEL = UNet3DConditionModel(**unet3d.TINY)
 JOB = dict(frames=3, size=5, words=5, batch=2)
 
 
 @pytest.fixture(scope="module")
 def theirs():
     torch.set_num_threads(1)
-    return unet3d.randomize(unet3d.build(unet3d.TINY)).eval()  # eval: without dropout
+    return unet3d.randomize(diffusers.UNet3DConditionModel(**unet3d.TINY)).eval()  # eval: without dropout
 
 
 def arrays(tensors):
@@ -37,7 +31,7 @@ def arrays(tensors):
 
 @pytest.fixture(scope="module")
 def params(theirs):
-    return load_diffusers(arrays(theirs.named_parameters()), MODEL)
+    return naming.to_params(arrays(theirs.named_parameters()), MODEL)
 
 
 def test_output_of_the_same_weights(theirs, params):
@@ -58,7 +52,7 @@ def test_gradients_of_the_same_loss(theirs, params):
     inputs = unet3d.job(unet3d.TINY, **JOB)
     theirs.zero_grad()
     unet3d.call(theirs, *inputs).square().mean().backward()
-    want = load_diffusers(arrays((name, p.grad) for name, p in theirs.named_parameters()), MODEL)
+    want = naming.to_params(arrays((name, p.grad) for name, p in theirs.named_parameters()), MODEL)
     got = jax.jit(jax.grad(lambda params: (MODEL.apply({"params": params}, *inputs) ** 2).mean()))(params)
 
     def close(path, got, want):
@@ -70,29 +64,53 @@ def test_gradients_of_the_same_loss(theirs, params):
 
 
 @pytest.mark.parametrize(
-    "settings, millions", [(unet3d.SETTINGS, 52.94), (MODELSCOPE, 1411.23)], ids=["benchmark", "ModelScope"]
+    "settings, millions", [(unet3d.SETTINGS, 52.94), ({}, 1411.23)], ids=["benchmark", "ModelScope"]
 )
 def test_names_shapes_and_number_of_parameters(settings, millions):
-    model = UNet3DCondition(**settings)
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in unet3d.build(settings).named_parameters()}
-    assert diffusers_shapes(model) == shapes
-    number = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(model)))
-    assert number == sum(map(math.prod, shapes.values())) and round(number / 1e6, 2) == millions
+        theirs = diffusers.UNet3DConditionModel(**settings)
+    shapes = {name: tuple(p.shape) for name, p in theirs.named_parameters()}
+    assert naming.tensor_shapes(naming.from_config(UNet3DConditionModel, theirs.config)) == shapes
+    assert round(sum(map(math.prod, shapes.values())) / 1e6, 2) == millions
 
 
-def test_weights_from_a_file(theirs, params, tmp_path):
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    safetensors_torch.save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, path)
-    loaded = load_diffusers(safetensors_numpy.load_file(path), MODEL)
+def test_a_folder_of_diffusers_there_and_back(theirs, params, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    name, config = huggingface.read_config(tmp_path)
+    assert name == "UNet3DConditionModel" and config["norm_eps"] == 1e-5
+    older = {"center_input_sample": False, "use_linear_projection": True}  # keys of files that the class does not have
+    assert naming.from_config(UNet3DConditionModel, {**config, **older}) == MODEL
+    loaded = naming.to_params(huggingface.read_tensors(tmp_path), MODEL)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    jax.tree.map(np.testing.assert_array_equal, naming.to_tensors(params), arrays(theirs.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(act_fn="gelu"), "act_fn='gelu' is not supported, only with 'silu' or 'swish'"),
+        (dict(mid_block_scale_factor=1.5), "mid_block_scale_factor=1.5 is not supported"),
+        (dict(time_cond_proj_dim=8), "time_cond_proj_dim=8 is not supported"),
+        (dict(num_attention_heads=8), "num_attention_heads=8 is not supported"),
+        (dict(down_block_types=["DownBlock3D", "DownBlockMotion"]), "no type of block 'DownBlockMotion'"),
+        (dict(block_out_channels=[8]), "another length"),
+        (dict(attention_head_dim=[8, 8]), "must each be one number"),
+        (dict(norm_num_groups=None), "must each be one number"),
+        (dict(norm_num_groups=3), "must be multiples of norm_num_groups"),
+    ],
+)
+def test_settings_that_are_not_supported(params, settings, said):
+    model = naming.from_config(UNet3DConditionModel, {**unet3d.TINY, **settings})
+    with pytest.raises(UserError, match=said) as error:
+        naming.to_params(naming.to_tensors(params), model)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "name, shape, said",
     [
         ("mid_block.attentions.0.proj_in.bias", None, "mid_block.attentions.0.proj_in.bias is missing"),
-        ("conv_in.extra", (3,), "conv_in.extra has no place"),
+        ("conv_in.extra", (3,), "has no tensor conv_in.extra"),
         ("conv_in.weight", (8, 4, 3, 1), r"conv_in.weight has shape \(8, 4, 3, 1\)"),
         ("conv_in.weight", (4, 8, 3, 3), r"needs \(8, 4, 3, 3\)"),  # the same number of values in another order
     ],
@@ -105,5 +123,5 @@ def test_wrong_weights_are_one_clear_error(theirs, name, shape, said):
     else:
         flat[name] = np.zeros(shape, np.float32)
     with pytest.raises(UserError, match=said) as error:
-        load_diffusers(flat, MODEL)
+        naming.to_params(flat, MODEL)
     assert "\n" not in str(error.value)

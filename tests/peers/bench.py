@@ -1,4 +1,4 @@
-"""Times our UNet3DCondition and a PyTorch denoiser. Both take turns, so that a change of the machine affects both.
+"""Times our UNet3DConditionModel and a PyTorch denoiser. Both take turns, so that a change of the machine affects both.
 
     python -m tests.peers.bench --peer=diffusers [--rounds=5 --batch=1 --dtype=float32 --device=cpu --out=peers.json]
 

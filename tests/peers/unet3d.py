@@ -1,47 +1,24 @@
-"""diffusers' UNet3DConditionModel: settings for it and for ours, random weights, and an input for both."""
+"""UNet3DConditionModel: settings for diffusers' and for ours, random weights, and an input for both."""
 
 import numpy as np
 
 SETTINGS = dict(  # 52.94 M parameters; the benchmark times this model
-    channels=(64, 128, 256, 256),
-    blocks=2,
-    attention=(False, False, False, True),
-    head_dim=16,
-    groups=32,
-    in_channels=4,
-    out_channels=4,
-    text_width=512,
+    block_out_channels=(64, 128, 256, 256),
+    down_block_types=("DownBlock3D",) * 3 + ("CrossAttnDownBlock3D",),
+    up_block_types=("CrossAttnUpBlock3D",) + ("UpBlock3D",) * 3,
+    attention_head_dim=16,
+    cross_attention_dim=512,
 )
 TINY = dict(  # all kinds of blocks, with the fewest channels that the group norms allow
-    channels=(8, 16),
-    blocks=1,
-    attention=(False, True),
-    head_dim=8,
-    groups=4,
-    in_channels=4,
+    block_out_channels=(8, 16),
+    down_block_types=("DownBlock3D", "CrossAttnDownBlock3D"),
+    up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"),
+    layers_per_block=1,
+    attention_head_dim=8,
+    norm_num_groups=4,
     out_channels=3,
-    text_width=12,
+    cross_attention_dim=12,
 )
-
-
-def build(settings):
-    """A UNet3DConditionModel of diffusers with our settings."""
-    from diffusers import UNet3DConditionModel
-
-    def kinds(name, attention):
-        return tuple(f"CrossAttn{name}3D" if attend else f"{name}3D" for attend in attention)
-
-    return UNet3DConditionModel(
-        block_out_channels=settings["channels"],
-        layers_per_block=settings["blocks"],
-        down_block_types=kinds("DownBlock", settings["attention"]),
-        up_block_types=kinds("UpBlock", settings["attention"][::-1]),
-        attention_head_dim=settings["head_dim"],
-        norm_num_groups=settings["groups"],
-        in_channels=settings["in_channels"],
-        out_channels=settings["out_channels"],
-        cross_attention_dim=settings["text_width"],
-    )
 
 
 def randomize(module, seed=0):
@@ -62,8 +39,8 @@ def randomize(module, seed=0):
 def job(settings, frames=16, size=32, words=77, batch=1, seed=1):
     """(video [B, T, h, w, C], timesteps [B], text [B, L, D]) of random numbers."""
     rng = np.random.default_rng(seed)
-    video = rng.normal(size=(batch, frames, size, size, settings["in_channels"])).astype(np.float32)
-    text = rng.normal(size=(batch, words, settings["text_width"])).astype(np.float32)
+    video = rng.normal(size=(batch, frames, size, size, 4)).astype(np.float32)
+    text = rng.normal(size=(batch, words, settings["cross_attention_dim"])).astype(np.float32)
     return video, rng.integers(0, 1000, batch).astype(np.float32), text
 
 

@@ -22,7 +22,9 @@ THREADS = 2
 
 
 def diffusers():
-    return unet3d.build(unet3d.SETTINGS), unet3d.call
+    from diffusers import UNet3DConditionModel
+
+    return UNet3DConditionModel(**unet3d.SETTINGS), unet3d.call
 
 
 def lucidrains():
@@ -31,7 +33,7 @@ def lucidrains():
         sys.modules.update({name: MagicMock() for name in ("torchvision", "torchvision.transforms")})
     from video_diffusion_pytorch import Unet3D
 
-    width = unet3d.SETTINGS["text_width"]
+    width = unet3d.SETTINGS["cross_attention_dim"]
     model = Unet3D(dim=64, dim_mults=(1, 2, 4, 4), channels=4, cond_dim=width, attn_heads=8, attn_dim_head=32)
 
     def call(model, video, timesteps, text):
@@ -94,7 +96,7 @@ class Torch:
 
 
 class Ours:
-    """Our UNet3DCondition. A training step takes over the memory of the last state."""
+    """Our UNet3DConditionModel. A training step takes over the memory of the last state."""
 
     def __init__(self, dtype, device):
         import jax
@@ -103,13 +105,14 @@ class Ours:
 
         from tests.helpers import weights
         from vdm_jax.models import ops
-        from vdm_jax.models.published.unet3d_condition import UNet3DCondition, param_shapes
+        from vdm_jax.models.published import naming
+        from vdm_jax.models.published.unet3d_condition import UNet3DConditionModel
         from vdm_jax.perf import flops
 
         jax.config.update("jax_platforms", "cuda" if device == "gpu" else "cpu")
-        model = UNet3DCondition(**unet3d.SETTINGS, dtype=jnp.dtype(dtype))
+        model = UNet3DConditionModel(**unet3d.SETTINGS, dtype=jnp.dtype(dtype))
         optimizer = optax.adam(1e-4)
-        abstract = param_shapes(model)
+        abstract = naming.param_shapes(model)
         params = weights(abstract)
         self.state = jax.device_put((params, optimizer.init(params)))
         self.params = sum(leaf.size for leaf in jax.tree.leaves(params))

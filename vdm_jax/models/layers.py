@@ -261,21 +261,18 @@ class Attention(Layer):
 
     head_dim: int  # channels of a head
     heads: int = 0  # 0: as many as have room in the channels of x, but at least one
-    plain: bool = False  # as in arXiv:1706.03762: no RMSNorm of queries and keys, and no bias but that of the output
 
     @nn.compact
     def __call__(self, x, context=None, mask=None, positions=None, context_positions=None):
         context = x if context is None else context
         context_positions = positions if context_positions is None else context_positions
         heads = self.heads or max(1, x.shape[-1] // self.head_dim)
-        biases = self.use_bias and not self.plain
-        dense = functools.partial(Dense, (heads, self.head_dim), dtype=self.dtype, use_bias=biases)
+        dense = functools.partial(Dense, (heads, self.head_dim), **self.common)
         query, key, value = dense(name="query")(x), dense(name="key")(context), dense(name="value")(context)
-        if not self.plain:
-            query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
+        query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
         if positions is not None:
             query, key = rotary(query, positions), rotary(key, context_positions)
-        out = checkpoint_name(ops.current().attention(query, key, value, mask, not self.plain), PRODUCT)
+        out = checkpoint_name(ops.current().attention(query, key, value, mask, True), PRODUCT)
         return constrain_activation(Dense(x.shape[-1], axes=2, zero=True, **self.common, name="out")(out))
 
 

@@ -9,14 +9,17 @@ of a tensor is the path of our parameter, with dots. Only the last part and the 
     embedding  [vocabulary, C]             weight  [vocabulary, C]
     any other                              the same
 
-A module has a method `example()`, which returns small inputs of its `__call__`. It may have a method
+A module has a method `example()`, which returns small inputs of its `__call__`, made by jax.numpy. It may have a method
 `from_older(tensors)`, which returns the tensors of an older file under today's names and in today's shapes.
 """
 
 import dataclasses
 import re
+import types
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vdm_jax.errors import UserError
@@ -27,20 +30,69 @@ _UNUSED = r"(^|\.)position_ids$"  # numbers from 0 on, which old files carry
 
 
 def from_config(module, config, **settings):
-    """Returns module(...) with the settings of a config.json.
+    """Returns module(...) with the settings of a config.json. Raises UserError for a value of another type.
 
     config: keys that the module does not have are ignored; a missing key has the module's default
     settings: further settings of the module, such as dtype
     """
     ours = {field.name for field in dataclasses.fields(layers.Layer)}  # a file's dtype is that of its tensors
-    names = {field.name for field in dataclasses.fields(module)} & config.keys() - ours
-    as_tuple = {name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in names}
-    return module(**{**as_tuple, **settings})
+    values = {}
+    for field in dataclasses.fields(module):
+        if field.name not in config or field.name in ours:
+            continue
+        values[field.name] = value = _as_tuple(config[field.name])
+        if not _is_of(value, field.type):
+            raise UserError(
+                f"config.json: {field.name}={str(value)[:40]} is no value for {module.__name__}, which takes "
+                f"{getattr(field.type, '__name__', field.type)}: give the config of the weights"
+            )
+    return module(**{**values, **settings})
 
 
-def param_shapes(model):
-    """Returns the parameters of a module as a tree of ShapeDtypeStructs; nothing is allocated."""
-    return jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
+def _as_tuple(value):
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
+def _is_of(value, kind):
+    """Returns whether a value has a type such as int, float | None or tuple[int, ...]. An int is a float, too."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(value, each) for each in kind.__args__)
+    if isinstance(kind, types.GenericAlias):
+        return isinstance(value, kind.__origin__) and all(_is_of(each, kind.__args__[0]) for each in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def supports(model, **known):
+    """Raises UserError where a setting of a module is none of its `known` values, {setting: tuple of values}."""
+    for name, values in known.items():
+        value = getattr(model, name)
+        if value not in values:
+            raise UserError(
+                f"{type(model).__name__} with {name}={value!r} is not supported, only with "
+                f"{' or '.join(map(repr, values))}: use weights with another config"
+            )
+
+
+def param_shapes(model, most=None):
+    """Returns the parameters of a module as a tree of ShapeDtypeStructs; nothing is allocated.
+
+    most: number of tensors of the weights. Raises UserError for a module that has many more layers, before it is traced
+        to its end: a config.json may ask for any number. None: no limit.
+    """
+    paths = set()
+
+    def count(call, arguments, keywords, context):
+        if context.module.scope is not None:
+            paths.add(context.module.path)
+        # A layer has at least one tensor. Some modules only hold layers.
+        if most is not None and len(paths) > 3 * most + 100:
+            raise UserError(f"{type(model).__name__} has more layers in its config than in its {most} tensors")
+        return call(*arguments, **keywords)
+
+    with nn.intercept_methods(count):
+        return jax.eval_shape(lambda key: model.init(key, *model.example()), jax.random.key(0))["params"]
 
 
 def tensor_name(path):
@@ -51,7 +103,11 @@ def tensor_name(path):
 
 def tensor_shapes(model):
     """Returns {name: shape} of the tensors of the original."""
-    leaves = jax.tree_util.tree_leaves_with_path(param_shapes(model))
+    return _of_original(param_shapes(model))
+
+
+def _of_original(shapes):
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
     return {tensor_name(path): _to_original_order(path, leaf.shape) for path, leaf in leaves}
 
 
@@ -73,13 +129,22 @@ def to_params(tensors, model, shardings=None, source="the weights"):
         has NumPy arrays.
     source: where the tensors are from, for messages
 
-    Raises UserError for a missing tensor, an unknown tensor, or a wrong shape.
+    Raises UserError for a missing tensor, an unknown tensor, a wrong shape, or a type that is no float.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not re.search(_UNUSED, name)}
     if hasattr(model, "from_older"):
         tensors = model.from_older(tensors)
-    expected = tensor_shapes(model)
     what = type(model).__name__
+    try:
+        shapes = param_shapes(model, most=len(tensors))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # numbers without sense
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{source}: {what} cannot have these settings ({reason[0]}): give the config of the weights"
+        ) from error
+    expected = _of_original(shapes)
     for name in expected:
         if name not in tensors:
             raise UserError(f"{source}: tensor {name} is missing: give all tensors of {what} with these settings")
@@ -98,14 +163,16 @@ def to_params(tensors, model, shardings=None, source="the weights"):
         tensor, is_kernel = tensors[tensor_name(path)], path[-1].key == "kernel"
 
         def read(index):  # of a part of our parameter
-            x = np.asarray(tensor[_to_original_order(path, index)], np.float32)
+            x = tensor[_to_original_order(path, index)]
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                raise UserError(f"{source}: tensor {tensor_name(path)} has type {x.dtype}: give weights in floats")
+            x = np.asarray(x, np.float32)
             return np.ascontiguousarray(np.moveaxis(x, (1, 0), (-2, -1)) if is_kernel else x)
 
         if sharding is None:
             return read((slice(None),) * leaf.ndim)
         return jax.make_array_from_callback(leaf.shape, sharding, read)
 
-    shapes = param_shapes(model)
     trees = (shapes,) if shardings is None else (shapes, shardings)
     return jax.tree_util.tree_map_with_path(load, *trees)
 
