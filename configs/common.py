@@ -75,6 +75,19 @@ def get_config():
         )
     )
 
+    # ------------------------------------------------------- parts that are not trained here, see system/parts.py
+    def part():
+        return ConfigDict(
+            dict(
+                source="",  # folder of a published model, of another run or of exported weights; "": trained here
+                hash="",  # of its weights; a run writes it down when it starts
+            )
+        )
+
+    config.video_codec = part()  # in place of the stage video_autoencoder
+    config.audio_codec = part()  # in place of the stage audio_autoencoder
+    config.text_encoder = part()  # in place of the stage clip
+
     # ------------------------------------------------------------------------------------------- the four stages
     def optimizer(**different):
         base = dict(

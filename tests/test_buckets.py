@@ -61,7 +61,7 @@ def test_a_video_goes_to_the_most_similar_bucket(video, expected):
 def test_batches_of_a_run_that_resumes_at_any_step(system):
     parts = system.in_buckets("denoiser")
     assert [(part.layout.frames, *part.config.data.size) for part in parts] == [(5, 16, 24), (3, 24, 16), (7, 16, 16)]
-    examples = [batches.Examples(batches.source(part.config), 96) for part in parts]
+    examples = [batches.Examples(batches.source(part.config), part.tokenize) for part in parts]
     options = dict(batch_size=2, seed=3, data=system.config.data)
 
     def take(start, count):
@@ -90,7 +90,7 @@ def test_one_parameter_tree_for_all_buckets(system):
         config = system.config.copy_and_resolve_references()
         config.data.update(frames=part.layout.frames, size=part.config.data.size, buckets=())
         alone = build(config)
-        clips = batches.Examples(batches.source(part.config), 96).take([0, 1])
+        clips = batches.Examples(batches.source(part.config), part.tokenize).take([0, 1])
         batch = jax.jit(lambda p, b, s=part: encode_batch(s, p, b))(params, clips)
 
         def resize(x, want):

@@ -32,7 +32,7 @@ def config():
 
 def examples(system):
     source = batches.source(system.config)
-    return batches.Examples(source, system.config.data.text_length, system.stages["denoiser"].make_hard_negative)
+    return batches.Examples(source, system.tokenize, system.stages["denoiser"].make_hard_negative)
 
 
 def test_statistics_give_zero_mean_and_unit_variance(config):

@@ -236,16 +236,19 @@ def recall(pipe, held_out):
     if len(different) < 2:
         return {"recall_at_1": None, "candidates": len(different)}
 
+    if "clip" in pipe.system.parts:
+        return {"recall_at_1": None}
+
     def embed(params, tokens, video):
         return pipe.system.apply("clip", params, tokens, text.mask(tokens), to_float(video))[:2]
 
     texts = [item["caption"] for item in different.values()]
     video = np.stack([item["video"] for item in different.values()])
-    tokens = text.encode(texts, config.data.text_length)
+    tokens = pipe.system.tokenize(texts)
     words, pictures = batched("embedding captions and clips", embed, pipe, tokens, video)
     found = {"recall_at_1": reconstruction.recall_at_k(words, pictures), "candidates": len(texts)}
     if groups := config.clip.hard_negatives.words:
-        tokens = text.encode([hard_negatives.swap_words(caption, groups) for caption in texts], config.data.text_length)
+        tokens = pipe.system.tokenize([hard_negatives.swap_words(caption, groups) for caption in texts])
         others, _ = batched("embedding hard negatives", embed, pipe, tokens, video)
         found["hard_negative_accuracy"] = float(np.mean(np.sum(pictures * words, 1) > np.sum(pictures * others, 1)))
     return found
@@ -272,7 +275,7 @@ def loss_per_noise_level(pipe, items, truth, seed):
 
         return jax.tree.map(jnp.transpose, jax.lax.map(at, jnp.asarray(levels, jnp.float32)))  # [B, NOISE_LEVELS]
 
-    tokens = text.encode([item["caption"] for item in items], pipe.config.data.text_length)
+    tokens = pipe.system.tokenize([item["caption"] for item in items])
     rng, shapes = np.random.default_rng(seed), system.layout.latent_shapes
     eps = {name: rng.standard_normal((len(items), *shapes[name]), np.float32) for name in sorted(shapes)}
     found = batched(f"loss at {NOISE_LEVELS} noise levels", errors, pipe, truth, tokens, eps)

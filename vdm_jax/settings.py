@@ -116,6 +116,9 @@ TABLE = (
     Setting("data.tfds.source_fps", number(0), CHANGE),
     Setting("data.tfds.source_sample_rate", whole(0), CHANGE),
     Setting("data.path data.tfds.*", TEXT, CHANGE),
+    # ------------------------------------------------------------------------------------------------------ parts
+    Setting("video_codec.source audio_codec.source text_encoder.source", TEXT, FREE),  # a folder may move
+    Setting("video_codec.hash audio_codec.hash text_encoder.hash", TEXT, FIXED),
     # ----------------------------------------------------------------------------------------------------- stages
     Setting("STAGE.steps", whole(1, 2**31 - 1), GROWS),
     Setting("STAGE.phases", PHASES, CHANGE),

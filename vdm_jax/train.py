@@ -24,6 +24,7 @@ from vdm_jax.run import checkpoint, cli, folder, hosts, preemption, profiling, s
 from vdm_jax.run.log import RunLog, Stopwatch
 from vdm_jax.system import build, latents
 from vdm_jax.system.layout import STAGES
+from vdm_jax.system.parts import with_hashes
 from vdm_jax.system.phases import first_params, phases
 
 logger = logging.getLogger("vdm_jax")
@@ -54,8 +55,11 @@ def main(argv):
     hosts.initialize(options)
     cli.use_cache(config)
 
-    names = STAGES if options.stage == "all" else (options.stage,)
+    config = with_hashes(config)
     system = build(config)
+    names = [name for name in STAGES if options.stage in ("all", name) and name not in system.parts]
+    if not names:
+        raise UserError(f"--stage={options.stage} is not trained here: {system.parts[options.stage].folder} has it")
     # All settings are checked before anything is written. What a stage needs of others is checked when it starts.
     plan = {name: phases(system, name) for name in names}
     mesh = sharding.make_mesh(config.mesh)
@@ -123,8 +127,7 @@ def take_steps(run, name, phase, checkpoints):
         return True
     # 3. Data: clips. For the denoiser, the models of the earlier stages encode them, now or in each batch.
     examples = [
-        batches.Examples(run.sources[bucket], config.data.text_length, stage.make_hard_negative)
-        for bucket in phase.buckets
+        batches.Examples(run.sources[bucket], system.tokenize, stage.make_hard_negative) for bucket in phase.buckets
     ]
     weights = [own.weight for own in examples]  # of the buckets
     encoder_params = {}

@@ -189,7 +189,8 @@ def import_weights(weights, workdir):
         with checkpoint.manager(workdir / stage / "checkpoints") as checkpoints:
             checkpoint.save(checkpoints, state | {"step": state["step"] + step})
             checkpoint.finish(checkpoints)
-    folder.write_statistics(workdir / folder.STATISTICS, weights.params["statistics"], weights.params)
+    statistics, parts = weights.params["statistics"], weights.system.parts
+    folder.write_statistics(workdir / folder.STATISTICS, statistics, weights.params, parts)
     folder.write_config(workdir, weights.system.config, STAGES)
     print(f"made {workdir}: " + ", ".join(f"{stage} at step {step}" for stage, step in weights.steps.items()))
 

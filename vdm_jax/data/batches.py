@@ -14,7 +14,7 @@ import absl.logging
 import jax
 import numpy as np
 
-from vdm_jax.data import buckets, text
+from vdm_jax.data import buckets
 from vdm_jax.data.files import Files
 from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
@@ -63,7 +63,7 @@ class Examples:
     """The items of a data source as training examples."""
 
     source: Sequence
-    text_length: int  # L, in tokens
+    tokenize: Callable  # texts -> tokens int32 [B, L]
     hard_negative: Callable[[str], str] | None = None  # caption -> wrong caption
 
     def __len__(self):
@@ -82,9 +82,9 @@ class Examples:
         items = [self.source[number] for number in numbers]
         captions = [item["caption"] for item in items]
         batch = {part: np.stack([item[part] for item in items]) for part in ("video", "audio")}
-        batch["tokens"] = text.encode(captions, self.text_length)
+        batch["tokens"] = self.tokenize(captions)
         if self.hard_negative:
-            batch["hard_negative"] = text.encode([self.hard_negative(c) for c in captions], self.text_length)
+            batch["hard_negative"] = self.tokenize([self.hard_negative(caption) for caption in captions])
         return batch
 
 

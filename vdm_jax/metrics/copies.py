@@ -32,7 +32,7 @@ def measure(pipe, samples, held_out, count):
     encode = functools.partial(encode, pipe.params)
     videos = np.concatenate([samples, held_out])
     clips = np.concatenate([encode(videos[i : i + BATCH]) for i in range(0, len(videos), BATCH)])
-    examples = batches.Examples(batches.source(config), config.data.text_length)
+    examples = batches.Examples(batches.source(config), system.tokenize)
     steps = -(-count // BATCH)
     training = batches.batches(examples, batch_size=BATCH, seed=config.seed, start=0, stop=steps, data=config.data)
     nearest = np.full(len(samples) + len(held_out), np.inf)

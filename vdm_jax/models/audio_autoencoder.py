@@ -1,6 +1,7 @@
 """A causal 1-D convolutional VAE for sound, with K tokens for each latent frame of the video."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -37,6 +38,11 @@ class AudioAutoencoder(layers.Autoencoder):
         self.upsample = [layers.Dense(c * s, dtype=self.dtype) for c, s in zip(self.channels, self.strides)]
         self.norm_samples = layers.GroupNorm(self.groups, activation=nn.silu, dtype=self.dtype)
         self.to_samples = conv(self.patch, (3,))
+
+    @property
+    def hop(self):
+        """Samples of a token."""
+        return self.patch * math.prod(self.strides)
 
     def encode(self, audio):
         """Audio [B, N] -> (mean, log variance), each [B, N / hop, latent_channels] float32."""

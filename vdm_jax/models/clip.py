@@ -72,6 +72,11 @@ class Clip(layers.Layer):
         self.video_out = layers.Dense(self.embedding, use_bias=False, dtype=self.dtype)
         self.log_temperature = self.param("log_temperature", nn.initializers.constant(jnp.log(1 / 0.07)), ())
 
+    @property
+    def width(self):
+        """Channels of a text state."""
+        return self.text["width"]
+
     def encode_text(self, tokens, mask):
         """-> {'states': [B, L, width], 'pooled': [B, width]}, float32: the denoiser's view of the text."""
         states, pooled = self.text_encoder(tokens, mask)

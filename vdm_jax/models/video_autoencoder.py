@@ -4,6 +4,7 @@ The first latent frame holds frame 0 alone, and each later one holds f_t frames.
 """
 
 import functools
+import math
 
 import jax.numpy as jnp
 
@@ -45,6 +46,16 @@ class VideoAutoencoder(layers.Autoencoder):
         self.up = [[block(c) for _ in range(n)] for c, n in zip(self.channels, self.blocks)]
         self.upsample = [conv(t * s * s * c, (1, 3, 3)) for c, t, s in strides]
         self.to_pixels = conv(3 * self.patch**2, (1, 3, 3))
+
+    @property
+    def f_t(self):
+        """Frames of a latent frame."""
+        return math.prod(self.time_strides)
+
+    @property
+    def f_s(self):
+        """Pixels of a latent, along the height and along the width."""
+        return self.patch * math.prod(self.space_strides)
 
     def encode(self, video):
         """Video [B, F, H, W, 3] in [-1, 1] -> (mean, log variance), each [B, T, h, w, latent_channels] float32."""

@@ -164,18 +164,23 @@ def read_statistics(path, expected):
     return jax.tree_util.tree_map_with_path(lambda p, x: arrays[path_name(p)], expected), encoders
 
 
-def write_statistics(path, statistics, params):
-    """Writes the statistics of the latents, with the hash of the encoders in {stage: parameters}."""
+def write_statistics(path, statistics, params, parts=None):
+    """Writes the statistics of the latents, with the hash of the encoders in {stage: parameters}. parts: of a System"""
     lists = jax.tree.map(lambda x: np.asarray(x).tolist(), statistics)
-    storage.write_json(path, lists | {"encoders": encoders_hash(params)})
+    storage.write_json(path, lists | {"encoders": encoders_hash(params, parts)})
 
 
-def encoders_hash(params):
-    """Returns a hash of the autoencoders in {stage: parameters}, in the precision of exported weights."""
-    digest = hashlib.sha256()
-    for name, x in named_leaves(params).items():
+def encoders_hash(params, parts=None):
+    """Returns a hash of the autoencoders in {stage: parameters}, in the precision of exported weights.
+
+    parts: System.parts, whose hashes take the place of their parameters
+    """
+    digest, parts = hashlib.sha256(), parts or {}
+    for name, x in named_leaves({stage: x for stage, x in params.items() if stage not in parts}).items():
         if "_autoencoder/" in name:
             digest.update(name.encode() + np.asarray(x, np.float16).tobytes())
+    for stage in sorted(set(parts) - {"clip"}):
+        digest.update(f"{stage} {parts[stage].fingerprint}".encode())
     return digest.hexdigest()
 
 
@@ -212,10 +217,11 @@ def load(source, build, stages=None, unverified=False):
     source = storage.given(REFERENCE if source is None else source)
     system = read_system(source, build)
     expected = {stage: system.param_shapes[stage] for stage in stages or system.param_shapes}
-    exported = any((source / f"{stage}.safetensors").exists() for stage in expected)
+    stored = [stage for stage in expected if stage not in system.parts]
+    exported = any((source / f"{stage}.safetensors").exists() for stage in stored)
     if exported:
         try:
-            checksums.check(source, ["statistics.json", *(f"{stage}.safetensors" for stage in expected)])
+            checksums.check(source, ["statistics.json", *(f"{stage}.safetensors" for stage in stored)])
         except checksums.Missing as error:
             if not unverified:
                 raise UserError(
@@ -224,13 +230,16 @@ def load(source, build, stages=None, unverified=False):
                 ) from None
     params, steps = {}, {}
     for stage, tree in expected.items():
+        if stage in system.parts:
+            params[stage] = system.parts[stage].read()
+            continue
         read = read_safetensors(source / f"{stage}.safetensors", tree) if exported else read_params(source, stage, tree)
         params[stage], steps[stage] = read
     if "denoiser" in params:
         path = source / ("statistics.json" if exported else STATISTICS)
         shapes = system.stages["denoiser"].encoder_shapes["statistics"]
         params["statistics"], encoders = read_statistics(path, shapes)
-        if params.keys() > system.param_shapes.keys() and encoders not in (None, encoders_hash(params)):
+        if params.keys() > system.param_shapes.keys() and encoders not in (None, encoders_hash(params, system.parts)):
             logger.warning("%s is of other autoencoders: train the denoiser further, or restore the file", path)
     return Weights(system, params, steps)
 
@@ -256,7 +265,8 @@ def write_exported(folder, weights, workdir):
     for stage, step in weights.steps.items():
         write_safetensors(folder / f"{stage}.safetensors", weights.params[stage], step)
     storage.replace(folder / "config.json", weights.system.config.to_json_best_effort(indent=1) + "\n")
-    write_statistics(folder / "statistics.json", weights.params["statistics"], weights.params)
+    statistics, parts = weights.params["statistics"], weights.system.parts
+    write_statistics(folder / "statistics.json", statistics, weights.params, parts)
     record.write_changes(storage.given(workdir), folder)
     checksums.write(folder)
 

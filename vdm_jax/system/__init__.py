@@ -12,6 +12,7 @@ from vdm_jax.models.layers import apply_remat
 from vdm_jax.system.layout import Layout, layout
 from vdm_jax.system.losses import make_stages
 from vdm_jax.system.networks import make_models, remat_modes, to_float, to_uint8
+from vdm_jax.system.parts import open_parts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class System:
     config: ConfigDict
     layout: Layout
     models: dict  # {stage: Flax module}, and "teacher" if the denoiser is a student (see distillation.py)
+    parts: dict  # {stage that is not trained here: where its model comes from}, see parts.py
     stages: dict = dataclasses.field(default_factory=dict)  # {name: losses.Stage}; `build` makes them last
 
     @property
@@ -54,7 +56,7 @@ class System:
         """
         z = {
             "video": self.apply("video_autoencoder", params, to_float(video), method="encode")[0],
-            "audio": self.apply("audio_autoencoder", params, self.pad_audio(audio), method="encode")[0],
+            "audio": self.apply("audio_autoencoder", params, self.codec_audio(audio), method="encode")[0],
         }
         if "statistics" not in params:
             return z
@@ -72,18 +74,28 @@ class System:
     def reconstruct(self, stage, params, x):
         """x encoded and decoded by one autoencoder, which decodes the mean latents: video uint8 or audio float32."""
         is_video = stage == "video_autoencoder"
-        z = self.apply(stage, params, to_float(x) if is_video else self.pad_audio(x), method="encode")[0]
+        z = self.apply(stage, params, to_float(x) if is_video else self.codec_audio(x), method="encode")[0]
         out = self.apply(stage, params, z, method="decode")
         return to_uint8(out) if is_video else self.trim_audio(out)
 
+    def tokenize(self, texts):
+        """Texts -> tokens int32 [B, L]. A warning tells which text is cut."""
+        encode = self.parts["clip"].tokenize if "clip" in self.parts else text.encode
+        return encode(texts, self.config.data.text_length)
+
     def encode_text(self, params, tokens):
         """Tokens int32 [B, L] -> text {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]}."""
-        mask = text.mask(tokens)
+        mask = self.parts["clip"].mask(tokens) if "clip" in self.parts else text.mask(tokens)
         return self.apply("clip", params, tokens, mask, method="encode_text") | {"mask": mask}
 
     def encode_null_text(self, params):
         """The encoded null text, of batch size 1, as `encode_text` gives it."""
-        return self.encode_text(params, text.encode([text.NULL_TEXT], self.config.data.text_length))
+        return self.encode_text(params, self.tokenize([text.NULL_TEXT]))
+
+    def codec_audio(self, audio):
+        """[B, N] -> what the audio codec encodes: padded, and as [B, N, channels] for a codec of several channels."""
+        channels, audio = getattr(self.models["audio_autoencoder"], "audio_channels", None), self.pad_audio(audio)
+        return audio if channels is None else jnp.repeat(audio[..., None], channels, -1)
 
     def pad_audio(self, audio):
         """[B, N] -> [B, T * f_t * samples_per_frame], with f_t - 1 video frames of silence before frame 0.
@@ -93,7 +105,8 @@ class System:
         return jnp.pad(audio, ((0, 0), ((self.layout.f_t - 1) * self.layout.samples_per_frame, 0)))
 
     def trim_audio(self, audio):
-        """Undoes `pad_audio`, and limits the sound to [-1, 1]."""
+        """Undoes `codec_audio`, and limits the sound to [-1, 1]. Several channels become their mean."""
+        audio = audio if audio.ndim == 2 else audio.mean(-1)
         return jnp.clip(audio[:, (self.layout.f_t - 1) * self.layout.samples_per_frame :], -1.0, 1.0)
 
     def with_shape(self, frames, size):
@@ -103,7 +116,7 @@ class System:
         """
         config = self.config.copy_and_resolve_references()
         config.data.update(frames=frames, size=tuple(size))
-        system = dataclasses.replace(self, config=config.lock(), layout=layout(config))
+        system = dataclasses.replace(self, config=config.lock(), layout=layout(config, self.parts))
         stages = make_stages(system)
         kept = ("init", "param_shapes", "encoder_shapes")
         stages = {
@@ -140,6 +153,7 @@ class System:
 def build(config):
     """The System of a config. Raises UserError where settings do not fit together, or where there is no device."""
     sharding.find_devices()
-    sizes = layout(config)
-    system = System(config, sizes, make_models(config, sizes))
+    parts = open_parts(config)
+    sizes = layout(config, parts)
+    system = System(config, sizes, make_models(config, sizes, parts), parts)
     return dataclasses.replace(system, stages=make_stages(system))

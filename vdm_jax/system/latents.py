@@ -41,8 +41,11 @@ def prepare(systems, workdir, examples, mesh):
     Raises UserError where an earlier stage has no checkpoint, or a student has no teacher.
     """
     system = systems[0]
-    params = {name: folder.read_params(workdir, name, system.param_shapes[name])[0] for name in STAGES[:3]}
+    trained = [name for name in STAGES[:3] if name not in system.parts]
+    params = {name: folder.read_params(workdir, name, system.param_shapes[name])[0] for name in trained}
     params = folder.as_exported(params)
+    for name, part in system.parts.items():
+        params[name] = part.read(sharding.state_shardings(system.param_shapes[name], mesh))
     params["statistics"] = _statistics(system, params, examples[0], workdir / folder.STATISTICS)
     if system.config.denoiser.cached_clips:
         shapes = [f"_{'x'.join(map(str, (own.layout.frames, *own.config.data.size)))}" for own in systems]
@@ -61,7 +64,7 @@ def prepare(systems, workdir, examples, mesh):
 def _statistics(system, params, examples, path):
     """Returns the statistics in a file. They are measured when it is missing or is of other weights."""
     shapes = system.stages["denoiser"].encoder_shapes["statistics"]
-    encoders, stored, of = folder.encoders_hash(params), None, None
+    encoders, stored, of = folder.encoders_hash(params, system.parts), None, None
     if path.exists():
         stored, of = folder.read_statistics(path, shapes)
     current = stored is not None and of in (None, encoders)
@@ -72,7 +75,7 @@ def _statistics(system, params, examples, path):
     if hosts.is_primary() and of != encoders:
         if current:
             logger.info("%s is of an earlier version and has no checksum: one is added", path)
-        folder.write_statistics(path, statistics, params)
+        folder.write_statistics(path, statistics, params, system.parts)
     hosts.barrier("statistics", ENCODING_SECONDS)
     return folder.read_statistics(path, shapes)[0]
 
@@ -205,7 +208,7 @@ def _cached(system, params, examples, directory):
     interruption, the next run makes the missing files.
     """
     if hosts.is_primary():
-        _make_current(directory, _fingerprint(system.config, params), examples.source)
+        _make_current(directory, _fingerprint(system, params), examples.source)
     hosts.barrier("folder", ENCODING_SECONDS)
     mark = _mark(storage.read_json(directory / FINGERPRINT, "start the training again"))
     count, abstract_batch = system.config.denoiser.cached_clips, system.stages["denoiser"].batch
@@ -274,16 +277,21 @@ def _mark(fingerprint):
     return " ".join(str(fingerprint.get(part)) for part in PARTS)
 
 
-def _fingerprint(config, params):
+def _fingerprint(system, params):
     """Returns hashes of the parameters that encode, and of the settings that decide what is encoded."""
+    config = system.config
     denoiser, data = config.denoiser, config.data.to_dict()
     unused = {"threads", "prefetch", "world", "files", "tfds"} - {data["source"]}
     unused |= {"path"} if data["source"] == "files" else set()  # a folder that only moved is the same data
     data = {key: value for key, value in data.items() if key not in unused}
     settings = [CLIPS_PER_FILE, config.seed, denoiser.cached_clips, denoiser.hard_negatives.words, data]
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
+    for name in sorted(params):
+        if name in system.parts:
+            digest.update(system.parts[name].fingerprint.encode())
+        else:
+            for leaf in jax.tree.leaves(params[name]):
+                digest.update(np.asarray(leaf).tobytes())
     return {"weights": digest.hexdigest(), "settings": _hash(settings)}
 
 

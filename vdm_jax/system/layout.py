@@ -6,6 +6,8 @@ from typing import NamedTuple
 from vdm_jax import settings
 from vdm_jax.errors import UserError
 from vdm_jax.settings import STAGES
+from vdm_jax.system.networks import make_encoders
+from vdm_jax.system.parts import open_parts
 
 # Settings of a model with one value for each resolution.
 PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")
@@ -39,28 +41,35 @@ class Layout(NamedTuple):
         return self._replace(frames=frames, samples=frames * self.samples_per_frame, latent_frames=latent_frames)
 
 
-def layout(config):
-    """The Layout of a config's clips. Raises UserError for a setting that is not allowed, or that fits no other."""
+def layout(config, parts=None):
+    """The Layout of a config's clips. Raises UserError for a setting that is not allowed, or that fits no other.
+
+    parts: see parts.open_parts; None opens them.
+    """
     settings.check(config.to_dict())
-    data, video, audio = config.data, config.video_autoencoder.model, config.audio_autoencoder.model
+    parts = open_parts(config) if parts is None else parts
+    data = config.data
     for stage in STAGES:
         _check_lengths(f"{stage}.model", config[stage].model)
     if data.sample_rate % data.fps:
         raise UserError(f"data.sample_rate={data.sample_rate} is not a multiple of data.fps={data.fps}")
 
-    f_t = math.prod(video.time_strides)  # video frames per latent frame
-    f_s = video.patch * math.prod(video.space_strides)  # pixels per latent, in height and in width
-    hop = audio.patch * math.prod(audio.strides)  # samples per sound token
+    encoders = make_encoders(config, parts)
+    video, audio = encoders["video_autoencoder"], encoders["audio_autoencoder"]
+    f_t = video.f_t  # video frames per latent frame
+    f_s = video.f_s  # pixels per latent, in height and in width
+    hop = audio.hop  # samples per sound token
     per_frame = data.sample_rate // data.fps
     if any(side % f_s for side in data.size):
         fits = tuple(side // f_s * f_s or f_s for side in data.size)
         raise UserError(f"data.size={data.size} is not a multiple of {f_s}: use {fits}")
     if per_frame * f_t % hop:
         raise UserError(
-            f"a latent frame of {per_frame * f_t} samples is no multiple of the {hop} samples of a sound token: "
-            "change audio_autoencoder.model.patch or strides, or data.sample_rate"
+            f"a latent frame of {per_frame * f_t} samples is no multiple of the {hop} samples of a sound token: set "
+            f"data.sample_rate to {_near_rates(data.sample_rate, data.fps, f_t, hop)} Hz"
+            + ("" if "audio_autoencoder" in parts else ", or change audio_autoencoder.model.patch or strides")
         )
-    if any(side % config.clip.model.video.patch for side in data.size):
+    if "clip" not in parts and any(side % config.clip.model.video.patch for side in data.size):
         raise UserError(f"data.size={data.size} is not a multiple of clip.model.video.patch")
     (height, width), tokens = (side // f_s for side in data.size), per_frame * f_t // hop
     _check_halvings(config.denoiser.model, (height, width), tokens)
@@ -75,9 +84,16 @@ def layout(config):
         audio=(tokens, audio.latent_channels),
     ).with_frames(data.frames)
     padded = sizes.latent_frames * f_t * per_frame  # see System.pad_audio
-    if max(config.audio_autoencoder.stft_windows) > padded:
+    if "audio_autoencoder" not in parts and max(config.audio_autoencoder.stft_windows) > padded:
         raise UserError(f"audio_autoencoder.stft_windows go past the {padded} samples of a clip")
     return sizes
+
+
+def _near_rates(rate, fps, f_t, hop):
+    """Returns the sample rates next to `rate` at which a latent frame has a whole number of sound tokens."""
+    # A frame has a whole number of samples, and f_t frames have a whole number of tokens.
+    step = fps * hop // math.gcd(hop, f_t)
+    return f"{rate // step * step} or {rate // step * step + step}" if rate >= step else f"{step}"
 
 
 def _check_lengths(name, model):

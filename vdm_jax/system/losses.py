@@ -41,7 +41,8 @@ def make_stages(system):
     # This raises for noise levels that do not fit together.
     jax.eval_shape(functools.partial(diffusion.log_snr_at, config=config.denoiser.diffusion), 0.0)
     inits = init_fns(system.models, config, layout)
-    params = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in inits.items()}
+    params = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in inits.items() if name not in system.parts}
+    params |= {name: part.param_shapes() for name, part in system.parts.items()}
     encoders = {name: params[name] for name in STAGES[:3]}
     if "teacher" in params:
         distillation.check(config.denoiser)

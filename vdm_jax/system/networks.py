@@ -12,22 +12,28 @@ from vdm_jax.models.unet import UNet
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
 
 
-def make_models(config, layout):
-    """{stage: Flax module} of a config, and the "teacher" of a student. Raises UserError for wrong settings."""
+def make_encoders(config, parts=None):
+    """{stage: Flax module} of the first three stages. parts: those that are not trained here, see parts.open_parts."""
     dtype = jnp.dtype(config.compute_dtype)
     clip = config.clip.model
     text_encoder = dict(clip.text, vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
+    trained = {
+        "video_autoencoder": VideoAutoencoder(**config.video_autoencoder.model, dtype=dtype),
+        "audio_autoencoder": AudioAutoencoder(**config.audio_autoencoder.model, dtype=dtype),
+        "clip": Clip(text_encoder, clip.video.to_dict(), clip.embedding, dtype=dtype),
+    }
+    return trained | {stage: part.module for stage, part in (parts or {}).items()}
+
+
+def make_models(config, layout, parts=None):
+    """{stage: Flax module} of a config, and the "teacher" of a student. Raises UserError for wrong settings."""
+    dtype = jnp.dtype(config.compute_dtype)
     modes = remat_modes(config, "denoiser")
     # A single remat mode is for the whole model: System.apply_fn applies it. If there are several, each is for one
     # resolution, and the U-Net applies it.
     sizes = dict(latent_fps=layout.latent_fps, places=layout.video[:2])
     unet = dict(config.denoiser.model, remat=modes if len(modes) > 1 else (), **sizes)
-    models = {
-        "video_autoencoder": VideoAutoencoder(**config.video_autoencoder.model, dtype=dtype),
-        "audio_autoencoder": AudioAutoencoder(**config.audio_autoencoder.model, dtype=dtype),
-        "clip": Clip(text_encoder, clip.video.to_dict(), clip.embedding, dtype=dtype),
-        "denoiser": UNet(**unet, dtype=dtype),
-    }
+    models = make_encoders(config, parts) | {"denoiser": UNet(**unet, dtype=dtype)}
     if models["denoiser"].student:
         models["teacher"] = UNet(**{**unet, "student": False}, dtype=dtype)
     return models
@@ -49,7 +55,7 @@ def remat_modes(config, stage):
 
 def init_fns(models, config, layout):
     """{name: init(key) -> params} of the models. Call them under eval_shape or jit: else Flax also runs the model."""
-    text_length, text_width = config.data.text_length, config.clip.model.text.width
+    text_length, text_width = config.data.text_length, models["clip"].width
     tokens = jnp.zeros((1, text_length), jnp.int32)
     video = jnp.zeros((1, layout.frames, *config.data.size, 3))
     sound = jnp.zeros((1, layout.latent_frames * layout.f_t * layout.samples_per_frame))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdm_jax import samplers, sharding, tasks
-from vdm_jax.data import text
 from vdm_jax.diffusion import add_noise, broadcast_to_latent
 from vdm_jax.errors import UserError, one_of
 from vdm_jax.run import hosts, profiling
@@ -47,7 +46,7 @@ class Sampler:
         """
         arrays, static = self.arguments(params, frames=frames, context=context, **options)
         clean = arrays.pop("clean")
-        tokens = text.encode(prompts, self.system.config.data.text_length)
+        tokens = self.system.tokenize(prompts)
         key = jax.random.fold_in(jax.random.key(seed), window)
         batch = min(BATCH, len(prompts))
 

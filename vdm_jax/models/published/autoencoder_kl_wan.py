@@ -291,6 +291,20 @@ class AutoencoderKLWan(layers.Autoencoder):
         return 2 ** sum(self.temperal_downsample), 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1)
 
     @property
+    def f_t(self):
+        """Frames of a latent frame."""
+        return self.factors[0]
+
+    @property
+    def f_s(self):
+        """Pixels of a latent, along the height and along the width."""
+        return self.factors[1]
+
+    @property
+    def latent_channels(self):
+        return self.z_dim
+
+    @property
     def latent_statistics(self):
         """(mean, std) of the latents that the model was trained to give, each float32 [z_dim]. Raises UserError."""
         for name in ("latents_mean", "latents_std"):

@@ -13,7 +13,7 @@ from vdm_jax.models import layers
 from vdm_jax.models.published import text_layers
 
 
-class BertModel(layers.Layer):
+class BertModel(text_layers.TextEncoder):
     """Post-norm transformer. Returns (states [B, L, width], pooled [B, width]), float32.
 
     All tokens are of the first text (token type 0). `pooled` is the mean of all states but those of padding, as in
@@ -44,8 +44,6 @@ class BertModel(layers.Layer):
     def max_length(self):
         """Largest number of tokens."""
         return self.max_position_embeddings
-
-    example = staticmethod(text_layers.example)
 
     def from_older(self, tensors):
         """Leaves out the pooling layer."""

@@ -13,7 +13,7 @@ from vdm_jax.models import layers
 from vdm_jax.models.published import text_layers
 
 
-class CLIPTextModel(layers.Layer):
+class CLIPTextModel(text_layers.TextEncoder):
     """Causal pre-norm transformer. Returns (states [B, L, width], pooled [B, width]), float32.
 
     The states are those after the last layer normalization. `pooled` is the state of the first end token.
@@ -34,6 +34,8 @@ class CLIPTextModel(layers.Layer):
     layer_norm_eps: float = 1e-5  # is added to the variance
     eos_token_id: int = 49407  # the end token; 2 is a mistake in old files and means the largest token of a text
 
+    reads_padding = True
+
     @property
     def width(self):
         """Channels of a state."""
@@ -43,8 +45,6 @@ class CLIPTextModel(layers.Layer):
     def max_length(self):
         """Largest number of tokens."""
         return self.max_position_embeddings
-
-    example = staticmethod(text_layers.example)
 
     def from_older(self, tensors):
         """Puts `text_model` before the names of files that leave it out (those of transformers 5)."""

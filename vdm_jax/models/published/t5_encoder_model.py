@@ -15,7 +15,7 @@ from vdm_jax.models import layers
 from vdm_jax.models.published import text_layers
 
 
-class T5EncoderModel(layers.Layer):
+class T5EncoderModel(text_layers.TextEncoder):
     """Pre-norm transformer with relative positions. Returns (states [B, L, width], pooled [B, width]), float32.
 
     The states are those after the last normalization. The original has no `pooled`: it is the mean of all states but
@@ -45,8 +45,6 @@ class T5EncoderModel(layers.Layer):
     def width(self):
         """Channels of a state."""
         return self.d_model
-
-    example = staticmethod(text_layers.example)
 
     def from_older(self, tensors):
         """Leaves out a decoder, and the second name of the token embedding. Raises UserError if the two differ."""

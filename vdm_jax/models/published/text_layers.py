@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vdm_jax.errors import UserError, one_of
+from vdm_jax.models import layers
 
 _tanh_gelu = functools.partial(nn.gelu, approximate=True)
 ACTIVATIONS = {  # the names in a config.json
@@ -18,6 +19,19 @@ ACTIVATIONS = {  # the names in a config.json
     "silu": nn.silu,
     "swish": nn.silu,
 }
+
+
+class TextEncoder(layers.Layer):
+    """A text encoder. `__call__(tokens, mask)` returns (states [B, L, width], pooled [B, width]), float32."""
+
+    reads_padding = False  # whether a denoiser reads the states of padding, too
+
+    example = staticmethod(lambda: (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)))
+
+    def encode_text(self, tokens, mask):
+        """-> {'states': [B, L, width], 'pooled': [B, width]}."""
+        states, pooled = self(tokens, mask)
+        return {"states": states, "pooled": pooled}
 
 
 def activation(name):
@@ -55,8 +69,3 @@ def masked_mean(states, mask):
     """Returns the mean [B, D] of the states [B, L, D] where mask [B, L] is True."""
     weights = mask[..., None].astype(states.dtype)
     return (states * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)
-
-
-def example():
-    """Returns small inputs of a text encoder."""
-    return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)

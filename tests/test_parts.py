@@ -1,0 +1,170 @@
+"""A denoiser trained on codecs and a text encoder that come from folders."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+import vdm_jax
+from tests import tiny
+from tests.helpers import weights
+from vdm_jax import sharding, train
+from vdm_jax.data import batches
+from vdm_jax.errors import UserError
+from vdm_jax.models.published import naming
+from vdm_jax.models.published.autoencoder_kl_wan import AutoencoderKLWan
+from vdm_jax.models.published.autoencoder_oobleck import AutoencoderOobleck
+from vdm_jax.models.published.bert_model import BertModel
+from vdm_jax.run import folder, huggingface
+from vdm_jax.system import build, latents
+from vdm_jax.system.layout import layout
+from vdm_jax.system.losses import encode_batch
+from vdm_jax.system.parts import with_hashes
+
+pytest.importorskip("tokenizers")
+
+VOCABULARY = "[PAD] [UNK] [CLS] [SEP] [MASK] a red green blue circle square triangle moving left right up down".split()
+WAN = dict(base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True])
+OOBLECK = dict(
+    encoder_hidden_size=8, decoder_channels=4, decoder_input_channels=4, channel_multiples=[1, 2],
+    downsampling_ratios=[4, 8], audio_channels=2,
+)  # fmt: skip
+BERT = dict(
+    vocab_size=len(VOCABULARY), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+    max_position_embeddings=32,
+)  # fmt: skip
+
+
+def publish(path, module, settings, key, seed=0):
+    """Writes a folder of a published model with random weights."""
+    model = naming.from_config(module, settings)
+    params = weights(naming.param_shapes(model), seed)
+    huggingface.write(
+        path,
+        {key: module.__name__ if key == "_class_name" else [module.__name__], **settings},
+        naming.to_tensors(params),
+    )
+    return params
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("published")
+    publish(root / "video", AutoencoderKLWan, WAN, "_class_name")
+    publish(root / "audio", AutoencoderOobleck, OOBLECK, "_class_name")
+    publish(root / "text", BertModel, BERT, "architectures")
+    (root / "text" / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    return root
+
+
+@pytest.fixture
+def config(folders):
+    config = tiny.get_config().unlock()
+    config.data.update(sample_rate=2048, text_length=16)  # 512 samples a latent frame: 16 tokens
+    config.video_codec.source = str(folders / "video")
+    config.audio_codec.source = str(folders / "audio")
+    config.text_encoder.source = str(folders / "text")
+    return config.lock()
+
+
+def test_sizes_follow_from_the_parts(config):
+    system = build(config)
+    assert (system.layout.f_t, system.layout.video, system.layout.audio) == (2, (8, 12, 4), (16, 4))
+    assert system.tokenize(["a red circle moving left"])[0, :8].tolist() == [2, 5, 6, 9, 12, 13, 3, 0]
+    states = system.stages["denoiser"].encoder_shapes
+    assert states["clip"] == system.parts["clip"].param_shapes()
+
+
+def test_encoded_and_decoded_as_by_the_parts(config):
+    """The system only converts: pixels to [-1, 1], a mono sound to two channels, with silence before frame 0."""
+    system = build(config)
+    params = {stage: part.read() for stage, part in system.parts.items()}
+    clips = batches.Examples(batches.source(config), system.tokenize).take([0, 1])
+    z = jax.jit(system.encode)(params, clips["video"], clips["audio"])
+    video, audio = (system.parts[f"{name}_autoencoder"].module for name in ("video", "audio"))
+    pixels = clips["video"].astype(np.float32) / 127.5 - 1
+    encode = jax.jit(lambda p, x: video.apply({"params": p}, x, method="encode")[0])
+    np.testing.assert_allclose(z["video"], encode(params["video_autoencoder"], pixels), atol=1e-5)
+    sound = np.pad(clips["audio"], ((0, 0), (256, 0)))[..., None].repeat(2, -1)
+    encode = jax.jit(lambda p, x: audio.apply({"params": p}, x, method="encode")[0])
+    np.testing.assert_allclose(z["audio"], encode(params["audio_autoencoder"], sound), atol=1e-5)
+    params["statistics"] = {m: {"mean": 0.0, "std": 1.0} for m in z}
+    made, heard = jax.jit(system.decode)(params, z)
+    assert made.shape == clips["video"].shape and heard.shape == clips["audio"].shape
+    text = jax.jit(system.encode_text)(params, clips["tokens"])
+    assert text["states"].shape == (2, 16, 8) and text["mask"].sum(1).max() <= 16
+
+
+def test_trained_on_resumed_and_sampled(folders, tmp_path, command):
+    """A run that goes on. A part that has changed is refused; one that has moved is not."""
+    flags = [
+        "--config=tests/tiny.py", "--config.data.sample_rate=2048", "--config.data.text_length=16",
+        "--config.denoiser.cached_clips=0", "--config.preview_every=0",
+        *(f"--config.{key}.source={folders / name}" for key, name in PARTS.items()),
+    ]  # fmt: skip
+    whole = tmp_path / "whole"
+    told = command(train, *flags, f"--workdir={whole}")
+    assert told.code == 0, told.err
+    assert sorted(path.name for path in whole.iterdir() if path.is_dir()) == ["denoiser"]  # nothing is copied
+    stored = folder.read_config(whole)
+    assert len(stored.video_codec.hash) == 64 and stored.video_codec.hash != stored.audio_codec.hash
+
+    assert command(train, *flags, f"--workdir={whole}", "--stage=clip").err[-1].startswith("error: --stage=clip is not")
+
+    moved = tmp_path / "moved"
+    shutil.copytree(folders / "text", moved)
+    assert command(train, *flags, f"--config.text_encoder.source={moved}", f"--workdir={whole}").code == 0
+    publish(moved, BertModel, BERT, "architectures", seed=1)
+    told = command(train, *flags, f"--config.text_encoder.source={moved}", f"--workdir={whole}")
+    assert told.code == 2 and "was started with text_encoder.hash=" in told.err[-1]
+
+    clip = vdm_jax.load(whole)("a red circle moving left", steps=2)
+    assert clip.video.shape == (5, 16, 24, 3) and np.isfinite(clip.audio).all()
+
+
+PARTS = {"video_codec": "video", "audio_codec": "audio", "text_encoder": "text"}
+
+
+def test_cached_clips_are_those_encoded_in_the_batch(config, tmp_path):
+    system = build(with_hashes(config))
+    examples = batches.Examples(batches.source(config), system.tokenize)
+    mesh = sharding.make_mesh(config.mesh)
+    params, (cached,) = latents.prepare([system], epath.Path(tmp_path), [examples], mesh)
+    order = dict(batch_size=4, seed=config.seed, start=0, data=config.data)
+    clips = next(batches.batches(examples, **order))
+    fresh = jax.jit(lambda p, b: encode_batch(system, p, b))(params, clips)
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)  # noqa: E731 half precision
+    jax.tree.map(same, cached.take([0, 1, 2, 3]), jax.device_get(fresh))
+
+
+WRONG = {
+    "another class": ({"video_codec.source": "text"}, "holds a BertModel: it must be one of AutoencoderKLWan"),
+    "no folder": ({"audio_codec.source": "nowhere"}, "audio_codec.source=.*nowhere is no folder"),
+    "rate": ({"data.sample_rate": 2000}, "set data.sample_rate to 1920 or 2048 Hz$"),
+    "size": ({"data.size": (15, 24)}, r"data.size=\(15, 24\) is not a multiple of 2: use \(14, 24\)"),
+    "length": ({"data.frames": 6}, "use 5 or 7"),
+    "other weights": ({"video_codec.hash": "0" * 64}, "video_codec.source=.* has other weights"),
+}
+
+
+@pytest.mark.parametrize("changes, words", WRONG.values(), ids=WRONG)
+def test_parts_that_do_not_fit_are_one_line(config, folders, changes, words):
+    changes = {key: str(folders / x) if key.endswith("source") else x for key, x in changes.items()}
+    config.unlock().update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=words) as error:
+        layout(config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_of_another_run(tiny_run):
+    config = tiny.get_config().unlock()
+    for key in PARTS:
+        config[key].source = str(tiny_run)
+    system = build(config.lock())
+    assert set(system.parts) == {"video_autoencoder", "audio_autoencoder", "clip"}
+    assert system.layout == build(tiny.get_config()).layout
+    for stage, part in system.parts.items():
+        ema, _ = folder.read_params(tiny_run, stage, system.param_shapes[stage])
+        jax.tree.map(np.testing.assert_array_equal, part.read(), folder.as_exported(ema))

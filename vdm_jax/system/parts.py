@@ -1,0 +1,164 @@
+"""Parts that a run does not train: a codec or a text encoder from the folder of a published model, or of another run.
+
+config.video_codec.source, config.audio_codec.source and config.text_encoder.source name the folders. A part takes the
+place of a stage: the stage is not trained, and its parameters are read from the part's folder, whenever they are used.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vdm_jax.data import text, tokenizers
+from vdm_jax.errors import UserError
+from vdm_jax.models.audio_autoencoder import AudioAutoencoder
+from vdm_jax.models.clip import Clip
+from vdm_jax.models.published import naming
+from vdm_jax.models.published.autoencoder_kl import AutoencoderKL
+from vdm_jax.models.published.autoencoder_kl_wan import AutoencoderKLWan
+from vdm_jax.models.published.autoencoder_oobleck import AutoencoderOobleck
+from vdm_jax.models.published.bert_model import BertModel
+from vdm_jax.models.published.clip_text_model import CLIPTextModel
+from vdm_jax.models.published.t5_encoder_model import T5EncoderModel, UMT5EncoderModel
+from vdm_jax.models.video_autoencoder import VideoAutoencoder
+from vdm_jax.run import folder, huggingface, storage
+
+STAGE_OF = {"video_codec": "video_autoencoder", "audio_codec": "audio_autoencoder", "text_encoder": "clip"}
+PUBLISHED = {
+    "video_codec": (AutoencoderKLWan, AutoencoderKL),
+    "audio_codec": (AutoencoderOobleck,),
+    "text_encoder": (CLIPTextModel, T5EncoderModel, UMT5EncoderModel, BertModel),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A part from the folder of a published model."""
+
+    folder: Any  # epath.Path
+    module: Any  # Flax module
+
+    def param_shapes(self):
+        return naming.param_shapes(self.module)
+
+    def read(self, shardings=None):
+        """Returns the parameters. shardings: a tree of Shardings; None gives NumPy arrays. Raises UserError."""
+        return naming.to_params(huggingface.read_tensors(self.folder), self.module, shardings, source=self.folder)
+
+    @functools.cached_property
+    def fingerprint(self):
+        """A hash of the config and the weights."""
+        return huggingface.fingerprint(self.folder)
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The tokenizers.Tokenizer of a text encoder."""
+        return tokenizers.read(self.folder)
+
+    def tokenize(self, texts, length):
+        return self.tokenizer.encode(texts, length)[0]
+
+    def mask(self, tokens):
+        """Which tokens [B, L] the text encoder and the denoiser read, bool [B, L]."""
+        return jnp.ones(tokens.shape, bool) if self.module.reads_padding else tokens != self.tokenizer.pad
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A part that another run has trained, in the run's folder or in a folder of exported weights."""
+
+    folder: Any  # epath.Path
+    module: Any  # Flax module
+    stage: str
+    inputs: tuple  # small inputs of the module
+
+    def param_shapes(self):
+        return jax.eval_shape(self.module.init, jax.random.key(0), *self.inputs)["params"]
+
+    def read(self, shardings=None):
+        """Returns the parameters, as `Published.read` does."""
+        expected = self.param_shapes()
+        exported = self.folder / f"{self.stage}.safetensors"
+        if exported.exists():
+            params = folder.read_exported(self.folder, self.stage, expected)
+        else:
+            params, _ = folder.read_params(self.folder, self.stage, expected)
+        params = folder.as_exported(params)
+        return params if shardings is None else jax.device_put(params, shardings)
+
+    @functools.cached_property
+    def fingerprint(self):
+        """A hash of the weights."""
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(self.read()):
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+        return digest.hexdigest()
+
+    def tokenize(self, texts, length):
+        return text.encode(texts, length)
+
+    def mask(self, tokens):
+        return text.mask(tokens)
+
+
+def open_parts(config):
+    """Returns {stage: Published or Trained} of a config. Only config files are read.
+
+    Raises UserError where a source is no such part, or is not what the run began with.
+    """
+    parts = {}
+    for key, stage in STAGE_OF.items():
+        if config[key].source:
+            parts[stage] = _open(key, storage.given(config[key].source), config)
+            if config[key].hash and parts[stage].fingerprint != config[key].hash:
+                raise UserError(
+                    f"{key}.source={config[key].source} has other weights than those that the denoiser was trained "
+                    "with: give the folder that has them"
+                )
+    return parts
+
+
+def with_hashes(config):
+    """Returns a copy of the config that names the hash of each part."""
+    config = config.copy_and_resolve_references().unlock()
+    for stage, part in open_parts(config).items():
+        key = next(key for key in STAGE_OF if STAGE_OF[key] == stage)
+        config[key].hash = part.fingerprint
+    return config.lock()
+
+
+def _open(key, source, config):
+    dtype, stage = jnp.dtype(config.compute_dtype), STAGE_OF[key]
+    if not source.is_dir():
+        raise UserError(f"{key}.source={source} is no folder: name the folder of a published model or of a run")
+    if (source / stage).is_dir() or (source / f"{stage}.safetensors").exists():
+        return _open_trained(source, stage, config, dtype)
+    name, settings = huggingface.read_config(source)
+    known = {module.__name__: module for module in PUBLISHED[key]}
+    if name not in known:
+        raise UserError(f"{key}.source={source} holds a {name}: it must be one of {', '.join(known)}")
+    return Published(source, naming.from_config(known[name], settings, dtype=dtype))
+
+
+def _open_trained(source, stage, config, dtype):
+    theirs = folder.read_config(source)
+    settings, data = theirs[stage].model, theirs.data
+    frame = jnp.zeros((1, 1, *data.size, 3))
+    if stage == "video_autoencoder":
+        return Trained(source, VideoAutoencoder(**settings, dtype=dtype), stage, (frame, jax.random.key(0)))
+    if stage == "audio_autoencoder":
+        module = AudioAutoencoder(**settings, dtype=dtype)
+        return Trained(source, module, stage, (jnp.zeros((1, module.hop)), jax.random.key(0)))
+    if data.text_length != config.data.text_length:
+        raise UserError(
+            f"text_encoder.source={source} has texts of {data.text_length} tokens: set data.text_length to that"
+        )
+    text_settings = dict(settings.text, vocabulary=text.VOCAB_SIZE, length=data.text_length)
+    module = Clip(text_settings, settings.video.to_dict(), settings.embedding, dtype=dtype)
+    tokens = jnp.zeros((1, data.text_length), jnp.int32)
+    clip = jnp.zeros((1, data.frames, *data.size, 3))
+    return Trained(source, module, stage, (tokens, jnp.ones(tokens.shape, bool), clip))
