@@ -9,7 +9,6 @@ from etils import epath
 
 import vdm_jax
 from tests import tiny
-from tests.helpers import weights
 from vdm_jax import sharding, train
 from vdm_jax.data import batches
 from vdm_jax.errors import UserError
@@ -40,7 +39,7 @@ BERT = dict(
 def publish(path, module, settings, key, seed=0):
     """Writes a folder of a published model with random weights."""
     model = naming.from_config(module, settings)
-    params = weights(naming.param_shapes(model), seed)
+    params = jax.jit(model.init)(jax.random.key(seed), *model.example())["params"]
     huggingface.write(
         path,
         {key: module.__name__ if key == "_class_name" else [module.__name__], **settings},
@@ -116,12 +115,14 @@ def test_trained_on_resumed_and_sampled(folders, tmp_path, command):
     moved = tmp_path / "moved"
     shutil.copytree(folders / "text", moved)
     assert command(train, *flags, f"--config.text_encoder.source={moved}", f"--workdir={whole}").code == 0
-    publish(moved, BertModel, BERT, "architectures", seed=1)
-    told = command(train, *flags, f"--config.text_encoder.source={moved}", f"--workdir={whole}")
-    assert told.code == 2 and "was started with text_encoder.hash=" in told.err[-1]
-
     clip = vdm_jax.load(whole)("a red circle moving left", steps=2)
     assert clip.video.shape == (5, 16, 24, 3) and np.isfinite(clip.audio).all()
+
+    publish(moved, BertModel, BERT, "architectures", seed=1)
+    with pytest.raises(UserError, match="text_encoder.source=.*moved has other weights"):
+        vdm_jax.load(whole)
+    told = command(train, *flags, f"--config.text_encoder.source={moved}", f"--workdir={whole}")
+    assert told.code == 2 and "was started with text_encoder.hash=" in told.err[-1]
 
 
 PARTS = {"video_codec": "video", "audio_codec": "audio", "text_encoder": "text"}
@@ -130,6 +131,7 @@ PARTS = {"video_codec": "video", "audio_codec": "audio", "text_encoder": "text"}
 def test_cached_clips_are_those_encoded_in_the_batch(config, tmp_path):
     system = build(with_hashes(config))
     examples = batches.Examples(batches.source(config), system.tokenize)
+    (tmp_path / "denoiser").mkdir()
     mesh = sharding.make_mesh(config.mesh)
     params, (cached,) = latents.prepare([system], epath.Path(tmp_path), [examples], mesh)
     order = dict(batch_size=4, seed=config.seed, start=0, data=config.data)

@@ -105,9 +105,10 @@ def read_text(path, fix):
 def write_json(path, values):
     """Writes {name: value} as a JSON file with a checksum. Raises UserError for a number that is not finite."""
     try:
-        replace(path, json.dumps(seal(values), indent=1) + "\n")
+        text = json.dumps(seal(values), indent=1) + "\n"
     except ValueError:
         raise UserError(f"cannot write {path}: a number is not finite") from None
+    replace(path, text)
 
 
 def read_json(path, fix, sealed=True):
