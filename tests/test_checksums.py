@@ -26,7 +26,7 @@ def test_what_is_unchanged_is_good(folder):
 def test_a_folder_without_checksums_is_refused(folder):
     (folder / checksums.NAME).unlink()
     for read in (checksums.check, checksums.add_later):
-        with pytest.raises(checksums.Missing, match=f"{folder} has no checksums.txt"):
+        with pytest.raises(checksums.Unverified, match=f"{folder} has no checksums.txt"):
             read(folder)
 
 
@@ -92,5 +92,5 @@ def test_a_forged_line_reads_no_file_outside(folder, line):
 def test_files_that_are_needed_must_be_listed(folder):
     checksums.check(folder, ["empty", "a/large"])
     (folder / "more").write_text("not listed")
-    with pytest.raises(checksums.Missing, match="more is not listed in checksums.txt"):
+    with pytest.raises(checksums.Unverified, match="more is not listed in checksums.txt"):
         checksums.check(folder, ["empty", "more"])

@@ -105,9 +105,10 @@ def read_text(path, fix):
 def write_json(path, values):
     """Writes {name: value} as a JSON file with a checksum. Raises UserError for a number that is not finite."""
     try:
-        replace(path, json.dumps(seal(values), indent=1) + "\n")
+        text = json.dumps(seal(values), indent=1) + "\n"
     except ValueError:
         raise UserError(f"cannot write {path}: a number is not finite") from None
+    replace(path, text)
 
 
 def read_json(path, fix, sealed=True):
@@ -140,7 +141,10 @@ def unseal(text, sealed=True):
     if not isinstance(values, dict):
         raise ValueError("it holds no mapping of names to values")
     stored = values.pop(CHECKSUM, None)
-    if stored != seal(values)[CHECKSUM] and (sealed or stored is not None):
+    right = seal(values)[CHECKSUM]
+    if sealed and stored is None:
+        raise ValueError("it has no checksum")
+    if stored not in (None, right):
         raise ValueError("it differs from its checksum")
     return values
 

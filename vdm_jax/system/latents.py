@@ -29,17 +29,19 @@ PARTS = ("weights", "data", "settings")
 CRC = "crc32"  # first field of a cached clip
 
 
-def prepare(system, workdir, examples, mesh):
+def prepare(system, workdir, examples, mesh, run):
     """Returns (encoder_params on the mesh, examples) for training the denoiser.
 
     The encoders are rounded to the precision of exported weights, so that training has the same encoders as sampling.
     With config.denoiser.cached_clips = 0 the given data/batches.Examples are returned. With n > 0 they are encoded
     once, and the result is n Encoded clips in the folder of the run.
+
+    run: the number of the run
     Raises UserError where an earlier stage has no checkpoint, or a student has no teacher.
     """
-    params = {name: folder.read_params(workdir, name, system.param_shapes[name])[0] for name in STAGES[:3]}
+    params = {name: folder.read_params(workdir, name, system.param_shapes[name], run)[0] for name in STAGES[:3]}
     params = folder.as_exported(params)
-    params["statistics"] = _statistics(system, params, examples, workdir / folder.STATISTICS)
+    params["statistics"] = _statistics(system, params, examples, workdir / folder.STATISTICS, run)
     if system.config.denoiser.cached_clips:
         examples = _cached(system, params, examples, workdir / "denoiser" / "latents")
     if "teacher" in system.models:
@@ -51,23 +53,21 @@ def prepare(system, workdir, examples, mesh):
     return jax.device_put(params, sharding.state_shardings(params, mesh)), examples
 
 
-def _statistics(system, params, examples, path):
+def _statistics(system, params, examples, path, run):
     """Returns the statistics in a file. They are measured when it is missing or is of other weights."""
     shapes = system.stages["denoiser"].encoder_shapes["statistics"]
     encoders, stored, of = folder.encoders_hash(params), None, None
     if path.exists():
-        stored, of = folder.read_statistics(path, shapes)
+        stored, of = folder.read_statistics(path, shapes, run)
     current = stored is not None and of in (None, encoders)
     if stored is not None and not current:
         logger.info("%s is of other autoencoders: it is measured again", path)
     current = hosts.broadcast_from_primary(current)
     statistics = stored if current else measure(system, params, examples)
     if hosts.is_primary() and of != encoders:
-        if current:
-            logger.info("%s is of an earlier version and has no checksum: one is added", path)
-        folder.write_statistics(path, statistics, params)
+        folder.write_statistics(path, statistics, params, run)
     hosts.barrier("statistics", ENCODING_SECONDS)
-    return folder.read_statistics(path, shapes)[0]
+    return folder.read_statistics(path, shapes, run)[0]
 
 
 def measure(system, params, examples):
