@@ -1,5 +1,7 @@
 """Every changed file is found and named."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -68,9 +70,12 @@ def test_what_is_missing_cut_or_longer_is_found(folder):
     path.unlink()
     with pytest.raises(checksums.Damaged, match="small file is missing"):
         checksums.check(folder)
-    path.mkdir()
-    with pytest.raises(checksums.Damaged, match="small file is no file"):
-        checksums.check(folder)
+    for make, remove in ((path.mkdir, path.rmdir), (lambda: os.mkfifo(path), path.unlink)):
+        make()
+        with pytest.raises(checksums.Damaged, match="small file is no file"):
+            checksums.check(folder)
+        remove()
+    path.write_bytes(whole)
     for content in (b"", b"\n", b"\xff\xfe", (folder / "checksums.txt").read_bytes()[:-20]):
         (folder / "checksums.txt").write_bytes(content)
         with pytest.raises(checksums.Damaged, match="checksums.txt is damaged"):

@@ -156,6 +156,13 @@ def test_what_is_lost_is_told_until_it_is_accepted(workdir, config):
         folder.read_config(workdir)
 
 
+def test_a_pipe_is_no_config(workdir):
+    (workdir / "config.json").unlink()
+    os.mkfifo(workdir / "config.json")
+    with pytest.raises(UserError, match="config.json is no file"):
+        folder.read_config(workdir)
+
+
 def test_a_config_that_contradicts_itself_is_told(workdir):
     storage.write_json(workdir / "config.json", {"data": 3, "data.size": 3, record.RUN: 1, record.STARTS: 0})
     with pytest.raises(UserError, match="config.json is damaged"):

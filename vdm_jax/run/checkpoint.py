@@ -140,6 +140,13 @@ def check(folder, run=0):
     return checksums.check(folder, mark=mark(folder.name, run))
 
 
+def is_of(folder, run):
+    """Returns whether a checkpoint names this run. One that names none, because it is damaged, may be of any."""
+    with contextlib.suppress(checksums.Damaged):
+        return checksums.read_mark(storage.absolute(folder)).endswith(f" of run {run}")
+    return True
+
+
 def accept(folder, run):
     """Makes a checkpoint one of this run, where `check` finds no damage, but no checksums, or another step or run."""
     try:
@@ -178,7 +185,10 @@ def quarantine_damaged(directory, run=0):
             logger.error("%s; moved to %s", error, aside)
     if hosts.broadcast_from_primary(bool(fault)):  # all processes continue from the same checkpoint, or none does
         fault = fault or "no checkpoint is whole"
-        raise UserError(f"{fault}: restore a copy, or delete {directory.parent} to train this stage anew")
+        raise UserError(
+            f"{fault}: restore a copy, or delete {directory.parent} to train this stage anew (--unverified accepts a "
+            "checkpoint that has no checksums or is of another run)"
+        )
 
 
 def restore(checkpoints, abstract_state):

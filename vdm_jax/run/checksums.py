@@ -65,7 +65,7 @@ def check(folder, needed=(), mark=""):
 
     def read(line):
         _, size, path = line.split(" ", 2)
-        if path not in present:
+        if path not in present or not storage.is_file(folder / path):
             raise Damaged(f"{folder / path} is {'no file' if (folder / path).exists() else 'missing'}")
         try:
             found = _line(folder, path)
@@ -80,6 +80,11 @@ def check(folder, needed=(), mark=""):
     if mark and stored != mark:
         raise Unverified(f"{folder} is {stored or 'of an unknown run'}, where {mark} belongs")
     return count
+
+
+def read_mark(folder):
+    """Returns the mark of a folder, or "". Raises Damaged."""
+    return _read(folder)[1]
 
 
 def _sealed(lines):

@@ -136,14 +136,18 @@ def write_config(workdir, config, stages, change=False, unverified=False):
     settings.changes. It raises UserError, too, when the config.json of a run is missing or damaged.
     """
     path, run, made = workdir / "config.json", None, None
+    directories = [workdir / stage / "checkpoints" for stage in settings.STAGES]
+    saved = [directory / str(step) for directory in directories for step in checkpoint.steps(directory)]
     done = {stage: newest_step(workdir, stage) for stage in settings.STAGES}
     if path.exists():
         before, run = record.read(workdir, unverified)
+        if saved and not unverified and not any(checkpoint.is_of(folder, run) for folder in saved):
+            raise UserError(f"{path} is of run {run}, and no checkpoint in {workdir} is: {record.FIX}")
         measured = (workdir / STATISTICS).exists()
         made = settings.changes(workdir, settings.flat(before), record.of(config), done, stages, measured, change)
         for key, (old, new) in made.items():
             logger.info("%s: %r before, %r from this start on", key, old, new)
-    elif not unverified and (any(step is not None for step in done.values()) or (workdir / record.NAME).exists()):
+    elif not unverified and (saved or (workdir / record.NAME).exists()):
         raise UserError(f"{path} is missing, but {workdir} holds a run: {record.FIX}")
     # Nothing is written before every process has read the old files.
     run = hosts.broadcast_from_primary(record.new_number() if run is None else run)
@@ -153,19 +157,11 @@ def write_config(workdir, config, stages, change=False, unverified=False):
         else:
             record.append(workdir, run, done, made)
         if unverified:
-            _accept(workdir, run)
+            for folder in saved:
+                checkpoint.accept(folder, run)
+            if (path := workdir / STATISTICS).exists():
+                storage.write_json(path, storage.read_json(path, STATISTICS_FIX, sealed=False) | {record.RUN: run})
     return run
-
-
-def _accept(workdir, run):
-    """Makes the checkpoints and the statistics in a folder those of this run, where no damage is found."""
-    for stage in settings.STAGES:
-        directory = workdir / stage / "checkpoints"
-        for step in checkpoint.steps(directory):
-            checkpoint.accept(directory / str(step), run)
-    path = workdir / STATISTICS
-    if path.exists():
-        storage.write_json(path, storage.read_json(path, STATISTICS_FIX, sealed=False) | {record.RUN: run})
 
 
 def read_statistics(path, expected, run=None):
