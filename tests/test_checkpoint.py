@@ -214,8 +214,8 @@ def test_where_all_are_damaged_none_is_moved(tmp_path, command):
         checkpoint.quarantine_damaged(folder)
     assert files(tmp_path) == before
     done = command(weights, "verify", tmp_path)
-    assert done.code == 2 and done.out.count("DAMAGED") == 2
-    assert len(done.err) == 1 and "is missing, and 1 more are damaged" in done.err[0]
+    assert done.code == 2 and done.out.count("DAMAGED") == 3  # with the config.json, which is missing
+    assert len(done.err) == 1 and "is missing, and 2 more are damaged" in done.err[0]
 
 
 def test_any_flipped_bit_is_found(tmp_path):

@@ -22,6 +22,7 @@ from vdm_jax.errors import UserError
 from vdm_jax.run import storage
 
 NAME = "starts.jsonl"
+BITS = 31  # of the number of a run
 RUN, STARTS = "run", "starts"  # keys of config.json that are no settings
 FIX = "restore the file from a copy (train --unverified accepts a file that has no checksum or is of another run)"
 CHANGES = "changes.jsonl"  # the rows that change something, beside exported weights
@@ -33,7 +34,7 @@ def of(config):
 
 
 def read(folder, unverified=False):
-    """Returns (the settings in force, nested; the number of the run, None in exported weights).
+    """Returns (the settings in force, nested; the number of the run, None in exported weights and where it is lost).
 
     unverified: accepts a config.json without a checksum, and rows that are missing or of another run. The config.json
       of exported weights has its checksum in checksums.txt.
@@ -43,8 +44,10 @@ def read(folder, unverified=False):
     first = storage.read_json(path, FIX, sealed=not unverified)
     run, starts = first.pop(RUN, None), first.pop(STARTS, None)
     in_force, rows = settings.flat(first), _rows(folder)
-    if not unverified and not (isinstance(run, int) and isinstance(starts, int)):
-        raise UserError(f"{path} has no number of its run: {FIX}")
+    if not (isinstance(run, int) and 0 <= run < 1 << BITS and isinstance(starts, int)):
+        if not unverified:
+            raise UserError(f"{path} has no number of its run: {FIX}")
+        run = None
     if not unverified and len(rows) < starts:
         raise UserError(f"{folder / NAME} has {len(rows)} of {starts} lines: {FIX}")
     for number, row in enumerate(rows, 1):
@@ -79,7 +82,7 @@ def _nested(in_force):
 
 def new_number():
     """Returns the number of a new run. Two runs have the same one in one of 2 billion cases."""
-    return secrets.randbits(31)
+    return secrets.randbits(BITS)
 
 
 def begin(workdir, run, config):
