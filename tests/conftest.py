@@ -28,7 +28,7 @@ from tests.bucket import environment
 from tests.helpers import weights
 from vdm_jax import system as system_package
 from vdm_jax import train_state
-from vdm_jax.run import checkpoint, cli
+from vdm_jax.run import checkpoint, cli, record
 from vdm_jax.run import folder as run_folder
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
@@ -37,7 +37,7 @@ from vdm_jax.system.layout import STAGES
 def write_run(workdir, config, names=STAGES):
     """A run folder whose stages `names` have a checkpoint: random weights, none zero, so that every input counts."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(config.to_json_best_effort())
+    record.begin(workdir, 0, config)
     system = build(config)
     params = {name: weights(system.param_shapes[name]) for name in names}
     for name in names:
@@ -47,7 +47,7 @@ def write_run(workdir, config, names=STAGES):
     if "denoiser" in names:
         channels = {"video": system.layout.video[-1], "audio": system.layout.audio[-1]}
         statistics = {m: {"mean": [0.1] * n, "std": [0.8] * n} for m, n in channels.items()}
-        run_folder.write_statistics(workdir / "denoiser" / "statistics.json", statistics, params)
+        run_folder.write_statistics(workdir / "denoiser" / "statistics.json", statistics, params, 0)
     return workdir
 
 

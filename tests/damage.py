@@ -19,7 +19,7 @@ from etils import epath
 from tests import tiny
 from tests.helpers import digest
 from vdm_jax.errors import UserError
-from vdm_jax.run import checkpoint, storage
+from vdm_jax.run import checkpoint, record, storage
 from vdm_jax.run import folder as run_folder
 from vdm_jax.system import latents
 from vdm_jax.system.layout import STAGES, layout
@@ -30,8 +30,8 @@ DENOISER = SimpleNamespace(encoder_shapes={"statistics": STATISTICS})
 SYSTEM = SimpleNamespace(param_shapes=dict.fromkeys(STAGES, SHAPES), stages={"denoiser": DENOISER})
 CLIPS = {"z": jax.ShapeDtypeStruct((4, 5), np.float16)}
 CONTENTS = (b"", b"{}", b"[]", b"null", b"NaN", b"\xff\xfe", b"0" * 100)
-# A group is one folder or file of `make`, and is read as a whole.
-GROUPS = ("run/config.json", "run/clip", "run/denoiser/statistics.json", "run/denoiser/latents", "out")
+# A group is what matches a pattern in the folder of `make`, and is read as a whole.
+GROUPS = ("run/*.json*", "run/clip", "run/denoiser/statistics.json", "run/denoiser/latents", "out")
 
 
 class MadeAgain(Exception):
@@ -72,8 +72,9 @@ def make(folder, seed):
     """Writes a run with two checkpoints of a stage, statistics and encoded clips, and exported weights."""
     run, params = epath.Path(folder / "run"), values(SYSTEM.param_shapes, seed)
     statistics = values(STATISTICS, seed)
-    with run_folder.exclusive_lock(run), checkpoint.manager(run / "clip" / "checkpoints") as checkpoints:
-        run_folder.write_config(run, config_of(seed), ())
+    with run_folder.exclusive_lock(run), checkpoint.manager(run / "clip" / "checkpoints", seed) as checkpoints:
+        record.begin(run, seed, config_of(seed))  # the number of the run is the seed
+        record.append(run, seed, {}, {"log_every": [1, 3]})
         for step in (4, 8):
             checkpoint.save(checkpoints, state(step, seed))
         checkpoint.finish(checkpoints)
@@ -84,7 +85,7 @@ def make(folder, seed):
         made = [values(CLIPS, seed + part)]
         first = part * latents.CLIPS_PER_FILE
         latents._write(clips / f"clips_0000{part}.npy", made, latents._record(CLIPS), first, 4, mark)
-    run_folder.write_statistics(run / run_folder.STATISTICS, statistics, params)
+    run_folder.write_statistics(run / run_folder.STATISTICS, statistics, params, seed)
     system = SimpleNamespace(config=config_of(seed))
     weights = run_folder.Weights(system, params | {"statistics": statistics}, dict.fromkeys(STAGES, 8))
     run_folder.write_exported(epath.Path(folder / "out"), weights, run)
@@ -93,16 +94,16 @@ def make(folder, seed):
 def read(folder, group, seed):
     """Returns a digest of what a run reads from a group of files. Raises UserError or MadeAgain."""
     run = epath.Path(folder / "run")
-    if group == "run/config.json":
+    if group == "run/*.json*":
         config = run_folder.read_system(run, lambda config: layout(config) and config)
         return {key: value for key, value in config.to_dict().items() if key in config_of(seed)}
     if group == "run/clip":
-        checkpoint.quarantine_damaged(run / "clip" / "checkpoints")
+        checkpoint.quarantine_damaged(run / "clip" / "checkpoints", seed)
         with checkpoint.manager(run / "clip" / "checkpoints") as checkpoints:
             return digest(checkpoint.restore(checkpoints, abstract(state(0, 0))))
     if group == "run/denoiser/statistics.json":
-        found = latents._statistics(SYSTEM, values(SYSTEM.param_shapes, seed), None, run / run_folder.STATISTICS)
-        return digest(found)
+        params = values(SYSTEM.param_shapes, seed)
+        return digest(latents._statistics(SYSTEM, params, None, run / run_folder.STATISTICS, seed))
     if group == "run/denoiser/latents":
         clips = run / "denoiser" / "latents"
         latents._make_current(clips, fingerprint(seed), None)
@@ -131,7 +132,8 @@ def replace_number(draw, data, text):
 
 def damage(draw, folder, group, other):
     """Damages one file of a group. other: the folder of another run. Returns what was done, for a message."""
-    files = sorted(path for path in [folder / group, *(folder / group).rglob("*")] if path.is_file())
+    found = list(folder.glob(group))
+    files = sorted(path for top in found for path in [top, *top.rglob("*")] if path.is_file())
     path = draw.choice(files)
     data, name = path.read_bytes(), path.relative_to(folder)
     kind = draw.randrange(13)
@@ -143,7 +145,7 @@ def damage(draw, folder, group, other):
         checkpoints, step = folder / "run/clip/checkpoints", draw.choice(("4", "8"))
         draw.choice((shutil.copytree, shutil.move))(checkpoints / step, checkpoints / draw.choice(("2", "6", "12")))
         return f"{step} has another number"
-    if kind == 2 and not group.endswith("config.json"):  # a whole config of another run cannot be told
+    if kind == 2:
         path.write_bytes((other / name).read_bytes() if (other / name).is_file() else b"")
         return f"{name} is another run's"
     cut = draw.choice((1, len(data) // 2, len(data)))
@@ -177,9 +179,9 @@ def trials(count, seed, folder):
         for turn in range(count):
             run, group = folder / "damaged", GROUPS[turn % len(GROUPS)]
             shutil.rmtree(run, ignore_errors=True)
-            place = shutil.copytree if (whole / group).is_dir() else shutil.copy2
             (run / group).parent.mkdir(parents=True)
-            place(whole / group, run / group)
+            for path in whole.glob(group):
+                (shutil.copytree if path.is_dir() else shutil.copy2)(path, run / path.relative_to(whole))
             done = damage(draw, run, group, other)
             try:
                 found = read(run, group, 1)

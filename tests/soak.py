@@ -165,7 +165,7 @@ def flips(count, seed, folder, steps=8, onward=5):
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         path.write_bytes(content)
         try:
-            checkpoint.quarantine_damaged(run / STAGE / "checkpoints")
+            checkpoint.quarantine_damaged(run / STAGE / "checkpoints", run_folder.run_number(run))
         except UserError:
             raise AssertionError(f"{path}: the older checkpoint was lost, too") from None
         if run_folder.newest_step(run, STAGE) == steps:  # the damage was not noticed

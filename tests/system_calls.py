@@ -80,13 +80,14 @@ def build(folder):
 def live(run):
     """What a run does with a disk: it starts, continues from its newest checkpoint, saves, and encodes clips."""
     run, first = epath.Path(run), damage.state(0, 1)
+    record.new_number = lambda: 1
     latents.measure = lambda *arguments: damage.values(damage.STATISTICS, 1)
     with run_folder.exclusive_lock(run), run_folder.explain_disk_faults(run, "clip"):
-        run_folder.write_config(run, damage.config_of(1), ())
+        number = run_folder.write_config(run, damage.config_of(1), ())
         directory = run / "clip" / "checkpoints"
         directory.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.quarantine_damaged(directory)
-        with checkpoint.manager(directory, newest=1, best=1) as checkpoints:
+        checkpoint.quarantine_damaged(directory, number)
+        with checkpoint.manager(directory, number, newest=1, best=1) as checkpoints:
             state = checkpoint.restore(checkpoints, damage.abstract(first)) or first
             for step in range(int(state["step"]) + 4, 17, 4):
                 state = damage.doubled(state, step)
@@ -94,13 +95,13 @@ def live(run):
             checkpoint.finish(checkpoints)
         params = damage.values(damage.SYSTEM.param_shapes, 1)
         (run / "denoiser").mkdir(exist_ok=True)
-        latents._statistics(damage.SYSTEM, params, None, run / run_folder.STATISTICS)
+        latents._statistics(damage.SYSTEM, params, None, run / run_folder.STATISTICS, number)
         clips = run / "denoiser" / "latents"
         latents._make_current(clips, damage.fingerprint(1), None)
-        mark, record = latents._mark(storage.read_json(clips / latents.FINGERPRINT, "")), latents._record(damage.CLIPS)
+        mark, kind = latents._mark(storage.read_json(clips / latents.FINGERPRINT, "")), latents._record(damage.CLIPS)
         path = clips / "clips_00000.npy"
         if not path.exists():
-            latents._write(path, [damage.values(damage.CLIPS, 1)], record, 0, 4, mark)
+            latents._write(path, [damage.values(damage.CLIPS, 1)], kind, 0, 4, mark)
 
 
 def live_here(run, output, n, full):
@@ -130,14 +131,16 @@ def start(run, n=0, full=False):
 
 
 def content(run):
-    """Returns {file: content} of a run, with the state of its newest checkpoint in place of the checkpoints."""
+    """Returns {file: content} of a run, with its settings and its newest state in place of record and checkpoints."""
     names = [path for path in sorted(run.rglob("*")) if path.is_file() and "checkpoints" not in path.parts]
-    names = [path for path in names if path.name != record.NAME]  # it tells how often the run was started
+    names = [path for path in names if path.name not in (record.NAME, "config.json")]  # how often the run was started
     left = [path for path in run.rglob("*") if "tmp" in path.name or path.name in (checkpoint.SUPERSEDED, "damaged")]
     assert not left, f"left behind: {left}"
     with checkpoint.manager(run / "clip" / "checkpoints") as checkpoints:
         state = checkpoint.restore(checkpoints, damage.abstract(damage.state(0, 0)))
-    return {str(path.relative_to(run)): path.read_bytes() for path in names} | {"state": digest(state)}
+    config = run_folder.read_config(run).to_json_best_effort()
+    files = {str(path.relative_to(run)): path.read_bytes() for path in names}
+    return files | {"config": config, "state": digest(state)}
 
 
 def trials(count, seed, folder, full=False):

@@ -214,8 +214,8 @@ def test_where_all_are_damaged_none_is_moved(tmp_path, command):
         checkpoint.quarantine_damaged(folder)
     assert files(tmp_path) == before
     done = command(weights, "verify", tmp_path)
-    assert done.code == 2 and done.out.count("DAMAGED") == 2
-    assert len(done.err) == 1 and "is missing, and 1 more are damaged" in done.err[0]
+    assert done.code == 2 and done.out.count("DAMAGED") == 3  # with the config.json, which is missing
+    assert len(done.err) == 1 and "is missing, and 2 more are damaged" in done.err[0]
 
 
 def test_any_flipped_bit_is_found(tmp_path):
@@ -267,17 +267,17 @@ def test_what_is_no_whole_checkpoint_of_its_number_is_set_aside(tmp_path, caplog
         (folder / other).mkdir()
     (folder / "36").write_text("no folder")
     (folder / "38").symlink_to("nowhere")
-    with pytest.raises(checksums.Damaged, match="28 is damaged: it holds step 20"):
+    with pytest.raises(checksums.Damaged, match="28 is step 20 of run 0, where step 28 of run 0 belongs"):
         checkpoint.check(folder / "28")
     assert checkpoint.steps(folder) == [20, 24, 28, 30, 32]
     checkpoint.quarantine_damaged(folder)
     assert checkpoint.steps(folder) == [20, 24] and len(caplog.messages) == 3
-    assert "28 is damaged: it holds step 20; moved to" in caplog.text
+    assert "where step 28 of run 0 belongs; moved to" in caplog.text
     assert "30 has no checksums.txt" in caplog.text
     equal(restore(folder), state(24, 5.0))
     (folder / "24").rename(folder / "23")
     checkpoint.quarantine_damaged(folder)
-    assert checkpoint.steps(folder) == [20] and "23 is damaged: it holds step 24" in caplog.text
+    assert checkpoint.steps(folder) == [20] and "23 is step 24 of run 0, where step 23" in caplog.text
     equal(restore(folder), state(20))
 
 

@@ -11,6 +11,7 @@ from configs import t2v_pod
 from tests import tiny
 from vdm_jax.errors import UserError
 from vdm_jax.run import folder as run_folder
+from vdm_jax.run import record, storage
 from vdm_jax.system.layout import layout
 
 PARAMS = {
@@ -74,7 +75,7 @@ def test_damaged_safetensors_are_told(tmp_path):
 @pytest.mark.parametrize("recipe", [tiny, t2v_pod])
 def test_settings_come_back_and_are_locked(tmp_path, recipe):
     config = recipe.get_config()
-    (tmp_path / "config.json").write_text(config.to_json_best_effort())
+    record.begin(tmp_path, 3, config)
     back = run_folder.read_config(tmp_path)
     assert back.to_dict() == config.to_dict()
     assert back.is_locked and isinstance(back.denoiser.model.channels, tuple)
@@ -89,11 +90,13 @@ def test_statistics_come_back(tmp_path):
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), statistics)
     params = {"video_autoencoder": {"x": np.ones(2)}, "clip": {"x": np.ones(3)}}
     run_folder.write_statistics(path, jax.tree.map(np.ones_like, statistics), params)
-    run_folder.write_statistics(path, statistics, params)  # over the first
-    back, encoders = run_folder.read_statistics(path, expected)
+    run_folder.write_statistics(path, statistics, params, 3)  # over the first
+    back, encoders = run_folder.read_statistics(path, expected, 3)
     equal(back, statistics)
     assert encoders == run_folder.encoders_hash(params | {"clip": {"x": np.zeros(3)}})
     assert encoders != run_folder.encoders_hash({"video_autoencoder": {"x": np.zeros(2)}})
+    with pytest.raises(UserError, match="statistics.json is of another run: remove it, and train the denoiser"):
+        run_folder.read_statistics(path, expected, 4)
     assert [p.name for p in tmp_path.iterdir()] == ["statistics.json"]
 
 
@@ -121,8 +124,10 @@ LISTS = {"video": {"mean": [0.1, 0.2], "std": [1.0, 2.0]}}
 def test_statistics_that_cannot_be_are_told(tmp_path, changed, words):
     path = tmp_path / "statistics.json"
     expected = {"video": dict.fromkeys(("mean", "std"), jax.ShapeDtypeStruct((2,), np.float32))}
-    path.write_text(json.dumps(LISTS))  # as an earlier version wrote it
+    path.write_text(json.dumps(LISTS))  # as exported weights of an earlier version have it
     assert run_folder.read_statistics(path, expected)[1] is None
+    with pytest.raises(UserError, match="statistics.json is damaged .it has no checksum.: remove it, .* --unverified"):
+        run_folder.read_statistics(path, expected, 3)
     path.write_text(json.dumps(changed))
     with pytest.raises(UserError, match=words):
         run_folder.read_statistics(path, expected)
@@ -132,7 +137,7 @@ def test_statistics_that_cannot_be_are_told(tmp_path, changed, words):
 
 
 def test_a_config_that_breaks_the_build_is_named_in_one_line(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    storage.write_json(tmp_path / "config.json", {record.RUN: 3, record.STARTS: 0})
 
     def build(config):
         raise ZeroDivisionError("integer\nmodulo by zero")

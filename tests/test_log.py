@@ -60,10 +60,12 @@ def test_what_follows_the_restored_step_is_cut_off_in_place(tmp_path, tail):
         line(9) + WHOLE + line(7),
     ],
 )
-def test_good_lines_outlive_bad_ones_between_them(tmp_path, content):
+def test_good_lines_outlive_bad_ones_between_them_which_are_told(tmp_path, caplog, content):
     (tmp_path / "metrics.jsonl").write_text(content)
     run_log.MetricsLog(tmp_path, 6).close()
     assert (tmp_path / "metrics.jsonl").read_text() == WHOLE
+    bad = "\0" in content or "[" in content or line(4)[:-9] + "\n" in content
+    assert ("1 damaged line(s) are left out" in caplog.text) == bad
     assert not list(tmp_path.glob("*.tmp"))
 
 

@@ -131,5 +131,5 @@ def test_where_the_coordinator_is_gone_or_stuck_the_other_ends(stopped, tmp_path
     first.kill()  # as a scheduler does
     first.communicate()
     assert run_folder.newest_step(workdir, STAGE) >= newest
-    checkpoint.quarantine_damaged(workdir / STAGE / "checkpoints")
+    checkpoint.quarantine_damaged(workdir / STAGE / "checkpoints", run_folder.run_number(workdir))
     assert not (workdir / STAGE / "damaged").exists()

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -39,13 +40,18 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / record.NAME).read_text().splitlines()]
 
 
+def another(row):
+    """Returns a row as another run has it."""
+    return json.dumps(storage.seal(storage.unseal(row) | {record.RUN: 4})).encode()
+
+
 def contents(directory):
     return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(directory).rglob("*")) if p.is_file()}
 
 
 def test_each_later_start_adds_a_row(workdir, config, monkeypatch, caplog):
     assert [p.name for p in workdir.iterdir()] == ["config.json"]
-    first = (workdir / "config.json").read_text()
+    first = json.loads((workdir / "config.json").read_text())
     monkeypatch.setattr(sys, "argv", ["train.py", "--config=a b"])
     folder.write_config(workdir, config, STAGES)
     config.update(seed=3)
@@ -56,7 +62,9 @@ def test_each_later_start_adds_a_row(workdir, config, monkeypatch, caplog):
     assert "seed: 0 before, 3 from this start on" in caplog.text
     config.seed = 4
     folder.write_config(workdir, config, STAGES)
-    assert (workdir / "config.json").read_text() == first
+    last = json.loads((workdir / "config.json").read_text())
+    assert (first.pop(record.STARTS), last.pop(record.STARTS)) == (0, 3)
+    assert first.pop(storage.CHECKSUM) != last.pop(storage.CHECKSUM) and first == last
     same, second, third = rows(workdir)
     assert same["changed"] == {} and same["command"] == "train.py '--config=a b'" and same["version"] == "0.1.0"
     assert same["steps"] == dict.fromkeys(STAGES) and same["time"].endswith("+00:00")
@@ -73,34 +81,36 @@ def test_a_key_that_is_no_setting_any_more_is_not_in_force(workdir, config):
     assert folder.read_config(workdir).to_dict() == config.to_dict()
 
 
-def test_a_row_that_a_kill_cut_off_does_not_count(workdir, config):
+def test_a_kill_between_the_row_and_the_config_loses_neither(workdir, config, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments):
+        raise Killed
+
     config.seed = 3
-    folder.write_config(workdir, config, STAGES)
-    path = workdir / record.NAME
-    row = path.read_bytes()
-    for length in (1, len(row) // 2, len(row) - 2):
-        path.write_bytes(row[:length])
-        assert folder.read_config(workdir).seed == 0
-    path.write_bytes(row[:-1])  # only the line end is missing
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(storage, "write_json", killed)
+        folder.write_config(workdir, config, STAGES)
     assert folder.read_config(workdir).seed == 3
-    path.write_bytes(row[:9])
     folder.write_config(workdir, config, STAGES)
-    assert [r["changed"] for r in rows(workdir)] == [{"seed": [0, 3]}]
-    path.write_bytes(path.read_bytes() + b'{"time": "')
-    folder.write_config(workdir, config, STAGES)
-    assert [r["changed"] for r in rows(workdir)] == [{"seed": [0, 3]}, {}]
+    assert [row["changed"] for row in rows(workdir)] == [{"seed": [0, 3]}, {}]
 
 
 @pytest.mark.parametrize(
     "damage, words",
     [
         (lambda lines: [lines[0][:40], lines[1]], "line 1 of .*starts.jsonl is damaged"),
+        (lambda lines: [lines[0], lines[1][:-9]], "line 2 of .*starts.jsonl is damaged"),
+        (lambda lines: lines[:1], "starts.jsonl has 1 of 2 lines: restore the file from a copy .train --unverified"),
+        (lambda lines: [], "starts.jsonl has 0 of 2 lines"),
         (lambda lines: [lines[0], b"\xff\xfe"], "starts.jsonl is damaged .no UTF-8 text.: restore the file"),
         (lambda lines: [lines[0], lines[1].replace(b"4]", b"5]")], "line 2 of .*it differs from its checksum"),
         (lambda lines: [lines[0], b"{}"], "line 2 of"),
         (lambda lines: [lines[0], b'{"changed": {"seed": 3}}'], "line 2 of"),
         (lambda lines: [lines[0], b"[" * 100_000], "line 2 of"),
-        (lambda lines: lines[1:], r"line 1 of .*seed was 0 before it, not 3.*restore the file from a copy"),
+        (lambda lines: [lines[1], lines[0]], r"line 1 of .*seed was 0 before it, not 3.*restore the file from a copy"),
+        (lambda lines: [lines[0], another(lines[1])], "line 2 of .*it is of another run"),
     ],
 )
 def test_a_damaged_row_is_told(workdir, config, damage, words):
@@ -115,8 +125,46 @@ def test_a_damaged_row_is_told(workdir, config, damage, words):
     assert contents(workdir) == before
 
 
+def test_what_is_lost_is_told_until_it_is_accepted(workdir, config):
+    """A lost starts.jsonl, and a config.json without its checksum, its number or itself."""
+    path, number = workdir / "config.json", folder.run_number(workdir)
+    for config.seed in (3, 4):
+        folder.write_config(workdir, config, STAGES)
+
+    def without(*keys):
+        return lambda: path.write_text(
+            json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in keys})
+        )
+
+    for lose, words in (
+        ((workdir / record.NAME).unlink, "starts.jsonl has 0 of 2 lines"),
+        (without(storage.CHECKSUM), "config.json is damaged .it has no checksum.: restore .* --unverified"),
+        (path.unlink, "config.json is missing, but .* holds a run: restore"),
+    ):
+        lose()
+        before = contents(workdir)
+        with pytest.raises(UserError, match=words):
+            folder.write_config(workdir, config, STAGES)
+        assert contents(workdir) == before
+        known = path.exists()
+        accepted = folder.write_config(workdir, config, STAGES, unverified=True)
+        assert (accepted == number) == known and folder.read_config(workdir).seed == 4
+        assert folder.write_config(workdir, config, STAGES) == accepted
+    values = json.loads(path.read_text())
+    storage.write_json(path, {k: v for k, v in values.items() if k not in (record.RUN, storage.CHECKSUM)})
+    with pytest.raises(UserError, match="config.json has no number of its run"):
+        folder.read_config(workdir)
+
+
+def test_a_pipe_is_no_config(workdir):
+    (workdir / "config.json").unlink()
+    os.mkfifo(workdir / "config.json")
+    with pytest.raises(UserError, match="config.json is no file"):
+        folder.read_config(workdir)
+
+
 def test_a_config_that_contradicts_itself_is_told(workdir):
-    (workdir / "config.json").write_text('{"data": 3, "data.size": 3}')
+    storage.write_json(workdir / "config.json", {"data": 3, "data.size": 3, record.RUN: 1, record.STARTS: 0})
     with pytest.raises(UserError, match="config.json is damaged"):
         folder.read_config(workdir)
 
@@ -125,14 +173,15 @@ def test_a_full_disk_at_a_start_loses_nothing(workdir, config, tmp_path, monkeyp
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = contents(tmp_path)
     config.seed = 3
-    for name in ("growing", "replace"):
-        monkeypatch.setattr(storage, name, full)
+    (workdir / "new").mkdir()
+    before = contents(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
     for place in (workdir, workdir / "new"):
-        with pytest.raises(UserError, match="cannot write to --workdir=.*No space left"):
+        with pytest.raises(UserError, match="cannot write .*: No space left"):
             folder.write_config(place, config, STAGES)
-    assert contents(tmp_path) == before and folder.read_config(workdir).seed == 0
+    left = contents(tmp_path)
+    assert {p: x for p, x in left.items() if p.suffix != ".tmp"} == before and folder.read_config(workdir).seed == 0
 
 
 def test_exported_weights_have_the_changes_of_their_run(workdir, config, tmp_path):
@@ -215,12 +264,19 @@ def test_an_allowed_change_is_told_and_in_force(command, finished, options, chan
     }
 
 
-def test_a_run_of_an_older_version_goes_on(command, finished):
-    """Its config.json was written at its last start, and it has no record."""
+def test_a_run_of_an_older_version_goes_on_once_it_is_accepted(command, finished):
     path = finished / "config.json"
     older = json.loads(path.read_text())
-    del older["denoiser"]["diffusion"]["shift"], older[storage.CHECKSUM]
+    for key in (storage.CHECKSUM, record.RUN, record.STARTS):
+        del older[key]
+    del older["denoiser"]["diffusion"]["shift"]
     path.write_text(json.dumps(older))
+    storage.write_json(finished / folder.STATISTICS, {})
     done = command(train, CONFIG, f"--workdir={finished}")
-    assert done.code == 0 and rows(finished)[0]["changed"] == {"denoiser.diffusion.shift": [None, 1.0]}
+    assert done.code == 2 and "it has no checksum" in done.err[0] and "train --unverified" in done.err[0]
     assert json.loads(path.read_text()) == older
+    assert command(train, CONFIG, f"--workdir={finished}", "--unverified").code == 0
+    assert rows(finished)[0]["changed"] == {"denoiser.diffusion.shift": [None, 1.0]}
+    number = folder.run_number(finished)
+    assert storage.read_json(finished / folder.STATISTICS, "") == {record.RUN: number}
+    assert command(train, CONFIG, f"--workdir={finished}").code == 0 and folder.run_number(finished) == number

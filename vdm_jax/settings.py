@@ -216,12 +216,7 @@ def changes(workdir, before, now, done, stages, measured, allowed):
     measured: whether the statistics of the latents are measured.
     allowed: whether the user allows changes of the training.
     """
-    for stage in stages:
-        if (done[stage] or 0) > now[f"{stage}.steps"]:
-            raise UserError(
-                f"{stage}.steps={now[f'{stage}.steps']}, but {done[stage]} steps are done in {workdir}: give at least "
-                f"{done[stage]}, or another --workdir"
-            )
+    check_steps({stage: done[stage] for stage in stages}, now, f"done in {workdir}", "another --workdir")
     made, to_allow = {}, []
     for key, (old, new) in differences(before, now).items():
         owner = key.partition(".")[0]
@@ -246,6 +241,19 @@ def changes(workdir, before, now, done, stages, measured, allowed):
             "values, or give the old ones"
         )
     return made
+
+
+def check_steps(done, now, where, otherwise):
+    """Raises UserError where the settings `now` give a stage fewer steps than are done: {stage: step or None}.
+
+    where, otherwise: for the message; STAGE in `otherwise` stands for the stage.
+    """
+    for stage, step in done.items():
+        if (step or 0) > now[f"{stage}.steps"]:
+            raise UserError(
+                f"{stage}.steps={now[f'{stage}.steps']}, but {step} steps are {where}: give at least {step}, or "
+                f"{otherwise.replace('STAGE', stage)}"
+            )
 
 
 def _rule(key, before, now, done):

@@ -36,6 +36,7 @@ class Run(NamedTuple):
     """What all stages of a run share."""
 
     workdir: Any  # epath.Path
+    number: int  # names the run in its files
     mesh: jax.sharding.Mesh
     plan: dict  # {stage: its Phases}
     sources: dict  # {System that a phase is trained on: data source of its training clips}
@@ -68,9 +69,9 @@ def main(argv):
     sources = {system: batches.source(system.config) for system in systems}
     report_progress = hosts.watchdog(config.watchdog_seconds)
     with folder.exclusive_lock(workdir), jax.set_mesh(mesh), hosts.exit_on_lost_peer(), preemption.watching() as stop:
-        folder.write_config(workdir, config, names, options.change)
+        number = folder.write_config(workdir, config, names, options.change, options.unverified)
         logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
-        run = Run(workdir, mesh, plan, sources, stop, report_progress, span)
+        run = Run(workdir, number, mesh, plan, sources, stop, report_progress, span)
         for name in names:
             with folder.explain_disk_faults(workdir, name):
                 if not all(train_phase(run, name, phase) for phase in plan[name]):
@@ -93,8 +94,8 @@ def train_phase(run, name, phase):
     """Trains one phase of a stage. -> True if the run should go on; False if a signal asks it to end."""
     directory = run.workdir / name / "checkpoints"
     directory.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.quarantine_damaged(directory)  # before the newest checkpoint is looked for
-    with checkpoint.manager(directory, **phase.system.config.keep) as checkpoints:
+    checkpoint.quarantine_damaged(directory, run.number)  # before the newest checkpoint is looked for
+    with checkpoint.manager(directory, run.number, **phase.system.config.keep) as checkpoints:
         return take_steps(run, name, phase, checkpoints)
 
 
@@ -132,7 +133,7 @@ def take_steps(run, name, phase, checkpoints):
     weights = [own.weight for own in examples]  # of the buckets
     encoder_params = {}
     if stage.encoder_shapes:
-        encoder_params, examples = latents.prepare(phase.buckets, run.workdir, examples, run.mesh)
+        encoder_params, examples = latents.prepare(phase.buckets, run.workdir, examples, run.mesh, run.number)
     batch_sharding = sharding.batch_sharding(run.mesh)
     order = dict(batch_size=settings.batch_size, seed=config.seed)  # decides which clip is in which batch
     row_numbers = sharding.local_rows(batch_sharding, settings.batch_size)  # the rows of this process
@@ -143,7 +144,7 @@ def take_steps(run, name, phase, checkpoints):
         state = program.init()
     elif begins_phase:
         phase_before = run.plan[name][phase.number - 2]  # phase numbers start at 1
-        ema, _ = folder.read_params(run.workdir, name, phase_before.system.param_shapes[name])
+        ema, _ = folder.read_params(run.workdir, name, phase_before.system.param_shapes[name], run.number)
         params = first_params(ema, stage.param_shapes)
         state = program.begin(jax.device_put(params, sharding.state_shardings(params, run.mesh)))
     else:
@@ -251,6 +252,7 @@ def define_flags():
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_enum("stage", "all", ("all", *STAGES), "Stage to train.")
     flags.DEFINE_bool("change", False, "Go on with other settings of the training than the run has had so far.")
+    flags.DEFINE_bool("unverified", False, "Accept files of the run that have no checksums or are of another run.")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ missing from the weights are freshly initialized, and their stage restarts at st
 change the output.
 """
 
+import contextlib
 import functools
 import time
 
@@ -76,11 +77,11 @@ def verify(directory, unverified=False):
             read += check()
             print(f"{path}: good")
         except UserError as error:
-            if not path.exists():
+            if path.parent.name == "checkpoints" and not path.exists():
                 print(f"{path}: superseded while it was read")
-            elif isinstance(error, checksums.Missing):
+            elif isinstance(error, checksums.Unverified):
                 faults += [] if unverified else [f"{error}, or accept this with --unverified"]
-                print(f"{path}: no checksums")
+                print(f"{path}: unverified")
             else:
                 faults.append(error)
                 print(f"{path}: DAMAGED")
@@ -97,10 +98,11 @@ def _parts(directory):
 
     check: a function that returns how many bytes it read and raises UserError; or a text, where nothing is checked
     """
-    names = sorted(path.name for path in directory.iterdir())
+    names = {path.name for path in directory.iterdir()}
+    names = sorted(names | {"config.json"} if names & {*STAGES} else names)  # a run without it is told
     exported = [name for name in names if name.endswith(".safetensors")]
     if "_CHECKPOINT_METADATA" in names:  # the user named a checkpoint
-        yield directory, functools.partial(checkpoint.check, directory)
+        yield directory, functools.partial(_check_checkpoint, directory)
         return
     if exported or checksums.NAME in names:
         yield directory, functools.partial(checksums.check, directory, exported)
@@ -113,7 +115,7 @@ def _parts(directory):
         elif name.startswith("latents") and path.is_dir():
             yield path, functools.partial(latents.check, path)
         elif directory.name == "checkpoints" and name.isdigit():
-            yield path, functools.partial(checkpoint.check, path)
+            yield path, functools.partial(_check_checkpoint, path)
         elif name.endswith(".orbax-checkpoint-tmp"):
             training = folder.is_training(directory.parent.parent)
             yield path, "a save under way" if training else "the rest of a save; the next start deletes it"
@@ -130,11 +132,23 @@ def _check_config(path):
     return path.stat().length
 
 
+def _check_checkpoint(path):
+    """Compares also the step and the run, where the config.json of the run is there and whole."""
+    run = _run_number(storage.absolute(path).parents[2])
+    return checksums.check(path) if run is None else checkpoint.check(path, run)
+
+
+def _run_number(workdir):
+    with contextlib.suppress(UserError):  # the line of config.json tells its fault
+        return folder.run_number(workdir)
+
+
 def _check_statistics(path):
     owner = path.parent if (path.parent / "config.json").exists() else path.parent.parent
     sizes = folder.read_system(owner, layout).latent_shapes
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], np.float32) for m, shape in sizes.items()}
-    folder.read_statistics(path, {m: {"mean": x, "std": x} for m, x in channels.items()})
+    run = None if folder.is_exported(owner) else folder.run_number(owner)
+    folder.read_statistics(path, {m: {"mean": x, "std": x} for m, x in channels.items()}, run)
     return path.stat().length
 
 
@@ -163,12 +177,7 @@ def check_changes(trained_with, weights):
     Raises UserError for a setting without which the weights of a stage that goes on have no meaning.
     """
     now = record.of(weights.system.config)
-    for stage, step in weights.steps.items():
-        if step > now[f"{stage}.steps"]:
-            raise UserError(
-                f"{stage}.steps={now[f'{stage}.steps']}, but the weights have {step} steps: give at least {step}, "
-                f"or --restart={stage}"
-            )
+    settings.check_steps(weights.steps, now, "done in the weights", "--restart=STAGE")
     for key, (old, new) in settings.differences(record.of(trained_with), now).items():
         row = settings.setting(key)
         if key.startswith("denoiser.diffusion.") and row.rule == settings.FIXED and weights.steps["denoiser"]:
@@ -182,16 +191,17 @@ def check_changes(trained_with, weights):
 
 def import_weights(weights, workdir):
     """Makes the run `workdir`, whose stages have these weights and step counts, and fresh optimizers."""
-    if (workdir / "config.json").exists():
+    if any((workdir / name).exists() for name in ("config.json", *STAGES)):
         raise UserError(f"{workdir} holds a run already: give a new --workdir")
+    run = record.new_number()
     for stage, step in weights.steps.items():
         state = train_state.create(weights.params[stage], weights.system.config[stage])
-        with checkpoint.manager(workdir / stage / "checkpoints") as checkpoints:
+        with checkpoint.manager(workdir / stage / "checkpoints", run) as checkpoints:
             checkpoint.save(checkpoints, state | {"step": state["step"] + step})
             checkpoint.finish(checkpoints)
     statistics, parts = weights.params["statistics"], weights.system.parts
-    folder.write_statistics(workdir / folder.STATISTICS, statistics, weights.params, parts)
-    folder.write_config(workdir, weights.system.config, STAGES)
+    folder.write_statistics(workdir / folder.STATISTICS, statistics, weights.params, run, parts)
+    record.begin(workdir, run, weights.system.config)  # last: without config.json a folder is no run
     print(f"made {workdir}: " + ", ".join(f"{stage} at step {step}" for stage, step in weights.steps.items()))
 
 

@@ -3,16 +3,16 @@
 What is on disk at each moment, in the folder `<stage>/checkpoints/`:
 
 1. `save` copies the state and returns. A thread writes it to `<step>.orbax-checkpoint-tmp/`, which no reader looks at.
-2. When all arrays are written, `step.txt` and `checksums.txt` are added. `checksums.txt` lists every file with its size
-   in bytes and its CRC-32.
+2. When all arrays are written, `checksums.txt` is added. It names the step and the run, and lists every file with its
+   size in bytes and its CRC-32.
 3. Orbax renames the folder to `<step>/`. A disk renames a folder in one go, so a folder with this name is complete.
    A bucket cannot rename. Orbax ends with the file `commit_success.txt` there, and a folder without it does not count.
 4. `finish` adds the checksums of the files that Orbax wrote last.
 5. A checkpoint that is superseded is first renamed to `superseded/<step>/` and then deleted. So a run that is killed
    in between leaves no half-deleted checkpoint under its number.
 6. The next start deletes `*tmp*` and `superseded/`. Then it reads every checkpoint, and moves one that differs from
-   its checksums, or holds another step than its name says, to `<stage>/damaged/`. The run continues from the newest
-   checkpoint that is left.
+   its checksums, or is of another step or run, to `<stage>/damaged/`. The run continues from the newest checkpoint that
+   is left.
 
 The older checkpoint stays until the newer one is complete. So one good checkpoint exists at any moment after the first.
 """
@@ -34,23 +34,22 @@ from vdm_jax.sharding import named_leaves
 logger = logging.getLogger("vdm_jax")
 
 SUPERSEDED = "superseded"  # subfolder for checkpoints that are being deleted
-STEP = "step.txt"  # file of a checkpoint with the number of its step, which the arrays hold, too
 
 
-def manager(directory, newest=2, best=1):
+def manager(directory, run=0, newest=2, best=1):
     """Returns an Orbax manager of `directory` that saves in the background. It deletes what killed saves left.
 
+    run: the number of the run that the saves are of
     newest, best: how many of the newest checkpoints, and of the checkpoints of the lowest loss, are kept.
     """
     directory = storage.absolute(directory)
     _delete_superseded(directory)
 
     def seal():
-        """Adds STEP and checksums to a save whose arrays are complete. Orbax calls it before it renames the folder."""
+        """Adds checksums to a save whose arrays are complete. Orbax calls it before it renames the folder."""
         for folder in directory.iterdir() if hosts.is_primary() else ():
             if folder.is_dir() and not ocp.utils.is_checkpoint_finalized(folder):
-                storage.replace(folder / STEP, folder.name.partition(".")[0])  # of `<step>.orbax-checkpoint-tmp`
-                checksums.write(folder)
+                checksums.write(folder, mark(folder.name.partition(".")[0], run))  # `<step>.orbax-checkpoint-tmp`
 
     loss = operator.itemgetter("loss")
     policies = ocp.checkpoint_managers
@@ -126,43 +125,45 @@ def steps(directory):
     return sorted({step for step in complete if (directory / str(step)).is_dir()})  # for "031" Orbax gives 31
 
 
-def check(folder):
+def mark(step, run):
+    """Returns what the `checksums.txt` of a checkpoint says that it is. run: the number of its run."""
+    return f"step {step} of run {run}"
+
+
+def check(folder, run=0):
     """Compares the files of the checkpoint in one folder with their checksums, and its step with the folder's name.
 
+    run: the number of the run that it should be of
     Returns how many bytes were compared. Raises checksums.Damaged.
     """
     folder = storage.absolute(folder)
-    count = checksums.check(folder)
+    return checksums.check(folder, mark=mark(folder.name, run))
+
+
+def is_of(folder, run):
+    """Returns whether a checkpoint names this run. One that names none, because it is damaged, may be of any."""
+    with contextlib.suppress(checksums.Damaged):
+        return checksums.read_mark(storage.absolute(folder)).endswith(f" of run {run}")
+    return True
+
+
+def accept(folder, run):
+    """Makes a checkpoint one of this run, where `check` finds no damage, but no checksums, or another step or run."""
     try:
-        step = (folder / STEP).read_text() if (folder / STEP).exists() else _stored_step(folder)
-    except Exception as error:  # a file whose checksum was changed with it can raise anything in the libraries
-        raise checksums.Damaged(f"{folder} cannot be restored: {_one_line(error)}") from error
-    if folder.name.isdigit() and folder.name != f"{step}":
-        raise checksums.Damaged(f"{folder} is damaged: it holds step {step}")
-    return count
+        check(folder, run)
+    except checksums.Unverified as error:
+        logger.warning("%s; accepted", error)
+        checksums.write(folder, mark(folder.name, run))
+    except checksums.Damaged:
+        pass  # see `quarantine_damaged`
 
 
-def _stored_step(folder):
-    """Returns the step in the arrays of a checkpoint from before there was STEP. It waits for no other process."""
-    this = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
-    )
-    arguments = ocp.args.PyTreeRestore(
-        item={"step": jax.ShapeDtypeStruct((), np.int32)},
-        restore_args={"step": ocp.ArrayRestoreArgs(restore_type=np.ndarray)},
-        partial_restore=True,
-    )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        return int(checkpointer.restore(folder / "default", args=arguments)["step"])
-
-
-def quarantine_damaged(directory):
+def quarantine_damaged(directory, run=0):
     """Moves each damaged checkpoint in `directory` to the folder `damaged` beside it. Call it before a run continues.
 
-    A checkpoint is damaged when its files differ from its checksums, when it has no checksums, or when its step is not
-    the one in its name. When all checkpoints are damaged, none is moved and UserError is raised.
+    A checkpoint is damaged when its files differ from its checksums, when it has no checksums, when its step is not
+    the one in its name, or when it is not of the run with this number. When all checkpoints are damaged, none is moved
+    and UserError is raised.
     """
     directory, fault = storage.absolute(directory), ""
     if hosts.is_primary():
@@ -170,7 +171,7 @@ def quarantine_damaged(directory):
         damaged = {}
         for folder in checked:
             try:
-                check(folder)
+                check(folder, run)
                 checksums.add_later(folder)  # a killed run may not have reached `finish`
             except checksums.Damaged as error:
                 damaged[folder] = error
@@ -184,7 +185,10 @@ def quarantine_damaged(directory):
             logger.error("%s; moved to %s", error, aside)
     if hosts.broadcast_from_primary(bool(fault)):  # all processes continue from the same checkpoint, or none does
         fault = fault or "no checkpoint is whole"
-        raise UserError(f"{fault}: restore a copy, or delete {directory.parent} to train this stage anew")
+        raise UserError(
+            f"{fault}: restore a copy, or delete {directory.parent} to train this stage anew (--unverified accepts a "
+            "checkpoint that has no checksums or is of another run)"
+        )
 
 
 def restore(checkpoints, abstract_state):
@@ -196,16 +200,20 @@ def restore(checkpoints, abstract_state):
     if step is None:
         return None
     with _readable(checkpoints.directory / str(step) / "default", abstract_state):
-        return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract_state))
+        state = checkpoints.restore(step, args=ocp.args.StandardRestore(abstract_state))
+    if int(state["step"]) != step:  # its checksums were accepted as they are
+        raise UserError(f"{checkpoints.directory / str(step)} holds step {int(state['step'])}: move it away")
+    return state
 
 
-def read(checkpoint, expected):
+def read(checkpoint, expected, run=0):
     """Returns parts of the checkpoint in one folder as NumPy arrays: of 'ema' for `expected` = {'ema': tree}.
 
+    run: the number of its run
     Raises UserError when the checkpoint is damaged, or the parts are those of another model.
     """
     checkpoint = storage.absolute(checkpoint)
-    check(checkpoint)
+    check(checkpoint, run)
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)  # without shardings
     as_numpy = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(restore_type=np.ndarray), expected)
     arguments = ocp.args.PyTreeRestore(item=expected, restore_args=as_numpy, partial_restore=True)

@@ -1,7 +1,8 @@
 """Checksums of the files in a folder: a changed or missing file is found before it is used.
 
 Each line of `checksums.txt` is `crc32 bytes path` for one file of the folder. The first line is the CRC-32 of all later
-lines. A CRC-32 detects every change of a single bit, and misses one in 4 billion other changes.
+lines. The second line may be `is MARK`, which says what the folder is. A CRC-32 detects every change of a single bit,
+and misses one in 4 billion other changes.
 """
 
 import re
@@ -23,44 +24,48 @@ class Damaged(UserError):
     """The files of a folder differ from its checksums."""
 
 
-class Missing(Damaged):
-    """A folder has no checksums."""
+class Unverified(Damaged):
+    """A folder has no checksums, or is not what it should be."""
 
 
-def write(folder):
-    """Writes the checksums of all files in `folder` and its subfolders, except for the files in LATER."""
+def write(folder, mark=""):
+    """Writes the checksums of all files in `folder` and its subfolders, except for the files in LATER.
+
+    mark: what the folder is, a text for `check`
+    """
     folder = epath.Path(folder)
     paths = [p for p in sorted(files(folder)) if p not in (NAME, *LATER)]
     with ThreadPoolExecutor() as threads:
         lines = "".join(threads.map(lambda path: _line(folder, path), paths))
-    storage.replace(folder / NAME, _sealed(lines))
+    storage.replace(folder / NAME, _sealed(f"is {mark}\n{lines}" if mark else lines))
 
 
 def add_later(folder):
     """Adds the checksums of the files in LATER, where they are missing. Raises Damaged when `checksums.txt` is."""
     folder = epath.Path(folder)
-    lines = _read_lines(folder)
-    known = {line.split(" ", 2)[2] for line in lines.split("\n")[:-1]}
+    content, _, known = _read(folder)
     more = [name for name in LATER if name not in known and (folder / name).exists()]
     if more:
-        storage.replace(folder / NAME, _sealed(lines + "".join(_line(folder, name) for name in more)))
+        storage.replace(folder / NAME, _sealed(content + "".join(_line(folder, name) for name in more)))
 
 
-def check(folder, needed=()):
+def check(folder, needed=(), mark=""):
     """Compares the files in `folder` with their checksums, and returns how many bytes it read.
 
     needed: names of files that must have a checksum
-    Raises Damaged, which names the first file that differs, or Missing when the folder has no `checksums.txt`.
+    mark: what the folder should be; "" for anything
+    Raises Damaged, which names the first file that differs. Raises Unverified when the folder has no `checksums.txt`,
+    when a needed file is not in it, or when its mark is another one.
     """
     folder = epath.Path(folder)
-    lines = _read_lines(folder).split("\n")[:-1]
+    _, stored, lines = _read(folder)
     present = set(files(folder))  # a line may name no other file
-    for name in set(needed) - {line.split(" ", 2)[2] for line in lines}:
-        raise Missing(f"{folder / name} is not listed in {NAME}, so damage would not be noticed: restore this file")
+    for name in set(needed) - set(lines):
+        raise Unverified(f"{folder / name} is not listed in {NAME}, so damage would not be noticed: restore this file")
 
     def read(line):
         _, size, path = line.split(" ", 2)
-        if path not in present:
+        if path not in present or not storage.is_file(folder / path):
             raise Damaged(f"{folder / path} is {'no file' if (folder / path).exists() else 'missing'}")
         try:
             found = _line(folder, path)
@@ -71,24 +76,34 @@ def check(folder, needed=()):
         return int(size)
 
     with ThreadPoolExecutor() as threads:
-        return sum(threads.map(read, lines))
+        count = sum(threads.map(read, lines.values()))
+    if mark and stored != mark:
+        raise Unverified(f"{folder} is {stored or 'of an unknown run'}, where {mark} belongs")
+    return count
+
+
+def read_mark(folder):
+    """Returns the mark of a folder, or "". Raises Damaged."""
+    return _read(folder)[1]
 
 
 def _sealed(lines):
     return f"{zlib.crc32(lines.encode()):08x}\n{lines}"
 
 
-def _read_lines(folder):
+def _read(folder):
+    """Returns (all of `checksums.txt` after its first line, the mark or "", {path: its line}). Raises Damaged."""
     if not (folder / NAME).exists():
-        raise Missing(f"{folder} has no {NAME}, so damage would not be noticed: restore this file")
+        raise Unverified(f"{folder} has no {NAME}, so damage would not be noticed: restore this file")
     try:
         content = storage.read_text(folder / NAME, "restore this file")
     except UserError as error:
         raise Damaged(str(error)) from None
-    lines = content.partition("\n")[2]
-    if content != _sealed(lines) or not re.fullmatch(r"([0-9a-f]{8} \d+ .+\n)*", lines):
+    content, stored = content.partition("\n")[2], content
+    parts = re.fullmatch(r"(?:is (.+)\n)?((?:[0-9a-f]{8} \d+ .+\n)*)", content)
+    if stored != _sealed(content) or not parts:
         raise Damaged(f"{folder / NAME} is damaged")
-    return lines
+    return content, parts[1] or "", {line.split(" ", 2)[2]: line for line in parts[2].split("\n")[:-1]}
 
 
 def files(folder, above=""):

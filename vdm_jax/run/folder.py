@@ -38,6 +38,7 @@ logger = logging.getLogger("vdm_jax")
 
 REFERENCE = epath.Path(__file__).parents[1] / "reference"  # the weights that ship with the package
 STATISTICS = "denoiser/statistics.json"  # in the folder of a run
+STATISTICS_FIX = f"remove it, and train the denoiser, which measures it anew, or {record.FIX}"
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -97,8 +98,7 @@ def newest_step(workdir, stage):
 
 def read_config(folder):
     """Returns the config in force of a run or of exported weights, locked. Lists become tuples. Raises UserError."""
-    path = folder / "config.json"
-    if not path.exists():
+    if not (folder / "config.json").exists():
         if folder == REFERENCE:
             raise UserError("this installation has no reference weights: give --workdir of a trained run")
         if not folder.exists():
@@ -113,46 +113,71 @@ def read_config(folder):
             return {k: as_tuples(v) for k, v in value.items()}
         return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
-    return ml_collections.ConfigDict(as_tuples(record.read(folder))).lock()
+    return ml_collections.ConfigDict(as_tuples(record.read(folder, is_exported(folder))[0])).lock()
 
 
-def write_config(workdir, config, stages, change=False):
+def is_exported(folder):
+    """Returns whether a folder holds exported weights, and no run."""
+    return any((folder / f"{stage}.safetensors").exists() for stage in settings.STAGES)
+
+
+def run_number(workdir):
+    """Returns the number of a run, which its checkpoints and statistics name. Raises UserError for a damaged record."""
+    return record.read(workdir)[1]
+
+
+def write_config(workdir, config, stages, change=False, unverified=False):
     """Writes the config.json of a new run, or adds a row to starts.jsonl of a run that goes on. All processes call it.
 
     stages: those that this start trains.
     change: whether the user allows changes of the training.
-    Raises UserError, and writes nothing, for a change that is refused; see settings.changes.
+    unverified: whether the user accepts files of the run that have no checksums, or are of another run.
+    Returns the number of the run. Raises UserError, and writes nothing, for a change that is refused; see
+    settings.changes. It raises UserError, too, when the config.json of a run is missing or damaged.
     """
-    path, made = workdir / "config.json", None
+    path, run, made = workdir / "config.json", None, None
+    directories = [workdir / stage / "checkpoints" for stage in settings.STAGES]
+    saved = [directory / str(step) for directory in directories for step in checkpoint.steps(directory)]
     done = {stage: newest_step(workdir, stage) for stage in settings.STAGES}
     if path.exists():
-        before, measured = settings.flat(record.read(workdir)), (workdir / STATISTICS).exists()
-        made = settings.changes(workdir, before, record.of(config), done, stages, measured, change)
+        before, run = record.read(workdir, unverified)
+        if saved and not unverified and not any(checkpoint.is_of(folder, run) for folder in saved):
+            raise UserError(f"{path} is of run {run}, and no checkpoint in {workdir} is: {record.FIX}")
+        measured = (workdir / STATISTICS).exists()
+        made = settings.changes(workdir, settings.flat(before), record.of(config), done, stages, measured, change)
         for key, (old, new) in made.items():
             logger.info("%s: %r before, %r from this start on", key, old, new)
-    hosts.broadcast_from_primary(True)  # nothing is written before every process has read the old files
+    elif not unverified and (saved or (workdir / record.NAME).exists()):
+        raise UserError(f"{path} is missing, but {workdir} holds a run: {record.FIX}")
+    # Nothing is written before every process has read the old files.
+    run = hosts.broadcast_from_primary(record.new_number() if run is None else run)
     if hosts.is_primary():
-        try:
-            if made is None:
-                storage.write_json(path, json.loads(config.to_json_best_effort(sort_keys=True)))
-            else:
-                record.append(workdir, done, made)
-        except OSError as error:
-            raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
+        if made is None:
+            record.begin(workdir, run, config)
+        else:
+            record.append(workdir, run, done, made)
+        if unverified:
+            for folder in saved:
+                checkpoint.accept(folder, run)
+            if (path := workdir / STATISTICS).exists():
+                storage.write_json(path, storage.read_json(path, STATISTICS_FIX, sealed=False) | {record.RUN: run})
+    return run
 
 
-def read_statistics(path, expected):
+def read_statistics(path, expected, run=None):
     """Returns (statistics of the latents, `encoders_hash` of the parameters that they were measured with).
 
-    The statistics are {modality: {'mean' [C], 'std' [C]}}, float32. The hash is None in a file of an earlier version,
-    which has no checksum either.
+    The statistics are {modality: {'mean' [C], 'std' [C]}}, float32. The hash is None in a file of an earlier version.
 
     expected: a tree of ShapeDtypeStruct
+    run: the number of the run that they should be of; None in exported weights, whose checksums.txt covers the file
     Raises UserError when the file is damaged, or when a value is not finite or a 'std' is not above 0.
     """
-    fix = "restore it, or remove it and train the denoiser, which measures it anew"
-    stored = storage.read_json(path, fix, sealed=False)
-    encoders = stored.pop("encoders", None)
+    fix = STATISTICS_FIX
+    stored = storage.read_json(path, fix, sealed=run is not None)
+    encoders, of = stored.pop("encoders", None), stored.pop(record.RUN, None)
+    if run not in (None, of):
+        raise UserError(f"{path} is of another run: {fix}")
     try:
         arrays = {f"{m}/{name}": np.asarray(x, np.float32) for m, pair in stored.items() for name, x in pair.items()}
     except (AttributeError, TypeError, ValueError) as error:
@@ -164,10 +189,14 @@ def read_statistics(path, expected):
     return jax.tree_util.tree_map_with_path(lambda p, x: arrays[path_name(p)], expected), encoders
 
 
-def write_statistics(path, statistics, params, parts=None):
-    """Writes the statistics of the latents, with the hash of the encoders in {stage: parameters}. parts: of a System"""
-    lists = jax.tree.map(lambda x: np.asarray(x).tolist(), statistics)
-    storage.write_json(path, lists | {"encoders": encoders_hash(params, parts)})
+def write_statistics(path, statistics, params, run=None, parts=None):
+    """Writes the statistics of the latents, with the hash of the encoders in {stage: parameters}.
+
+    run: the number of the run that they are of; None in exported weights
+    parts: see `encoders_hash`
+    """
+    lists, number = jax.tree.map(lambda x: np.asarray(x).tolist(), statistics), {} if run is None else {record.RUN: run}
+    storage.write_json(path, lists | {"encoders": encoders_hash(params, parts)} | number)
 
 
 def encoders_hash(params, parts=None):
@@ -215,37 +244,41 @@ def load(source, build, stages=None, unverified=False):
     unverified: accepts exported weights that have no checksums.txt.
     """
     source = storage.given(REFERENCE if source is None else source)
-    system = read_system(source, build)
-    expected = {stage: system.param_shapes[stage] for stage in stages or system.param_shapes}
-    stored = [stage for stage in expected if stage not in system.parts]
-    exported = any((source / f"{stage}.safetensors").exists() for stage in stored)
+    exported, stages = is_exported(source), stages or settings.STAGES
     if exported:
+        present = [f"{stage}.safetensors" for stage in stages if (source / f"{stage}.safetensors").exists()]
         try:
-            checksums.check(source, ["statistics.json", *(f"{stage}.safetensors" for stage in stored)])
-        except checksums.Missing as error:
+            checksums.check(source, ["config.json", "statistics.json", *present])
+        except checksums.Unverified as error:
             if not unverified:
                 raise UserError(
                     f"{error}, or import the weights with python -m vdm_jax.weights import --unverified "
                     f"--weights={source} --workdir=NEW"
                 ) from None
+    system = read_system(source, build)
+    run = None if exported else run_number(source)
     params, steps = {}, {}
-    for stage, tree in expected.items():
+    for stage in stages:
         if stage in system.parts:
             params[stage] = system.parts[stage].read()
             continue
-        read = read_safetensors(source / f"{stage}.safetensors", tree) if exported else read_params(source, stage, tree)
+        path, tree = source / f"{stage}.safetensors", system.param_shapes[stage]
+        read = read_safetensors(path, tree) if exported else read_params(source, stage, tree, run)
         params[stage], steps[stage] = read
     if "denoiser" in params:
         path = source / ("statistics.json" if exported else STATISTICS)
         shapes = system.stages["denoiser"].encoder_shapes["statistics"]
-        params["statistics"], encoders = read_statistics(path, shapes)
+        params["statistics"], encoders = read_statistics(path, shapes, run)
         if params.keys() > system.param_shapes.keys() and encoders not in (None, encoders_hash(params, system.parts)):
             logger.warning("%s is of other autoencoders: train the denoiser further, or restore the file", path)
     return Weights(system, params, steps)
 
 
-def read_params(workdir, stage, expected):
-    """Returns (the EMA parameters in the newest checkpoint of a stage, as NumPy arrays; its step). Raises UserError."""
+def read_params(workdir, stage, expected, run=0):
+    """Returns (the EMA parameters in the newest checkpoint of a stage, as NumPy arrays; its step). Raises UserError.
+
+    run: the number of the run
+    """
     step = newest_step(workdir, stage)
     if step is None:
         raise UserError(
@@ -253,7 +286,7 @@ def read_params(workdir, stage, expected):
             f"python -m vdm_jax.train --config=FILE --workdir={workdir} --stage={stage}"
         )
     try:
-        stored = checkpoint.read(epath.Path(workdir) / stage / "checkpoints" / str(step), {"ema": expected})
+        stored = checkpoint.read(epath.Path(workdir) / stage / "checkpoints" / str(step), {"ema": expected}, run)
     except checksums.Damaged as error:
         raise UserError(f"{error}; or continue training with --stage={stage}, from the checkpoint before") from None
     return stored["ema"], step

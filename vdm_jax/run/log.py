@@ -243,7 +243,9 @@ class MetricsLog:
     def __init__(self, directory, step):
         path = directory / "metrics.jsonl"
         stored = path.read_bytes() if path.exists() else b""
-        kept, self.skipped = good_lines(stored, step)
+        kept, self.skipped, damaged = good_lines(stored, step)
+        if damaged:
+            logger.warning("%s: %d damaged line(s) are left out", path, damaged)
         self.path, self.file = path, storage.growing(path, stored, kept)
         self.pause = BUCKET_PAUSE if storage.in_bucket(path) else 0
         self.flushed = time.monotonic()
@@ -281,16 +283,21 @@ class MetricsLog:
 
 
 def good_lines(stored, step):
-    """Returns (the good lines in the bytes of a metrics.jsonl, the number of skipped steps that they report).
+    """Returns (the good lines in the bytes of a metrics.jsonl, the number of skipped steps that they report, and the
+    number of damaged lines).
 
-    A line is good when it is complete, is not after `step`, and has a later step than the good line before it.
+    A line is good when it is complete, is not after `step`, and has a later step than the good line before it. A line
+    after `step` is not damaged.
     """
-    good, last, skipped = [], 0, 0
+    good, last, skipped, damaged = [], 0, 0, 0
     for line in stored.splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        try:
             values = json.loads(line.decode())
             number, more = values["step"], values.get("skipped", 0)
             if last < number <= step:
                 last, skipped = number, skipped + more
                 good.append(line.rstrip() + b"\n")
-    return b"".join(good), skipped
+            damaged += number < last
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged += 1
+    return b"".join(good), skipped, damaged

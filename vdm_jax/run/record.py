@@ -3,16 +3,17 @@
 A row of starts.jsonl:
 
     {"time": "2026-01-31T12:00:00+00:00", "version": "0.1.0", "command": "...", "steps": {STAGE: step or null},
-     "changed": {KEY: [value before, value from this start on]}}
+     "changed": {KEY: [value before, value from this start on]}, "run": 1234, "crc32": "..."}
 
-The settings in force are those of config.json after all changes, in order.
+The settings in force are those of config.json after all changes, in order. config.json has two more values: the number
+of the run, drawn at its first start, and the number of rows. A start writes its row first. So a kill between the two
+leaves one row more than config.json knows, and a row that is lost later is noticed.
 """
 
-import contextlib
 import datetime
 import importlib.metadata
 import json
-import re
+import secrets
 import shlex
 import sys
 
@@ -21,7 +22,9 @@ from vdm_jax.errors import UserError
 from vdm_jax.run import storage
 
 NAME = "starts.jsonl"
-FIX = "restore the file from a copy"
+BITS = 31  # of the number of a run
+RUN, STARTS = "run", "starts"  # keys of config.json that are no settings
+FIX = "restore the file from a copy (train --unverified accepts a file that has no checksum or is of another run)"
 CHANGES = "changes.jsonl"  # the rows that change something, beside exported weights
 
 
@@ -30,24 +33,38 @@ def of(config):
     return settings.flat(json.loads(config.to_json_best_effort()))
 
 
-def read(folder):
-    """Returns the settings in force, nested, of a run or of exported weights. Raises UserError for a damaged file."""
+def read(folder, unverified=False):
+    """Returns (the settings in force, nested; the number of the run, None in exported weights and where it is lost).
+
+    unverified: accepts a config.json without a checksum, and rows that are missing or of another run. The config.json
+      of exported weights has its checksum in checksums.txt.
+    Raises UserError for a damaged file.
+    """
     path = folder / "config.json"
-    in_force = settings.flat(storage.read_json(path, "restore it or train again", sealed=False))
-    for number, row in enumerate(_rows(folder), 1):
+    first = storage.read_json(path, FIX, sealed=not unverified)
+    run, starts = first.pop(RUN, None), first.pop(STARTS, None)
+    in_force, rows = settings.flat(first), _rows(folder)
+    if not (isinstance(run, int) and 0 <= run < 1 << BITS and isinstance(starts, int)):
+        if not unverified:
+            raise UserError(f"{path} has no number of its run: {FIX}")
+        run = None
+    if not unverified and len(rows) < starts:
+        raise UserError(f"{folder / NAME} has {len(rows)} of {starts} lines: {FIX}")
+    for number, row in enumerate(rows, 1):
         try:
-            for key, (old, new) in storage.unseal(row)["changed"].items():
+            row = storage.unseal(row)
+            if not unverified and row.get(RUN) != run:
+                raise ValueError("it is of another run")
+            for key, (old, new) in row["changed"].items():
                 if in_force.get(key) != old:
                     raise ValueError(f"{key} was {in_force.get(key)!r} before it, not {old!r}")
                 in_force[key] = new
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"line {number} of {folder / NAME} is damaged ({error}): restore the file from a copy"
-            ) from None
+            raise UserError(f"line {number} of {folder / NAME} is damaged ({error}): {FIX}") from None
     try:
-        return _nested(in_force)
+        return _nested(in_force), run
     except (TypeError, AttributeError) as error:  # a key is a setting and a group of settings
-        raise UserError(f"{path} is damaged ({error}): restore it or train again") from None
+        raise UserError(f"{path} is damaged ({error}): {FIX}") from None
 
 
 def _nested(in_force):
@@ -63,7 +80,19 @@ def _nested(in_force):
     return tree
 
 
-def append(workdir, steps, changed):
+def new_number():
+    """Returns the number of a new run. Two runs have the same one in one of 2 billion cases."""
+    return secrets.randbits(BITS)
+
+
+def begin(workdir, run, config):
+    """Writes the config.json of a new run. run: its number."""
+    (workdir / NAME).unlink(missing_ok=True)
+    first = json.loads(config.to_json_best_effort(sort_keys=True))
+    storage.write_json(workdir / "config.json", first | {RUN: run, STARTS: 0})
+
+
+def append(workdir, run, steps, changed):
     """Adds the row of a start. steps: {stage: step of its newest checkpoint}. changed: {key: [before, now]}."""
     row = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -72,10 +101,10 @@ def append(workdir, steps, changed):
         "steps": steps,
         "changed": changed,
     }
-    path = workdir / NAME
-    stored, kept = _stored(workdir).encode(), "".join(row + "\n" for row in _rows(workdir)).encode()
-    with contextlib.closing(storage.growing(path, stored, kept)) as file:
-        file.write(json.dumps(storage.seal(row)) + "\n")
+    rows = [*map(storage.unseal, _rows(workdir)), row]
+    storage.replace(workdir / NAME, "".join(json.dumps(storage.seal(row | {RUN: run})) + "\n" for row in rows))
+    path = workdir / "config.json"
+    storage.write_json(path, storage.read_json(path, FIX, sealed=False) | {RUN: run, STARTS: len(rows)})
 
 
 def write_changes(workdir, folder):
@@ -88,13 +117,8 @@ def write_changes(workdir, folder):
 
 
 def _rows(folder):
-    """The rows. A last row without its end is left out: a start was killed while it wrote the row."""
-    *rows, last = _stored(folder).split("\n")
-    return [*rows, last] if re.search(r'"crc32": "\w{8}"}', last) else rows
-
-
-def _stored(folder):
-    return storage.read_text(folder / NAME, FIX) if (folder / NAME).exists() else ""
+    path = folder / NAME
+    return storage.read_text(path, FIX).splitlines() if path.exists() else []
 
 
 def _version():

@@ -46,8 +46,15 @@ def absolute(path):
     return epath.Path(path) if in_bucket(path) else epath.Path(path).absolute()
 
 
+def is_file(path):
+    """Returns whether a path is a file, and no pipe or device, which could make a reader wait for ever."""
+    return epath.Path(path).is_file() if in_bucket(path) else os.path.isfile(path)
+
+
 def reader(path):
     """Opens a binary file to read pieces of it. From a bucket only these pieces are fetched."""
+    if not is_file(path):
+        raise FileNotFoundError(f"{path} is no file")
     return fsspec.open(os.fspath(path), "rb", cache_type="none").open() if in_bucket(path) else open(path, "rb")
 
 
@@ -87,7 +94,7 @@ def read_text(path, fix):
     """
     path = epath.Path(path)
     try:
-        if not path.is_file():  # to open a pipe would wait for ever
+        if not is_file(path):
             fault = "is no file" if path.exists() else "is missing"
         else:
             with path.open("rb") as file:
@@ -141,7 +148,10 @@ def unseal(text, sealed=True):
     if not isinstance(values, dict):
         raise ValueError("it holds no mapping of names to values")
     stored = values.pop(CHECKSUM, None)
-    if stored != seal(values)[CHECKSUM] and (sealed or stored is not None):
+    right = seal(values)[CHECKSUM]
+    if sealed and stored is None:
+        raise ValueError("it has no checksum")
+    if stored not in (None, right):
         raise ValueError("it differs from its checksum")
     return values
 

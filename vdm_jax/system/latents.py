@@ -29,7 +29,7 @@ PARTS = ("weights", "data", "settings")
 CRC = "crc32"  # first field of a cached clip
 
 
-def prepare(systems, workdir, examples, mesh):
+def prepare(systems, workdir, examples, mesh, run):
     """Returns (encoder_params on the mesh, examples) for training the denoiser.
 
     systems: one for each bucket, see System.in_buckets. The first one measures the statistics of the latents.
@@ -38,15 +38,16 @@ def prepare(systems, workdir, examples, mesh):
     The encoders are rounded to the precision of exported weights, so that training has the same encoders as sampling.
     With config.denoiser.cached_clips = 0 the given data/batches.Examples are returned. With n > 0 they are encoded
     once, and the result is n Encoded clips of each bucket, in the folder of the run.
+    run: the number of the run
     Raises UserError where an earlier stage has no checkpoint, or a student has no teacher.
     """
     system = systems[0]
     trained = [name for name in STAGES[:3] if name not in system.parts]
-    params = {name: folder.read_params(workdir, name, system.param_shapes[name])[0] for name in trained}
+    params = {name: folder.read_params(workdir, name, system.param_shapes[name], run)[0] for name in trained}
     params = folder.as_exported(params)
     for name, part in system.parts.items():
         params[name] = part.read(sharding.state_shardings(system.param_shapes[name], mesh))
-    params["statistics"] = _statistics(system, params, examples[0], workdir / folder.STATISTICS)
+    params["statistics"] = _statistics(system, params, examples[0], workdir / folder.STATISTICS, run)
     if system.config.denoiser.cached_clips:
         shapes = [f"_{'x'.join(map(str, (own.layout.frames, *own.config.data.size)))}" for own in systems]
         names = [f"latents{shape}" for shape in (shapes if len(systems) > 1 else [""])]
@@ -61,23 +62,21 @@ def prepare(systems, workdir, examples, mesh):
     return jax.device_put(params, sharding.state_shardings(params, mesh)), examples
 
 
-def _statistics(system, params, examples, path):
+def _statistics(system, params, examples, path, run):
     """Returns the statistics in a file. They are measured when it is missing or is of other weights."""
     shapes = system.stages["denoiser"].encoder_shapes["statistics"]
     encoders, stored, of = folder.encoders_hash(params, system.parts), None, None
     if path.exists():
-        stored, of = folder.read_statistics(path, shapes)
+        stored, of = folder.read_statistics(path, shapes, run)
     current = stored is not None and of in (None, encoders)
     if stored is not None and not current:
         logger.info("%s is of other autoencoders: it is measured again", path)
     current = hosts.broadcast_from_primary(current)
     statistics = stored if current else measure(system, params, examples)
     if hosts.is_primary() and of != encoders:
-        if current:
-            logger.info("%s is of an earlier version and has no checksum: one is added", path)
-        folder.write_statistics(path, statistics, params, system.parts)
+        folder.write_statistics(path, statistics, params, run, system.parts)
     hosts.barrier("statistics", ENCODING_SECONDS)
-    return folder.read_statistics(path, shapes)[0]
+    return folder.read_statistics(path, shapes, run)[0]
 
 
 def measure(system, params, examples):
