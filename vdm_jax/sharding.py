@@ -108,12 +108,6 @@ def constrain(x):
     return x if mesh is None else jax.lax.with_sharding_constraint(x, activation_spec(x.shape, mesh.shape))
 
 
-def constrain_batch(x):
-    """Returns x [B, ...], split over the current mesh along the batch alone; x itself without a mesh."""
-    mesh = _current_mesh()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, P(_dividing(BATCH, x.shape[0], mesh.shape)))
-
-
 def split(axis):
     """Returns whether the current mesh has more than one device along an axis."""
     mesh = _current_mesh()

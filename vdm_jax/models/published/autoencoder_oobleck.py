@@ -10,7 +10,6 @@ import numpy as np
 
 from vdm_jax.errors import UserError
 from vdm_jax.models import layers, ops
-from vdm_jax.sharding import constrain_batch
 
 _WEIGHT_NORM = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
 
@@ -94,7 +93,7 @@ class OobleckResidualUnit(layers.Layer):
         h = Snake1d(dtype=self.dtype, name="snake1")(x)
         h = conv(7, dilation=self.dilation, name="conv1")(h)
         h = Snake1d(dtype=self.dtype, name="snake2")(h)
-        return constrain_batch(x + conv(1, name="conv2")(h))
+        return layers.constrain_activation(x + conv(1, name="conv2")(h))
 
 
 def residual_units(x, dtype):
@@ -142,13 +141,12 @@ class Half(layers.Layer):
 
     @nn.compact
     def __call__(self, x):
-        # A window reaches 27 samples to each side, which may be more than the part of a device along `sequence`.
-        x = Conv1d(self.first, 7, dtype=self.dtype, name="conv1")(constrain_batch(x))
+        x = Conv1d(self.first, 7, dtype=self.dtype, name="conv1")(x)
         for i, (channels, stride) in enumerate(zip(self.channels, self.strides)):
             x = self.block(channels, stride, dtype=self.dtype, name=f"block.{i}")(x)
         x = Snake1d(dtype=self.dtype, name="snake1")(x)
         x = Conv1d(self.features, self.window, use_bias=self.last_bias, dtype=self.dtype, name="conv2")(x)
-        return constrain_batch(x).astype(jnp.float32)
+        return x.astype(jnp.float32)
 
 
 class AutoencoderOobleck(layers.Autoencoder):
