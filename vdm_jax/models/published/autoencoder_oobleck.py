@@ -38,6 +38,7 @@ class Conv1d(layers.Layer):
         g = self.param("weight_g", nn.initializers.ones, (self.features, 1, 1))
         v = self.param("weight_v", nn.initializers.lecun_normal(), (self.window, x.shape[-1], self.features))
         padding = (self.window - self.stride) * self.dilation // 2
+        # On a CPU these products are float32: XLA's bfloat16 convolutions are slow there.
         x, kernel = x.astype(self.activation_dtype), v.astype(self.activation_dtype)
         x = jax.lax.conv_general_dilated(
             x,
@@ -48,7 +49,7 @@ class Conv1d(layers.Layer):
             dimension_numbers=("NWC", "WIO", "NWC"),
         )
         # The weight is g v / |v|, with a norm for each output. A factor for the outputs takes less time.
-        x = x * (g[:, 0, 0] * inverse_norm(v, (0, 1))).astype(x.dtype)
+        x = x * (g[:, 0, 0] * inverse_norm(v)).astype(x.dtype)
         return x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype) if self.use_bias else x
 
 
@@ -68,7 +69,7 @@ class ConvTranspose1d(layers.Layer):
         g = self.param("weight_g", nn.initializers.ones, (c, 1, 1))
         v = self.param("weight_v", nn.initializers.lecun_normal(2, 1), (2 * s, self.features, c))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x = x * (g[:, 0, 0] * inverse_norm(v, (0, 1))).astype(x.dtype)  # here each input has its norm
+        x = x * (g[:, 0, 0] * inverse_norm(v)).astype(x.dtype)  # here each input has its norm
         x = ops.current().dense(x, v.reshape(-1, c).T, None, self.dtype)  # [B, M, 2 s * features]
         # Half of an input's window lies in its own hop, and half in the next.
         own, next_hop = jnp.split(x.reshape(b, m, 2 * s, self.features), 2, 2)  # [B, M, s, features] each
@@ -77,9 +78,9 @@ class ConvTranspose1d(layers.Layer):
         return x + bias.astype(x.dtype)
 
 
-def inverse_norm(v, axes):
-    """1 / |v| over some axes. It is finite for zeros, which a file with folded weights may have."""
-    return jax.lax.rsqrt(jnp.maximum(jnp.square(v).sum(axes), 1e-30))
+def inverse_norm(v):
+    """1 / |v| for each index of the last dimension. It is finite for zeros, which a folded weight may have."""
+    return jax.lax.rsqrt(jnp.maximum(jnp.square(v).sum((0, 1)), 1e-30))
 
 
 class OobleckResidualUnit(layers.Layer):
