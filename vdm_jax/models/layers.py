@@ -85,9 +85,9 @@ class Conv(Layer):
     features: int  # output channels
     window: tuple[int, ...]  # one size for each space dimension; (3, 3) for a video is 3 x 3 in each frame
     strides: tuple[int, ...] | None = None  # one for each size of the window; None is 1 everywhere
-    padding: tuple[tuple[int, int], ...] | None = None  # (before, after) for each size of the window; None keeps sizes
     time_padding: str = "same"  # as in all other dimensions, or "causal", with all padding before the first frame
     zero: bool = False
+    padding: tuple[tuple[int, int], ...] | None = None  # (before, after) for each size of the window; None keeps sizes
 
     @nn.compact
     def __call__(self, x):
