@@ -141,6 +141,8 @@ def test_latent_statistics():
         (dict(down_block_types=["DownBlock2D"] * 2), "down_block_types is .* give 2 of DownEncoderBlock2D or Attn"),
         (dict(up_block_types=["UpDecoderBlock2D"]), "up_block_types is .* give 2 of UpDecoderBlock2D or Attn"),
         (dict(norm_num_groups=32), "do not divide into norm_num_groups 32"),
+        (dict(latents_std=[1.0]), "latents_std has 1 values: give 4"),
+        (dict(latents_mean=[1.0] * 4, shift_factor=1.0), "shift_factor and latents_mean are two means"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_clear_error(settings, said):

@@ -157,6 +157,12 @@ class AutoencoderKL(layers.Autoencoder):
                 f"AutoencoderKL: block_out_channels {self.block_out_channels} do not divide into norm_num_groups "
                 f"{self.norm_num_groups}: give multiples of it"
             )
+        for key in ("latents_mean", "latents_std"):
+            values = getattr(self, key)
+            if values is not None and len(values) != self.latent_channels:
+                raise UserError(f"AutoencoderKL: {key} has {len(values)} values: give {self.latent_channels}")
+        if self.shift_factor and self.latents_mean is not None:
+            raise UserError("AutoencoderKL: shift_factor and latents_mean are two means of the latents: give one")
         half = functools.partial(
             Half,
             mid_attend=self.mid_block_add_attention,

@@ -25,56 +25,62 @@ class Snake1d(layers.Layer):
         return (x + jnp.square(jnp.sin(alpha * x)) / (beta + 1e-9)).astype(self.activation_dtype)
 
 
-class WeightNorm(layers.Layer):
-    """A layer whose weight is g v / |v| (arXiv:1602.07868, eq. 2)."""
+class Conv1d(layers.Layer):
+    """A convolution [B, N, C] -> [B, N / stride, features] with weight normalization (arXiv:1602.07868, eq. 2)."""
 
     features: int  # output channels
-
-    def weight(self, shape):
-        """Returns the weight, float32 with `shape`. The norm of v is over all dimensions but the first."""
-        g = self.param("weight_g", nn.initializers.ones, (shape[0], 1, 1))
-        v = self.param("weight_v", nn.initializers.lecun_normal(1, 0), shape)
-        square = jnp.square(v).sum((1, 2), keepdims=True)
-        return g * v * jax.lax.rsqrt(jnp.maximum(square, 1e-30))  # a row of zeros stays one
-
-    def bias(self):
-        return self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-
-
-class Conv1d(WeightNorm):
-    """A convolution [B, N, C] -> [B, N / stride, features]; `stride` divides N."""
-
     window: int
     stride: int = 1
     dilation: int = 1  # distance of the taps
 
     @nn.compact
     def __call__(self, x):
-        b, n, c = x.shape
-        kernel = self.weight((self.features, c, self.window)).transpose(2, 1, 0)  # [window, inputs, outputs]
-        kernel = kernel[:, None, None]  # [window, 1, 1, inputs, outputs]
-        # The taps of a place are in every dilation-th place: these places are a sound of their own.
-        x = jnp.pad(x, ((0, 0), (0, -n % self.dilation), (0, 0))).reshape(b, -1, 1, self.dilation, c)
-        padding = (((self.window - self.stride) // 2,) * 2, (0, 0), (0, 0))
-        x = ops.current().conv(x, kernel, self.bias(), (self.stride, 1, 1), padding, self.dtype)
-        return x.reshape(b, -1, self.features)[:, : n // self.stride]
+        g = self.param("weight_g", nn.initializers.ones, (self.features, 1, 1))
+        v = self.param("weight_v", nn.initializers.lecun_normal(), (self.window, x.shape[-1], self.features))
+        padding = (self.window - self.stride) * self.dilation // 2
+        # On a CPU these products are float32: XLA's bfloat16 convolutions are slow there.
+        x, kernel = x.astype(self.activation_dtype), v.astype(self.activation_dtype)
+        x = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride,),
+            [(padding, padding)],
+            rhs_dilation=(self.dilation,),
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        )
+        # The weight is g v / |v|, with a norm for each output. A factor for the outputs takes less time.
+        x = x * (g[:, 0, 0] * inverse_norm(v)).astype(x.dtype)
+        return x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype) if self.use_bias else x
 
 
-class ConvTranspose1d(WeightNorm):
-    """A transposed convolution [B, M, C] -> [B, M * stride, features] with a window of 2 * stride; `stride` is even."""
+class ConvTranspose1d(layers.Layer):
+    """A transposed convolution [B, M, C] -> [B, M * stride, features] with weight normalization.
 
+    The window is 2 * stride, and the stride is even.
+    """
+
+    features: int  # output channels
     stride: int
 
     @nn.compact
     def __call__(self, x):
-        b, _, c = x.shape
+        b, m, c = x.shape
         s = self.stride
-        # An output gets the first half of the window of one input, and the second half of that of the input before.
-        first, second = jnp.split(self.weight((c, self.features, 2 * s)).swapaxes(1, 2), 2, 1)  # [C, s, features] each
-        kernel = jnp.stack([second, first]).reshape(2, c, s * self.features)
-        bias = jnp.tile(self.bias(), s)
-        x = ops.current().conv(x, kernel, bias, (1,), ((1, 1),), self.dtype)  # [B, M + 1, s * features]
-        return x.reshape(b, -1, self.features)[:, s // 2 : -(s // 2)]
+        g = self.param("weight_g", nn.initializers.ones, (c, 1, 1))
+        v = self.param("weight_v", nn.initializers.lecun_normal(2, 1), (2 * s, self.features, c))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x = x * (g[:, 0, 0] * inverse_norm(v)).astype(x.dtype)  # here each input has its norm
+        x = ops.current().dense(x, v.reshape(-1, c).T, None, self.dtype)  # [B, M, 2 s * features]
+        # Half of an input's window lies in its own hop, and half in the next.
+        own, next_hop = jnp.split(x.reshape(b, m, 2 * s, self.features), 2, 2)  # [B, M, s, features] each
+        x = jnp.pad(own, ((0, 0), (0, 1), (0, 0), (0, 0))) + jnp.pad(next_hop, ((0, 0), (1, 0), (0, 0), (0, 0)))
+        x = x.reshape(b, -1, self.features)[:, s // 2 : -(s // 2)]
+        return x + bias.astype(x.dtype)
+
+
+def inverse_norm(v):
+    """1 / |v| for each index of the last dimension. It is finite for zeros, which a folded weight may have."""
+    return jax.lax.rsqrt(jnp.maximum(jnp.square(v).sum((0, 1)), 1e-30))
 
 
 class OobleckResidualUnit(layers.Layer):
@@ -140,7 +146,8 @@ class Half(layers.Layer):
         for i, (channels, stride) in enumerate(zip(self.channels, self.strides)):
             x = self.block(channels, stride, dtype=self.dtype, name=f"block.{i}")(x)
         x = Snake1d(dtype=self.dtype, name="snake1")(x)
-        return Conv1d(self.features, self.window, use_bias=self.last_bias, dtype=self.dtype, name="conv2")(x)
+        x = Conv1d(self.features, self.window, use_bias=self.last_bias, dtype=self.dtype, name="conv2")(x)
+        return x.astype(jnp.float32)
 
 
 class AutoencoderOobleck(layers.Autoencoder):
@@ -221,12 +228,12 @@ class AutoencoderOobleck(layers.Autoencoder):
                 f"AutoencoderOobleck encodes a multiple of {self.hop} samples, not {n}: "
                 f"pad the sound to {-(-n // self.hop) * self.hop}"
             )
-        mean, scale = jnp.split(self.encoder(audio).astype(jnp.float32), 2, -1)
+        mean, scale = jnp.split(self.encoder(audio), 2, -1)
         return mean, 2 * jnp.log(nn.softplus(scale) + 1e-4)
 
     def decode(self, z):
         """Latents [B, M, latent_channels] -> audio [B, M * hop, audio_channels] float32, about [-1, 1]."""
-        return self.decoder(z).astype(jnp.float32)
+        return self.decoder(z)
 
     def example(self):
         return jnp.zeros((1, self.hop, self.audio_channels)), jax.random.key(0)

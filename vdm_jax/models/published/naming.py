@@ -7,6 +7,7 @@ of a tensor is the path of our parameter, with dots. Only the last part and the 
     kernel     [*window, inputs, outputs]  weight  [outputs, inputs, *window]
     scale      [C]                         weight  [C]
     embedding  [vocabulary, C]             weight  [vocabulary, C]
+    weight_v   [*window, inputs, outputs]  weight_v  [outputs, inputs, *window], of weight normalization
     any other                              the same
 
 A module has a method `example()`, which returns small inputs of its `__call__`, made by jax.numpy. It may have a method
@@ -26,6 +27,7 @@ from vdm_jax.errors import UserError
 from vdm_jax.models import layers
 
 _WEIGHTS = ("kernel", "scale", "embedding")  # the names that the original calls `weight`
+_KERNELS = ("kernel", "weight_v")  # their dimensions have another order
 _UNUSED = r"(^|\.)position_ids$"  # numbers from 0 on, which old files carry
 
 
@@ -116,7 +118,7 @@ def to_tensors(params):
     tensors = {}
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         x = np.asarray(x)
-        x = np.moveaxis(x, (-2, -1), (1, 0)) if path[-1].key == "kernel" else x
+        x = np.moveaxis(x, (-2, -1), (1, 0)) if path[-1].key in _KERNELS else x
         tensors[tensor_name(path)] = np.ascontiguousarray(x)
     return tensors
 
@@ -160,7 +162,7 @@ def to_params(tensors, model, shardings=None, source="the weights"):
             )
 
     def load(path, leaf, sharding=None):
-        tensor, is_kernel = tensors[tensor_name(path)], path[-1].key == "kernel"
+        tensor, is_kernel = tensors[tensor_name(path)], path[-1].key in _KERNELS
 
         def read(index):  # of a part of our parameter
             x = tensor[_to_original_order(path, index)]
@@ -179,7 +181,7 @@ def to_params(tensors, model, shardings=None, source="the weights"):
 
 def _to_original_order(path, dimensions):
     """Returns one value for each dimension, in the order of the original."""
-    if path[-1].key != "kernel":
+    if path[-1].key not in _KERNELS:
         return tuple(dimensions)
     *window, inputs, outputs = dimensions
     return (outputs, inputs, *window)
