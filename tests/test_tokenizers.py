@@ -17,8 +17,8 @@ package = pytest.importorskip("tokenizers")
 sentencepiece = pytest.importorskip("sentencepiece")
 
 PARTS = (
-    "a B é ß ﬁ 漢 字 🙂 👩‍👩‍👧 \u200b \u00a0 's don't [SEP] [CLS] <pad> </s> <unk> <|endoftext|> <extra_id_0> <extra_id_99> ! ? ... "
-    "123 4.5 Ünïcode WORLD circle moves e\u0301 \x00 \ufeff ا ไทย İ Ⅻ ½ ▁ － \x85 \u2028 ab abc"
+    "a B é ß ﬁ 漢 字 🙂 👩\u200d👩\u200d👧 \u200b \u00a0 's don't [SEP] [CLS] <pad> </s> <unk> <|endoftext|> ! ? ... "
+    "123 4.5 <extra_id_0> <extra_id_99> Ünïcode WORLD moves e\u0301 \x00 \ufeff ا ไทย İ Ⅻ ½ ▁ － \x85 \u2028 ab abc"
 ).split(" ") + [" ", "  ", "\t", "\n"]
 random_parts = random.Random(0)
 TEXTS = ["", " ", "word " * 700, "🙂" * 50, "no_spaces_" * 90, "the red circle moves right, don't stop!"] + [
@@ -114,24 +114,32 @@ def test_clip_from_vocabulary_and_merges(folders, name):
     theirs = pytest.importorskip("transformers").CLIPTokenizer.from_pretrained(folders[name])
     ours = tokenizers.read(folders[name])
     check(ours, theirs, 77)
-    assert ours.length == 77 and ours.pad == (theirs.convert_tokens_to_ids("!" if "!" in name else END))
+    assert ours.length == 77 and ours.pad == theirs.pad_token_id == theirs.convert_tokens_to_ids(
+        "!" if "!" in name else END
+    )
 
 
 def test_t5_from_sentencepiece(folders):
     theirs = pytest.importorskip("transformers").T5Tokenizer.from_pretrained(folders["t5"])
     ours = tokenizers.read(folders["t5"])
-    check(ours, theirs, 64)
+    # For transformers 5 U+0085 is a space. The tokenizers that T5 and its users were trained with are SentencePiece's.
+    check(ours, theirs, 64, [given for given in TEXTS if "\x85" not in given])
     assert (ours.pad, ours.length, ours.size) == (0, 512, len(theirs))
     tokens, mask = ours.encode([f"a </s>{extra}" for extra in ("<extra_id_0>", "<extra_id_99>")], 8)
     assert tokens[:, mask[0]].tolist()[0][-3:] == [1, ours.size - 1, 1]
     assert tokens[1, mask[1]].tolist()[-2:] == [ours.size - 100, 1]
 
 
-def test_bytes_of_unknown_characters_are_those_of_sentencepiece(tmp_path):
-    folder = write_t5(tmp_path / "t5", byte_fallback=True)
-    want = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model")).encode("a ᚠ")
-    tokens, mask = tokenizers.read(folder).encode(["a ᚠ"])
-    assert tokens[mask].tolist() == [*want, 1] and 2 not in want and len(want) > 4
+@pytest.mark.parametrize("byte_fallback", [False, True])
+def test_t5_against_sentencepiece(tmp_path, byte_fallback):
+    folder = write_t5(tmp_path / "t5", byte_fallback)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    plain = [given for given in TEXTS if not any(name in given for name in ("<pad>", "</s>", "<unk>", "<extra_id"))]
+    ours = tokenizers.read(folder)
+    tokens, mask = ours.encode([*plain, "a ᚠ"], 2000)
+    for row, row_mask, given in zip(tokens, mask, [*plain, "a ᚠ"]):
+        assert row[row_mask].tolist() == [*theirs.encode(given), 1]
+    assert len(plain) > 30 and (2 in tokens) != byte_fallback
 
 
 def test_bert_from_vocabulary_and_minilm(folders):
@@ -169,7 +177,7 @@ def test_rows_and_cuts(folders, warnings):
     assert not warnings
     cut, mask = clip.encode([long], 10)
     assert cut[0, :9].tolist() == whole[0, :9].tolist() and cut[0, 9] == end and mask.all()
-    assert warnings == ["text truncated: kept 8 of its 26 tokens: 'a b c d e f g h i j k l m n o p q r s t "]
+    assert warnings == ["text truncated: kept 8 of its 26 tokens: 'a b c d e f g h i j k l m n o p q r s t"]
     clip.encode([long], 10)
     assert len(warnings) == 1  # once for a text
     cut, _ = t5.encode([long], 5)

@@ -30,7 +30,7 @@ CLIP_LENGTH = 77
 EXTRA_IDS = 100  # tokens after the pieces of T5, numbered from the end
 MAX_EXTRA_IDS = 10_000
 PROBE = "a \U0010ffff"  # a damaged file may fail at the first unknown character only
-CLIP_WORDS = (  # what the byte pairs of CLIP are looked for in
+CLIP_WORDS = (  # CLIP splits a text into these parts before it merges bytes
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
 
@@ -150,12 +150,13 @@ def _checks_file(read_file):
     """Returns read_file(path, settings) that raises one UserError for whatever a damaged file makes a package raise."""
 
     def checked(path, settings):
-        for part in (path, path.with_name("merges.txt")) if path.name == "vocab.json" else (path,):
+        parts = [path, path.with_name("merges.txt")] if path.name == "vocab.json" else [path]
+        for part in parts:
             if not part.is_file() or part.stat().length > MAX_BYTES:
                 raise UserError(f"{part} is no file of at most {MAX_BYTES} bytes: {FIX}")
         try:
             tokenizer = read_file(path, settings)
-            tokenizer.encode([PROBE], len(PROBE) * 4 + 2)
+            tokenizer.encode([PROBE], 16)
             return tokenizer
         except (UserError, KeyboardInterrupt, SystemExit):
             raise
