@@ -1,7 +1,8 @@
 """The video autoencoder of Wan 2.1 and 2.2 (arXiv:2503.20314), with the settings and names of diffusers' AutoencoderKLWan.
 
 Time is causal. The first latent frame holds frame 0 alone, and each later one holds f_t = 4 frames. A clip is processed
-at once, or in chunks of any number of latent frames (see `AutoencoderKLWan.stream`); both give the same values.
+at once, or in chunks (`AutoencoderKLWan.in_chunks` and `stream`). Both give the same values. Only the second suits long
+clips: its memory does not grow with the length.
 
 Each causal convolution keeps the last frames of its input in Flax's collection `cache`. The next chunk reads them.
 """
@@ -308,7 +309,7 @@ class AutoencoderKLWan(layers.Autoencoder):
 
         Raises UserError where F is not 1 + f_t*n, or H or W is not a multiple of f_s.
         """
-        self._check_size(video)
+        self._check_size(video, "encoder" not in self.variables.get("cache", {}))
         x = self.quant_conv(self.encoder(_to_patches(video, self.patch_size or 1)))
         mean, log_variance = jnp.split(x.astype(jnp.float32), 2, -1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
@@ -333,10 +334,31 @@ class AutoencoderKLWan(layers.Autoencoder):
         out, state = self.apply(variables, x, method=method, mutable="cache")
         return out, state["cache"]
 
-    def _check_size(self, video):
+    @nn.nowrap
+    def in_chunks(self, params, method, x):
+        """What the method returns for a whole clip, computed by `stream` for one latent frame after the other.
+
+        The memory for it does not grow with the length of the clip. See `stream` for the arguments.
+        """
+        frames = 1
+        if method == "encode":
+            self._check_size(x, is_first=True)
+            frames = self.factors[0]
+        first, cache = self.stream(params, method, x[:, :1])
+        chunks = x[:, 1:].reshape(len(x), -1, frames, *x.shape[2:]).swapaxes(0, 1)  # [n, B, frames, ...]
+        _, rest = jax.lax.scan(lambda cache, chunk: self.stream(params, method, chunk, cache)[::-1], cache, chunks)
+
+        def join(first, rest):
+            rest = rest.swapaxes(0, 1)  # [B, n, frames, ...]
+            return jnp.concatenate([first, rest.reshape(len(x), -1, *first.shape[2:])], 1)
+
+        return jax.tree.map(join, first, rest)
+
+    @nn.nowrap
+    def _check_size(self, video, is_first):
         frames, height, width = video.shape[1:4]
         f_t, f_s = self.factors
-        first = "encoder" not in self.variables.get("cache", {})  # 1 if this chunk holds the first frame, else 0
+        first = int(is_first)  # frames that do not count
         if (frames - first) % f_t or frames < 1:
             below = max((frames - first) // f_t * f_t, 0 if first else f_t) + first
             what = f"1 + {f_t}*n" if first else f"{f_t}*n"
