@@ -1,16 +1,16 @@
 """Compares our AutoencoderKLWan with diffusers' at full size (126,892,531 parameters, random), on this CPU, in float32.
 
-    python -m tests.peers.wan                                         # values of 17 frames of 64 x 64
-    taskset -c 0,1 python -m tests.peers.wan --size=128 --rounds=5    # and times; both sides take turns
-    python -m tests.peers.wan --memory                                # MiB of our programs for 17 and for 65 frames
+    python -m tests.peers.wan                                       # values of 17 frames of 64 x 64
+    taskset -c 0 python -m tests.peers.wan --size=128 --rounds=5    # and times; both sides take turns
+    python -m tests.peers.wan --memory                              # MiB of our programs for 17 and for 65 frames
 
-A difference is relative to the largest value. The ratio is our median time over that of diffusers. Both sides have one
-thread for each processor that `taskset` allows. The memory of a program is what it needs besides arguments and result.
+A difference is relative to the largest value. Both sides have one thread for each processor that `taskset` allows. A
+time is the median over the turns. Processor time leaves out what other processes use. A ratio is our time over that of
+diffusers. The memory of a program is what it needs besides arguments and result.
 """
 
 import functools
 import os
-import statistics
 import time
 
 import jax
@@ -26,7 +26,7 @@ from vdm_jax.models.published.autoencoder_kl_wan import AutoencoderKLWan
 FRAMES = flags.DEFINE_integer("frames", 17, "Frames of the clip: 1 + 4*n.", lower_bound=1)
 SIZE = flags.DEFINE_integer("size", 64, "Height and width of the clip.", lower_bound=8)
 MEMORY = flags.DEFINE_bool("memory", False, "Whether to print memory only.")
-ROUNDS = flags.DEFINE_integer("rounds", 0, "Turns of each side that are timed.", lower_bound=0)
+ROUNDS = flags.DEFINE_integer("rounds", 1, "Turns of each side.", lower_bound=1)
 
 
 def build():
@@ -57,11 +57,11 @@ def calls_of(theirs):
 
 
 def timed(call, x):
-    """Seconds of a call."""
+    """-> (result, (seconds, seconds of processor time))"""
     time.sleep(PAUSE)
-    start = time.perf_counter()
-    call(x)
-    return time.perf_counter() - start
+    start = time.perf_counter(), time.process_time()
+    out = call(x)
+    return out, (time.perf_counter() - start[0], time.process_time() - start[1])
 
 
 def at_once(model, method, params, x):
@@ -103,18 +103,18 @@ def main(_):
     shape = (1, FRAMES.value, SIZE.value, SIZE.value, 3)
     x = np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
     for method in ("encode", "decode"):
-        ours, memory = compile_for(at_once, model, method, params, x)
-        sides = {"ours": lambda x, ours=ours: np.asarray(ours(params, x)), "diffusers": theirs[method]}
-        got, want = (call(x) for call in sides.values())
-        difference = np.abs(got - want).max() / np.abs(want).max()
-        print(f"{method} {list(x.shape)}: difference {difference:.1e}, memory {memory:.0f} MiB", flush=True)
-        times = {name: [] for name in sides}
+        run, memory = compile_for(at_once, model, method, params, x)
+        sides = {"ours": lambda x, run=run: np.asarray(run(params, x)), "diffusers": theirs[method]}
+        results, times = {}, {name: [] for name in sides}
         for _ in range(ROUNDS.value):
             for name, call in sides.items():
-                times[name].append(timed(call, x))
-        if ROUNDS.value:
-            ours, peer = (statistics.median(of) for of in times.values())
-            print(f"{method}: ours {ours:.2f} s, diffusers {peer:.2f} s, ratio {ours / peer:.2f}", flush=True)
+                results[name], seconds = timed(call, x)
+                times[name].append(seconds)
+        got, want = results.values()
+        difference = np.abs(got - want).max() / np.abs(want).max()
+        print(f"{method} {list(x.shape)}: difference {difference:.1e}, memory {memory:.0f} MiB")
+        for what, ours, peer in zip(("time", "processor time"), *(np.median(of, 0) for of in times.values())):
+            print(f"{what}: ours {ours:.2f} s, diffusers {peer:.2f} s, ratio {ours / peer:.2f}", flush=True)
         x = want
 
 

@@ -1,10 +1,10 @@
-"""The video autoencoder of Wan 2.1 and 2.2 (arXiv:2503.20314), with the settings and names of diffusers' AutoencoderKLWan.
+"""The video autoencoder of Wan 2.1 and 2.2 (arXiv:2503.20314), with the parameters of diffusers' AutoencoderKLWan.
 
-Time is causal. The first latent frame holds frame 0 alone, and each later one holds f_t = 4 frames. A clip is processed
-at once, or in chunks (`AutoencoderKLWan.in_chunks` and `stream`). Both give the same values. Only the second suits long
-clips: its memory does not grow with the length.
+Time is causal. The first latent frame holds frame 0 alone, and each later one holds f_t = 4 frames. `encode` and
+`decode` process a clip at once. `AutoencoderKLWan.in_chunks` and `stream` process one part after the other and give the
+same values. A long clip needs them, because their memory does not grow with its length.
 
-Each causal convolution keeps the last frames of its input in Flax's collection `cache`. The next chunk reads them.
+Each causal convolution keeps the last frames of its input in Flax's collection `cache`, for the next chunk.
 """
 
 import functools
@@ -137,7 +137,7 @@ class Upsample(layers.Layer):
 
 
 def average_down(x, features, time, space):
-    """[B, T, H, W, C] -> [B, T/time, H/space, W/space, features]: means of neighbors. Zeros come before an odd frame."""
+    """[B, T, H, W, C] -> [B, T/time, H/space, W/space, features]: means. Zeros come before an odd number."""
     x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
     b, t, h, w, c = x.shape
     x = x.reshape(b, t // time, time, h // space, space, w // space, space, c)
