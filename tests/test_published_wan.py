@@ -3,11 +3,13 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.peers import unet3d
 from vdm_jax.errors import UserError
+from vdm_jax.models import ops
 from vdm_jax.models.published import naming
 from vdm_jax.models.published.autoencoder_kl_wan import AutoencoderKLWan
 
@@ -93,6 +95,17 @@ def test_sizes_that_do_not_fit(shape, said):
         AutoencoderKLWan().apply({}, np.zeros((1, *shape, 3)), method="encode")
 
 
+@pytest.mark.parametrize("frames", [1, 5])
+def test_sizes_of_chunks_on_an_accelerator(frames):
+    model = naming.from_config(AutoencoderKLWan, WAN_21, dtype=jnp.bfloat16)
+    params, f32 = naming.param_shapes(model), jnp.float32
+    video = jax.ShapeDtypeStruct((1, frames, 8, 12, 3), f32)
+    latent = jax.ShapeDtypeStruct((1, 1 + frames // 4, 2, 3, 3), f32)
+    with ops.backend("tpu"):
+        assert jax.eval_shape(lambda p, x: model.in_chunks(p, "encode", x), params, video) == (latent, latent)
+        assert jax.eval_shape(lambda p, x: model.in_chunks(p, "decode", x), params, latent) == video
+
+
 def test_chunks_that_do_not_fit():
     model = AutoencoderKLWan()
     with pytest.raises(UserError, match=r"5 frames do not fit: give 4\*n frames, such as 4 or 8\b"):
@@ -102,7 +115,7 @@ def test_chunks_that_do_not_fit():
 @pytest.mark.parametrize(
     "settings, said",
     [
-        (dict(attn_scales=(0.5,)), "only an empty attn_scales"),
+        (dict(attn_scales=(0.5,)), "give weights whose attn_scales is empty"),
         (dict(temperal_downsample=(True,)), "has 1 values, but dim_mult has 4"),
     ],
 )
