@@ -68,6 +68,18 @@ def test_convolutions_have_the_values_and_gradients_of_xla(case, platform):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("channels", [3, 36])
+def test_a_convolution_with_the_frames_before_it_is_the_causal_one(channels, platform):
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 5, channels)).astype(np.float32)
+    causal = layers.Conv(28, (3, 3, 3), time_padding="causal")
+    unpadded = layers.Conv(28, (3, 3, 3), padding=((0, 0), (1, 1), (1, 1)))
+    params = {"params": init_weights(causal, x)}
+    with ops.backend(platform):
+        got = unpadded.apply(params, np.pad(x, ((0, 0), (2, 0), (0, 0), (0, 0), (0, 0))))
+        np.testing.assert_allclose(got, causal.apply(params, x), atol=1e-5)
+
+
 UNIT_STRIDES = [name for name, case in CONVOLUTIONS.items() if case[3] is None]
 
 

@@ -1,9 +1,10 @@
-"""The video autoencoder of Wan 2.1 and 2.2 (arXiv:2503.20314), with the settings and names of diffusers' AutoencoderKLWan.
+"""The video autoencoder of Wan 2.1 and 2.2 (arXiv:2503.20314), with the parameters of diffusers' AutoencoderKLWan.
 
-Time is causal. The first latent frame holds frame 0 alone, and each later one holds f_t = 4 frames. A clip is processed
-at once, or in chunks of any number of latent frames (see `AutoencoderKLWan.stream`); both give the same values.
+Time is causal. The first latent frame holds frame 0 alone, and each later one holds f_t = 4 frames. `encode` and
+`decode` process a clip at once. `AutoencoderKLWan.in_chunks` and `stream` process one part after the other and give the
+same values. A long clip needs them, because their memory does not grow with its length.
 
-Each causal convolution keeps the last frames of its input in Flax's collection `cache`. The next chunk reads them.
+Each causal convolution keeps the last frames of its input in Flax's collection `cache`, for the next chunk.
 """
 
 import functools
@@ -37,10 +38,10 @@ class CausalConv(layers.Conv):
         return super().__call__(x)
 
 
-def causal_conv(features, size, **settings):
-    """A CausalConv with a window of size x size x size, which keeps height and width."""
-    around = (size // 2, size // 2)
-    return CausalConv(features, (size,) * 3, padding=((0, 0), around, around), **settings)
+def causal_conv(features, window=(3, 3, 3), **settings):
+    """A CausalConv which keeps height and width."""
+    padding = ((0, 0), *((k // 2, k // 2) for k in window[1:]))
+    return CausalConv(features, window, padding=padding, **settings)
 
 
 class Norm(layers.Layer):
@@ -54,8 +55,8 @@ class Norm(layers.Layer):
         channels = x.shape[-1]
         gamma = self.param("gamma", nn.initializers.ones, (channels,) + (1,) * (self.dims - 1)).reshape(-1)
         x = x.astype(jnp.float32)
-        length = jnp.sqrt(jnp.square(x).sum(-1, keepdims=True))
-        y = x * (math.sqrt(channels) / jnp.maximum(length, 1e-12))
+        squares = jnp.square(x).sum(-1, keepdims=True)
+        y = x * (math.sqrt(channels) * jax.lax.rsqrt(jnp.maximum(squares, 1e-24)))
         return self.activation(ops.current().affine(y, gamma, None)).astype(self.activation_dtype)
 
 
@@ -68,10 +69,10 @@ class ResidualBlock(layers.Layer):
     def __call__(self, x):
         norm = functools.partial(Norm, activation=nn.silu, dtype=self.dtype)
         conv = functools.partial(causal_conv, self.features, dtype=self.dtype)
-        h = conv(3, name="conv1")(norm(name="norm1")(x))
-        h = conv(3, name="conv2")(norm(name="norm2")(h))
+        h = conv(name="conv1")(norm(name="norm1")(x))
+        h = conv(name="conv2")(norm(name="norm2")(h))
         if x.shape[-1] != self.features:
-            x = conv(1, name="conv_shortcut")(x)
+            x = layers.Conv(self.features, (1, 1, 1), dtype=self.dtype, name="conv_shortcut")(x)
         return layers.constrain_activation(x + h)
 
 
@@ -105,15 +106,14 @@ class Downsample(layers.Layer):
 
     @nn.compact
     def __call__(self, x):
-        conv = functools.partial(layers.Conv, x.shape[-1], dtype=self.dtype)
-        x = conv((3, 3), strides=(2, 2), padding=((0, 1), (0, 1)), name="resample.1")(x)
-        if self.time:
-            strides, padding = (2, 1, 1), ((0, 0),) * 3
-            conv = CausalConv(x.shape[-1], (3, 1, 1), strides, padding=padding, dtype=self.dtype, name="time_conv")
-            is_first = conv.is_first_chunk()
-            halved = conv(x)
-            x = jnp.concatenate([x[:, :1], halved[:, 1:]], 1) if is_first else halved
-        return x
+        channels, padding = x.shape[-1], ((0, 1), (0, 1))
+        x = layers.Conv(channels, (3, 3), (2, 2), padding=padding, dtype=self.dtype, name="resample.1")(x)
+        if not self.time:
+            return x
+        conv = causal_conv(channels, (3, 1, 1), strides=(2, 1, 1), dtype=self.dtype, name="time_conv")
+        is_first = conv.is_first_chunk()
+        halved = conv(x)
+        return jnp.concatenate([x[:, :1], halved[:, 1:]], 1) if is_first else halved
 
 
 class Upsample(layers.Layer):
@@ -125,8 +125,7 @@ class Upsample(layers.Layer):
     @nn.compact
     def __call__(self, x):
         if self.time:
-            padding = ((0, 0),) * 3
-            conv = CausalConv(2 * x.shape[-1], (3, 1, 1), padding=padding, dtype=self.dtype, name="time_conv")
+            conv = causal_conv(2 * x.shape[-1], (3, 1, 1), dtype=self.dtype, name="time_conv")
             if conv.is_first_chunk():  # the convolution never sees the first frame
                 first, x = x[:, :1], jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, 1:]], 1)
                 x = jnp.concatenate([first, layers.depth_to_space(conv(x), 1, time=2)[:, 2:]], 1)
@@ -136,7 +135,8 @@ class Upsample(layers.Layer):
 
 
 def average_down(x, features, time, space):
-    """[B, T, H, W, C] -> [B, T/time, H/space, W/space, features]: means of neighbors. Zeros come before an odd frame."""
+    """[B, T, H, W, C] -> [B, T/time, H/space, W/space, features]: means of neighbors."""
+    # An odd number of frames starts with the first frame of a clip: there is a frame of zeros before it.
     x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
     b, t, h, w, c = x.shape
     x = x.reshape(b, t // time, time, h // space, space, w // space, space, c)
@@ -190,7 +190,7 @@ class UpBlock(layers.Layer):
             return Upsample(self.features // 2, self.time, dtype=self.dtype, name="upsamplers.0")(x)
         x = Upsample(self.features, self.time, dtype=self.dtype, name="upsampler")(x)
         around = duplicate_up(start, self.features, 1 + self.time)
-        return x + around[:, around.shape[1] - x.shape[1] :]  # the first frame of a clip is not repeated
+        return x + around[:, around.shape[1] - x.shape[1] :]  # the first frame of a clip stays one frame
 
 
 class Encoder(layers.Layer):
@@ -204,7 +204,7 @@ class Encoder(layers.Layer):
 
     @nn.compact
     def __call__(self, x):
-        x = causal_conv(self.channels[0], 3, dtype=self.dtype, name="conv_in")(x)
+        x = causal_conv(self.channels[0], dtype=self.dtype, name="conv_in")(x)
         last, parts = len(self.channels) - 1, []
         for i, features in enumerate(self.channels):
             time = i < last and self.time[i]
@@ -217,7 +217,7 @@ class Encoder(layers.Layer):
             x = part(dtype=self.dtype, name=f"down_blocks.{i}")(x)
         x = MidBlock(dtype=self.dtype, name="mid_block")(x)
         x = Norm(activation=nn.silu, dtype=self.dtype, name="norm_out")(x)
-        return causal_conv(self.features, 3, dtype=self.dtype, name="conv_out")(x)
+        return causal_conv(self.features, dtype=self.dtype, name="conv_out")(x)
 
 
 class Decoder(layers.Layer):
@@ -231,14 +231,14 @@ class Decoder(layers.Layer):
 
     @nn.compact
     def __call__(self, x):
-        x = causal_conv(self.channels[0], 3, dtype=self.dtype, name="conv_in")(x)
+        x = causal_conv(self.channels[0], dtype=self.dtype, name="conv_in")(x)
         x = MidBlock(dtype=self.dtype, name="mid_block")(x)
         last = len(self.channels) - 1
         for i, features in enumerate(self.channels):
             block = functools.partial(UpBlock, features, self.blocks + 1, i < last, i < last and self.time[i])
             x = block(self.residual, dtype=self.dtype, name=f"up_blocks.{i}")(x)
         x = Norm(activation=nn.silu, dtype=self.dtype, name="norm_out")(x)
-        return causal_conv(self.features, 3, dtype=self.dtype, name="conv_out")(x)
+        return causal_conv(self.features, dtype=self.dtype, name="conv_out")(x)
 
 
 class AutoencoderKLWan(layers.Autoencoder):
@@ -271,7 +271,7 @@ class AutoencoderKLWan(layers.Autoencoder):
 
     def setup(self):
         if self.attn_scales:
-            raise UserError(f"attn_scales={self.attn_scales} is not supported: only an empty attn_scales is")
+            raise UserError(f"attn_scales={self.attn_scales} is not supported: give weights whose attn_scales is empty")
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise UserError(
                 f"temperal_downsample has {len(self.temperal_downsample)} values, but dim_mult has "
@@ -280,14 +280,14 @@ class AutoencoderKLWan(layers.Autoencoder):
         common = dict(blocks=self.num_res_blocks, residual=self.is_residual, dtype=self.dtype)
         channels = [self.base_dim * factor for factor in self.dim_mult]
         self.encoder = Encoder(2 * self.z_dim, channels, time=self.temperal_downsample, **common)
-        self.quant_conv = causal_conv(2 * self.z_dim, 1, dtype=self.dtype)
-        self.post_quant_conv = causal_conv(self.z_dim, 1, dtype=self.dtype)
+        self.quant_conv = layers.Conv(2 * self.z_dim, (1, 1, 1), dtype=self.dtype)
+        self.post_quant_conv = layers.Conv(self.z_dim, (1, 1, 1), dtype=self.dtype)
         channels = [(self.decoder_base_dim or self.base_dim) * factor for factor in self.dim_mult[::-1]]
         self.decoder = Decoder(self.out_channels, channels, time=self.temperal_downsample[::-1], **common)
 
     @property
     def factors(self):
-        """(f_t, f_s)"""
+        """(f_t, f_s): the factors by which `encode` makes time, and height and width, smaller."""
         return 2 ** sum(self.temperal_downsample), 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1)
 
     @property
@@ -322,7 +322,7 @@ class AutoencoderKLWan(layers.Autoencoder):
 
         Raises UserError where F is not 1 + f_t*n, or H or W is not a multiple of f_s.
         """
-        self._check_size(video)
+        self._check_size(video, "encoder" not in self.variables.get("cache", {}))
         x = self.quant_conv(self.encoder(_to_patches(video, self.patch_size or 1)))
         mean, log_variance = jnp.split(x.astype(jnp.float32), 2, -1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
@@ -347,10 +347,31 @@ class AutoencoderKLWan(layers.Autoencoder):
         out, state = self.apply(variables, x, method=method, mutable="cache")
         return out, state["cache"]
 
-    def _check_size(self, video):
+    @nn.nowrap
+    def in_chunks(self, params, method, x):
+        """What the method returns for a whole clip, computed by `stream` for one latent frame after the other.
+
+        The memory for it does not grow with the length of the clip. See `stream` for the arguments.
+        """
+        frames = 1
+        if method == "encode":
+            self._check_size(x, is_first=True)
+            frames = self.factors[0]
+        first, cache = self.stream(params, method, x[:, :1])
+        chunks = x[:, 1:].reshape(len(x), -1, frames, *x.shape[2:]).swapaxes(0, 1)  # [n, B, frames, ...]
+        _, rest = jax.lax.scan(lambda cache, chunk: self.stream(params, method, chunk, cache)[::-1], cache, chunks)
+
+        def join(first, rest):
+            rest = rest.swapaxes(0, 1)  # [B, n, frames, ...]
+            return jnp.concatenate([first, rest.reshape(len(x), -1, *first.shape[2:])], 1)
+
+        return jax.tree.map(join, first, rest)
+
+    @nn.nowrap
+    def _check_size(self, video, is_first):
         frames, height, width = video.shape[1:4]
         f_t, f_s = self.factors
-        first = "encoder" not in self.variables.get("cache", {})  # 1 if this chunk holds the first frame, else 0
+        first = int(is_first)  # frames that do not count
         if (frames - first) % f_t or frames < 1:
             below = max((frames - first) // f_t * f_t, 0 if first else f_t) + first
             what = f"1 + {f_t}*n" if first else f"{f_t}*n"
