@@ -19,7 +19,6 @@ import types
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vdm_jax.errors import UserError
@@ -129,7 +128,7 @@ def to_params(tensors, model, shardings=None, source="the weights"):
         has NumPy arrays.
     source: where the tensors are from, for messages
 
-    Raises UserError for a missing tensor, an unknown tensor, a wrong shape, or a type that is no float.
+    Raises UserError for a missing tensor, an unknown tensor, a wrong shape, or settings without sense.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not re.search(_UNUSED, name)}
     if hasattr(model, "from_older"):
@@ -163,10 +162,7 @@ def to_params(tensors, model, shardings=None, source="the weights"):
         tensor, is_kernel = tensors[tensor_name(path)], path[-1].key == "kernel"
 
         def read(index):  # of a part of our parameter
-            x = tensor[_to_original_order(path, index)]
-            if not jnp.issubdtype(x.dtype, jnp.floating):
-                raise UserError(f"{source}: tensor {tensor_name(path)} has type {x.dtype}: give weights in floats")
-            x = np.asarray(x, np.float32)
+            x = np.asarray(tensor[_to_original_order(path, index)], np.float32)
             return np.ascontiguousarray(np.moveaxis(x, (1, 0), (-2, -1)) if is_kernel else x)
 
         if sharding is None:
