@@ -85,6 +85,7 @@ class Conv(Layer):
     features: int  # output channels
     window: tuple[int, ...]  # one size for each space dimension; (3, 3) for a video is 3 x 3 in each frame
     strides: tuple[int, ...] | None = None  # one for each size of the window; None is 1 everywhere
+    padding: tuple[tuple[int, int], ...] | None = None  # (before, after) for each size of the window; None keeps sizes
     time_padding: str = "same"  # as in all other dimensions, or "causal", with all padding before the first frame
     zero: bool = False
 
@@ -96,7 +97,7 @@ class Conv(Layer):
         frames = (1,) * (x.ndim - kernel.ndim)  # 1 for each space dimension that the window leaves out
         kernel = kernel.reshape(*frames, *kernel.shape)
         strides = frames + tuple(self.strides or (1,) * len(self.window))
-        padding = [((k - 1) // 2, k // 2) for k in (*frames, *self.window)]
+        padding = [(0, 0) for _ in frames] + list(self.padding or [((k - 1) // 2, k // 2) for k in self.window])
         if self.time_padding == "causal":
             padding[0] = (kernel.shape[0] - 1, 0)
         x = checkpoint_name(ops.current().conv(x, kernel, bias, strides, tuple(padding), self.dtype), PRODUCT)
