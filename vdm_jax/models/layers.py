@@ -216,11 +216,13 @@ class LayerNorm(Layer):
 class RMSNorm(nn.Module):
     """Root mean square normalization (arXiv:1910.07467) of the last dimension; it bounds attention scores."""
 
+    eps: float = 1e-6  # is added to the mean square
+
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)
-        return ops.current().affine(x * jax.lax.rsqrt(mean_square + 1e-6), scale, None).astype(x.dtype)
+        return ops.current().affine(x * jax.lax.rsqrt(mean_square + self.eps), scale, None).astype(x.dtype)
 
 
 def fourier_features(x, features, max_period):
