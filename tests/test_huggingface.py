@@ -334,13 +334,12 @@ def read_by_slices():
     model = Model(width=64, sizes=())
     want = weights(naming.param_shapes(model))
     mesh = sharding.make_mesh(dict(data=1, fsdp=8, sequence=1, tensor=1))
-    shardings = sharding.state_shardings(want, mesh)
     counting = {name: x.view(Counting) for name, x in naming.to_tensors(want).items()}
     for x in counting.values():
         x.taken = []
-    got = naming.to_params(counting, model, shardings)
+    got = naming.to_params(counting, model, mesh)
     jax.tree.map(np.testing.assert_array_equal, got, want)
-    assert jax.tree.map(lambda x: x.sharding, got) == shardings
+    assert jax.tree.map(lambda x: x.sharding, got) == sharding.state_shardings(want, mesh)
     split = [name for name, x in counting.items() if max(x.taken) < x.size]
     assert {"conv.weight", "layers.0.0.weight"} <= set(split)
     for name in split:
