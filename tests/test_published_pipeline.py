@@ -176,8 +176,12 @@ def change_json(name, **values):
     [
         (change_json("model_index.json", _class_name="StableDiffusionPipeline"), "no published pipeline 'Stable"),
         (change_json("unet/config.json", _class_name="UNet2DModel"), "holds a UNet2DModel, where a UNet3DCond"),
-        (change_json("unet/config.json", cross_attention_dim=12), "attn2.to_k.weight has shape"),
-        (change_json("unet/config.json", layers_per_block=10**9), "more layers in its config"),
+        (
+            change_json("unet/config.json", cross_attention_dim=12),
+            "cross_attention_dim is 12, but the other parts need 16",
+        ),
+        (change_json("unet/config.json", norm_eps="1"), "unet: norm_eps=1 is no value for UNet3DConditionModel"),
+        (change_json("text_encoder/config.json", vocab_size=99), "tokens, the text encoder only 99"),
         (change_json("text_encoder/config.json", use_attention_mask=True), "use_attention_mask is not supported"),
         (lambda folder: shutil.rmtree(folder / "vae"), "vae has no config.json"),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "has no tokenizer"),

@@ -136,15 +136,19 @@ def is_pipeline(folder):
     return (epath.Path(folder) / huggingface.PIPELINE).exists()
 
 
-def read_model(folder, module, mesh=None, dtype=jnp.float32):
-    """Returns (module with the settings of a folder, its parameters, split over the mesh). Raises UserError."""
+def read_model(folder, module, dtype=jnp.float32):
+    """Returns the module with the settings of a folder. Raises UserError, also where the folder holds another class."""
     name, config = huggingface.read_config(folder)
     if name != module.__name__:
         raise UserError(f"{folder} holds a {name}, where a {module.__name__} belongs: give the folder of another model")
     if config.get("use_attention_mask"):
         raise UserError(f"{folder}: use_attention_mask is not supported: use weights with another config")
-    model = naming.from_config(module, config, source=folder, dtype=dtype)
-    return model, naming.to_params(huggingface.read_tensors(folder), model, mesh, source=folder)
+    return naming.from_config(module, config, source=folder, dtype=dtype)
+
+
+def read_params(folder, model, mesh=None):
+    """Returns the parameters of a module from a folder, split over the mesh, see naming.to_params. Raises UserError."""
+    return naming.to_params(huggingface.read_tensors(folder), model, mesh, source=folder)
 
 
 def load(folder, dtype="float32"):
@@ -157,9 +161,7 @@ def load(folder, dtype="float32"):
     one_of("published pipeline", name, PIPELINES)
     schedule = read_schedule(folder / "scheduler" / "scheduler_config.json")
     tokenizer = tokenizers.read(folder / "text_encoder")
-    mesh = sharding.make_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1))
-    parts = {part: read_model(folder / part, module, mesh, jnp.dtype(dtype)) for part, module in MODULES.items()}
-    models, params = ({part: both[i] for part, both in parts.items()} for i in (0, 1))
+    models = {part: read_model(folder / part, module, jnp.dtype(dtype)) for part, module in MODULES.items()}
     pairs = {
         "unet.cross_attention_dim": (models["unet"].cross_attention_dim, models["text_encoder"].hidden_size),
         "unet.in_channels": (models["unet"].in_channels, models["vae"].latent_channels),
@@ -174,6 +176,8 @@ def load(folder, dtype="float32"):
             f"{folder}: the tokenizer has {tokenizer.size} tokens, the text encoder only "
             f"{models['text_encoder'].vocab_size}: {huggingface.FIX}"
         )
+    mesh = sharding.make_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1))
+    params = {part: read_params(folder / part, model, mesh) for part, model in models.items()}
     return TextToVideo(schedule, tokenizer, models, params, mesh)
 
 
