@@ -1,11 +1,15 @@
 """Times our UNet3DConditionModel and a PyTorch denoiser. Both take turns, so that a change of the machine affects both.
 
     python -m tests.peers.bench --peer=diffusers [--rounds=5 --batch=1 --dtype=float32 --device=cpu --out=peers.json]
+    python -m tests.peers.unet3d FOLDER && python -m tests.peers.bench --weights=FOLDER --batch=2 --rounds=2
 
 The input is latent clips [B, 16, 32, 32, 4] with text [B, 77, 512]. `forward` is a pass without gradients. `step` is
 forward pass, backward pass and Adam. With --device=gpu both run on a CUDA GPU, and the PyTorch model is compiled by
 torch.compile, with channels last. With --dtype=bfloat16 both compute products in bfloat16 (PyTorch by autocast) and
 keep float32 parameters.
+
+The second line is for a model of ModelScope's size, whose random weights are first written to FOLDER. Both sides read
+them. A forward pass of two clips is one step of sampling with guidance.
 
 `diffusers` is UNet3DConditionModel with the same parameters as ours. `lucidrains` is video-diffusion-pytorch (pip
 install video-diffusion-pytorch), with the same widths. It is another network, so compare its rate in GFLOP/s, not its
@@ -37,9 +41,9 @@ MALLOC = ":".join(f"glibc.malloc.{key}={value}" for key, value in _MALLOC.items(
 class Side:
     """A worker process."""
 
-    def __init__(self, name, dtype, device):
+    def __init__(self, name, dtype, device, folder):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.peers.worker", name, dtype, device],
+            [sys.executable, "-m", "tests.peers.worker", name, dtype, device, *filter(None, [folder])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -49,7 +53,7 @@ class Side:
                 "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             },  # two processes share one GPU
         )
-        self.params = self.read()["params"]
+        self.size = self.read()  # {"params", "peak_bytes"}
 
     def read(self):
         line = self.process.stdout.readline()
@@ -85,13 +89,16 @@ def by_turns(sides, what, batch, rounds):
 def main(argv):
     options = flags.FLAGS
     cli.only_options(argv)
-    sides = {name: Side(name, options.dtype, options.device) for name in ("ours", options.peer)}
+    sides = {name: Side(name, options.dtype, options.device, options.weights) for name in ("ours", options.peer)}
     result = {"peer": options.peer, "batch": options.batch, "rounds": options.rounds, "dtype": options.dtype}
     result["device"] = options.device
-    result["params"] = {name: side.params for name, side in sides.items()}
-    print(" ".join(f"{name}: {n / 1e6:.2f} M parameters;" for name, n in result["params"].items()))
+    result["params"] = {name: side.size["params"] for name, side in sides.items()}
+    for name, side in sides.items():
+        print(
+            f"{name}: {side.size['params'] / 1e6:.2f} M parameters; {side.size['peak_bytes'] / 1e9:.1f} GB at the start"
+        )
     print(f"{'':<20} {'median ms':>10} {'min':>8} {'max':>8} {'GFLOP/s':>8}")
-    for what in ("forward", "step"):
+    for what in ("forward",) if options.weights else ("forward", "step"):
         figures = by_turns(sides, what, options.batch, options.rounds)
         for name, row in figures.items():
             row["gflop_per_s"] = 1e3 * row["gflop"] / row["median"]
@@ -113,6 +120,7 @@ def define_flags():
     flags.DEFINE_enum("device", "cpu", ("cpu", "gpu"), "Where both models run.")
     flags.DEFINE_integer("rounds", 5, "Turns of each side that are counted.", lower_bound=1)
     flags.DEFINE_integer("batch", 1, "Clips in a batch.", lower_bound=1)
+    flags.DEFINE_string("weights", None, "Folder with a published UNet3DConditionModel, for forward passes alone.")
     flags.DEFINE_string("out", None, "JSON file to write.")
 
 

@@ -1,6 +1,15 @@
-"""UNet3DConditionModel: settings for diffusers' and for ours, random weights, and an input for both."""
+"""UNet3DConditionModel: settings for diffusers' and for ours, random weights, and an input for both.
+
+python -m tests.peers.unet3d FOLDER     # writes a folder with random weights of ModelScope's size, in float16
+"""
+
+import sys
 
 import numpy as np
+
+from vdm_jax.models.published import naming
+from vdm_jax.models.published.unet3d_condition import UNet3DConditionModel
+from vdm_jax.run import huggingface
 
 SETTINGS = dict(  # 52.94 M parameters; the benchmark times this model
     block_out_channels=(64, 128, 256, 256),
@@ -40,7 +49,7 @@ def job(settings, frames=16, size=32, words=77, batch=1, seed=1):
     """(video [B, T, h, w, C], timesteps [B], text [B, L, D]) of random numbers."""
     rng = np.random.default_rng(seed)
     video = rng.normal(size=(batch, frames, size, size, 4)).astype(np.float32)
-    text = rng.normal(size=(batch, words, settings["cross_attention_dim"])).astype(np.float32)
+    text = rng.normal(size=(batch, words, settings.get("cross_attention_dim", 1024))).astype(np.float32)
     return video, rng.integers(0, 1000, batch).astype(np.float32), text
 
 
@@ -50,3 +59,20 @@ def call(module, video, timesteps, text):
 
     video, timesteps, text = (torch.as_tensor(x) for x in (video, timesteps, text))
     return module(video.permute(0, 4, 1, 2, 3), timesteps, text).sample.permute(0, 2, 3, 4, 1)
+
+
+def write(folder):
+    """Writes a folder with random weights of the default size, 1.41 G parameters, in float16."""
+    rng = np.random.default_rng(0)
+
+    def draw(shape):
+        x = rng.standard_normal(shape, np.float32) / np.sqrt(np.prod(shape[1:]))
+        return x.astype(np.float16)
+
+    shapes = naming.tensor_shapes(UNet3DConditionModel())
+    tensors = {name: draw(shape) if len(shape) > 1 else np.ones(shape, np.float16) for name, shape in shapes.items()}
+    huggingface.write(folder, {"_class_name": "UNet3DConditionModel"}, tensors)
+
+
+if __name__ == "__main__":
+    write(sys.argv[1])

@@ -1,9 +1,10 @@
 """Times one denoiser in a process of its own.
 
-    python -m tests.peers.worker ours float32 cpu     # or diffusers, lucidrains; or bfloat16; or gpu
+    python -m tests.peers.worker ours float32 cpu [FOLDER]     # or diffusers, lucidrains; or bfloat16; or gpu
 
-The first line on stdout is the number of parameters, as JSON. Each line on stdin names what to run and the number of
-clips: 'forward 1' or 'step 1'. The answer is one line of JSON on stdout.
+With FOLDER, ours and diffusers read a UNet3DConditionModel from there, for forward passes only. The first line on
+stdout is the number of parameters and the largest memory until then, as JSON. Each line on stdin names what to run and
+the number of clips: 'forward 1' or 'step 1'. The answer is one line of JSON on stdout.
 
 The PyTorch models run in evaluation mode, also in a training step: they have no dropout, and both sides compute the
 same. On a GPU they are compiled, with channels last. The input is on the device before the time starts.
@@ -12,22 +13,26 @@ same. On a GPU they are compiled, with channels last. The input is on the device
 import functools
 import importlib.util
 import json
+import resource
 import sys
 import time
 from unittest.mock import MagicMock
 
 from tests.peers import unet3d
+from vdm_jax.run import huggingface
 
 THREADS = 2
 
 
-def diffusers():
+def diffusers(folder):
     from diffusers import UNet3DConditionModel
 
+    if folder:
+        return UNet3DConditionModel.from_pretrained(folder).float(), unet3d.call
     return UNet3DConditionModel(**unet3d.SETTINGS), unet3d.call
 
 
-def lucidrains():
+def lucidrains(folder):
     """video-diffusion-pytorch (arXiv:2204.03458): pooled text, and attention at all resolutions."""
     if importlib.util.find_spec("torchvision") is None:  # the package imports it to read images; not needed here
         sys.modules.update({name: MagicMock() for name in ("torchvision", "torchvision.transforms")})
@@ -44,7 +49,7 @@ def lucidrains():
 
 
 class Torch:
-    def __init__(self, make, dtype, device):
+    def __init__(self, make, dtype, device, folder):
         import torch
 
         self.torch, self.gpu = torch, device == "gpu"
@@ -52,7 +57,7 @@ class Torch:
         torch.manual_seed(0)
         torch.set_num_threads(THREADS)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as XLA does
-        self.model, self.call = make()
+        self.model, self.call = make(folder)
         self.model.eval().to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4)
         self.params = sum(p.numel() for p in self.model.parameters())
@@ -98,23 +103,31 @@ class Torch:
 class Ours:
     """Our UNet3DConditionModel. A training step takes over the memory of the last state."""
 
-    def __init__(self, dtype, device):
+    def __init__(self, dtype, device, folder):
         import jax
         import jax.numpy as jnp
         import optax
 
         from tests.helpers import weights
+        from vdm_jax import sharding
         from vdm_jax.models import ops
         from vdm_jax.models.published import naming
         from vdm_jax.models.published.unet3d_condition import UNet3DConditionModel
         from vdm_jax.perf import flops
+        from vdm_jax.system import published
 
         jax.config.update("jax_platforms", "cuda" if device == "gpu" else "cpu")
-        model = UNet3DConditionModel(**unet3d.SETTINGS, dtype=jnp.dtype(dtype))
         optimizer = optax.adam(1e-4)
-        abstract = naming.param_shapes(model)
-        params = weights(abstract)
-        self.state = jax.device_put((params, optimizer.init(params)))
+        if folder:
+            model = published.read_model(folder, UNet3DConditionModel, jnp.dtype(dtype))
+            mesh = sharding.make_mesh(dict(data=1, fsdp=1, sequence=1, tensor=1), jax.devices()[:1])
+            params = published.read_params(folder, model, mesh)
+            self.state = params, ()
+        else:
+            model = UNet3DConditionModel(**unet3d.SETTINGS, dtype=jnp.dtype(dtype))
+            params = weights(naming.param_shapes(model))
+            self.state = jax.device_put((params, optimizer.init(params)))
+        abstract = jax.eval_shape(lambda: params)
         self.params = sum(leaf.size for leaf in jax.tree.leaves(params))
 
         def forward(state, video, timesteps, text):
@@ -156,11 +169,14 @@ SIDES = {
 
 
 def main():
-    side, prepared = SIDES[sys.argv[1]](dtype=sys.argv[2], device=sys.argv[3]), {}
-    print(json.dumps({"params": side.params}), flush=True)
+    name, dtype, device, folder = (*sys.argv[1:], None)[:4]
+    side, prepared = SIDES[name](dtype=dtype, device=device, folder=folder), {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"params": side.params, "peak_bytes": peak}), flush=True)
+    settings = huggingface.read_config(folder)[1] if folder else unet3d.SETTINGS
     for line in sys.stdin:
         what, batch = line.split()
-        job = side.place(unet3d.job(unet3d.SETTINGS, batch=int(batch)))
+        job = side.place(unet3d.job(settings, batch=int(batch)))
         if line not in prepared:
             prepared[line] = side.prepare(what, job)
         start = time.perf_counter()

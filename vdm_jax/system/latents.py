@@ -46,7 +46,7 @@ def prepare(systems, workdir, examples, mesh, run):
     params = {name: folder.read_params(workdir, name, system.param_shapes[name], run)[0] for name in trained}
     params = folder.as_exported(params)
     for name, part in system.parts.items():
-        params[name] = part.read(sharding.state_shardings(system.param_shapes[name], mesh))
+        params[name] = part.read(mesh)
     params["statistics"] = _statistics(system, params, examples[0], workdir / folder.STATISTICS, run)
     if system.config.denoiser.cached_clips:
         shapes = [f"_{'x'.join(map(str, (own.layout.frames, *own.config.data.size)))}" for own in systems]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vdm_jax import sharding
 from vdm_jax.data import text, tokenizers
 from vdm_jax.errors import UserError
 from vdm_jax.models.audio_autoencoder import AudioAutoencoder
@@ -45,9 +46,9 @@ class Published:
     def param_shapes(self):
         return naming.param_shapes(self.module)
 
-    def read(self, shardings=None):
-        """Returns the parameters. shardings: a tree of Shardings; None gives NumPy arrays. Raises UserError."""
-        return naming.to_params(huggingface.read_tensors(self.folder), self.module, shardings, source=self.folder)
+    def read(self, mesh=None):
+        """Returns the parameters, split over a mesh; None gives NumPy arrays. Raises UserError."""
+        return naming.to_params(huggingface.read_tensors(self.folder), self.module, mesh, source=self.folder)
 
     @functools.cached_property
     def fingerprint(self):
@@ -79,7 +80,7 @@ class Trained:
     def param_shapes(self):
         return jax.eval_shape(self.module.init, jax.random.key(0), *self.inputs)["params"]
 
-    def read(self, shardings=None):
+    def read(self, mesh=None):
         """Returns the parameters, as `Published.read` does."""
         expected = self.param_shapes()
         exported = self.folder / f"{self.stage}.safetensors"
@@ -88,7 +89,7 @@ class Trained:
         else:
             params, _ = folder.read_params(self.folder, self.stage, expected)
         params = folder.as_exported(params)
-        return params if shardings is None else jax.device_put(params, shardings)
+        return params if mesh is None else jax.device_put(params, sharding.state_shardings(params, mesh))
 
     @functools.cached_property
     def fingerprint(self):
