@@ -6,8 +6,8 @@
 
 Parts: the video autoencoder of Wan 2.1, the audio autoencoder of Stable Audio Open, the text encoder UMT5 XXL.
 docs/published.md tells where to get them. configs/published has their sizes, which is enough for dry_run.
-Clips: 33 frames of the shapes in data.buckets, at 16 frames a second. The audio autoencoder was trained at 44,100 Hz. Here
-it gets 40,960 Hz, at which a latent frame has five of its tokens.
+Clips: 33 frames of the shapes in data.buckets, at 16 frames a second. The audio autoencoder was trained at 44,100 Hz.
+Here it gets 40,960 Hz, at which a latent frame has five of its tokens.
 """
 
 from configs import common

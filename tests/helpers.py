@@ -61,11 +61,12 @@ def final_state(workdir, stage, config):
 
 
 def start(*arguments, **environment):
-    """Starts `python *arguments` at the root of the project, on the CPU, its output in pipes."""
+    """Starts `python *arguments` at the root of the project, on the CPU and without PyTorch, its output in pipes."""
+    path = os.pathsep.join(filter(None, [str(ROOT / "tests" / "without_torch"), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -20,7 +20,7 @@ from vdm_jax.data import media
 from vdm_jax.run import hosts
 from vdm_jax.system.layout import STAGES
 
-CONFIG, STEPS = "--config=tests/tiny.py", 20
+CONFIG, SMALL, STEPS = "--config=tests/tiny.py", "--config=tests/tiny.py:small", 20
 LIMIT = 900  # seconds for all processes of a test together; most of it is compilation
 SOON = 170  # seconds for a process to end after another one is lost
 
@@ -44,15 +44,13 @@ class Deadline:
 
     def start(self, count, module, *options, devices):
         """Starts `count` processes of one job, with `devices` virtual devices each."""
-        several = []
-        if count > 1:
-            with socket.socket() as free:
-                free.bind(("localhost", 0))
-                several = [f"--coordinator=localhost:{free.getsockname()[1]}", f"--processes={count}"]
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            several = [f"--coordinator=localhost:{free.getsockname()[1]}", f"--processes={count}"]
         made = []
         for i in range(count):
-            own = [*several, f"--process={i}"] if several else []
-            made.append(start("-m", f"vdm_jax.{module}", *options, *own, JAX_NUM_CPU_DEVICES=str(devices)))
+            own = [*several, f"--process={i}", *options]
+            made.append(start("-m", f"vdm_jax.{module}", *own, JAX_NUM_CPU_DEVICES=str(devices)))
         self.processes += made
         return made
 
@@ -67,45 +65,50 @@ def losses(workdir, stage):
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-def options(workdir, stage, steps, *more):
-    return [CONFIG, f"--workdir={workdir}", f"--stage={stage}", f"--config.{stage}.steps={steps}",
+def options(workdir, stage, steps, *more, config=CONFIG):
+    return [config, f"--workdir={workdir}", f"--stage={stage}", f"--config.{stage}.steps={steps}",
             "--config.checkpoint_every=20", *more]  # fmt: skip
 
 
 SPLIT = ["--config.mesh.data=2", "--config.mesh.fsdp=-1"]
 
 
-def test_two_processes_train_as_one_and_others_go_on(tmp_path):
+def test_two_processes_train_as_one_and_others_go_on(command, tmp_path):
     stage, one, two = "clip", tmp_path / "one", tmp_path / "two"
     with Deadline() as deadline:
-        # One process without a mesh, and two processes with a mesh of 2 x 2 devices.
-        alone = deadline.start(1, "train", *options(one, stage, STEPS), devices=1)
+        # This process without a mesh, and two processes with a mesh of 2 x 2 devices.
         pair = deadline.start(2, "train", *options(two, stage, STEPS, *SPLIT), devices=2)
-        for code, err in deadline.finish([*alone, *pair]):
+        alone = command(train, *options(one, stage, STEPS))
+        assert alone.code == 0, alone.err
+        for code, err in deadline.finish(pair):
             assert code == 0, "\n".join(err)
         assert set(losses(two, stage)) == set(range(1, STEPS + 1))
         np.testing.assert_allclose([*losses(two, stage).values()], [*losses(one, stage).values()], rtol=1e-5, atol=1e-5)
 
-        # One process and four processes continue from the checkpoint of the two.
-        runs, going = {count: tmp_path / f"by_{count}" for count in (1, 4)}, []
-        for count, folder in runs.items():
+        # This process and four processes continue from the checkpoint of the two.
+        runs = {count: tmp_path / f"by_{count}" for count in (1, 4)}
+        for folder in runs.values():
             shutil.copytree(two, folder)
-            mesh = ["--config.mesh.fsdp=-1", "--config.mesh.data=1"] if count > 1 else []
-            going += deadline.start(count, "train", *options(folder, stage, STEPS + 3, *mesh), devices=1)
-        for code, err in deadline.finish(going):
+        mesh = ["--config.mesh.fsdp=-1", "--config.mesh.data=1"]
+        four = deadline.start(4, "train", *options(runs[4], stage, STEPS + 3, *mesh), devices=1)
+        alone = command(train, *options(runs[1], stage, STEPS + 3))
+        assert alone.code == 0, alone.err
+        for code, err in deadline.finish(four):
             assert code == 0, "\n".join(err)
     after = {count: [losses(folder, stage)[STEPS + i] for i in (1, 2, 3)] for count, folder in runs.items()}
     np.testing.assert_allclose(after[4], after[1], rtol=1e-5, atol=1e-5)
 
 
-def test_two_processes_encode_as_one(tmp_path):
+def test_two_processes_encode_as_one(command, tmp_path):
     """Latent statistics, the cache of clips and previews. Only one process writes them."""
-    folders = [write_run(tmp_path / n, tiny.get_config(), STAGES[:3]) for n in ("one", "two")]
+    folders = [tmp_path / n for n in ("one", "two")]
+    shutil.copytree(write_run(folders[0], tiny.get_config("small"), STAGES[:3]), folders[1])
     more = ["--config.preview_every=2", *SPLIT]
     with Deadline() as deadline:
-        alone = deadline.start(1, "train", *options(folders[0], "denoiser", 2), devices=1)
-        pair = deadline.start(2, "train", *options(folders[1], "denoiser", 2, *more), devices=1)
-        for code, err in deadline.finish([*alone, *pair]):
+        pair = deadline.start(2, "train", *options(folders[1], "denoiser", 2, *more, config=SMALL), devices=1)
+        alone = command(train, *options(folders[0], "denoiser", 2, "--config.preview_every=0", config=SMALL))
+        assert alone.code == 0, alone.err
+        for code, err in deadline.finish(pair):
             assert code == 0, "\n".join(err)
     one, two = (losses(folder, "denoiser") for folder in folders)
     np.testing.assert_allclose([*two.values()], [*one.values()], rtol=1e-5)
@@ -116,14 +119,15 @@ def test_two_processes_encode_as_one(tmp_path):
     assert {"2.png", "2.mp4"} <= {p.name for p in (folders[1] / "denoiser" / "previews").iterdir()}
 
 
-def test_two_processes_sample_the_same_clips(tmp_path, tiny_run):
+def test_two_processes_sample_the_same_clips(command, tmp_path, tiny_run):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
-    clips, making = {count: tmp_path / f"clips_{count}" for count in (1, 2)}, []
+    clips = {count: tmp_path / f"clips_{count}" for count in (1, 2)}
+    given = [f"--workdir={tiny_run}", f"--prompts={tmp_path / 'prompts.txt'}"]
     with Deadline() as deadline:
-        for count, folder in clips.items():
-            given = [f"--workdir={tiny_run}", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={folder}"]
-            making += deadline.start(count, "sample", *given, devices=1)
-        for code, err in deadline.finish(making):
+        pair = deadline.start(2, "sample", *given, f"--out={clips[2]}", devices=1)
+        alone = command(sample, *given, f"--out={clips[1]}")
+        assert alone.code == 0, alone.err
+        for code, err in deadline.finish(pair):
             assert code == 0, "\n".join(err)
     # MP4 is lossy, so equal clips may differ by a few of 256 levels.
     data = tiny.get_config().data

@@ -38,14 +38,15 @@ def test_output_of_the_same_weights(theirs, params):
     video, timesteps, text = unet3d.job(unet3d.TINY, **JOB)
     with torch.no_grad():
         want = unet3d.call(theirs, video, timesteps, text).numpy()
-    got = jax.jit(MODEL.apply)({"params": params}, video, timesteps, text)
+    run = jax.jit(MODEL.apply)
+    got = run({"params": params}, video, timesteps, text)
     assert want.shape == (2, 3, 5, 5, 3) and 0.3 < want.std() < 3
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
     # Each input reaches the output.
     for i, (name, x) in enumerate({"video": video, "timesteps": timesteps, "text": text}.items()):
         inputs = [video, timesteps, text]
         inputs[i] = x[::-1]
-        assert np.abs(jax.jit(MODEL.apply)({"params": params}, *inputs) - got).max() > 1e-2, name
+        assert np.abs(run({"params": params}, *inputs) - got).max() > 1e-2, name
 
 
 def test_gradients_of_the_same_loss(theirs, params):

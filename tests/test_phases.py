@@ -112,7 +112,7 @@ def test_a_run_with_phases_is_resumed_and_moved_bit_for_bit(command, tiny_run, t
     def finish(workdir):
         done = command(train, *options, f"--workdir={workdir}", "--stage=denoiser")
         assert done.code == 0, done.err
-        return done.err, digest(final_state(workdir, "denoiser", tiny.get_config()))
+        return done.err, digest(final_state(workdir, "denoiser", tiny.get_config("phases")))
 
     whole = tmp_path / "whole"
     shutil.copytree(tiny_run, whole, ignore=shutil.ignore_patterns("denoiser"))

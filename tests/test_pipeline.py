@@ -302,12 +302,12 @@ def test_a_notebook_shows_a_clip_as_a_player(pipe):
 def test_context_is_read_at_the_size_and_rates_of_the_system(pipe, tmp_path):
     path = tmp_path / "clip.mp4"
     video = np.zeros((9, 32, 48, 3), np.uint8)
-    video[:, :, 8:24, 0] = 200  # the left half of what the center crop keeps
+    video[:, :, 8:24, 0] = 200  # a third of the width
     media.write_mp4(path, video, np.sin(np.arange(9 * 500) / 3), fps=8, sample_rate=4000)
     context = pipe.context(5, video=path)
     assert context.video.shape == (1, 5, 16, 24, 3) and context.video.dtype == np.uint8
     assert context.masks["video"].all() and not context.masks["audio"].any() and context.audio is None
-    assert context.video[0, :, :, :7, 0].min() > 150 and context.video[0, :, :, 9:, 0].max() < 50
+    assert context.video[0, :, :, 5:11, 0].min() > 150 and context.video[0, :, :, 13:, 0].max() < 50
     context = pipe.context(5, audio=path)
     assert context.audio.shape == (1, 5 * 250) and context.audio.dtype == np.float32
     assert np.abs(context.audio[0, 100:-100]).max() > 0.8 and context.masks["audio"].all()
@@ -316,7 +316,7 @@ def test_context_is_read_at_the_size_and_rates_of_the_system(pipe, tmp_path):
     context = pipe.context(5, between=[path, path])
     assert context.masks["video"].tolist() == [True, False, True]
     assert pipe.context(5).video is None
-    clip = vdm_jax.Clip(video[:, :16, :16], np.zeros(9 * 250, np.float32), 8, 2000)
+    clip = vdm_jax.Clip(video[:, :16, :24], np.zeros(9 * 250, np.float32), 8, 2000)
     assert pipe.context(5, video=clip).video.shape == (1, 5, 16, 24, 3)
     with pytest.raises(UserError, match="the clip has 8 fps and 4000 Hz, the system 8 fps and 2000 Hz"):
         pipe.context(5, video=vdm_jax.Clip(video, np.zeros(4500, np.float32), 8, 4000))

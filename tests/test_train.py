@@ -24,15 +24,8 @@ from vdm_jax.system import latents
 from vdm_jax.system.layout import STAGES
 
 CONFIG = "--config=tests/tiny.py"
-STEPS = 40  # of the denoiser, so that there is time to kill it
-
-
-def run(workdir, *options, config=CONFIG, **environment):
-    """-> (exit code, lines on stderr) of `python -m vdm_jax.train`."""
-    process = start("-m", "vdm_jax.train", config, f"--workdir={workdir}", *options, **environment)
-    code, out, err = finish(process)
-    assert not out
-    return code, err
+STEPS = dict.fromkeys(STAGES, 8) | {"denoiser": 40}  # so that there is time to kill it
+WHOLE = (f"{CONFIG}:hard_negatives", f"--config.denoiser.steps={STEPS['denoiser']}")
 
 
 def lines(workdir, stage):
@@ -43,19 +36,25 @@ def files(folder):
     return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_run_from_start_to_end_then_killed_and_resumed(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    config, longer = f"{CONFIG}:hard_negatives", f"--config.denoiser.steps={STEPS}"
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """(folder, lines on stderr) of a run of all four stages that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    code, out, err = finish(start("-m", "vdm_jax.train", *WHOLE, f"--workdir={workdir}"))
+    assert code == 0 and not out, "\n".join(err)
+    return workdir, err
+
+
+def test_a_run_from_start_to_end_then_killed_and_resumed(command, whole_run, tmp_path):
+    (whole, err), killed = whole_run, tmp_path / "killed"
 
     # ------------------------------------------------------------------------------------------- all four stages
-    code, err = run(whole, longer, config=config)
-    assert code == 0, "\n".join(err)
     begun = [next(i for i, line in enumerate(err) if f"{stage}: " in line) for stage in STAGES]
     assert begun == sorted(begun)
     kept = run_folder.read_config(whole)
-    assert kept.denoiser.steps == STEPS and kept.clip.to_dict() == tiny.get_config().clip.to_dict()
+    assert kept.denoiser.steps == STEPS["denoiser"] and kept.clip.to_dict() == tiny.get_config().clip.to_dict()
     for stage in STAGES:
-        steps = kept[stage].steps
+        steps = STEPS[stage]
         told = lines(whole, stage)
         assert [line["step"] for line in told] == list(range(1, steps + 1))
         assert all(np.isfinite(line["loss"]) and line["step_seconds"] > 0 for line in told)
@@ -67,15 +66,15 @@ def test_a_run_from_start_to_end_then_killed_and_resumed(tmp_path):
         assert not all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state["params"], state["ema"]))))
     previews = {p.relative_to(whole).as_posix() for p in whole.rglob("previews/*")}
     expected = {"video_autoencoder/previews/8.png", "audio_autoencoder/previews/8.png"}
-    assert previews == expected | {f"denoiser/previews/{STEPS}.png", f"denoiser/previews/{STEPS}.mp4"}
+    assert previews == expected | {"denoiser/previews/40.png", "denoiser/previews/40.mp4"}
     assert (whole / "denoiser" / "statistics.json").exists()
 
     # ---------------------------------------------------------------------- a second call does nothing, and is recorded
     before = files(whole)
-    code, err = run(whole, longer, config=config)
-    assert code == 0 and sum(f"{n} of {n} steps done" in line for line in err for n in (8, STEPS)) == 4
+    done = command(train, *WHOLE, f"--workdir={whole}")
+    assert done.code == 0 and sum(f"{n} of {n} steps done" in line for line in done.err for n in (8, 40)) == 4
     told = json.loads((whole / "starts.jsonl").read_text())
-    assert told["changed"] == {} and told["steps"] == dict.fromkeys(STAGES, 8) | {"denoiser": STEPS}
+    assert told["changed"] == {} and told["steps"] == STEPS
     record = {whole / name for name in ("starts.jsonl", "config.json")}
     assert {path: content for path, content in files(whole).items() if path not in record} == {
         path: content for path, content in before.items() if path not in record
@@ -83,7 +82,7 @@ def test_a_run_from_start_to_end_then_killed_and_resumed(tmp_path):
 
     # ---------------------------------------------------------------------------------- killed in the middle of a stage
     shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("denoiser"))
-    process = start("-m", "vdm_jax.train", config, f"--workdir={killed}", longer)
+    process = start("-m", "vdm_jax.train", *WHOLE, f"--workdir={killed}")
     log, patience = killed / "denoiser" / "metrics.jsonl", time.monotonic() + 1200
     while not log.exists() or log.read_text().count("\n") < 10:
         assert process.poll() is None and time.monotonic() < patience, process.communicate()
@@ -91,19 +90,19 @@ def test_a_run_from_start_to_end_then_killed_and_resumed(tmp_path):
     process.kill()
     process.communicate()
     reached = len(lines(killed, "denoiser"))
-    assert process.returncode == -9 and 10 <= reached < STEPS
+    assert process.returncode == -9 and 10 <= reached < STEPS["denoiser"]
     with open(log, "a") as file:
         file.write('{"step": 40, "lo')  # a line that was cut off
 
-    code, err = run(killed, longer, config=config)
-    assert code == 0, "\n".join(err)
-    (told,) = [line for line in err if "denoiser: " in line]
+    resumed = command(train, *WHOLE, f"--workdir={killed}")
+    assert resumed.code == 0, resumed.err
+    (told,) = [line for line in resumed.err if "denoiser: " in line]
     done = int(told.split(", ")[1].split(" of ")[0])
     assert 0 < done <= reached and done % 4 == 0
-    assert not any("measuring" in line or "encoding" in line for line in err)  # that was kept
-    resumed = lines(killed, "denoiser")
-    assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
-    assert [line["loss"] for line in resumed] == [line["loss"] for line in lines(whole, "denoiser")]
+    assert not any("measuring" in line or "encoding" in line for line in resumed.err)  # that was kept
+    logged = lines(killed, "denoiser")
+    assert [line["step"] for line in logged] == list(range(1, 41))
+    assert [line["loss"] for line in logged] == [line["loss"] for line in lines(whole, "denoiser")]
     states = [final_state(folder, "denoiser", tiny.get_config()) for folder in (killed, whole)]
     jax.tree.map(np.testing.assert_array_equal, *states)
     assert not list(killed.rglob("*.orbax-checkpoint-tmp"))
@@ -125,15 +124,6 @@ def reading(monkeypatch):
 OPTIONS = (CONFIG, "--config.preview_every=0", "--config.log_every=3")
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """A run of tests/tiny.py that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("whole")
-    code, err = run(workdir, *OPTIONS[1:])
-    assert code == 0, "\n".join(err)
-    return workdir
-
-
 def without(whole, stage, workdir):
     """A copy of a run in which a stage has not begun; what the denoiser prepares is kept."""
     keep = ("latents", "statistics.json")
@@ -146,10 +136,9 @@ def without(whole, stage, workdir):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_signal_ends_a_run_and_the_next_goes_on_from_there(command, reading, whole_run, tmp_path, stage):
-    workdir, number = (
-        without(whole_run, stage, tmp_path / "run"),
-        preemption.SIGNALS[STAGES.index(stage) % 2],
-    )
+    (whole, _), number, steps = whole_run, preemption.SIGNALS[STAGES.index(stage) % 2], STEPS[stage]
+    workdir = without(whole, stage, tmp_path / "run")
+    options = (*WHOLE, *OPTIONS[1:], "--config.checkpoint_every=20", f"--workdir={workdir}")
     handlers = [signal.getsignal(n) for n in preemption.SIGNALS]
     read, seventh = itertools.count(), 6 if stage == "denoiser" else 25  # encoded clips are read by the batch
 
@@ -159,7 +148,7 @@ def test_a_signal_ends_a_run_and_the_next_goes_on_from_there(command, reading, w
         return item
 
     reading(send)
-    done = command(train, *OPTIONS, f"--workdir={workdir}", f"--stage={stage}")
+    done = command(train, *options, f"--stage={stage}")
     assert done.code == 0 and not any("error" in line for line in done.err), done.err
     assert any(signal.Signals(number).name in line for line in done.err)
     (told,) = [line for line in done.err if "stopped at step" in line]
@@ -169,12 +158,13 @@ def test_a_signal_ends_a_run_and_the_next_goes_on_from_there(command, reading, w
     assert json.loads((workdir / "heartbeat.json").read_text())["step"] == step
 
     reading(lambda item: item)
-    done = command(train, *OPTIONS, f"--workdir={workdir}")
-    assert done.code == 0 and any(f"{stage}: " in line and f"{step} of 8 steps done" in line for line in done.err)
+    done = command(train, *options)
+    assert done.code == 0
+    assert any(f"{stage}: " in line and f"{step} of {steps} steps done" in line for line in done.err)
     numbers = [line["step"] for line in lines(workdir, stage)]
-    assert numbers == sorted(set(numbers)) and numbers[-1] == 8 and step in numbers
+    assert numbers == sorted(set(numbers)) and numbers[-1] == steps and step in numbers
     config = tiny.get_config()
-    assert digest(final_state(workdir, stage, config)) == digest(final_state(whole_run, stage, config))
+    assert digest(final_state(workdir, stage, config)) == digest(final_state(whole, stage, config))
     assert [signal.getsignal(n) for n in preemption.SIGNALS] == handlers
 
 
@@ -231,12 +221,12 @@ def test_a_spoiled_state_and_a_lost_folder_end_the_run(command, reading, monkeyp
     assert workdir.exists() == (fault == "state")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run(command, tmp_path):
     options = "--stage=audio_autoencoder", "--config.audio_autoencoder.learning_rate=1e30", "--config.skip.stop_after=3"
-    code, err = run(tmp_path, *options)
-    assert code == 2 and not any("Traceback" in line for line in err)
-    assert "error: audio_autoencoder: 3 steps in a row were skipped, from step" in err[-1]
-    assert "lower audio_autoencoder.learning_rate" in err[-1]
+    done = command(train, CONFIG, f"--workdir={tmp_path}", *options)
+    assert done.code == 2 and not done.out and not any("Traceback" in line for line in done.err)
+    assert "error: audio_autoencoder: 3 steps in a row were skipped, from step" in done.err[-1]
+    assert "lower audio_autoencoder.learning_rate" in done.err[-1]
     json.loads((tmp_path / "audio_autoencoder" / "metrics.jsonl").read_text().splitlines()[-1])  # nan is no JSON
 
 

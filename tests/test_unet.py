@@ -270,7 +270,7 @@ def test_cross_modal_attention_reads_both_streams_before_it_changes_them():
     audio = rng.normal(size=(1, 8, 8)).astype(np.float32)
     times = np.repeat([0.0, 0.5], 4), np.arange(8) / 8
     module = CrossModalAttention(head_dim=8)
-    start = module.init(jax.random.key(0), video, audio, *times)
+    start = jax.jit(module.init)(jax.random.key(0), video, audio, *times)
     for x, y in zip(module.apply(start, video, audio, *times), (video, audio)):
         np.testing.assert_array_equal(x, y)  # the streams start independent
 
@@ -310,7 +310,7 @@ def test_the_text_refiner_changes_nothing_at_first():
     plain, refined = UNet(**{**SETTINGS, "text_layers": 0}), UNet(**{**SETTINGS, "text_layers": 2})
     assert modules(parameters(text_layers=0), "text") == [] and modules(parameters(text_layers=2), "text") == ["text"]
     params = init_weights(plain, z, log_snr, cond)
-    start = refined.init(jax.random.key(0), z, log_snr, cond)["params"]["text"]
+    start = jax.jit(lambda key: refined.init(key, z, log_snr, cond)["params"]["text"])(jax.random.key(0))
     outs = [
         jax.jit(m.apply)({"params": p}, z, log_snr, cond)
         for m, p in ((plain, params), (refined, {**params, "text": start}))

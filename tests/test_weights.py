@@ -90,7 +90,7 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     z = {name: np.ones((1, *shape), np.float32) for name, shape in layout.latent_shapes.items()}
     log_snr = {name: np.zeros((1, layout.latent_frames)) for name in z}
     outputs = [
-        made.system.models["denoiser"].apply({"params": made.params["denoiser"]}, z, log_snr, cond)
+        jax.jit(made.system.models["denoiser"].apply)({"params": made.params["denoiser"]}, z, log_snr, cond)
         for made in (grown, exported)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *outputs)

@@ -4,8 +4,10 @@
     python -m vdm_jax.train --config=tests/tiny.py:hard_negatives --workdir=DIR
     python -m vdm_jax.train --config=tests/tiny.py:phases --workdir=DIR
     python -m vdm_jax.train --config=tests/tiny.py:student --workdir=DIR
+    python -m vdm_jax.train --config=tests/tiny.py:small --workdir=DIR
 
-In the second the denoiser has hard negatives, too. In the third it has two phases. In the fourth it is a student.
+In the second the denoiser has hard negatives, too. In the third it has two phases. In the fourth it is a student. In
+the third and the fifth it has one resolution and compiles faster, for tests of what happens around it.
 """
 
 from configs import common
@@ -65,6 +67,8 @@ def get_config(more=None):
         channels=(16, 16), blocks=(1, 0), attention=(False, False), cross_modal=(False, False), time_strides=(2,)
     )
     denoiser.model.update(head_dim=8, embedding=16)
+    if more in ("phases", "small"):
+        denoiser.model.update(channels=(16,), blocks=(0,), attention=(False,), cross_modal=(False,), time_strides=())
 
     config.sample.update(steps=4, context_frames=2)
     config.evaluate.update(clips=4, prompts=2, batch_size=2, copies=64)

@@ -51,11 +51,6 @@ def absolute(path):
     return epath.Path(path) if in_bucket(path) else epath.Path(path).absolute()
 
 
-def is_file(path):
-    """Returns whether a path is a file, and no pipe or device, which could make a reader wait for ever."""
-    return epath.Path(path).is_file() if in_bucket(path) else os.path.isfile(path)
-
-
 def reader(path):
     """Opens a binary file to read pieces of it. From a bucket only these pieces are fetched."""
     if not is_file(path):
