@@ -57,7 +57,7 @@ def read_tensors(folder):
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no safetensors file: {_conversion(folder)}")
-    return _read_header(_only(folder, files))
+    return read_file(_only(folder, files))
 
 
 def _only(folder, paths):
@@ -88,7 +88,7 @@ def _read_indexed(folder, index):
     for name in sorted(set(files.values())):
         if name != epath.Path(name).name or not name.endswith(".safetensors"):
             raise UserError(f"{index} names {name!r}, which is no safetensors file in this folder: {FIX}")
-        tensors |= _read_header(folder / name)
+        tensors |= read_file(folder / name)
     if tensors.keys() != files.keys():
         name = min(tensors.keys() ^ files.keys())
         where = "the index names it only" if name in files else "the index does not name it"
@@ -96,7 +96,8 @@ def _read_indexed(folder, index):
     return tensors
 
 
-def _read_header(path):
+def read_file(path):
+    """Returns {name: Tensor} of the tensors in a safetensors file. Only its header is read. Raises UserError."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
             return {name: Tensor(path, name, tuple(file.get_slice(name).get_shape())) for name in file.keys()}

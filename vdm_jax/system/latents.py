@@ -35,7 +35,7 @@ def prepare(system, workdir, examples, mesh):
     The encoders are rounded to the precision of exported weights, so that training has the same encoders as sampling.
     With config.denoiser.cached_clips = 0 the given data/batches.Examples are returned. With n > 0 they are encoded
     once, and the result is n Encoded clips in the folder of the run.
-    Raises UserError where an earlier stage has no checkpoint, or a student has no teacher.
+    Raises UserError where an earlier stage has no checkpoint, a student has no teacher, or adapters have no base.
     """
     params = {name: folder.read_params(workdir, name, system.param_shapes[name])[0] for name in STAGES[:3]}
     params = folder.as_exported(params)
@@ -48,6 +48,10 @@ def prepare(system, workdir, examples, mesh):
             raise UserError("a student needs a teacher: name exported weights in denoiser.distillation.teacher")
         expected = system.stages["denoiser"].encoder_shapes["teacher"]
         params["teacher"] = folder.read_exported(teacher, "denoiser", expected)
+    if "base" in system.stages["denoiser"].encoder_shapes:
+        params["base"], of = folder.read_base(workdir, system, params["statistics"])
+        if hosts.is_primary() and not (workdir / folder.BASE).exists():
+            storage.write_json(workdir / folder.BASE, {"sha256": of})
     return jax.device_put(params, sharding.state_shardings(params, mesh)), examples
 
 
