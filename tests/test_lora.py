@@ -321,6 +321,3 @@ def configure(file, **settings):
 def test_a_bad_flag_is_one_clear_error(text, message):
     with pytest.raises(UserError, match=re.escape(message)):
         adapters.merge_files(SHAPES, [text])
-
-
-# ------------------------------------------------------------------------------------------------------------ peft
