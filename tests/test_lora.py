@@ -21,11 +21,12 @@ from vdm_jax.models import layers
 from vdm_jax.perf import programs
 from vdm_jax.pipeline import load
 from vdm_jax.run import checkpoint, folder
-from vdm_jax.system import adapters, build
+from vdm_jax.system import adapters, build, previews
 
 LAYERS = r"(query|out|film|conv_in/time)/kernel$"
-FLAGS = ["--config=tests/tiny.py", "--stage=denoiser", "--config.denoiser.lora.rank=2", "--config.preview_every=8"]
+FLAGS = ["--config=tests/tiny.py", "--config.denoiser.lora.rank=2", "--config.preview_every=0"]
 FLAGS += [f"--config.denoiser.lora.layers={LAYERS}", "--config.denoiser.learning_rate=0.02"]
+TRAIN = ["--stage=denoiser", *FLAGS]
 
 
 def recipe(**settings):
@@ -113,6 +114,18 @@ def test_only_the_state_of_adapters_is_planned():
     assert names(encoders["base"]) == names(base)
 
 
+def test_previews_show_the_merged_denoiser(monkeypatch):
+    system = build(recipe(rank=2, layers=LAYERS))
+    base = random_weights(system.param_shapes["denoiser"])
+    made = random_weights(system.stages["denoiser"].param_shapes, seed=1)
+    monkeypatch.setattr(
+        previews.sampling, "Sampler", lambda system: lambda params, captions: (params["denoiser"], None)
+    )
+    shown = previews.samples(system)(made, {"base": base}, None, []).video
+    want = lora.merge(base, made, 8.0)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), shown, want)
+
+
 # ----------------------------------------------------------------------------------------------------------- a run
 
 
@@ -130,15 +143,14 @@ def workdir(tmp_path_factory):
 
 
 @pytest.fixture
-def run(command, tiny_run, base, workdir):
+def run(command, base, workdir):
     """A run whose adapters are trained on the exported weights."""
     if not workdir.exists():
-        for part in ("video_autoencoder", "audio_autoencoder", "clip"):
-            shutil.copytree(tiny_run / part, workdir / part)
-        (workdir / "denoiser").mkdir()
-        shutil.copy(tiny_run / "denoiser" / "statistics.json", workdir / "denoiser")
-        done = command(train, *FLAGS, f"--workdir={workdir}", f"--config.denoiser.lora.base={base}")
-        assert done.code == 0, done.err[-1]
+        flags = [*FLAGS, f"--workdir={workdir}", f"--config.denoiser.lora.base={base}"]
+        done = command(weights, "import", f"--weights={base}", *flags)
+        assert done.code == 0 and "denoiser restarts at step 0: its adapters are freshly initialized" in done.out
+        assert [folder.newest_step(workdir, stage) for stage in ("clip", "denoiser")] == [8, 0]
+        assert command(train, "--stage=denoiser", *flags).code == 0
     return workdir
 
 
@@ -153,7 +165,7 @@ def state_of(workdir):
 def test_training_changes_only_adapters_and_resumes_bit_for_bit(command, run, base, tmp_path):
     state = state_of(run)
     moved = jax.tree.map(lambda x: np.abs(x).max() > 0, state["params"])
-    assert all(jax.tree.leaves(moved)) and (run / "denoiser" / "previews" / "8.png").exists()
+    assert all(jax.tree.leaves(moved))
     trained, before = (load(path).params["denoiser"] for path in (run, base))
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(trained), jax.tree.leaves(before), strict=True):
         is_adapted = re.search(LAYERS, sharding.path_name(path)) is not None
@@ -163,7 +175,7 @@ def test_training_changes_only_adapters_and_resumes_bit_for_bit(command, run, ba
     shutil.rmtree(copy / "denoiser" / "checkpoints" / "8")
     # The folder of the base may move; its content may not change.
     moved = shutil.copytree(base, tmp_path / "moved")
-    done = command(train, *FLAGS, f"--workdir={copy}", f"--config.denoiser.lora.base={moved}")
+    done = command(train, *TRAIN, f"--workdir={copy}", f"--config.denoiser.lora.base={moved}")
     assert done.code == 0 and any("4 of 8 steps done" in line for line in done.err)
     assert digest(state_of(copy)) == digest(state)
 
@@ -216,23 +228,14 @@ def test_a_base_that_does_not_fit_is_refused(command, run, base, tiny_run, tmp_p
     trained.params["denoiser"]["stem_video"]["bias"] += 1
     folder.write_exported(tmp_path / "other", trained, tiny_run)
     done = command(
-        train, *FLAGS, f"--workdir={copy}", "--config.denoiser.steps=9", f"--config.denoiser.lora.base={tmp_path}/other"
+        train, *TRAIN, f"--workdir={copy}", "--config.denoiser.steps=9", f"--config.denoiser.lora.base={tmp_path}/other"
     )
     assert done.code == 2 and f"other differs from the weights that {copy} began with" in done.err[-1]
     (copy / "denoiser" / "base.json").unlink()
     with pytest.raises(UserError, match="base.json is missing"):
         load(copy)
-    done = command(train, *FLAGS, f"--workdir={tmp_path}/new", "--config.denoiser.lora.rank=0")
+    done = command(train, *TRAIN, f"--workdir={tmp_path}/new", "--config.denoiser.lora.rank=0")
     assert done.code == 2 and "have adapters of denoiser.lora.rank=0: give a rank" in done.err[-1]
-
-
-def test_a_run_with_adapters_is_made_from_weights(command, base, tmp_path):
-    flags = [flag for flag in FLAGS if not flag.startswith("--stage")] + [f"--config.denoiser.lora.base={base}"]
-    done = command(weights, "import", f"--weights={base}", f"--workdir={tmp_path}/run", *flags)
-    assert done.code == 0 and "denoiser restarts at step 0: its adapters are freshly initialized" in done.out
-    assert folder.newest_step(tmp_path / "run", "clip") == 8 and folder.newest_step(tmp_path / "run", "denoiser") == 0
-    made, before = (load(path).params["denoiser"] for path in (tmp_path / "run", base))
-    jax.tree.map(np.testing.assert_array_equal, made, before)
 
 
 # ----------------------------------------------------------------------------------------------------------- files
