@@ -235,7 +235,7 @@ def test_a_base_that_does_not_fit_is_refused(command, run, base, tiny_run, tmp_p
     with pytest.raises(UserError, match="base.json is missing"):
         load(copy)
     done = command(train, *TRAIN, f"--workdir={tmp_path}/new", "--config.denoiser.lora.rank=0")
-    assert done.code == 2 and "have adapters of denoiser.lora.rank=0: give a rank" in done.err[-1]
+    assert done.code == 2 and "get no adapters with denoiser.lora.rank=0: give a rank" in done.err[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------- files

@@ -36,8 +36,8 @@ def active(denoiser):
     settings = denoiser.get("lora")
     if settings and settings.layers and not settings.rank:
         raise UserError(
-            f"denoiser.lora.layers={settings.layers!r} have adapters of denoiser.lora.rank=0: give a rank such as 8, "
-            "or leave out the layers"
+            f"denoiser.lora.layers={settings.layers!r} get no adapters with denoiser.lora.rank=0: give a rank such as "
+            "8, or leave out the layers"
         )
     return settings if settings and settings.rank else None
 
@@ -100,7 +100,7 @@ def merge(params, adapters, alpha):
 
     params: a tree of arrays
     adapters: a tree of arrays, see the top
-    alpha: times the scale with which the adapters count
+    alpha: over rank it is the scale with which the adapters count
     """
     factors = named_leaves(adapters)
 
