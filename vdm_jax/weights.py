@@ -62,12 +62,12 @@ def main(argv):
 def export_adapters(workdir, out):
     """Writes the EMA of the adapters of a run as files of `peft`. Raises UserError when the run has none."""
     system = folder.read_system(workdir, build)
-    settings_of = lora.active(system.config.denoiser)
-    if not settings_of:
+    chosen = lora.active(system.config.denoiser)
+    if not chosen:
         raise UserError(f"{workdir} has no adapters (denoiser.lora.rank=0): leave out --adapters")
     trained, step = folder.read_params(workdir, "denoiser", system.stages["denoiser"].param_shapes)
-    adapters.write(out, trained, settings_of.alpha)
-    print(f"wrote {out / adapters.FILE}: adapters of rank {settings_of.rank} at step {step}")
+    adapters.write(out, trained, chosen.alpha)
+    print(f"wrote {out / adapters.FILE}: adapters of rank {chosen.rank} at step {step}")
 
 
 def verify(directory, unverified=False):
