@@ -8,7 +8,7 @@ from vdm_jax.errors import UserError
 @pytest.fixture
 def warnings(monkeypatch):
     lines = []
-    text._warn_truncated.cache_clear()
+    text.warn_truncated.cache_clear()
     monkeypatch.setattr(text.logger, "warning", lambda message, *args: lines.append(message % args))
     return lines
 

@@ -29,10 +29,10 @@ STUDENT = "student"  # subfolder of exported weights
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
-    """A video with its sound. A notebook shows it as a player."""
+    """A video with its sound, if it has one. A notebook shows it as a player."""
 
     video: np.ndarray  # uint8 [F, H, W, 3]
-    audio: np.ndarray  # float32 [F * sample_rate // fps] in [-1, 1]
+    audio: np.ndarray | None  # float32 [F * sample_rate // fps] in [-1, 1]
     fps: float  # frames a second
     sample_rate: int  # Hz
     prompt: str = ""

@@ -20,6 +20,10 @@ adapter_model.safetensors beside its adapter_config.json, from `weights export -
 
 A clip longer than the clips of training is made window by window. Each window gets the end of the window before as
 context.
+
+--weights may also name the folder of a published text-to-video model, such as ModelScope (see system/published.py). Its
+clips have no sound, and are made at once, whatever their length. It takes --seconds, --steps, --guidance, --method,
+--seed and --lora.
 """
 
 import logging
@@ -30,8 +34,9 @@ from vdm_jax import samplers
 from vdm_jax.data import text
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import figures
-from vdm_jax.pipeline import load
+from vdm_jax.pipeline import Clip, load
 from vdm_jax.run import cli, hosts, storage
+from vdm_jax.system import published
 from vdm_jax.system.layout import STAGES
 
 logger = logging.getLogger("vdm_jax")
@@ -40,6 +45,7 @@ CONTEXT = ("image", "video", "audio", "between")  # flags that are arguments of 
 SAMPLER = ("method", "steps", "history_noise", "context_noise", "lag")  # flags that change config.sample
 GUIDANCE = {"guidance": "text"}  # flags that change config.sample.guidance
 GUIDANCE |= {f"guidance.{key}": key for key in ("text_continue", "text_cross_modal", "history", "modality")}
+NOT_PUBLISHED = {*CONTEXT, "continue", "student", "teacher", *SAMPLER, *GUIDANCE} - {"steps", "method", "guidance"}
 
 
 def main(argv):
@@ -60,9 +66,12 @@ def main(argv):
         raise UserError(f"give only one of continue, {', '.join(context)}")
 
     hosts.initialize(options)
-    pipe = load_pipeline(options)
+    is_published = options.weights and published.is_pipeline(options.weights)
+    pipe = load_published(options) if is_published else load_pipeline(options)
     storage.make_folder(out if many else out.parent)
-    if start:
+    if is_published:
+        clips = pipe(prompts)
+    elif start:
         clips = pipe.extend(start, prompts, seconds=options.seconds, seed=options.seed, student=False)
     else:
         clips = pipe(prompts, seconds=options.seconds, seed=options.seed, student=False, **context)
@@ -91,6 +100,21 @@ def load_pipeline(options, stages=STAGES):
     weights = {key: options[flag].value for flag, key in GUIDANCE.items() if options[flag].value is not None}
     settings.guidance.update(weights)
     return pipe
+
+
+def load_published(options):
+    """A function from prompts to Clips, of the published model and the options that the flags name. Raises UserError"""
+    for flag in sorted(NOT_PUBLISHED):
+        if options[flag].present:
+            raise UserError(f"--{flag} is not for a published model: leave it out")
+    pipe = published.load(cli.weights_folder(options), lora=options.lora)
+
+    def make(prompts):
+        chosen = {name: options[name].value for name in ("seed", "seconds", "steps", "method", "guidance")}
+        videos = pipe.clips(prompts, **chosen)
+        return [Clip(video, None, published.FPS, 0, prompt) for video, prompt in zip(videos, prompts, strict=True)]
+
+    return make
 
 
 def define_run_flags():

@@ -23,8 +23,9 @@ MAX_TEXT_BYTES = 1_000_000  # of a file of prompts or a caption
 
 
 @functools.lru_cache(maxsize=4096)  # one warning for a text, not one in each epoch
-def _warn_truncated(text: str, kept: int, total: int) -> None:
-    logger.warning("text truncated: kept %d of its %d bytes: %.40r", kept, total, text)
+def warn_truncated(text: str, kept: int, total: int, unit: str) -> None:
+    """Logs that `kept` of the `total` bytes or tokens of a text are used."""
+    logger.warning("text truncated: kept %d of its %d %s: %.40r", kept, total, unit, text)
 
 
 def encode(texts: Sequence[str], length: int) -> np.ndarray:
@@ -41,7 +42,7 @@ def encode(texts: Sequence[str], length: int) -> np.ndarray:
         if len(data) > length - 2:
             # The cut may split a character. Decoding with "ignore" drops its first half.
             kept = data[: length - 2].decode("utf-8", errors="ignore").encode("utf-8")
-            _warn_truncated(text, len(kept), len(data))
+            warn_truncated(text, len(kept), len(data), "bytes")
         row[0] = BEGIN
         row[1 : 1 + len(kept)] = np.frombuffer(kept, np.uint8).astype(np.int32) + OFFSET
         row[1 + len(kept)] = END

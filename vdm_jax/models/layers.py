@@ -85,6 +85,7 @@ class Conv(Layer):
     features: int  # output channels
     window: tuple[int, ...]  # one size for each space dimension; (3, 3) for a video is 3 x 3 in each frame
     strides: tuple[int, ...] | None = None  # one for each size of the window; None is 1 everywhere
+    padding: tuple[tuple[int, int], ...] | None = None  # (before, after) for each size of the window; None keeps sizes
     time_padding: str = "same"  # as in all other dimensions, or "causal", with all padding before the first frame
     zero: bool = False
 
@@ -96,7 +97,7 @@ class Conv(Layer):
         frames = (1,) * (x.ndim - kernel.ndim)  # 1 for each space dimension that the window leaves out
         kernel = kernel.reshape(*frames, *kernel.shape)
         strides = frames + tuple(self.strides or (1,) * len(self.window))
-        padding = [((k - 1) // 2, k // 2) for k in (*frames, *self.window)]
+        padding = [(0, 0) for _ in frames] + list(self.padding or [((k - 1) // 2, k // 2) for k in self.window])
         if self.time_padding == "causal":
             padding[0] = (kernel.shape[0] - 1, 0)
         x = checkpoint_name(ops.current().conv(x, kernel, bias, strides, tuple(padding), self.dtype), PRODUCT)
@@ -215,11 +216,13 @@ class LayerNorm(Layer):
 class RMSNorm(nn.Module):
     """Root mean square normalization (arXiv:1910.07467) of the last dimension; it bounds attention scores."""
 
+    eps: float = 1e-6  # is added to the mean square
+
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)
-        return ops.current().affine(x * jax.lax.rsqrt(mean_square + 1e-6), scale, None).astype(x.dtype)
+        return ops.current().affine(x * jax.lax.rsqrt(mean_square + self.eps), scale, None).astype(x.dtype)
 
 
 def fourier_features(x, features, max_period):

@@ -6,8 +6,11 @@ Nothing is unpickled: a folder with pickled weights alone is refused.
 
 import hashlib
 import json
+import re
+import shlex
 from typing import NamedTuple
 
+import ml_dtypes  # noqa: F401, with it NumPy has bfloat16
 import safetensors
 import safetensors.numpy
 from etils import epath
@@ -17,6 +20,10 @@ from vdm_jax.run import storage
 
 FIX = "download the folder again"
 CONFIG = "config.json"
+PIPELINE = "model_index.json"
+WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # usual names of one file, or before .index.json
+PART = re.compile(r"-\d+-of-\d+\.\w+$")  # the end of the name of one file of several
+FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -26,10 +33,28 @@ class Tensor(NamedTuple):
     path: epath.Path
     name: str
     shape: tuple[int, ...]
+    dtype: str  # as in the file: "F32", "BF16", ...
 
     def __getitem__(self, index):
-        with safetensors.safe_open(self.path, "numpy") as file:
-            return file.get_slice(self.name)[index]
+        if self.dtype not in FLOATS:
+            raise UserError(f"{self.path}: tensor {self.name} has type {self.dtype}: give one of {', '.join(FLOATS)}")
+        try:
+            with safetensors.safe_open(self.path, "numpy") as file:
+                return file.get_slice(self.name)[index]
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{self.path} has changed while it was read ({error}): {FIX}") from None
+
+
+def read_json(path):
+    """Returns {name: value} of a JSON file. Raises UserError."""
+    text = storage.read_text(path, FIX)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): {FIX}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged (it holds no mapping of names to values): {FIX}")
+    return values
 
 
 def read_config(folder):
@@ -38,9 +63,9 @@ def read_config(folder):
     if storage.in_bucket(folder):
         raise UserError(f"{folder} is in a bucket: copy the published model to a folder on a disk, and give its path")
     if not (folder / CONFIG).exists():
-        kept = " (is it one of its subfolders?)" if (folder / "model_index.json").exists() else ""
+        kept = " (is it one of its subfolders?)" if (folder / PIPELINE).exists() else ""
         raise UserError(f"{folder} has no {CONFIG}{kept}: give the folder of a published model")
-    config = storage.read_json(folder / CONFIG, FIX, sealed=False)
+    config = read_json(folder / CONFIG)
     architectures = config.get("architectures")
     name = config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else "")
     if not isinstance(name, str) or not name:
@@ -49,60 +74,65 @@ def read_config(folder):
 
 
 def read_tensors(folder):
-    """Returns {name: Tensor} of all tensors in a folder. Only headers are read. Raises UserError."""
+    """Returns {name: Tensor} of all tensors in a folder. Only headers are read. Raises UserError.
+
+    Of several files, that with a usual name counts: one in half precision may be beside it.
+    """
     folder = epath.Path(folder)
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        return _read_indexed(folder, _only(folder, indexes))
-    files = sorted(folder.glob("*.safetensors"))
+    names = sorted(path.name for path in folder.iterdir())
+    files = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
+    whole = [name for name in files if not PART.search(name)]
+    usual = [name for name in whole if name.removesuffix(".index.json") in WHOLE]
     if not files:
-        raise UserError(f"{folder} has no safetensors file: {_conversion(folder)}")
-    return read_file(_only(folder, files))
+        raise UserError(f"{folder} has no safetensors file: {_conversion(names)}")
+    if not whole:
+        raise UserError(f"{folder} has {files[0]}, but no *.safetensors.index.json: {FIX}")
+    if len(whole) > 1 and len(usual) != 1:
+        raise UserError(f"{folder} has several files of weights ({', '.join(whole[:4])}): keep one of them")
+    name = (usual or whole)[0]
+    return _read_indexed(folder, folder / name) if name.endswith(".json") else read_file(folder / name)
 
 
-def _only(folder, paths):
-    """Returns the single path, or the one with a usual name. Raises UserError."""
-    usual = [path for path in paths if path.name.startswith(("diffusion_pytorch_model.safe", "model.safe"))]
-    if len(paths) > 1 and len(usual) != 1:
-        names = ", ".join(path.name for path in paths[:4])
-        raise UserError(f"{folder} has several files of weights ({names}): keep one of them")
-    return (usual or paths)[0]
-
-
-def _conversion(folder):
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+def _conversion(names):
+    pickled = [name for name in names if name.endswith(PICKLED)]
     if not pickled:
         return FIX
+    parts = [name for name in pickled if PART.search(name)] or pickled[:1]
     return (
-        f"{pickled[0]} is a pickle, which can run code when it is read. If you trust it, convert it where PyTorch is: "
-        f"python -c \"import torch, safetensors.torch as s; w = torch.load('{pickled[0]}', weights_only=True); "
-        "s.save_file({k: v.contiguous() for k, v in w.items()}, 'model.safetensors')\""
+        f"{parts[0]} is a pickle, which can run code when it is read. If you trust it, convert it in its folder, where "
+        'PyTorch is: python -c "import sys, torch, safetensors.torch as s; '
+        "w = {k: v.clone(memory_format=torch.contiguous_format) for f in sys.argv[1:] "
+        "for k, v in torch.load(f, weights_only=True).items()}; s.save_file(w, 'model.safetensors')\" "
+        f"{' '.join(map(shlex.quote, parts))}"
     )
 
 
 def _read_indexed(folder, index):
-    files = storage.read_json(index, FIX, sealed=False).get("weight_map")
+    files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"{index} is damaged (it has no weight_map of file names): {FIX}")
     tensors = {}
     for name in sorted(set(files.values())):
-        if name != epath.Path(name).name or not name.endswith(".safetensors"):
+        if name != epath.Path(name).name or not name.endswith(".safetensors") or not name.isprintable():
             raise UserError(f"{index} names {name!r}, which is no safetensors file in this folder: {FIX}")
-        tensors |= read_file(folder / name)
-    if tensors.keys() != files.keys():
-        name = min(tensors.keys() ^ files.keys())
-        where = "the index names it only" if name in files else "the index does not name it"
-        raise UserError(f"{index} and its files differ in tensor {name} ({where}): {FIX}")
+        found = read_file(folder / name)
+        listed = {tensor for tensor, file in files.items() if file == name}
+        if found.keys() != listed:
+            tensor = min(found.keys() ^ listed)
+            where = "only in the index" if tensor in listed else "only in the file"
+            raise UserError(f"{index} and {name} differ: tensor {tensor} is {where}: {FIX}")
+        tensors |= found
     return tensors
 
 
 def read_file(path):
     """Returns {name: Tensor} of the tensors in a safetensors file. Only its header is read. Raises UserError."""
+    if not storage.is_file(path):
+        raise UserError(f"{path} is missing or no file: {FIX}")
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            return {name: Tensor(path, name, tuple(file.get_slice(name).get_shape())) for name in file.keys()}
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {FIX}") from None
+            parts = {name: file.get_slice(name) for name in file.keys()}
+            return {name: Tensor(path, name, tuple(x.get_shape()), x.get_dtype()) for name, x in parts.items()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is no readable safetensors file ({error}): {FIX}") from None
 

@@ -31,6 +31,11 @@ def given(path):
     return epath.Path(path)
 
 
+def is_file(path):
+    """Returns whether a path is a regular file, or an object in a bucket. To open a pipe would wait for ever."""
+    return epath.Path(path).is_file() if in_bucket(path) else os.path.isfile(path)  # epath takes a pipe for a file
+
+
 def make_folder(path):
     """Returns the epath.Path of a folder for results, made if it is missing. Raises UserError where it cannot be."""
     path = given(path)
@@ -87,14 +92,12 @@ def read_text(path, fix):
     """
     path = epath.Path(path)
     try:
-        if not path.is_file():  # to open a pipe would wait for ever
+        if not is_file(path):
             fault = "is no file" if path.exists() else "is missing"
-        else:
-            with path.open("rb") as file:
-                content = file.read(MAX_BYTES + 1)
-            if len(content) <= MAX_BYTES:
-                return content.decode()
+        elif path.stat().length > MAX_BYTES:
             fault = f"is damaged (over {MAX_BYTES} bytes)"
+        else:
+            return path.read_bytes().decode()
     except UnicodeDecodeError:
         fault = "is damaged (no UTF-8 text)"
     except OSError as error:

@@ -19,9 +19,9 @@ import types
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from vdm_jax import sharding
 from vdm_jax.errors import UserError
 from vdm_jax.models import layers
 
@@ -29,10 +29,11 @@ _WEIGHTS = ("kernel", "scale", "embedding")  # the names that the original calls
 _UNUSED = r"(^|\.)position_ids$"  # numbers from 0 on, which old files carry
 
 
-def from_config(module, config, **settings):
+def from_config(module, config, source="config.json", **settings):
     """Returns module(...) with the settings of a config.json. Raises UserError for a value of another type.
 
     config: keys that the module does not have are ignored; a missing key has the module's default
+    source: where the settings are from, for messages
     settings: further settings of the module, such as dtype
     """
     ours = {field.name for field in dataclasses.fields(layers.Layer)}  # a file's dtype is that of its tensors
@@ -43,7 +44,7 @@ def from_config(module, config, **settings):
         values[field.name] = value = _as_tuple(config[field.name])
         if not _is_of(value, field.type):
             raise UserError(
-                f"config.json: {field.name}={str(value)[:40]} is no value for {module.__name__}, which takes "
+                f"{source}: {field.name}={str(value)[:40]} is no value for {module.__name__}, which takes "
                 f"{getattr(field.type, '__name__', field.type)}: give the config of the weights"
             )
     return module(**{**values, **settings})
@@ -87,7 +88,7 @@ def param_shapes(model, most=None):
         if context.module.scope is not None:
             paths.add(context.module.path)
         # A layer has at least one tensor. Some modules only hold layers.
-        if most is not None and len(paths) > 3 * most + 100:
+        if most is not None and len(paths) > 2 * most + 100:
             raise UserError(f"{type(model).__name__} has more layers in its config than in its {most} tensors")
         return call(*arguments, **keywords)
 
@@ -121,15 +122,15 @@ def to_tensors(params):
     return tensors
 
 
-def to_params(tensors, model, shardings=None, source="the weights"):
+def to_params(tensors, model, mesh=None, source="the weights"):
     """Returns the parameters of a module, float32, from the tensors of the original.
 
     tensors: {name: tensor}, where a tensor has a `shape`, and tensor[index] gives an array
-    shardings: a tree of Shardings like the parameters: each process reads only what its devices hold. None: the result
-        has NumPy arrays.
+    mesh: the parameters are split over it; each process reads only what its devices hold. None: the result has NumPy
+        arrays.
     source: where the tensors are from, for messages
 
-    Raises UserError for a missing tensor, an unknown tensor, a wrong shape, or a type that is no float.
+    Raises UserError for a missing tensor, an unknown tensor, a wrong shape, or settings without sense.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not re.search(_UNUSED, name)}
     if hasattr(model, "from_older"):
@@ -159,21 +160,18 @@ def to_params(tensors, model, shardings=None, source="the weights"):
                 f"{expected[name]}: give the config of the weights"
             )
 
-    def load(path, leaf, sharding=None):
+    def load(path, leaf, split=None):
         tensor, is_kernel = tensors[tensor_name(path)], path[-1].key == "kernel"
 
         def read(index):  # of a part of our parameter
-            x = tensor[_to_original_order(path, index)]
-            if not jnp.issubdtype(x.dtype, jnp.floating):
-                raise UserError(f"{source}: tensor {tensor_name(path)} has type {x.dtype}: give weights in floats")
-            x = np.asarray(x, np.float32)
+            x = np.asarray(tensor[_to_original_order(path, index)], np.float32)
             return np.ascontiguousarray(np.moveaxis(x, (1, 0), (-2, -1)) if is_kernel else x)
 
-        if sharding is None:
+        if split is None:
             return read((slice(None),) * leaf.ndim)
-        return jax.make_array_from_callback(leaf.shape, sharding, read)
+        return jax.make_array_from_callback(leaf.shape, split, read)
 
-    trees = (shapes,) if shardings is None else (shapes, shardings)
+    trees = (shapes,) if mesh is None else (shapes, sharding.state_shardings(shapes, mesh))
     return jax.tree_util.tree_map_with_path(load, *trees)
 
 
