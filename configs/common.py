@@ -171,6 +171,14 @@ def get_config():
             ),
         )
     )
+    denoiser.lora = ConfigDict(  # adapters, which are trained instead of all parameters; see vdm_jax/lora.py
+        dict(
+            rank=0,  # of the adapters; 0 trains all parameters
+            alpha=8.0,  # the adapters count with the scale alpha / rank
+            layers="",  # regular expression: kernels in whose paths it is found get an adapter; "" for all kernels
+            base="",  # what the adapters change: folder of a run or of exported weights, or "reference"
+        )
+    )
     denoiser.diffusion = ConfigDict(  # see vdm_jax/diffusion.py
         dict(
             schedule="cosine",  # or "sigmoid" or "linear_beta"

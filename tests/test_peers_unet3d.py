@@ -1,16 +1,20 @@
 """Our UNet3DConditionModel against that of diffusers: parameters, values, gradients, weights from a file."""
 
+import copy
 import math
 
 import jax
 import numpy as np
 import pytest
 
+from tests.helpers import weights
 from tests.peers import unet3d
+from vdm_jax import lora
 from vdm_jax.errors import UserError
 from vdm_jax.models.published import naming
 from vdm_jax.models.published.unet3d_condition import UNet3DConditionModel
 from vdm_jax.run import huggingface
+from vdm_jax.system import adapters
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -126,3 +130,26 @@ def test_wrong_weights_are_one_clear_error(theirs, name, shape, said):
     with pytest.raises(UserError, match=said) as error:
         naming.to_params(flat, MODEL)
     assert "\n" not in str(error.value)
+
+
+def test_adapters_of_peft_there_and_back(theirs, params, tmp_path):
+    """Every layer has an adapter of ours. Of peft's, two kinds of layer have another rank."""
+    peft = pytest.importorskip("peft")
+    inputs, apply = unet3d.job(unet3d.TINY, **JOB), jax.jit(MODEL.apply)
+
+    def compare(adapted, made, alpha):
+        with torch.no_grad():
+            want = unet3d.call(adapted.eval(), *inputs).numpy()
+        got = apply({"params": lora.merge(params, made, alpha)}, *inputs)
+        assert np.abs(got - apply({"params": params}, *inputs)).max() > 0.1 * np.abs(want).max()
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+    ours = weights(lora.shapes(params, 2, ""), seed=1)
+    adapters.write(tmp_path / "ours", ours, 0.5)
+    compare(peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours"), ours, 0.5)
+
+    layers = r".*(to_q|to_out\.0|ff\.net\.0\.proj|time_emb_proj|resnets\.\d\.conv1|conv2\.3|conv_shortcut|conv_in)"
+    settings = dict(r=3, lora_alpha=2, rank_pattern={"to_q": 2, "conv1": 1}, init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(theirs), peft.LoraConfig(target_modules=layers, **settings))
+    adapted.save_pretrained(tmp_path / "theirs")
+    compare(adapted, *adapters.read(tmp_path / "theirs" / adapters.FILE, params))

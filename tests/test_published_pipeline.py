@@ -141,7 +141,7 @@ def test_clips_from_the_same_noise(theirs, ours, method):
 
 
 def test_the_command_writes_a_video_without_sound(ours, folder, tmp_path, command, monkeypatch):
-    monkeypatch.setattr(published, "load", lambda path: ours)  # it has compiled the program
+    monkeypatch.setattr(published, "load", lambda path, lora: ours)  # it has compiled the program
     out = tmp_path / "clip.mp4"
     options = [f"--weights={folder}", f"--prompt={PROMPT}", "--seconds=0.375", "--steps=10", f"--out={out}"]
     done = command(sample, *options)
@@ -156,6 +156,7 @@ def test_the_command_writes_a_video_without_sound(ours, folder, tmp_path, comman
     [
         (["--image=x.png"], "--image is not for a published model: leave it out"),
         (["--lag=0"], "--lag is not for a published model"),
+        (["--lora=none.safetensors"], "none.safetensors is missing"),
         (["--workdir=x"], "give only one of --workdir and --weights"),
     ],
 )

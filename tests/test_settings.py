@@ -20,10 +20,12 @@ FREE = (
     *"checkpoint_every log_every keep. preview_every heartbeat_every skip.stop_after compilation_cache".split(),
     *"watchdog_seconds mesh. data.threads data.prefetch sample. evaluate.".split(),
     *(f"{stage}.{key}" for stage in STAGES for key in ("remat", "steps")),  # more steps
+    "denoiser.lora.base",
 )
 FIXED = (
     *"data.frames data.size data.fps data.sample_rate data.text_length".split(),
     *(f"denoiser.diffusion.{key}" for key in ("schedule", "log_snr_", "shift", "target")),
+    *(f"denoiser.lora.{key}" for key in ("rank", "alpha", "layers")),
     *(f"{stage}.{key}" for stage in STAGES for key in ("model.", "optimizer")),
 )
 BEGUN = dict.fromkeys(STAGES, 10)

@@ -1,6 +1,6 @@
 """A page on this machine to try all tasks: http://127.0.0.1:7860
 
-    python -m vdm_jax.app [--workdir=DIR | --weights=DIR] [--port=7860]
+    python -m vdm_jax.app [--workdir=DIR | --weights=DIR] [--lora=FILE:SCALE] [--port=7860]
 
 Without --workdir and --weights the page uses the reference weights of this package. The page needs gradio:
 `pip install -e ".[app]"`.
@@ -74,9 +74,9 @@ def main(argv):
             import gradio
         except ImportError as error:
             raise UserError(f'the page needs gradio ({error}): pip install -e ".[app]"') from None
-        pipe = load(weights)
+        pipe = load(weights, lora=options.lora)
         cli.use_cache(pipe.config)
-        source = {name: options[name].value for name in ("workdir", "weights") if options[name].value}
+        source = {name: options[name].value for name in ("workdir", "weights", "lora") if options[name].value}
         demo = page(WatchedPipeline(pipe), Path(folder), source)
         theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")  # the default loads fonts
         policy = f'<meta http-equiv="Content-Security-Policy" content="{ONLY_LOCAL}">'
@@ -99,7 +99,7 @@ def request(form, config, source):
 
     form: {field: value} for each of FIELDS; an upload is the path of a file, or None.
     config: of the Pipeline.
-    source: {flag: value} that names the weights; {}: the reference weights.
+    source: {flag: value} that names the weights, with a list of values for a repeated flag; {}: the reference weights.
     Raises UserError where a value is missing or out of range.
     """
     task = TASKS[one_of("task", form["task"], tuple(TASKS))]
@@ -123,7 +123,8 @@ def request(form, config, source):
         names = [Path(file).name for file in files]
         options[task.flag] = ",".join(f'"{name}"' for name in names) if len(names) > 1 else names[0]
     options |= numbers | {"guidance" if name == "text" else f"guidance.{name}": weights[name] for name in weights}
-    words = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items()]
+    pairs = [(name, x) for name, value in options.items() for x in (value if isinstance(value, list) else [value])]
+    words = [f"--{name}={shlex.quote(str(value))}" for name, value in pairs]
     return arguments, " ".join(["python -m vdm_jax.sample", *words, "--out=clip.mp4"])
 
 

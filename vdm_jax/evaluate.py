@@ -113,6 +113,7 @@ def main(argv):
 
     settings = {
         "weights": cli.weights_folder(options) or "reference",
+        **({"adapters": ", ".join(options.lora)} if options.lora else {}),
         "data": config.data.source,
         "held-out clips" if batches.holds_out(config) else "clips of training": len(items),
         "prompts": len(prompts),

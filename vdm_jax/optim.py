@@ -72,9 +72,7 @@ def orthogonalized(kernels):
     leaves, tree = jax.tree.flatten_with_path(kernels)
     batches = collections.defaultdict(list)
     for number, (path, x) in enumerate(leaves):
-        # Attention projections are [C, heads, d] in and [heads, d, C] out. All others are [*window, C_in, C_out].
-        inputs = 1 if path[-2].key in ("query", "key", "value") else x.ndim - 1
-        matrix = x.reshape(math.prod(x.shape[:inputs]), -1)
+        matrix = x.reshape(math.prod(x.shape[: input_dimensions(path, x.ndim)]), -1)
         tall = matrix.shape[0] > matrix.shape[1]
         matrix = matrix.T if tall else matrix  # [rows, columns], rows <= columns
         batches[matrix.shape].append((number, tall, matrix))
@@ -84,6 +82,14 @@ def orthogonalized(kernels):
         for (number, tall, _), matrix in zip(members, batch, strict=True):
             out[number] = (matrix.T if tall else matrix).reshape(leaves[number][1].shape)
     return tree.unflatten(out)
+
+
+def input_dimensions(path, ndim):
+    """Returns how many dimensions of the kernel at a path of jax.tree_util are inputs; the others are outputs.
+
+    Attention projections are [C, heads, d] in and [heads, d, C] out. All others are [*window, C_in, C_out].
+    """
+    return 1 if path[-2].key in ("query", "key", "value") else ndim - 1
 
 
 def _newton_schulz(x):

@@ -26,7 +26,7 @@ def main(argv):
     for name, shape in layout.latent_shapes.items():
         print(f"latents  {name} {shape}, {layout.latent_fps:g} latent frames a second")
     for name in STAGES if options.stage == "all" else (options.stage,):
-        show_parameters(name, system.param_shapes[name], mesh)
+        show_parameters(name, system.stages[name].param_shapes, mesh)
 
 
 def show_parameters(name, params, mesh):

@@ -16,7 +16,7 @@ from vdm_jax.data import captions, media
 from vdm_jax.errors import UserError
 from vdm_jax.run import folder, storage
 from vdm_jax.run.progress import progress
-from vdm_jax.system import build
+from vdm_jax.system import adapters, build
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.sampling import Sampler, resolve
 
@@ -56,17 +56,22 @@ class Clip:
         )
 
 
-def load(path=None, *, stages=STAGES):
+def load(path=None, *, stages=STAGES, lora=()):
     """A trained system as a Pipeline.
 
     path: a run's folder, or a folder of exported weights; None: the reference weights of this package. A student that
         needs fewer steps may be in its subfolder "student": see Pipeline.for_steps.
     stages: the stages whose parameters are read. A Pipeline that samples needs all of them.
+    lora: adapters that are merged into the denoiser and its student, "FILE" or "FILE:SCALE", or a list of them; see
+        system/adapters.py.
     Raises UserError where something is missing or damaged.
     """
     weights = folder.load(path, build, stages)
+    if lora and "denoiser" in weights.params:
+        given = [lora] if isinstance(lora, str) else lora
+        weights.params["denoiser"] = adapters.merge_files(weights.params["denoiser"], given)
     beside = storage.given(folder.REFERENCE if path is None else path) / STUDENT
-    student = load(beside, stages=stages) if beside.is_dir() else None
+    student = load(beside, stages=stages, lora=lora) if beside.is_dir() else None
     return Pipeline(weights.system, weights.params, student=student)
 
 

@@ -4,11 +4,13 @@
         [--seconds=2 --steps=32 --guidance=4 --seed=0 --method=dpmpp_2m]
         [--image=x.png | --video=x.mp4 | --audio=x.wav | --continue=x.mp4 | --between=x.mp4,y.mp4]
         [--guidance.history=1.5 --guidance.modality=1.5 --guidance.text_continue=1 --guidance.text_cross_modal=2.5]
-        [--history_noise=0 --context_noise=0.02 --lag=0]
+        [--history_noise=0 --context_noise=0.02 --lag=0] [--lora=FILE:SCALE]
     python -m vdm_jax.sample --prompts=file.txt --out=FOLDER
 
 Without --workdir and --weights the reference weights of this package are used. Where the weights have a student, it
 makes clips in as few steps as its recipe has, and its teacher those in more; --student or --teacher decides otherwise.
+--lora merges adapters into the denoiser, with a scale of 1 or SCALE, and may be repeated. FILE is an
+adapter_model.safetensors beside its adapter_config.json, from `weights export --adapters` or from `peft`.
 
 --image     becomes the first frame of the clip
 --video     gets a sound
@@ -20,8 +22,8 @@ A clip longer than the clips of training is made window by window. Each window g
 context.
 
 --weights may also name the folder of a published text-to-video model, such as ModelScope (see system/published.py). Its
-clips have no sound, and are made at once, whatever their length. It takes --seconds, --steps, --guidance, --method and
---seed.
+clips have no sound, and are made at once, whatever their length. It takes --seconds, --steps, --guidance, --method,
+--seed and --lora.
 """
 
 import logging
@@ -90,7 +92,8 @@ def load_pipeline(options, stages=STAGES):
     if options.student and options.teacher:
         raise UserError("give only one of --student and --teacher")
     chosen = options.student if options.student or options.teacher else None
-    pipe = load(cli.weights_folder(options), stages=stages).for_steps(options["steps"].value, chosen)
+    pipe = load(cli.weights_folder(options), stages=stages, lora=options.lora)
+    pipe = pipe.for_steps(options["steps"].value, chosen)
     pipe = pipe.for_size(buckets.parse_size(options.size) if options.size else None)
     cli.use_cache(pipe.config)
     settings = pipe.config.sample
@@ -105,7 +108,7 @@ def load_published(options):
     for flag in sorted(NOT_PUBLISHED):
         if options[flag].present:
             raise UserError(f"--{flag} is not for a published model: leave it out")
-    pipe = published.load(cli.weights_folder(options))
+    pipe = published.load(cli.weights_folder(options), lora=options.lora)
 
     def make(prompts):
         chosen = {name: options[name].value for name in ("seed", "seconds", "steps", "method", "guidance")}

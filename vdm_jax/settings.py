@@ -148,6 +148,10 @@ TABLE = (
     Setting("denoiser.distillation.teacher", TEXT, CHANGE),
     Setting("denoiser.distillation.steps", several(whole(1), least=2), CHANGE),
     Setting("denoiser.distillation.guidance.*", number(), CHANGE),
+    Setting("denoiser.lora.rank", whole(0, 1_000_000), FIXED),
+    Setting("denoiser.lora.alpha", ABOVE_0, FIXED),
+    Setting("denoiser.lora.layers", TEXT, FIXED),
+    Setting("denoiser.lora.base", TEXT, FREE),  # folder.read_base compares its content
     Setting("denoiser.diffusion.schedule", choice(*diffusion.SCHEDULES), FIXED),
     Setting("denoiser.diffusion.log_snr_*", number(-80, 80), FIXED),  # exp(log_snr) must be finite in float32
     Setting("denoiser.diffusion.shift", ABOVE_0, FIXED),
@@ -205,6 +209,17 @@ def differences(before, now):
     """Returns {key: [value before, value now]} of the settings {key: value} that differ; None is for a missing key."""
     keys = sorted({*before, *now})
     return {key: [before.get(key), now.get(key)] for key in keys if before.get(key) != now.get(key)}
+
+
+def check_diffusion(before, now, fix):
+    """Raises UserError where trained weights of a denoiser have no meaning with the settings of this start.
+
+    before, now: the settings that they were trained with, and those of this start, {key: value}
+    fix: what the user can do, as the end of the error message
+    """
+    for key, (old, new) in differences(before, now).items():
+        if key.startswith("denoiser.diffusion.") and old is not None and setting(key).rule == FIXED:
+            raise UserError(f"the weights were trained with {key}={old!r}, and have no meaning with {new!r}: {fix}")
 
 
 def changes(workdir, before, now, done, stages, measured, allowed):

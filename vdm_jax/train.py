@@ -144,7 +144,7 @@ def take_steps(run, name, phase, checkpoints):
         state = program.init()
     elif begins_phase:
         phase_before = run.plan[name][phase.number - 2]  # phase numbers start at 1
-        ema, _ = folder.read_params(run.workdir, name, phase_before.system.param_shapes[name], run.number)
+        ema, _ = folder.read_params(run.workdir, name, phase_before.system.stages[name].param_shapes, run.number)
         params = first_params(ema, stage.param_shapes)
         state = program.begin(jax.device_put(params, sharding.state_shardings(params, run.mesh)))
     else:

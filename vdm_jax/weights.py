@@ -1,6 +1,7 @@
 """Exports, imports and verifies the weights of a run.
 
     python -m vdm_jax.weights export --workdir=DIR --out=FOLDER        # EMA weights of all stages, half precision
+    python -m vdm_jax.weights export --workdir=DIR --out=FOLDER --adapters     # the adapters alone, for `peft`
     python -m vdm_jax.weights import --weights=FOLDER --workdir=DIR    # a new run that starts from these weights
     python -m vdm_jax.weights verify DIR                               # checks all files that a run reads back
 
@@ -19,12 +20,13 @@ import time
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 
-from vdm_jax import settings, train_state
+from vdm_jax import lora, settings, train_state
 from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, checksums, cli, folder, record, storage
 from vdm_jax.sharding import named_leaves, path_name
-from vdm_jax.system import build, latents
+from vdm_jax.system import adapters, build, latents
 from vdm_jax.system.layout import STAGES, layout
 
 # Names of files and folders that need no check.
@@ -33,7 +35,9 @@ UNCHECKED = ("lock", "heartbeat.json", "starts.jsonl", "metrics.jsonl", "events.
 
 def main(argv):
     options = flags.FLAGS
-    if argv[1:] == ["export"] and options.workdir and options.out:
+    if argv[1:] == ["export"] and options.workdir and options.out and options.adapters:
+        export_adapters(storage.given(options.workdir), storage.given(options.out))
+    elif argv[1:] == ["export"] and options.workdir and options.out:
         weights, out = folder.load(options.workdir, build), storage.given(options.out)
         folder.write_exported(out, weights, options.workdir)
         size = sum((out / f"{stage}.safetensors").stat().length for stage in weights.steps)
@@ -51,9 +55,20 @@ def main(argv):
         import_weights(weights, storage.given(options.workdir))
     else:
         raise UserError(
-            "usage: python -m vdm_jax.weights export --workdir=DIR --out=FOLDER, "
+            "usage: python -m vdm_jax.weights export --workdir=DIR --out=FOLDER [--adapters], "
             "or import --weights=FOLDER --workdir=DIR [--config=FILE] [--restart=STAGE], or verify DIR"
         )
+
+
+def export_adapters(workdir, out):
+    """Writes the EMA of the adapters of a run as files of `peft`. Raises UserError when the run has none."""
+    system = folder.read_system(workdir, build)
+    chosen = lora.active(system.config.denoiser)
+    if not chosen:
+        raise UserError(f"{workdir} has no adapters (denoiser.lora.rank=0): leave out --adapters")
+    trained, step = folder.read_params(workdir, "denoiser", system.stages["denoiser"].param_shapes)
+    adapters.write(out, trained, chosen.alpha)
+    print(f"wrote {out / adapters.FILE}: adapters of rank {chosen.rank} at step {step}")
 
 
 def verify(directory, unverified=False):
@@ -112,6 +127,8 @@ def _parts(directory):
             yield path, functools.partial(_check_config, path)
         elif name == "statistics.json":
             yield path, functools.partial(_check_statistics, path)
+        elif name == epath.Path(folder.BASE).name:
+            yield path, functools.partial(_check_base, path)
         elif name.startswith("latents") and path.is_dir():
             yield path, functools.partial(latents.check, path)
         elif directory.name == "checkpoints" and name.isdigit():
@@ -152,15 +169,25 @@ def _check_statistics(path):
     return path.stat().length
 
 
+def _check_base(path):
+    storage.read_json(path, "restore it from a copy")
+    return path.stat().length
+
+
 def add_missing_params(weights, config):
     """Returns the Weights for a config whose models may have more parameters. The added ones are freshly initialized.
 
+    The weights hold no adapters, so those of the config are all fresh; their base is config.denoiser.lora.base.
     Raises UserError when a model of the config lacks a parameter, or has it in another shape.
     """
     system = build(config)
     params, steps = dict(weights.params), dict(weights.steps)
     for name, stage in system.stages.items():
         fresh = jax.jit(stage.init)(jax.random.key(config.seed))
+        if "base" in stage.encoder_shapes:
+            params[name], steps[name] = fresh, 0
+            print(f"{name} restarts at step 0: its adapters are freshly initialized")
+            continue
         stored, wanted = named_leaves(weights.params[name]), named_leaves(fresh)
         known = {path: x for path, x in wanted.items() if path in stored}
         checkpoint.check_arrays(f"the weights of {name}", stored, known, dtypes=False)
@@ -178,13 +205,11 @@ def check_changes(trained_with, weights):
     """
     now = record.of(weights.system.config)
     settings.check_steps(weights.steps, now, "done in the weights", "--restart=STAGE")
-    for key, (old, new) in settings.differences(record.of(trained_with), now).items():
+    before = record.of(trained_with)
+    if weights.steps["denoiser"]:
+        settings.check_diffusion(before, now, "give the old value, or --restart=denoiser")
+    for key, (old, new) in settings.differences(before, now).items():
         row = settings.setting(key)
-        if key.startswith("denoiser.diffusion.") and row.rule == settings.FIXED and weights.steps["denoiser"]:
-            raise UserError(
-                f"the weights were trained with {key}={old!r}, and have no meaning with {new!r}: give the old value, "
-                "or --restart=denoiser"
-            )
         if row is None or row.rule != settings.FREE:
             print(f"{key}: {old!r} for the weights, {new!r} in the new run")
 
@@ -211,6 +236,7 @@ def define_flags():
     flags.DEFINE_string("out", None, "Folder that export writes the weights to.")
     flags.DEFINE_string("weights", None, "Folder of exported weights that import reads, or 'reference'.")
     flags.DEFINE_multi_enum("restart", [], STAGES, "Stage that import sets to step 0, to train it from its weights.")
+    flags.DEFINE_bool("adapters", False, "Export the adapters of a run alone (config.denoiser.lora), not merged.")
     flags.DEFINE_bool("unverified", False, "Accept weights without checksums.txt; verify accepts checkpoints, too.")
 
 

@@ -58,7 +58,7 @@ def sampling(system, sampler, mesh, rows):
     mesh: splits the parameters; all other arguments are whole on each device.
     rows: number of prompts.
     """
-    params = system.param_shapes | system.stages["denoiser"].encoder_shapes
+    params = system.param_shapes | {"statistics": system.stages["denoiser"].encoder_shapes["statistics"]}
     arrays, static = sampler.arguments(params)
     tokens = np.zeros((rows, system.config.data.text_length), np.int32)
     arrays = [arrays[name] for name in ("clean", "masks", "levels", "weights")]
@@ -74,7 +74,8 @@ def encoding(system, mesh, rows):
     mesh: splits parameters and clips.
     rows: number of clips, which must divide over the mesh.
     """
-    params = system.stages["denoiser"].encoder_shapes
+    encoders = system.stages["denoiser"].encoder_shapes
+    params = {name: encoders[name] for name in encoders if name not in ("teacher", "base")}
     clips = system.stages["video_autoencoder"].batch
     clips = {name: x.update(shape=(rows, *x.shape[1:])) for name, x in clips.items()}
 

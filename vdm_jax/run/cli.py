@@ -44,6 +44,7 @@ def recipe(argv):
 def define_weights():
     flags.DEFINE_string("workdir", None, "Run folder; without it and --weights: the reference weights.")
     flags.DEFINE_string("weights", None, "Folder of exported weights.")
+    flags.DEFINE_multi_string("lora", [], "Adapters to merge in, FILE or FILE:SCALE; repeat the flag for several.")
 
 
 def weights_folder(options):

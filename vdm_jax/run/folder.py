@@ -4,6 +4,7 @@
     <workdir>/lock                                held by the training that is running
     <workdir>/<stage>/checkpoints/<step>/         see checkpoint.py
     <workdir>/denoiser/statistics.json            mean and standard deviation of the latents
+    <workdir>/denoiser/base.json                  with adapters: a hash of the weights that they change
 
     <weights>/config.json, statistics.json        as above; config.json is the config in force
     <weights>/changes.jsonl                       the changes in starts.jsonl, if there are any
@@ -29,7 +30,7 @@ import safetensors.numpy
 from etils import epath
 from safetensors import SafetensorError
 
-from vdm_jax import settings
+from vdm_jax import lora, settings
 from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, checksums, hosts, record, storage
 from vdm_jax.sharding import named_leaves, path_name
@@ -39,6 +40,7 @@ logger = logging.getLogger("vdm_jax")
 REFERENCE = epath.Path(__file__).parents[1] / "reference"  # the weights that ship with the package
 STATISTICS = "denoiser/statistics.json"  # in the folder of a run
 STATISTICS_FIX = f"remove it, and train the denoiser, which measures it anew, or {record.FIX}"
+BASE = "denoiser/base.json"  # in the folder of a run
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -200,17 +202,65 @@ def write_statistics(path, statistics, params, run=None, parts=None):
 
 
 def encoders_hash(params, parts=None):
-    """Returns a hash of the autoencoders in {stage: parameters}, in the precision of exported weights.
+    """Returns a hash of the autoencoders in {stage: parameters}, as `weights_hash` does.
 
     parts: System.parts, whose hashes take the place of their parameters
     """
-    digest, parts = hashlib.sha256(), parts or {}
-    for name, x in named_leaves({stage: x for stage, x in params.items() if stage not in parts}).items():
-        if "_autoencoder/" in name:
-            digest.update(name.encode() + np.asarray(x, np.float16).tobytes())
-    for stage in sorted(set(parts) - {"clip"}):
-        digest.update(f"{stage} {parts[stage].fingerprint}".encode())
+    parts = parts or {}
+    names = [name for name in ("video_autoencoder", "audio_autoencoder") if name in params]
+    trained = weights_hash({name: params[name] for name in names if name not in parts})
+    hashes = [parts[name].fingerprint for name in names if name in parts]
+    return hashlib.sha256("".join([trained, *hashes]).encode()).hexdigest() if hashes else trained
+
+
+def weights_hash(params):
+    """Returns a hash of parameters and their names, in the precision of exported weights."""
+    digest = hashlib.sha256()
+    for name, x in named_leaves(params).items():
+        digest.update(name.encode() + np.asarray(x, np.float16).tobytes())
     return digest.hexdigest()
+
+
+def read_base(workdir, system, statistics):
+    """Returns (the denoiser's parameters that the adapters of a run change, their `weights_hash`).
+
+    The parameters have the precision of exported weights, so a run and its exported weights are the same base.
+
+    statistics: of the latents in the run
+    Raises UserError when they cannot be read, do not fit the run, or are others than those at its start.
+    """
+    config = system.config
+    if not config.denoiser.lora.base:
+        raise UserError("adapters need a base: name a run, exported weights or reference in denoiser.lora.base")
+    source = REFERENCE if config.denoiser.lora.base == "reference" else storage.given(config.denoiser.lora.base)
+    trained_with = read_config(source)
+    if lora.active(trained_with.denoiser):
+        raise UserError(
+            f"denoiser.lora.base={source} has adapters itself: merge them with python -m vdm_jax.weights export, and "
+            "name the exported weights"
+        )
+    settings.check_diffusion(record.of(trained_with), record.of(config), f"give the old value, which {source} has")
+    expected = system.param_shapes["denoiser"]
+    if exported := (source / "denoiser.safetensors").exists():
+        params = read_exported(source, "denoiser", expected)
+    else:
+        params = read_params(source, "denoiser", expected)[0]
+    of_base, _ = read_statistics(source / ("statistics.json" if exported else STATISTICS), statistics)
+    if not all(jax.tree.leaves(jax.tree.map(np.array_equal, of_base, statistics))):
+        raise UserError(
+            f"the latents of {workdir} have another mean and scale than those of denoiser.lora.base={source}: make the "
+            f"run with python -m vdm_jax.weights import --weights={source} --config=FILE --workdir=NEW"
+        )
+    found, path = weights_hash(params), workdir / BASE
+    if path.exists():
+        if storage.read_json(path, "restore it from a copy").get("sha256") != found:
+            raise UserError(
+                f"denoiser.lora.base={source} differs from the weights that {workdir} began with, which its adapters "
+                "change: name these weights"
+            )
+    elif newest_step(workdir, "denoiser"):
+        raise UserError(f"{path} is missing: restore it from a copy")
+    return as_exported(params), found
 
 
 class Weights(NamedTuple):
@@ -238,6 +288,8 @@ def read_system(source, build):
 def load(source, build, stages=None, unverified=False):
     """Returns the Weights of a run or of exported weights. Raises UserError when something is missing or damaged.
 
+    The adapters of a run are merged into its denoiser, and its config is `lora.without` them.
+
     source: see the top of this file; None for the reference weights.
     build: build(config) returns the system, whose `param_shapes` are {stage: tree of ShapeDtypeStruct}.
     stages: names of the stages to read; None for all.
@@ -262,8 +314,10 @@ def load(source, build, stages=None, unverified=False):
         if stage in system.parts:
             params[stage] = system.parts[stage].read()
             continue
-        path, tree = source / f"{stage}.safetensors", system.param_shapes[stage]
-        read = read_safetensors(path, tree) if exported else read_params(source, stage, tree, run)
+        if exported:
+            read = read_safetensors(source / f"{stage}.safetensors", system.param_shapes[stage])
+        else:
+            read = read_params(source, stage, system.stages[stage].param_shapes, run)
         params[stage], steps[stage] = read
     if "denoiser" in params:
         path = source / ("statistics.json" if exported else STATISTICS)
@@ -271,6 +325,10 @@ def load(source, build, stages=None, unverified=False):
         params["statistics"], encoders = read_statistics(path, shapes, run)
         if params.keys() > system.param_shapes.keys() and encoders not in (None, encoders_hash(params, system.parts)):
             logger.warning("%s is of other autoencoders: train the denoiser further, or restore the file", path)
+        if adapters := not exported and lora.active(system.config.denoiser):
+            base, _ = read_base(source, system, params["statistics"])
+            params["denoiser"] = lora.merge(base, params["denoiser"], adapters.alpha)
+            system = build(lora.without(system.config))
     return Weights(system, params, steps)
 
 

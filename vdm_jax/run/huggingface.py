@@ -90,7 +90,7 @@ def read_tensors(folder):
     if len(whole) > 1 and len(usual) != 1:
         raise UserError(f"{folder} has several files of weights ({', '.join(whole[:4])}): keep one of them")
     name = (usual or whole)[0]
-    return _read_indexed(folder, folder / name) if name.endswith(".json") else _read_header(folder / name)
+    return _read_indexed(folder, folder / name) if name.endswith(".json") else read_file(folder / name)
 
 
 def _conversion(names):
@@ -115,7 +115,7 @@ def _read_indexed(folder, index):
     for name in sorted(set(files.values())):
         if name != epath.Path(name).name or not name.endswith(".safetensors") or not name.isprintable():
             raise UserError(f"{index} names {name!r}, which is no safetensors file in this folder: {FIX}")
-        found = _read_header(folder / name)
+        found = read_file(folder / name)
         listed = {tensor for tensor, file in files.items() if file == name}
         if found.keys() != listed:
             tensor = min(found.keys() ^ listed)
@@ -125,7 +125,8 @@ def _read_indexed(folder, index):
     return tensors
 
 
-def _read_header(path):
+def read_file(path):
+    """Returns {name: Tensor} of the tensors in a safetensors file. Only its header is read. Raises UserError."""
     if not storage.is_file(path):
         raise UserError(f"{path} is missing or no file: {FIX}")
     try:

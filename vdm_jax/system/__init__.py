@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vdm_jax import sharding
+from vdm_jax import lora, sharding
 from vdm_jax.data import buckets, text
 from vdm_jax.models.layers import apply_remat
 from vdm_jax.system.layout import Layout, layout
@@ -31,8 +31,18 @@ class System:
 
     @property
     def param_shapes(self):
-        """The shapes of the parameters of every stage, {stage: tree of ShapeDtypeStruct}."""
-        return {name: stage.param_shapes for name, stage in self.stages.items()}
+        """The shapes of the parameters of every model, {stage: tree of ShapeDtypeStruct}.
+
+        A stage trains these parameters, or adapters of them.
+        """
+        return {name: stage.encoder_shapes.get("base", stage.param_shapes) for name, stage in self.stages.items()}
+
+    def denoiser_params(self, params, encoder_params):
+        """The denoiser's parameters: `params`, or what the adapters `params` make of encoder_params["base"]."""
+        adapters = lora.active(self.config.denoiser)
+        if not adapters:
+            return params
+        return lora.merge(encoder_params["base"], sharding.all_gather_params(params, jnp.float32), adapters.alpha)
 
     def apply(self, stage, params, *arguments, method=None):
         """The output of a stage's model. method: of the module; None: __call__."""
@@ -136,7 +146,7 @@ class System:
         """Raises UserError where the mesh cannot evenly split the models or activations of the stages `names`."""
         for name in names:
             stage = self.stages[name]
-            sharding.check_axes(mesh, stage.param_shapes, name, stage.sequence_sizes)
+            sharding.check_axes(mesh, self.param_shapes[name], name, stage.sequence_sizes)
 
     def check_batch(self, mesh, name):
         """Raises UserError where the mesh cannot evenly split the batch of stage `name`."""

@@ -38,8 +38,9 @@ def prepare(systems, workdir, examples, mesh, run):
     The encoders are rounded to the precision of exported weights, so that training has the same encoders as sampling.
     With config.denoiser.cached_clips = 0 the given data/batches.Examples are returned. With n > 0 they are encoded
     once, and the result is n Encoded clips of each bucket, in the folder of the run.
+
     run: the number of the run
-    Raises UserError where an earlier stage has no checkpoint, or a student has no teacher.
+    Raises UserError where an earlier stage has no checkpoint, a student has no teacher, or adapters have no base.
     """
     system = systems[0]
     trained = [name for name in STAGES[:3] if name not in system.parts]
@@ -59,6 +60,10 @@ def prepare(systems, workdir, examples, mesh, run):
             raise UserError("a student needs a teacher: name exported weights in denoiser.distillation.teacher")
         expected = system.stages["denoiser"].encoder_shapes["teacher"]
         params["teacher"] = folder.read_exported(teacher, "denoiser", expected)
+    if "base" in system.stages["denoiser"].encoder_shapes:
+        params["base"], of = folder.read_base(workdir, system, params["statistics"])
+        if hosts.is_primary() and not (workdir / folder.BASE).exists():
+            storage.write_json(workdir / folder.BASE, {"sha256": of})
     return jax.device_put(params, sharding.state_shardings(params, mesh)), examples
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vdm_jax import diffusion
+from vdm_jax import diffusion, lora
 from vdm_jax.data import text
 from vdm_jax.system import distillation, hard_negatives, previews
 from vdm_jax.system.layout import STAGES
@@ -22,7 +22,8 @@ class Stage(NamedTuple):
     loss: Callable  # loss(params, key, batch, encoder_params) -> (scalar, metrics)
     param_shapes: Any  # what init gives, as ShapeDtypeStructs
     batch: dict  # a training batch, as ShapeDtypeStructs
-    # The shapes of `encoder_params`: parameters of earlier stages, 'statistics', and the 'teacher' of a student; or {}.
+    # The shapes of `encoder_params`: parameters of earlier stages, 'statistics', the 'teacher' of a student, and the
+    # 'base' of adapters; or {}.
     encoder_shapes: dict
     # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
     preview: Callable | None
@@ -43,10 +44,16 @@ def make_stages(system):
     inits = init_fns(system.models, config, layout)
     params = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in inits.items() if name not in system.parts}
     params |= {name: part.param_shapes() for name, part in system.parts.items()}
+    adapters, base = lora.active(config.denoiser), params["denoiser"]
+    if adapters:  # they are what is trained
+        inits["denoiser"] = lambda key: lora.init(key, base, adapters.rank, adapters.layers)
+        params["denoiser"] = jax.eval_shape(inits["denoiser"], jax.random.key(0))
     encoders = {name: params[name] for name in STAGES[:3]}
     if "teacher" in params:
         distillation.check(config.denoiser)
         encoders["teacher"] = params["teacher"]
+    if adapters:
+        encoders["base"] = base
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
     encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
 
@@ -202,7 +209,7 @@ def denoiser_loss(system, params, key, batch, encoder_params):
     z, encoded_text = batch["z"], batch["text"]
     drop_key, key, pair_key = jax.random.split(key, 3)
     null = system.encode_null_text(encoder_params)
-    denoise_fn = functools.partial(system.apply_fn("denoiser"), params)
+    denoise_fn = functools.partial(system.apply_fn("denoiser"), system.denoiser_params(params, encoder_params))
     if "teacher" in encoder_params:
         teacher_fn = functools.partial(system.apply, "teacher", encoder_params)
         loss, metrics = distillation.loss(denoise_fn, teacher_fn, key, z, encoded_text, null, settings)

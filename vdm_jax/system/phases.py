@@ -30,7 +30,10 @@ from vdm_jax.system import System, build
 RESIZED = "pos_embed"
 PATTERNS = ".diffusion.patterns"
 # Settings that no phase changes; {} is the stage. Sampling reads the target and the noise levels of the recipe.
-FIXED = ("data.text_length", "{}.model.", "{}.steps", "{}.phases", "{}.diffusion.target", "{}.diffusion.log_snr_")
+FIXED = (
+    "data.text_length",
+    *("{}.model.", "{}.lora.", "{}.steps", "{}.phases", "{}.diffusion.target", "{}.diffusion.log_snr_"),
+)
 
 
 class Phase(NamedTuple):
@@ -67,7 +70,9 @@ def phases(system, name):
             config = _changed(system.config, name, {key: value for key, value in part.items() if key != "share"})
             config[name].update(phases=(), steps=stop - start)
             phase_system = build(config)
-            _check_shapes({name: phase_system.param_shapes[name]}, system.param_shapes, last=number == len(parts))
+            # The base of adapters has one size, in all phases.
+            keep_sizes = number == len(parts) or "base" in phase_system.stages[name].encoder_shapes
+            _check_shapes({name: phase_system.param_shapes[name]}, system.param_shapes, keep_sizes)
             # `build` used the settings of the phase for all stages, but they are meant for stage `name` only. So the
             # other stages are taken from `system`, and so are the shapes of the encoders' parameters.
             stage = phase_system.stages[name]._replace(encoder_shapes=system.stages[name].encoder_shapes)
@@ -96,15 +101,16 @@ def _changed(config, name, settings):
     return config
 
 
-def _check_shapes(shapes, recipe_shapes, last):
+def _check_shapes(shapes, recipe_shapes, keep_sizes):
     """Raises UserError where a phase changes the shape of a parameter.
 
-    Only an embedding of positions may have another shape, and not in the last phase, whose weights are the result.
+    Only an embedding of positions may have another shape, and not with `keep_sizes`: in the last phase, whose weights
+    are the result.
     """
     recipe_shapes = named_leaves(recipe_shapes)
     for path, leaf in named_leaves(shapes).items():
         before = recipe_shapes[path].shape
-        if leaf.shape != before and (last or path.split("/")[-1] != RESIZED):
+        if leaf.shape != before and (keep_sizes or path.split("/")[-1] != RESIZED):
             raise UserError(f"it changes {path} from {before} to {leaf.shape}: keep data.size")
 
 

@@ -34,9 +34,11 @@ def reconstruction(system, modality):
 
 def samples(system):
     """Returns preview(params, encoder_params, clips, captions) of the denoiser: a generated clip for each caption."""
-    sampler = sampling.Sampler(system)
+    sampler, merged = sampling.Sampler(system), jax.jit(system.denoiser_params)
 
     def preview(params, encoder_params, clips, captions):
+        if "base" in encoder_params:
+            params = merged(params, encoder_params)
         return Preview(captions, *sampler(encoder_params | {"denoiser": params}, captions))
 
     return preview

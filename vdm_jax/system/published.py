@@ -27,6 +27,7 @@ from vdm_jax.models.published.clip_text_model import CLIPTextModel
 from vdm_jax.models.published.unet3d_condition import UNet3DConditionModel
 from vdm_jax.run import huggingface
 from vdm_jax.run.progress import progress
+from vdm_jax.system import adapters
 from vdm_jax.system.networks import to_uint8
 from vdm_jax.system.sampling import draw_noise
 
@@ -151,10 +152,11 @@ def read_params(folder, model, mesh=None):
     return naming.to_params(huggingface.read_tensors(folder), model, mesh, source=folder)
 
 
-def load(folder, dtype="float32"):
+def load(folder, dtype="float32", lora=()):
     """Returns the TextToVideo of a published folder. Raises UserError where a part is missing, damaged or of no use.
 
     dtype: the type of products, "float32" or "bfloat16"
+    lora: adapters that are merged into the unet, texts as in adapters.merge_files
     """
     folder = epath.Path(folder)
     name = huggingface.read_json(folder / huggingface.PIPELINE).get("_class_name")
@@ -178,6 +180,7 @@ def load(folder, dtype="float32"):
         )
     mesh = sharding.make_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1))
     params = {part: read_params(folder / part, model, mesh) for part, model in models.items()}
+    params["unet"] = adapters.merge_files(params["unet"], lora)
     return TextToVideo(schedule, tokenizer, models, params, mesh)
 
 
