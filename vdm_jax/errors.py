@@ -7,6 +7,10 @@ class UserError(ValueError):
     """Wrong input or settings. The message is one line: the fault and the fix. Commands print it and exit with 2."""
 
 
+class SaveError(UserError):
+    """A checkpoint cannot be written."""
+
+
 def one_of(what, name, known):
     """Returns `name` if it is one of the `known` names of a `what`. Raises a UserError with the nearest known name."""
     if name not in known:

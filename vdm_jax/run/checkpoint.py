@@ -27,7 +27,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vdm_jax.errors import UserError
+from vdm_jax.errors import SaveError, UserError
 from vdm_jax.run import checksums, hosts, storage
 from vdm_jax.sharding import named_leaves
 
@@ -108,7 +108,7 @@ def _explain_failed_save(checkpoints, step):
     except Exception as error:  # for a full disk Orbax raises OSError, and TensorStore raises ValueError
         complete = steps(checkpoints.directory)
         left = f"step {max(complete)} is the newest checkpoint" if complete else "there is no checkpoint"
-        raise UserError(f"cannot save step {step} in {checkpoints.directory}: {_one_line(error)}; {left}") from error
+        raise SaveError(f"cannot save step {step} in {checkpoints.directory}: {_one_line(error)}; {left}") from error
 
 
 def _one_line(error):

@@ -11,7 +11,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from vdm_jax.errors import UserError
+from vdm_jax.errors import SaveError, UserError
 
 PATH_FAULTS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -70,6 +70,8 @@ def run(main):
                 flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     try:
         app.run(main, flags_parser=_parse)
+    except SaveError as error:
+        _end(str(error), leave=os._exit)  # threads of Orbax may still wait for the rest of the save, for minutes
     except (UserError, KeyboardInterrupt) as error:
         _end(str(error) or "interrupted")
     except OSError as error:
@@ -85,9 +87,11 @@ def run(main):
         )
 
 
-def _end(fault):
+def _end(fault, leave=sys.exit):
     sys.stderr.write(f"error: {' '.join(fault.split())}\n")
-    sys.exit(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    leave(2)
 
 
 class _Stream:
