@@ -126,7 +126,7 @@ class UNet3DConditionModel(layers.Layer):
     resolutions, and time stays. Raises UserError for settings that are not supported.
     """
 
-    sample_size: int | tuple[int, ...] | None = None  # height and width of the latents in training; nothing reads it
+    sample_size: int | tuple[int, ...] | None = None  # height and width of the latents in training; no layer reads it
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",)
