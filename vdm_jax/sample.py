@@ -104,7 +104,7 @@ def load_pipeline(options, stages=STAGES):
 
 
 def load_published(options):
-    """A function from prompts to Clips, of the published model and the options that the flags name. Raises UserError."""
+    """A function from prompts to Clips, of the published model and options that the flags name. Raises UserError."""
     for flag in sorted(NOT_PUBLISHED):
         if options[flag].present:
             raise UserError(f"--{flag} is not for a published model: leave it out")
