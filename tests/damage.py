@@ -27,7 +27,7 @@ from vdm_jax.system.layout import STAGES, layout
 SHAPES = {"a": jax.ShapeDtypeStruct((8, 9), np.float32), "b": jax.ShapeDtypeStruct((3,), np.float32)}
 STATISTICS = {m: dict.fromkeys(("mean", "std"), jax.ShapeDtypeStruct((4,), np.float32)) for m in ("video", "audio")}
 DENOISER = SimpleNamespace(encoder_shapes={"statistics": STATISTICS})
-SYSTEM = SimpleNamespace(param_shapes=dict.fromkeys(STAGES, SHAPES), stages={"denoiser": DENOISER})
+SYSTEM = SimpleNamespace(param_shapes=dict.fromkeys(STAGES, SHAPES), stages={"denoiser": DENOISER}, parts={})
 CLIPS = {"z": jax.ShapeDtypeStruct((4, 5), np.float16)}
 CONTENTS = (b"", b"{}", b"[]", b"null", b"NaN", b"\xff\xfe", b"0" * 100)
 # A group is what matches a pattern in the folder of `make`, and is read as a whole.
@@ -86,7 +86,7 @@ def make(folder, seed):
         first = part * latents.CLIPS_PER_FILE
         latents._write(clips / f"clips_0000{part}.npy", made, latents._record(CLIPS), first, 4, mark)
     run_folder.write_statistics(run / run_folder.STATISTICS, statistics, params, seed)
-    system = SimpleNamespace(config=config_of(seed))
+    system = SimpleNamespace(config=config_of(seed), parts={})
     weights = run_folder.Weights(system, params | {"statistics": statistics}, dict.fromkeys(STAGES, 8))
     run_folder.write_exported(epath.Path(folder / "out"), weights, run)
 

@@ -133,7 +133,7 @@ def test_cached_clips_are_those_encoded_in_the_batch(config, tmp_path):
     examples = batches.Examples(batches.source(config), system.tokenize)
     (tmp_path / "denoiser").mkdir()
     mesh = sharding.make_mesh(config.mesh)
-    params, (cached,) = latents.prepare([system], epath.Path(tmp_path), [examples], mesh)
+    params, (cached,) = latents.prepare([system], epath.Path(tmp_path), [examples], mesh, 0)
     order = dict(batch_size=4, seed=config.seed, start=0, data=config.data)
     clips = next(batches.batches(examples, **order))
     fresh = jax.jit(lambda p, b: encode_batch(system, p, b))(params, clips)

@@ -112,7 +112,8 @@ def load_published(options):
 
     def make(prompts):
         chosen = {name: options[name].value for name in ("seed", "seconds", "steps", "method", "guidance")}
-        videos = pipe.clips(prompts, **chosen)
+        size = buckets.parse_size(options.size) if options.size else None
+        videos = pipe.clips(prompts, size=size, **chosen)
         return [Clip(video, None, published.FPS, 0, prompt) for video, prompt in zip(videos, prompts, strict=True)]
 
     return make

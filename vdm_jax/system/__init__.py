@@ -47,8 +47,11 @@ class System:
     def apply(self, stage, params, *arguments, method=None):
         """The output of a stage's model. method: of the module; None: __call__."""
         with jax.named_scope(f"{stage}_{method}" if method else stage):
-            gathered = sharding.all_gather_params(params[stage], self.models[stage].dtype)
-            return self.models[stage].apply({"params": gathered}, *arguments, method=method)
+            module = self.models[stage]
+            gathered = sharding.all_gather_params(params[stage], module.dtype)
+            if hasattr(module, "in_chunks"):  # in memory that does not grow with the length of the clip
+                return module.in_chunks(gathered, method, *arguments)
+            return module.apply({"params": gathered}, *arguments, method=method)
 
     def apply_fn(self, stage, method=None):
         """Returns call(params of the stage, *arguments), which does what `apply` does, with config.<stage>.remat."""
