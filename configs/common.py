@@ -76,17 +76,24 @@ def get_config():
     )
 
     # ------------------------------------------------------- parts that are not trained here, see system/parts.py
-    def part():
-        return ConfigDict(
-            dict(
-                source="",  # folder of a published model, of another run or of exported weights; "": trained here
-                hash="",  # of its weights; a run writes it down when it starts
-            )
+    config.video_codec = ConfigDict(  # a part in place of the stage video_autoencoder
+        dict(
+            source="",  # folder of a published model, of another run or of exported weights; "": trained here
+            hash="",  # of its weights; a run writes it down when it starts
         )
-
-    config.video_codec = part()  # in place of the stage video_autoencoder
-    config.audio_codec = part()  # in place of the stage audio_autoencoder
-    config.text_encoder = part()  # in place of the stage clip
+    )
+    config.audio_codec = ConfigDict(  # a part in place of the stage audio_autoencoder
+        dict(
+            source="",  # folder of a published model, of another run or of exported weights; "": trained here
+            hash="",  # of its weights; a run writes it down when it starts
+        )
+    )
+    config.text_encoder = ConfigDict(  # a part in place of the stage clip
+        dict(
+            source="",  # folder of a published model, of another run or of exported weights; "": trained here
+            hash="",  # of its weights; a run writes it down when it starts
+        )
+    )
 
     # ------------------------------------------------------------------------------------------- the four stages
     def optimizer(**different):

@@ -29,9 +29,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 BLOCK = re.compile(r"^(?:<!-- not run: ([^>]+) -->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
 COMMANDS = ("train", "sample", "evaluate", "weights", "bench", "dry_run", "overview", "app")
 CLOUD = ("tpu_vm", "queued", "slurm", "gke")
-SHELL = ("export", ".", "pip")  # first words of lines that are no command of ours
+SHELL = ("export", ".", "pip", "hf")  # first words of lines that are no command of ours
 WORDS = {  # of training: the data and the machine of a user, which the tiny run has not
-    "--config.denoiser.steps", "--config.denoiser.batch_size", "--config.data.size", "--profile",
+    "--config.denoiser.steps", "--config.denoiser.batch_size", "--config.data.size", "--config.data.buckets", "--profile",
 }  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def desk(tiny_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(tiny_run, folder / "run")
     size, fps, rate, frames = (tiny.get_config().data[key] for key in ("size", "fps", "sample_rate", "frames"))
-    video = np.random.default_rng(0).integers(0, 256, (2 * frames, size, size, 3), np.uint8)
+    video = np.random.default_rng(0).integers(0, 256, (2 * frames, *size, 3), np.uint8)
     audio = np.zeros(2 * frames * rate // fps, np.float32)
     for name in ("old.mp4", "a.mp4", "b.mp4", "silent.mp4"):
         media.write_mp4(folder / name, video, audio, fps, rate)
