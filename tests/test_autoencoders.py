@@ -92,7 +92,7 @@ def test_training_samples_the_latent(name):
     config = tiny.get_config()
     system = build(config)
     model, size = system.models[name], system.layout
-    shapes = {"video_autoencoder": (size.frames, 16, 16, 3), "audio_autoencoder": (size.latent_frames * 500,)}
+    shapes = {"video_autoencoder": (size.frames, 16, 24, 3), "audio_autoencoder": (size.latent_frames * 500,)}
     x = np.random.default_rng(0).normal(size=(2, *shapes[name])).astype(np.float32)
     params = init_weights(model, x, jax.random.key(0))
 

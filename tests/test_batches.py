@@ -1,5 +1,6 @@
 """A batch is a pure function of the seed and the step."""
 
+import functools
 import itertools
 
 import jax
@@ -75,7 +76,7 @@ def test_batches_of_the_world():
     source = batches.source(config)
 
     def from_step(start):
-        examples = batches.Examples(source, config.data.text_length)
+        examples = batches.Examples(source, functools.partial(text.encode, length=96))
         return batches.batches(examples, batch_size=3, seed=0, start=start, data=config.data)
 
     first, second = itertools.islice(from_step(0), 2)
@@ -99,10 +100,11 @@ def test_batches_of_the_world():
 
 def test_examples_have_a_wrong_caption_where_one_is_drawn():
     source = [{"video": np.zeros(2), "audio": np.zeros(3), "caption": caption} for caption in ("a red cat", "a dog")]
-    plain = batches.Examples(source, 16).take([1, 0])
+    tokenize = functools.partial(text.encode, length=16)
+    plain = batches.Examples(source, tokenize).take([1, 0])
     assert set(plain) == {"video", "audio", "tokens"}
     np.testing.assert_array_equal(plain["tokens"], text.encode(["a dog", "a red cat"], 16))
-    wrong = batches.Examples(source, 16, lambda caption: caption.upper()).take([1, 0])
+    wrong = batches.Examples(source, tokenize, lambda caption: caption.upper()).take([1, 0])
     np.testing.assert_array_equal(wrong["hard_negative"], text.encode(["A DOG", "A RED CAT"], 16))
 
 

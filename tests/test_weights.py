@@ -219,8 +219,8 @@ LOSSES = {"video_autoencoder": 0.0120864, "audio_autoencoder": 0.0997274, "clip"
 @pytest.mark.parametrize("name", STAGES)
 def test_the_reference_weights_have_their_losses(name):
     weights = run_folder.load(None, build)
-    config, stage = weights.system.config, weights.system.stages[name]
-    examples = batches.Examples(batches.source(config, "held_out"), config.data.text_length, stage.make_hard_negative)
+    system, stage = weights.system, weights.system.stages[name]
+    examples = batches.Examples(batches.source(system.config, "held_out"), system.tokenize, stage.make_hard_negative)
     batch = examples.take(range(4))
     loss, _ = jax.jit(stage.loss)(weights.params[name], jax.random.key(0), batch, weights.params)
     np.testing.assert_allclose(loss, LOSSES[name], rtol=1e-4)

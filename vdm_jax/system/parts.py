@@ -113,7 +113,7 @@ def open_parts(config):
     """
     parts = {}
     for key, stage in STAGE_OF.items():
-        if config[key].source:
+        if key in config and config[key].source:  # the config.json of older weights has no parts
             parts[stage] = _open(key, storage.given(config[key].source), config)
             if config[key].hash and parts[stage].fingerprint != config[key].hash:
                 raise UserError(
