@@ -32,7 +32,7 @@ def clip():
 
 def batch(seed=0):
     tokens = text.encode(PROMPTS, tiny.get_config().data.text_length)
-    video = np.random.default_rng(seed).integers(0, 256, (len(PROMPTS), 5, 16, 16, 3), np.uint8)
+    video = np.random.default_rng(seed).integers(0, 256, (len(PROMPTS), 5, 16, 24, 3), np.uint8)
     return tokens, video
 
 

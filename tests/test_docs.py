@@ -31,7 +31,8 @@ COMMANDS = ("train", "sample", "evaluate", "weights", "bench", "dry_run", "overv
 CLOUD = ("tpu_vm", "queued", "slurm", "gke")
 SHELL = ("export", ".", "pip", "hf")  # first words of lines that are no command of ours
 WORDS = {  # of training: the data and the machine of a user, which the tiny run has not
-    "--config.denoiser.steps", "--config.denoiser.batch_size", "--config.data.size", "--config.data.buckets", "--profile",
+    "--config.denoiser.steps", "--config.denoiser.batch_size", "--config.data.size", "--config.data.buckets",
+    "--profile",
 }  # fmt: skip
 
 

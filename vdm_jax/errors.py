@@ -8,7 +8,7 @@ class UserError(ValueError):
 
 
 class SaveError(UserError):
-    """A checkpoint cannot be written."""
+    """A run cannot write to its folder."""
 
 
 def one_of(what, name, known):

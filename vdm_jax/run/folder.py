@@ -31,7 +31,7 @@ from etils import epath
 from safetensors import SafetensorError
 
 from vdm_jax import lora, settings
-from vdm_jax.errors import UserError
+from vdm_jax.errors import SaveError, UserError
 from vdm_jax.run import checkpoint, checksums, hosts, record, storage
 from vdm_jax.sharding import named_leaves, path_name
 
@@ -90,7 +90,7 @@ def explain_disk_faults(workdir, stage):
         fault = "it, or a part of it, was deleted, moved or replaced" if lost else cause.strerror
         newest = newest_step(workdir, stage)
         left = "there is no checkpoint" if newest is None else f"step {newest} is the newest checkpoint"
-        raise UserError(f"{stage}: cannot write in {workdir}: {fault}; {left}") from None
+        raise SaveError(f"{stage}: cannot write in {workdir}: {fault}; {left}") from None
 
 
 def newest_step(workdir, stage):
