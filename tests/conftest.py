@@ -88,6 +88,7 @@ def command(monkeypatch, capfd):
         capfd.readouterr()
         try:
             with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+                patch.setattr(os, "_exit", sys.exit)  # a run that cannot write would end this process
                 patch.setattr(sys, "argv", [script.__name__, *map(str, options)])
                 patch.setattr(logger, "handlers", [])  # the script adds its own, and keeps messages to itself
                 patch.setattr(logger, "propagate", True)
