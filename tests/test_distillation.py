@@ -160,6 +160,7 @@ def test_a_student_without_its_teacher_is_told_so(command, tiny_run, tmp_path):
     run = tmp_path / "run"
     for stage in ("video_autoencoder", "audio_autoencoder", "clip"):
         shutil.copytree(tiny_run / stage, run / stage)
+    shutil.copy(tiny_run / "config.json", run)
     told = command(train, *recipe, f"--workdir={run}", "--stage=denoiser")
     assert told.code == 2 and "none" in told.err[-1]
     told = command(train, recipe[0], f"--workdir={run}", "--stage=denoiser", "--config.denoiser.distillation.teacher=")
