@@ -131,11 +131,11 @@ def test_the_cache_is_made_again_where_weights_data_or_settings_are_others(confi
         """Returns why the cached clips are encoded again, "" when they are not."""
         caplog.clear()
         (folder / "clips_00000.npy").touch()
-        latents._make_current(folder, latents._fingerprint(config, params), batches.source(config))
+        latents._make_current(folder, latents._fingerprint(config, params, {}), batches.source(config))
         assert (folder / "clips_00000.npy").exists() != bool(caplog.messages)
         return " ".join(m for m in caplog.messages if "caption" not in m).partition("encoded again: ")[2]
 
-    latents._make_current(folder, latents._fingerprint(config, params), batches.source(config))
+    latents._make_current(folder, latents._fingerprint(config, params, {}), batches.source(config))
     assert current() == ""
     shutil.copytree(clips, tmp_path / "moved")
     config.data.update(path=str(tmp_path / "moved"), threads=3)
@@ -181,7 +181,7 @@ def test_statistics_are_measured_again_where_the_autoencoders_are_others(tmp_pat
     caplog.set_level("INFO")
     shapes = {m: dict.fromkeys(("mean", "std"), jax.ShapeDtypeStruct((4,), np.float32)) for m in ("video", "audio")}
     denoiser = SimpleNamespace(encoder_shapes={"statistics": shapes})
-    system, path = SimpleNamespace(stages={"denoiser": denoiser}), epath.Path(tmp_path / "statistics.json")
+    system, path = SimpleNamespace(stages={"denoiser": denoiser}, parts={}), epath.Path(tmp_path / "statistics.json")
     measured = []
     ones = jax.tree.map(lambda x: np.ones(x.shape), shapes)
     monkeypatch.setattr(latents, "measure", lambda *arguments: measured.append(1) or ones)

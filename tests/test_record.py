@@ -223,7 +223,10 @@ class WithoutModels:
     """A System that checks settings, and builds no models."""
 
     def __init__(self, config):
-        self.config, self.layout = config, layout(config)
+        self.config, self.layout, self.parts = config, layout(config), {}
+
+    def in_buckets(self, name):
+        return [self]
 
     def check_batch(self, *arguments):
         pass

@@ -92,4 +92,4 @@ def test_a_jump_shows_at_the_seam_alone(world, oracle):
     for key in ("given", "inside"):
         assert made[key] == pytest.approx(oracle["continue"][key], abs=0.02)
     config = world[0].config
-    assert made["seam"] == pytest.approx(config.data.fps / config.data.size, rel=0.1)  # a pixel a frame
+    assert made["seam"] == pytest.approx(config.data.fps / config.data.size[0], rel=0.1)  # a pixel a frame

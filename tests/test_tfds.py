@@ -91,7 +91,7 @@ def test_items(data_dir, audio_key):
 
 def test_a_recipe_names_the_data_set(data_dir):
     config = common.get_config()
-    config.data.update(source="tfds", path=str(data_dir), frames=4, size=16)
+    config.data.update(source="tfds", path=str(data_dir), frames=4, size=(16, 16))
     config.data.tfds.update(name="tiny_clips", video_key="clip", caption_key="text", source_fps=2.0 * FPS)
     silent = batches.source(config)[2]
     assert silent["caption"] and not silent["audio"].any()
@@ -194,7 +194,7 @@ def test_a_data_set_in_a_bucket(data_dir, bucket):
 
 def held_out_config(data_dir, **settings):
     config = common.get_config()
-    config.data.update(source="tfds", path=str(data_dir), frames=4, size=16)
+    config.data.update(source="tfds", path=str(data_dir), frames=4, size=(16, 16))
     config.data.tfds.update(name="tiny_clips", video_key="clip", caption_key="text", **settings)
     return config
 

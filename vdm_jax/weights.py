@@ -66,7 +66,9 @@ def export_adapters(workdir, out):
     chosen = lora.active(system.config.denoiser)
     if not chosen:
         raise UserError(f"{workdir} has no adapters (denoiser.lora.rank=0): leave out --adapters")
-    trained, step = folder.read_params(workdir, "denoiser", system.stages["denoiser"].param_shapes)
+    trained, step = folder.read_params(
+        workdir, "denoiser", system.stages["denoiser"].param_shapes, folder.run_number(workdir)
+    )
     adapters.write(out, trained, chosen.alpha)
     print(f"wrote {out / adapters.FILE}: adapters of rank {chosen.rank} at step {step}")
 

@@ -244,7 +244,7 @@ def read_base(workdir, system, statistics):
     if exported := (source / "denoiser.safetensors").exists():
         params = read_exported(source, "denoiser", expected)
     else:
-        params = read_params(source, "denoiser", expected)[0]
+        params = read_params(source, "denoiser", expected, run_number(source))[0]
     of_base, _ = read_statistics(source / ("statistics.json" if exported else STATISTICS), statistics)
     if not all(jax.tree.leaves(jax.tree.map(np.array_equal, of_base, statistics))):
         raise UserError(
@@ -332,7 +332,7 @@ def load(source, build, stages=None, unverified=False):
     return Weights(system, params, steps)
 
 
-def read_params(workdir, stage, expected, run=0):
+def read_params(workdir, stage, expected, run):
     """Returns (the EMA parameters in the newest checkpoint of a stage, as NumPy arrays; its step). Raises UserError.
 
     run: the number of the run

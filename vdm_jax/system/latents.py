@@ -212,7 +212,7 @@ def _cached(system, params, examples, directory):
     interruption, the next run makes the missing files.
     """
     if hosts.is_primary():
-        _make_current(directory, _fingerprint(system, params), examples.source)
+        _make_current(directory, _fingerprint(system.config, params, system.parts), examples.source)
     hosts.barrier("folder", ENCODING_SECONDS)
     mark = _mark(storage.read_json(directory / FINGERPRINT, "start the training again"))
     count, abstract_batch = system.config.denoiser.cached_clips, system.stages["denoiser"].batch
@@ -281,9 +281,8 @@ def _mark(fingerprint):
     return " ".join(str(fingerprint.get(part)) for part in PARTS)
 
 
-def _fingerprint(system, params):
+def _fingerprint(config, params, parts):
     """Returns hashes of the parameters that encode, and of the settings that decide what is encoded."""
-    config = system.config
     denoiser, data = config.denoiser, config.data.to_dict()
     unused = {"threads", "prefetch", "world", "files", "tfds"} - {data["source"]}
     unused |= {"path"} if data["source"] == "files" else set()  # a folder that only moved is the same data
@@ -291,8 +290,8 @@ def _fingerprint(system, params):
     settings = [CLIPS_PER_FILE, config.seed, denoiser.cached_clips, denoiser.hard_negatives.words, data]
     digest = hashlib.sha256()
     for name in sorted(params):
-        if name in system.parts:
-            digest.update(system.parts[name].fingerprint.encode())
+        if name in parts:
+            digest.update(parts[name].fingerprint.encode())
         else:
             for leaf in jax.tree.leaves(params[name]):
                 digest.update(np.asarray(leaf).tobytes())

@@ -87,7 +87,7 @@ class Trained:
         if exported.exists():
             params = folder.read_exported(self.folder, self.stage, expected)
         else:
-            params, _ = folder.read_params(self.folder, self.stage, expected)
+            params, _ = folder.read_params(self.folder, self.stage, expected, folder.run_number(self.folder))
         params = folder.as_exported(params)
         return params if mesh is None else jax.device_put(params, sharding.state_shardings(params, mesh))
 
