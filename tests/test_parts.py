@@ -168,5 +168,5 @@ def test_a_part_of_another_run(tiny_run):
     assert set(system.parts) == {"video_autoencoder", "audio_autoencoder", "clip"}
     assert system.layout == build(tiny.get_config()).layout
     for stage, part in system.parts.items():
-        ema, _ = folder.read_params(tiny_run, stage, system.param_shapes[stage])
+        ema, _ = folder.read_params(tiny_run, stage, system.param_shapes[stage], 0)
         jax.tree.map(np.testing.assert_array_equal, part.read(), folder.as_exported(ema))
