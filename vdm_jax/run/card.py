@@ -73,7 +73,7 @@ def _usage(source):
     prompt = "a red circle moving right" if source == "world" else "TEXT"
     return (
         "## How to use it",
-        "`FOLDER` is the folder that holds this file.",
+        "`FOLDER` is the folder that has this file.",
         f'```python\nimport vdm_jax\n\nclip = vdm_jax.load("FOLDER")("{prompt}")\nclip.save("clip.mp4")\n```',
         f'```sh\npython -m vdm_jax.sample --weights=FOLDER --prompt="{prompt}" --out=clip.mp4\n'
         "python -m vdm_jax.weights verify FOLDER\n```",
