@@ -373,8 +373,9 @@ def write_exported(folder, weights, workdir, outcomes=None, license=""):
     statistics, parts = weights.params["statistics"], weights.system.parts
     write_statistics(folder / "statistics.json", statistics, weights.params, parts=parts)
     changes = record.write_changes(workdir, folder)
-    base = storage.read_json(workdir / BASE, "restore it from a copy").get("sha256") if (workdir / BASE).exists() else ""
-    described = card.text(read_config(workdir), weights.steps, files, changes, base, outcomes, license)
+    base = storage.read_json(workdir / BASE, "restore it from a copy") if (workdir / BASE).exists() else {}
+    sha256 = base.get("sha256", "")
+    described = card.text(read_config(workdir), weights.steps, files, changes, sha256, outcomes, license)
     storage.replace(folder / card.NAME, described)
     checksums.write(folder)
 
