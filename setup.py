@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vdm_jax", "vdm_jax.*"]),
-    package_data={"vdm_jax": ["reference/**/*.safetensors", "reference/**/*.json", "reference/**/*.txt"]},
+    package_data={"vdm_jax": ["reference/**/*.*"]},
     install_requires=[
         "absl-py",
         "array-record",  # tensorflow-datasets reads this format without TensorFlow

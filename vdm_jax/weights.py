@@ -1,6 +1,7 @@
 """Exports, imports and verifies the weights of a run.
 
     python -m vdm_jax.weights export --workdir=DIR --out=FOLDER        # EMA weights of all stages, half precision
+        [--license=apache-2.0] [--report=FOLDER/metrics.json]          # for the model card beside them, README.md
     python -m vdm_jax.weights export --workdir=DIR --out=FOLDER --adapters     # the adapters alone, for `peft`
     python -m vdm_jax.weights import --weights=FOLDER --workdir=DIR    # a new run that starts from these weights
     python -m vdm_jax.weights verify DIR                               # checks all files that a run reads back
@@ -24,7 +25,8 @@ from etils import epath
 
 from vdm_jax import lora, settings, train_state
 from vdm_jax.errors import UserError
-from vdm_jax.run import checkpoint, checksums, cli, folder, record, storage
+from vdm_jax.metrics import report
+from vdm_jax.run import card, checkpoint, checksums, cli, folder, record, storage
 from vdm_jax.sharding import named_leaves, path_name
 from vdm_jax.system import adapters, build, latents
 from vdm_jax.system.layout import STAGES, layout
@@ -36,10 +38,15 @@ UNCHECKED = ("lock", "heartbeat.json", "starts.jsonl", "metrics.jsonl", "events.
 def main(argv):
     options = flags.FLAGS
     if argv[1:] == ["export"] and options.workdir and options.out and options.adapters:
+        if options.license or options.report:
+            raise UserError("adapters alone get no model card: leave out --license and --report")
         export_adapters(storage.given(options.workdir), storage.given(options.out))
     elif argv[1:] == ["export"] and options.workdir and options.out:
+        if options.license:
+            card.check_license(options.license)
+        outcomes = report.read_outcomes(storage.given(options.report)) if options.report else None
         weights, out = folder.load(options.workdir, build), storage.given(options.out)
-        folder.write_exported(out, weights, options.workdir)
+        folder.write_exported(out, weights, options.workdir, outcomes, options.license)
         size = sum((out / f"{stage}.safetensors").stat().length for stage in weights.steps)
         print(f"wrote {out}: {size / 1e6:.2f} MB of weights")
     elif argv[1:2] == ["verify"] and len(argv) == 3:
@@ -121,6 +128,7 @@ def _parts(directory):
     if "_CHECKPOINT_METADATA" in names:  # the user named a checkpoint
         yield directory, functools.partial(_check_checkpoint, directory)
         return
+    covered = checksums.listed(directory)
     if exported or checksums.NAME in names:
         yield directory, functools.partial(checksums.check, directory, exported)
     for name in names:
@@ -142,7 +150,7 @@ def _parts(directory):
             yield path, "set aside, not checked"
         elif path.is_dir():
             yield from () if name in UNCHECKED else _parts(path)
-        elif not any(map(path.match, (*UNCHECKED, *exported, checksums.NAME))):
+        elif name not in covered and not any(map(path.match, (*UNCHECKED, *exported, checksums.NAME))):
             yield path, "unknown, not checked"
 
 
@@ -237,6 +245,8 @@ def define_flags():
     flags.DEFINE_string("workdir", None, "Folder of the run: export reads it, import makes it.")
     flags.DEFINE_string("out", None, "Folder that export writes the weights to.")
     flags.DEFINE_string("weights", None, "Folder of exported weights that import reads, or 'reference'.")
+    flags.DEFINE_string("license", "", "Identifier of the license, which export writes into the model card.")
+    flags.DEFINE_string("report", None, "metrics.json of evaluate, whose outcomes export writes into the model card.")
     flags.DEFINE_multi_enum("restart", [], STAGES, "Stage that import sets to step 0, to train it from its weights.")
     flags.DEFINE_bool("adapters", False, "Export the adapters of a run alone (config.denoiser.lora), not merged.")
     flags.DEFINE_bool("unverified", False, "Accept weights without checksums.txt; verify accepts checkpoints, too.")

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
+from vdm_jax.errors import UserError
 from vdm_jax.metrics.shares import Difference, Share
 from vdm_jax.run import storage
 
@@ -115,6 +116,31 @@ def _table(title: str, figures: Mapping) -> tuple:
     keys = dict.fromkeys(key for column in columns.values() for key in column)
     lines = [(_label(key)[0], [_cell(key, column.get(key)) for column in columns.values()]) for key in keys]
     return title, [*columns], lines
+
+
+def read_outcomes(path: epath.Path) -> tuple:
+    """Returns (columns, [(label, a text for each column)]) of the outcomes in a metrics.json. Raises UserError.
+
+    Outcomes that no source has are left out.
+    """
+    fix = "give the metrics.json of python -m vdm_jax.evaluate"
+    metrics = storage.read_json(path, fix, sealed=False)
+
+    def outcome(source, key):
+        value, interval = metrics[source][key], metrics["intervals"].get(source, {}).get(key)
+        if value is None or not interval:
+            return value if value is None else float(value)
+        low, high = map(float, interval)
+        return Share.within(float(value), low, high)
+
+    try:
+        read = {source: {key: outcome(source, key) for key in OUTCOMES} for source in SOURCES}
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(f"{path} has no table of outcomes ({type(error).__name__}: {error}): {fix}") from None
+    found = [key for key in OUTCOMES if any(column[key] is not None for column in read.values())]
+    if not found:
+        raise UserError(f"{path} has no outcomes, which only the procedural world has: leave out --report")
+    return _table("", {source: {key: column[key] for key in found} for source, column in read.items()})[1:]
 
 
 def _tables(metrics: Mapping) -> list[tuple]:

@@ -22,6 +22,13 @@ class Share(float):
         self.low, self.high = max(0.0, center - half), min(1.0, center + half)
         return self
 
+    @classmethod
+    def within(cls, share, low, high):
+        """Returns a Share whose interval is known already."""
+        self = float.__new__(cls, share)
+        self.low, self.high = low, high
+        return self
+
 
 class Difference(float):
     """The difference of two shares in -1..1, with the ends `low` and `high` of its interval."""

@@ -82,6 +82,19 @@ def check(folder, needed=(), mark=""):
     return count
 
 
+def listed(folder):
+    """Returns {path: its line} of the files with a checksum; {} where `checksums.txt` is missing or damaged."""
+    try:
+        return _read(folder)[2]
+    except Damaged:
+        return {}
+
+
+def is_unchanged(folder, path):
+    """Returns whether a file is the one that `checksums.txt` was written for."""
+    return listed(folder).get(path) == _line(folder, path).rstrip("\n")
+
+
 def read_mark(folder):
     """Returns the mark of a folder, or "". Raises Damaged."""
     return _read(folder)[1]

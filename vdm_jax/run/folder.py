@@ -9,6 +9,7 @@
     <weights>/config.json, statistics.json        as above; config.json is the config in force
     <weights>/changes.jsonl                       the changes in starts.jsonl, if there are any
     <weights>/<stage>.safetensors                 parameters in half precision, and the step that they are from
+    <weights>/README.md                           see card.py
     <weights>/checksums.txt                       see checksums.py
 
 This file knows no models. What a folder should hold is an argument, `expected`: a tree of ShapeDtypeStruct.
@@ -32,7 +33,7 @@ from safetensors import SafetensorError
 
 from vdm_jax import lora, settings
 from vdm_jax.errors import SaveError, UserError
-from vdm_jax.run import checkpoint, checksums, hosts, record, storage
+from vdm_jax.run import card, checkpoint, checksums, hosts, record, storage
 from vdm_jax.sharding import named_leaves, path_name
 
 logger = logging.getLogger("vdm_jax")
@@ -350,15 +351,32 @@ def read_params(workdir, stage, expected, run):
     return stored["ema"], step
 
 
-def write_exported(folder, weights, workdir):
-    """Writes Weights as exported weights, with their checksums and the changes in the record of the run `workdir`."""
-    storage.make_folder(folder)
+def write_exported(folder, weights, workdir, outcomes=None, license=""):
+    """Writes Weights as exported weights, with their checksums, and with the model card and changes of their run.
+
+    workdir: the run or the exported weights that they are from
+    outcomes, license: see card.text
+    Raises UserError, and writes nothing, where the folder holds a run, or a README.md that no export has written.
+    """
+    folder, workdir = storage.make_folder(folder), storage.given(workdir)
+    if (folder / "config.json").exists() and not is_exported(folder):
+        raise UserError(f"{folder} has a config.json, but no exported weights: give a new --out")
+    if (folder / card.NAME).exists() and not checksums.is_unchanged(folder, card.NAME):
+        raise UserError(f"{folder / card.NAME} would be lost, and is not as an export wrote it: move it away")
+    files = {}
     for stage, step in weights.steps.items():
-        write_safetensors(folder / f"{stage}.safetensors", weights.params[stage], step)
+        path = folder / f"{stage}.safetensors"
+        write_safetensors(path, weights.params[stage], step)
+        with path.open("rb") as file:
+            files[stage] = hashlib.file_digest(file, "sha256").hexdigest()
     storage.replace(folder / "config.json", weights.system.config.to_json_best_effort(indent=1) + "\n")
     statistics, parts = weights.params["statistics"], weights.system.parts
-    write_statistics(folder / "statistics.json", statistics, weights.params, parts)
-    record.write_changes(storage.given(workdir), folder)
+    write_statistics(folder / "statistics.json", statistics, weights.params, parts=parts)
+    changes = record.write_changes(workdir, folder)
+    base = storage.read_json(workdir / BASE, "restore it from a copy") if (workdir / BASE).exists() else {}
+    sha256 = base.get("sha256", "")
+    described = card.text(read_config(workdir), weights.steps, files, changes, sha256, outcomes, license)
+    storage.replace(folder / card.NAME, described)
     checksums.write(folder)
 
 

@@ -108,16 +108,32 @@ def append(workdir, run, steps, changed):
 
 
 def write_changes(workdir, folder):
-    """Writes the rows of a run that change something into a folder of exported weights, without the commands."""
-    rows = [row for row in map(storage.unseal, _rows(workdir)) if row["changed"]]
+    """Writes the rows of `changes` into a folder of exported weights, and returns them."""
+    rows = changes(workdir)
     (folder / CHANGES).unlink(missing_ok=True)
     if rows:
-        lines = [json.dumps({key: row[key] for key in ("time", "version", "steps", "changed")}) + "\n" for row in rows]
-        storage.replace(folder / CHANGES, "".join(lines))
+        storage.replace(folder / CHANGES, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
-def _rows(folder):
-    path = folder / NAME
+def changes(folder):
+    """Returns the rows that change something, without the commands, of a run or of exported weights. Raises UserError.
+
+    A row: {"time": ..., "version": ..., "steps": {STAGE: step or None}, "changed": {KEY: [before, after]}}
+    """
+    name = CHANGES if (folder / CHANGES).exists() else NAME
+    try:
+        rows = [storage.unseal(row, sealed=False) for row in _rows(folder, name)]
+        rows = [{key: row[key] for key in ("time", "version", "steps", "changed")} for row in rows if row["changed"]]
+        for row in rows:
+            row |= {"steps": dict(row["steps"]), "changed": {key: [a, b] for key, (a, b) in row["changed"].items()}}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder / name} is damaged ({error}): {FIX}") from None
+    return rows
+
+
+def _rows(folder, name=NAME):
+    path = folder / name
     return storage.read_text(path, FIX).splitlines() if path.exists() else []
 
 
