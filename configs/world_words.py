@@ -3,7 +3,7 @@
     python -m vdm_jax.train --config=configs/world_words.py --workdir=runs/world_words
 
 The denoiser learns from single frames first, then twice from short clips, then from whole ones. Not yet run to its end:
-configs/world_words_begun holds the weights at the end of the second phase. docs/reference_run.md tells the run.
+configs/world_words_begun holds the weights at the end of the third phase. docs/reference_run.md tells the run.
 """
 
 from configs import world_tiny

@@ -42,7 +42,7 @@ def source(config, split="train"):
     if data.source == "files":
         if not data.path:
             raise UserError("data.path is empty: name the folder of videos, --config.data.path=FOLDER")
-        shapes = tuple(map(buckets.parse, data.buckets))
+        shapes = tuple(map(buckets.parse, data.get("buckets", ())))
         return Files(data.path, split=split, seed=config.seed, buckets=shapes, **clip, **data.files)
     from vdm_jax.data.tfds import Tfds  # imports tensorflow_datasets, which few runs need
 

@@ -140,7 +140,7 @@ class System:
 
     def in_buckets(self, name):
         """The Systems that stage `name` is trained on, one for each bucket; this System alone where there are none."""
-        if not self.config.data.buckets or not self.stages[name].any_shape:
+        if not self.config.data.get("buckets") or not self.stages[name].any_shape:
             return [self]
         shapes = map(buckets.parse, self.config.data.buckets)
         return [self.with_shape(shape.frames, (shape.height, shape.width)) for shape in shapes]
