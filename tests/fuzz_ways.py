@@ -349,7 +349,7 @@ def stored(draw, folder):
         directory = folder / "run" / "clip" / "checkpoints"
         checkpoint.quarantine_damaged(directory)
         return
-    run_folder.read_params(folder / "run", "clip", expected["clip"])
+    run_folder.read_params(folder / "run", "clip", expected["clip"], 0)
 
 
 def exported(draw, folder):

@@ -76,10 +76,10 @@ def test_the_newest_state_comes_back(tmp_path):
 
 def test_weights_are_the_average_of_the_newest_state(tmp_path):
     save(tmp_path / "clip" / "checkpoints", state(1), state(2, 5.0))
-    equal(run_folder.read_params(tmp_path, "clip", EXPECTED)[0], jax.tree.map(lambda x: 10 * x, PARAMS))
+    equal(run_folder.read_params(tmp_path, "clip", EXPECTED, 0)[0], jax.tree.map(lambda x: 10 * x, PARAMS))
     other = {**EXPECTED, "scale": jax.ShapeDtypeStruct((2,), np.float32)}
     with pytest.raises(UserError, match=r"scale is float32 \(\), the config asks for float32 \(2,\)"):
-        run_folder.read_params(tmp_path, "clip", other)
+        run_folder.read_params(tmp_path, "clip", other, 0)
 
 
 def test_a_save_that_was_cut_off_does_not_count(tmp_path):
@@ -88,7 +88,7 @@ def test_a_save_that_was_cut_off_does_not_count(tmp_path):
     rest = folder / "2.orbax-checkpoint-tmp"
     rest.mkdir()
     (rest / "half").write_text("half")
-    equal(run_folder.read_params(tmp_path, "clip", EXPECTED)[0], jax.tree.map(lambda x: 2 * x, PARAMS))
+    equal(run_folder.read_params(tmp_path, "clip", EXPECTED, 0)[0], jax.tree.map(lambda x: 2 * x, PARAMS))
     assert rest.exists()  # it may be the current save of a training run, so a reader does not delete it
     with checkpoint.manager(folder) as checkpoints:
         assert checkpoints.latest_step() == 1
@@ -148,7 +148,7 @@ def test_another_dtype_shape_or_name_is_refused(tmp_path):
         with pytest.raises(UserError, match=words):
             restore(folder, abstract)
     with pytest.raises(UserError, match="scale is float32 .*, the config asks for bfloat16"):
-        run_folder.read_params(tmp_path, "clip", {**EXPECTED, "scale": half})
+        run_folder.read_params(tmp_path, "clip", {**EXPECTED, "scale": half}, 0)
 
 
 MESHES = """
@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_named_and_set_aside(tmp_path, caplog):
     content = files(folder / "3")
     flip(arrays(folder / "3"))
     with pytest.raises(UserError, match=f"{arrays(folder / '3')} is damaged"):  # a reader does not move it
-        run_folder.read_params(tmp_path, "clip", EXPECTED)
+        run_folder.read_params(tmp_path, "clip", EXPECTED, 0)
     checkpoint.quarantine_damaged(folder)
     (record,) = caplog.records
     (aside,) = (tmp_path / "clip" / "damaged").iterdir()
@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_is_named_and_set_aside(tmp_path, caplog):
     assert set(files(aside)) == set(content) and files(aside) != content
     equal(restore(folder), state(2, 5.0))
     save(folder, state(3, 7.0))  # the run reaches step 3 again
-    equal(run_folder.read_params(tmp_path, "clip", EXPECTED)[0], jax.tree.map(lambda x: 14 * x, PARAMS))
+    equal(run_folder.read_params(tmp_path, "clip", EXPECTED, 0)[0], jax.tree.map(lambda x: 14 * x, PARAMS))
 
 
 def files(folder):
@@ -245,7 +245,7 @@ def test_a_checkpoint_without_checksums_counts_as_damaged(tmp_path, caplog):
     save(folder, state(1), state(2, 5.0))
     (folder / "2" / checksums.NAME).unlink()
     with pytest.raises(UserError, match="2 has no checksums.txt, so damage would not be noticed: restore this file"):
-        run_folder.read_params(tmp_path, "clip", EXPECTED)
+        run_folder.read_params(tmp_path, "clip", EXPECTED, 0)
     assert steps(folder) == [1, 2]  # a reader does not move it
     checkpoint.quarantine_damaged(folder)
     assert steps(folder) == [1] and "2 has no checksums.txt" in caplog.text

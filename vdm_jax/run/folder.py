@@ -241,11 +241,13 @@ def read_base(workdir, system, statistics):
         )
     settings.check_diffusion(record.of(trained_with), record.of(config), f"give the old value, which {source} has")
     expected = system.param_shapes["denoiser"]
-    if exported := (source / "denoiser.safetensors").exists():
+    if (source / "denoiser.safetensors").exists():
         params = read_exported(source, "denoiser", expected)
+        of_base, _ = read_statistics(source / "statistics.json", statistics)
     else:
-        params = read_params(source, "denoiser", expected)[0]
-    of_base, _ = read_statistics(source / ("statistics.json" if exported else STATISTICS), statistics)
+        run = run_number(source)
+        params = read_params(source, "denoiser", expected, run)[0]
+        of_base, _ = read_statistics(source / STATISTICS, statistics, run)
     if not all(jax.tree.leaves(jax.tree.map(np.array_equal, of_base, statistics))):
         raise UserError(
             f"the latents of {workdir} have another mean and scale than those of denoiser.lora.base={source}: make the "
@@ -332,7 +334,7 @@ def load(source, build, stages=None, unverified=False):
     return Weights(system, params, steps)
 
 
-def read_params(workdir, stage, expected, run=0):
+def read_params(workdir, stage, expected, run):
     """Returns (the EMA parameters in the newest checkpoint of a stage, as NumPy arrays; its step). Raises UserError.
 
     run: the number of the run
@@ -357,7 +359,7 @@ def write_exported(folder, weights, workdir):
         write_safetensors(folder / f"{stage}.safetensors", weights.params[stage], step)
     storage.replace(folder / "config.json", weights.system.config.to_json_best_effort(indent=1) + "\n")
     statistics, parts = weights.params["statistics"], weights.system.parts
-    write_statistics(folder / "statistics.json", statistics, weights.params, parts)
+    write_statistics(folder / "statistics.json", statistics, weights.params, parts=parts)
     record.write_changes(storage.given(workdir), folder)
     checksums.write(folder)
 
