@@ -39,20 +39,20 @@ from vdm_jax.system.layout import STAGES
 gc.set_threshold(50_000, 20, 100)
 
 
-def write_run(workdir, config, names=STAGES):
+def write_run(workdir, config, names=STAGES, run=0):
     """A run folder whose stages `names` have a checkpoint: random weights, none zero, so that every input counts."""
     workdir.mkdir(parents=True, exist_ok=True)
-    record.begin(workdir, 0, config)
+    record.begin(workdir, run, config)
     system = build(config)
     params = {name: weights(system.param_shapes[name]) for name in names}
     for name in names:
         state = train_state.create(params[name], config[name])
-        with checkpoint.manager(workdir / name / "checkpoints") as checkpoints:
+        with checkpoint.manager(workdir / name / "checkpoints", run) as checkpoints:
             checkpoint.save(checkpoints, state | {"step": state["step"] + config[name].steps})
     if "denoiser" in names:
         channels = {"video": system.layout.video[-1], "audio": system.layout.audio[-1]}
         statistics = {m: {"mean": [0.1] * n, "std": [0.8] * n} for m, n in channels.items()}
-        run_folder.write_statistics(workdir / "denoiser" / "statistics.json", statistics, params, 0)
+        run_folder.write_statistics(workdir / "denoiser" / "statistics.json", statistics, params, run)
     return workdir
 
 

@@ -8,11 +8,12 @@ import pytest
 
 from tests import tiny
 from tests.helpers import weights
-from vdm_jax.data import batches, buckets
+from vdm_jax.data import batches, buckets, media
 from vdm_jax.data.buckets import Bucket
 from vdm_jax.errors import UserError
 from vdm_jax.system import build
 from vdm_jax.system.losses import encode_batch
+from vdm_jax.system.phases import phases
 
 SHAPES = ("5x16x24", "3x24x16", "7x16x16")
 
@@ -51,11 +52,46 @@ def test_each_bucket_gets_its_share_and_every_batch_once():
         ((200, 1280, 720), Bucket(33, 160, 96)),  # upright
         ((200, 100, 134), Bucket(17, 48, 64)),
         ((3, 720, 1280), Bucket(17, 48, 64)),  # shorter than all
+        ((3, 1280, 720), Bucket(17, 64, 48)),  # the same, upright
+        ((20, 1280, 720), Bucket(17, 64, 48)),
     ],
 )
 def test_a_video_goes_to_the_most_similar_bucket(video, expected):
-    known = [Bucket(17, 48, 64), Bucket(33, 96, 160), Bucket(33, 160, 96)]
+    known = [Bucket(17, 48, 64), Bucket(17, 64, 48), Bucket(33, 96, 160), Bucket(33, 160, 96)]
     assert buckets.nearest(known, *video) == expected
+
+
+@pytest.mark.parametrize(
+    "shapes, words",
+    [
+        (("5x16x24", "5x16x24"), "names a bucket twice"),
+        (("5x16x24", "5x15x24"), r"^data.buckets, 5x15x24: data.size=\(15, 24\) is not a multiple of 4"),
+        (("6x16x24",), "^data.buckets, 6x16x24: 6 frames do not fill"),
+    ],
+)
+def test_buckets_that_do_not_fit_are_named(shapes, words):
+    config = tiny.get_config("small")
+    config.data.buckets = shapes
+    with pytest.raises(UserError, match=words):
+        build(config).in_buckets("denoiser")
+
+
+def test_a_phase_that_changes_what_buckets_replace_is_told():
+    config = tiny.get_config("phases")
+    config.data.buckets = SHAPES
+    with pytest.raises(UserError, match="phase 1 of 2: data.buckets take the place of data.frames"):
+        phases(build(config), "denoiser")
+
+
+def test_only_the_denoiser_sees_the_videos_of_a_bucket_alone(tmp_path):
+    media.write_mp4(tmp_path / "wide.mp4", np.zeros((20, 16, 24, 3), np.uint8), None, 8, 2000)
+    config = tiny.get_config()
+    config.data.update(source="files", path=str(tmp_path), buckets=("5x16x24", "5x24x16"))
+    assert len(batches.source(config, in_bucket=True).videos) == 1
+    config.data.size = (24, 16)
+    assert len(batches.source(config).videos) == len(batches.source(config, "held_out").videos) == 1
+    with pytest.raises(UserError, match="belongs to 5x24x16 of data.buckets: leave this bucket out"):
+        batches.source(config, in_bucket=True)
 
 
 def test_batches_of_a_run_that_resumes_at_any_step(system):

@@ -1,5 +1,6 @@
 """A denoiser trained on codecs and a text encoder that come from folders."""
 
+import json
 import shutil
 
 import jax
@@ -9,7 +10,8 @@ from etils import epath
 
 import vdm_jax
 from tests import tiny
-from vdm_jax import sharding, train
+from tests.conftest import write_run
+from vdm_jax import bench, sharding, train, weights
 from vdm_jax.data import batches
 from vdm_jax.errors import UserError
 from vdm_jax.models.published import naming
@@ -20,7 +22,7 @@ from vdm_jax.run import folder, huggingface
 from vdm_jax.system import build, latents
 from vdm_jax.system.layout import layout
 from vdm_jax.system.losses import encode_batch
-from vdm_jax.system.parts import with_hashes
+from vdm_jax.system.parts import open_parts, with_hashes
 
 pytest.importorskip("tokenizers")
 
@@ -111,6 +113,12 @@ def test_trained_on_resumed_and_sampled(folders, tmp_path, command):
     assert len(stored.video_codec.hash) == 64 and stored.video_codec.hash != stored.audio_codec.hash
 
     assert command(train, *flags, f"--workdir={whole}", "--stage=clip").err[-1].startswith("error: --stage=clip is not")
+    assert command(bench, *flags, "--stage=clip").err[-1].startswith("error: --stage=clip is not")
+
+    exported, imported = tmp_path / "exported", tmp_path / "imported"
+    assert command(weights, "export", f"--workdir={whole}", f"--out={exported}").code == 0
+    command(weights, "import", f"--weights={exported}", f"--workdir={imported}", *flags)
+    assert command(train, *flags, f"--workdir={imported}").code == 0  # it has the same parts, and all steps are done
 
     moved = tmp_path / "moved"
     shutil.copytree(folders / "text", moved)
@@ -118,6 +126,12 @@ def test_trained_on_resumed_and_sampled(folders, tmp_path, command):
     clip = vdm_jax.load(whole)("a red circle moving left", steps=2)
     assert clip.video.shape == (5, 16, 24, 3) and np.isfinite(clip.audio).all()
 
+    (moved / "vocab.txt").write_text(
+        "\n".join([*VOCABULARY[:-2], *VOCABULARY[:-3:-1]]) + "\n"
+    )  # two words change places
+    with pytest.raises(UserError, match="text_encoder.source=.*moved has other weights"):
+        folder.read_system(whole, build)
+    shutil.copy(folders / "text" / "vocab.txt", moved)
     publish(moved, BertModel, BERT, "architectures", seed=1)
     with pytest.raises(UserError, match="text_encoder.source=.*moved has other weights"):
         vdm_jax.load(whole)
@@ -147,6 +161,7 @@ WRONG = {
     "rate": ({"data.sample_rate": 2000}, "set data.sample_rate to 1920 or 2048 Hz$"),
     "size": ({"data.size": (15, 24)}, r"data.size=\(15, 24\) is not a multiple of 2: use \(14, 24\)"),
     "length": ({"data.frames": 6}, "use 5 or 7"),
+    "texts": ({"data.text_length": 33}, "takes 32 tokens: set data.text_length=33 to that or less"),
     "other weights": ({"video_codec.hash": "0" * 64}, "video_codec.source=.* has other weights"),
 }
 
@@ -158,6 +173,40 @@ def test_parts_that_do_not_fit_are_one_line(config, folders, changes, words):
     with pytest.raises(UserError, match=words) as error:
         layout(config)
     assert "\n" not in str(error.value)
+
+
+WRONG_FILES = {
+    "no tokenizer": (lambda f: (f / "vocab.txt").unlink(), "has no tokenizer"),
+    "large tokenizer": (
+        lambda f: (f / "vocab.txt").open("a").write("more\n"),
+        "tokenizer has 18 tokens, but .* only 17",
+    ),
+    "lost file": (lambda f: (f / WEIGHTS).symlink_to("/nowhere"), "is missing or no file"),
+    "no heads": (lambda f: settings(f, num_attention_heads=0), "BertModel cannot have these settings"),
+    "layers": (lambda f: settings(f, num_hidden_layers=10**7), "has more layers in its config than in its"),
+    "a run": (lambda f: (f / "denoiser").mkdir(), "has no clip: name the folder that it uses"),
+}
+WEIGHTS = "model.safetensors"
+
+
+def settings(path, **changes):
+    (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | changes))
+
+
+@pytest.mark.parametrize("change, words", WRONG_FILES.values(), ids=WRONG_FILES)
+def test_wrong_files_are_one_line_before_anything_is_written(config, folders, tmp_path, change, words):
+    copied = shutil.copytree(folders / "text", tmp_path / "text")
+    change(copied)
+    config.text_encoder.source = str(copied)
+    with pytest.raises(UserError, match=words):
+        with_hashes(config)
+
+
+def test_a_part_of_a_run_with_a_number(tmp_path):
+    config = tiny.get_config()
+    write_run(tmp_path / "run", config, ("audio_autoencoder",), run=7)
+    config.audio_codec.source = str(tmp_path / "run")
+    assert jax.tree.leaves(open_parts(config)["audio_autoencoder"].read())[0].any()
 
 
 def test_a_part_of_another_run(tiny_run):

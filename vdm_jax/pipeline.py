@@ -116,7 +116,8 @@ class Pipeline:
         size: None: as in training.
         Raises UserError where the models do not take this size.
         """
-        if size is None or tuple(size) == tuple(self.config.data.size):
+        size = None if size is None else tuple(size)
+        if size in (None, tuple(self.config.data.size)):
             return self
         if size not in self.sized:
             system = self.system.with_shape(self.config.data.frames, size)

@@ -218,6 +218,11 @@ def check_diffusion(before, now, fix):
     fix: what the user can do, as the end of the error message
     """
     for key, (old, new) in differences(before, now).items():
+        if key.endswith(".hash") and (old or "") != (new or ""):
+            raise UserError(
+                f"the weights were trained with another {key.removesuffix('.hash')}, and have no meaning with this "
+                f"one: name that in {key.removesuffix('hash')}source"
+            )
         if key.startswith("denoiser.diffusion.") and old is not None and setting(key).rule == FIXED:
             raise UserError(f"the weights were trained with {key}={old!r}, and have no meaning with {new!r}: {fix}")
 

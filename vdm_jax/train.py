@@ -60,13 +60,17 @@ def main(argv):
     system = build(config)
     names = [name for name in STAGES if options.stage in ("all", name) and name not in system.parts]
     if not names:
-        raise UserError(f"--stage={options.stage} is not trained here: {system.parts[options.stage].folder} has it")
+        system.check_trained(options.stage)
     # All settings are checked before anything is written. What a stage needs of others is checked when it starts.
     plan = {name: phases(system, name) for name in names}
     mesh = sharding.make_mesh(config.mesh)
     check(mesh, plan)
-    systems = [system for stage in plan.values() for phase in stage for system in phase.buckets]
-    sources = {system: batches.source(system.config) for system in systems}
+    sources = {
+        system: batches.source(system.config, in_bucket=system is not phase.system)
+        for stage in plan.values()
+        for phase in stage
+        for system in phase.buckets
+    }
     report_progress = hosts.watchdog(config.watchdog_seconds)
     with folder.exclusive_lock(workdir), jax.set_mesh(mesh), hosts.exit_on_lost_peer(), preemption.watching() as stop:
         number = folder.write_config(workdir, config, names, options.change, options.unverified)

@@ -30,6 +30,7 @@ from vdm_jax.run import card, checkpoint, checksums, cli, folder, record, storag
 from vdm_jax.sharding import named_leaves, path_name
 from vdm_jax.system import adapters, build, latents
 from vdm_jax.system.layout import STAGES, layout
+from vdm_jax.system.parts import with_hashes
 
 # Names of files and folders that need no check.
 UNCHECKED = ("lock", "heartbeat.json", "starts.jsonl", "metrics.jsonl", "events.out.tfevents.*", "previews", "plugins")
@@ -54,12 +55,12 @@ def main(argv):
     elif argv[1:] == ["import"] and options.weights and options.workdir:
         source = None if options.weights == "reference" else options.weights
         weights = folder.load(source, build, unverified=options.unverified)
-        trained_with = weights.system.config
+        trained_with, encoders = weights.system.config, folder.encoders_hash(weights.params, weights.system.parts)
         if options.config is not None:
-            weights = add_missing_params(weights, options.config)
+            weights = add_missing_params(weights, with_hashes(options.config))
         weights = weights._replace(steps=weights.steps | dict.fromkeys(options.restart, 0))
         check_changes(trained_with, weights)
-        import_weights(weights, storage.given(options.workdir))
+        import_weights(weights, storage.given(options.workdir), encoders)
     else:
         raise UserError(
             "usage: python -m vdm_jax.weights export --workdir=DIR --out=FOLDER [--adapters], "
@@ -73,9 +74,8 @@ def export_adapters(workdir, out):
     chosen = lora.active(system.config.denoiser)
     if not chosen:
         raise UserError(f"{workdir} has no adapters (denoiser.lora.rank=0): leave out --adapters")
-    trained, step = folder.read_params(
-        workdir, "denoiser", system.stages["denoiser"].param_shapes, folder.run_number(workdir)
-    )
+    shapes, run = system.stages["denoiser"].param_shapes, folder.run_number(workdir)
+    trained, step = folder.read_params(workdir, "denoiser", shapes, run)
     adapters.write(out, trained, chosen.alpha)
     print(f"wrote {out / adapters.FILE}: adapters of rank {chosen.rank} at step {step}")
 
@@ -193,6 +193,9 @@ def add_missing_params(weights, config):
     system = build(config)
     params, steps = dict(weights.params), dict(weights.steps)
     for name, stage in system.stages.items():
+        if name in system.parts:
+            steps.pop(name, None)
+            continue
         fresh = jax.jit(stage.init)(jax.random.key(config.seed))
         if "base" in stage.encoder_shapes:
             params[name], steps[name] = fresh, 0
@@ -224,8 +227,12 @@ def check_changes(trained_with, weights):
             print(f"{key}: {old!r} for the weights, {new!r} in the new run")
 
 
-def import_weights(weights, workdir):
-    """Makes the run `workdir`, whose stages have these weights and step counts, and fresh optimizers."""
+def import_weights(weights, workdir, encoders):
+    """Makes the run `workdir`, whose stages have these weights and step counts, and fresh optimizers.
+
+    encoders: `folder.encoders_hash` of the autoencoders that the statistics of the latents are of. With other codecs
+        the statistics are left out, and training measures them.
+    """
     if any((workdir / name).exists() for name in ("config.json", *STAGES)):
         raise UserError(f"{workdir} holds a run already: give a new --workdir")
     run = record.new_number()
@@ -235,7 +242,8 @@ def import_weights(weights, workdir):
             checkpoint.save(checkpoints, state | {"step": state["step"] + step})
             checkpoint.finish(checkpoints)
     statistics, parts = weights.params["statistics"], weights.system.parts
-    folder.write_statistics(workdir / folder.STATISTICS, statistics, weights.params, run, parts)
+    if not parts or encoders == folder.encoders_hash(weights.params, parts):
+        folder.write_statistics(workdir / folder.STATISTICS, statistics, weights.params, run, parts)
     record.begin(workdir, run, weights.system.config)  # last: without config.json a folder is no run
     print(f"made {workdir}: " + ", ".join(f"{stage} at step {step}" for stage, step in weights.steps.items()))
 

@@ -30,9 +30,10 @@ logger = logging.getLogger("vdm_jax")
 HELD_OUT_SEED = 1_000_003  # added to the seed of the procedural world for clips that training never sees
 
 
-def source(config, split="train"):
+def source(config, split="train", in_bucket=False):
     """Returns the data source of config.data, split "train" or "held_out"; its items are {'video', 'audio', 'caption'}.
 
+    in_bucket: only the videos of the bucket with data.frames and data.size, see data/buckets.py
     Raises UserError if the source cannot be opened.
     """
     data = config.data
@@ -42,7 +43,7 @@ def source(config, split="train"):
     if data.source == "files":
         if not data.path:
             raise UserError("data.path is empty: name the folder of videos, --config.data.path=FOLDER")
-        shapes = tuple(map(buckets.parse, data.get("buckets", ())))
+        shapes = buckets.parse_all(data.get("buckets", ())) if in_bucket else ()
         return Files(data.path, split=split, seed=config.seed, buckets=shapes, **clip, **data.files)
     from vdm_jax.data.tfds import Tfds  # imports tensorflow_datasets, which few runs need
 

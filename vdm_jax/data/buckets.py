@@ -31,6 +31,14 @@ def parse(text):
     return Bucket(*map(int, text.split("x")))
 
 
+def parse_all(texts):
+    """Returns the Buckets of config.data.buckets. Raises UserError for a wrong one, and for one that comes twice."""
+    found = tuple(map(parse, texts))
+    if len(set(found)) < len(found):
+        raise UserError(f"data.buckets={tuple(texts)} names a bucket twice: leave it out once")
+    return found
+
+
 def parse_size(text):
     """Returns (height, width) of a text such as "48x64". Raises UserError."""
     if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", text):
@@ -43,9 +51,11 @@ def nearest(buckets, frames, height, width):
     """Returns the Bucket for a video of this length and size.
 
     Of the buckets that are not longer than the video, it is the one with the most similar aspect ratio. Of several, it
-    is the longest one, then the largest one that does not enlarge the video.
+    is the longest one, then the largest one that does not enlarge the video. A video that is shorter than all buckets
+    goes to one of the shortest.
     """
-    fitting = [bucket for bucket in buckets if bucket.frames <= frames] or [min(buckets)]
+    longest = max(frames, min(bucket.frames for bucket in buckets))
+    fitting = [bucket for bucket in buckets if bucket.frames <= longest]
 
     def rank(bucket):
         distance = abs(math.log(bucket.width / bucket.height) - math.log(width / height))

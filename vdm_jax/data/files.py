@@ -192,6 +192,9 @@ class Files:
             what = f"no usable {self.split} video in {os.fspath(self.root)!r}"
             if broken:
                 raise UserError(f"{what}: {_first_names(broken)}")
+            if listing and self.buckets:
+                mine = "x".join(map(str, (self.frames, height, width)))
+                raise UserError(f"{what} belongs to {mine} of data.buckets: leave this bucket out")
             if listing:
                 raise UserError(f"{what}: raise held_out ({self.held_out:g}) or add longer videos")
             raise UserError(f"{what}: it holds no {', '.join(SUFFIXES)} file")

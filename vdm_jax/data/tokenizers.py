@@ -24,6 +24,7 @@ from vdm_jax.errors import UserError
 from vdm_jax.run import storage
 
 FIX = "download the folder again"
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "sentence_bert_config.json")
 MAX_BYTES = 1 << 27  # of a file; the largest published ones have 35 MB
 LENGTH = 512  # default number of tokens
 CLIP_LENGTH = 77
@@ -102,12 +103,24 @@ def read(folder):
 
     Raises UserError if no tokenizer is there, a file is damaged, or a package is missing.
     """
+    path = _find(folder)
+    return _READERS[path.name](path, _read_settings(path.parent))
+
+
+def files(folder):
+    """Returns the paths of the files that `read` reads in these folders. Raises UserError if no tokenizer is there."""
+    path = _find(folder)
+    others = ("merges.txt", *SETTINGS) if path.name == "vocab.json" else SETTINGS
+    return [path, *(other for name in others if (other := path.with_name(name)).exists())]
+
+
+def _find(folder):
     folder = epath.Path(folder)
     beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
     for place in dict.fromkeys((folder, beside)):
-        for name, read_file in _READERS.items():
+        for name in _READERS:
             if (place / name).exists():
-                return read_file(place / name, _read_settings(place))
+                return place / name
     raise UserError(f"{folder} has no tokenizer ({', '.join(_READERS)}): {FIX}, or give the folder that has them")
 
 
@@ -117,10 +130,11 @@ def _read_settings(folder):
     def read_json(name):
         return storage.read_json(folder / name, FIX, sealed=False) if (folder / name).exists() else {}
 
-    settings = read_json("tokenizer_config.json")
+    config, special, lengths = SETTINGS
+    settings = read_json(config)
     if "added_tokens_decoder" not in settings:  # as in transformers: newer files say all in one
-        settings |= read_json("special_tokens_map.json")
-    lengths = settings.get("model_max_length"), read_json("sentence_bert_config.json").get("max_seq_length")
+        settings |= read_json(special)
+    lengths = settings.get("model_max_length"), read_json(lengths).get("max_seq_length")
     return settings | {"lengths": [n for n in lengths if n is not None]}
 
 

@@ -78,6 +78,8 @@ def run(main):
         if error.errno not in PATH_FAULTS:
             raise
         _end(f"cannot use {str(error.filename)[:300]}: {error.strerror}: give another path")
+    except MemoryError as error:
+        _end(f"this machine has too little memory ({error}): use smaller clips or batches")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -242,11 +242,13 @@ def read_base(workdir, system, statistics):
         )
     settings.check_diffusion(record.of(trained_with), record.of(config), f"give the old value, which {source} has")
     expected = system.param_shapes["denoiser"]
-    if exported := (source / "denoiser.safetensors").exists():
+    if (source / "denoiser.safetensors").exists():
         params = read_exported(source, "denoiser", expected)
+        of_base, _ = read_statistics(source / "statistics.json", statistics)
     else:
-        params = read_params(source, "denoiser", expected, run_number(source))[0]
-    of_base, _ = read_statistics(source / ("statistics.json" if exported else STATISTICS), statistics)
+        run = run_number(source)
+        params = read_params(source, "denoiser", expected, run)[0]
+        of_base, _ = read_statistics(source / STATISTICS, statistics, run)
     if not all(jax.tree.leaves(jax.tree.map(np.array_equal, of_base, statistics))):
         raise UserError(
             f"the latents of {workdir} have another mean and scale than those of denoiser.lora.base={source}: make the "

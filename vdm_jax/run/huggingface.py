@@ -137,13 +137,18 @@ def read_file(path):
         raise UserError(f"{path} is no readable safetensors file ({error}): {FIX}") from None
 
 
-def fingerprint(folder):
-    """Returns the SHA-256 of the config.json and of the safetensors files in a folder."""
+def fingerprint(folder, others=()):
+    """Returns the SHA-256 of the config.json and of the safetensors files in a folder. Raises UserError.
+
+    others: paths of further files that count
+    """
     digest = hashlib.sha256()
-    for path in sorted(epath.Path(folder).iterdir()):
-        if path.name == CONFIG or path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    own = [path for path in epath.Path(folder).iterdir() if path.name == CONFIG or path.suffix == ".safetensors"]
+    for path in [*sorted(own), *others]:
+        if not storage.is_file(path):
+            raise UserError(f"{path} is missing or no file: {FIX}")
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

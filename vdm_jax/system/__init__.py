@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from vdm_jax import lora, sharding
 from vdm_jax.data import buckets, text
+from vdm_jax.errors import UserError
 from vdm_jax.models.layers import apply_remat
 from vdm_jax.system.layout import Layout, layout
 from vdm_jax.system.losses import make_stages
@@ -142,8 +143,19 @@ class System:
         """The Systems that stage `name` is trained on, one for each bucket; this System alone where there are none."""
         if not self.config.data.get("buckets") or not self.stages[name].any_shape:
             return [self]
-        shapes = map(buckets.parse, self.config.data.buckets)
-        return [self.with_shape(shape.frames, (shape.height, shape.width)) for shape in shapes]
+        return [self.of_bucket(bucket) for bucket in buckets.parse_all(self.config.data.buckets)]
+
+    def of_bucket(self, bucket):
+        """This System for clips of a data/buckets.py Bucket. Raises UserError."""
+        try:
+            return self.with_shape(bucket.frames, (bucket.height, bucket.width))
+        except UserError as error:
+            raise UserError(f"data.buckets, {bucket}: {error}") from None
+
+    def check_trained(self, name):
+        """Raises UserError where a folder has the model of stage `name`."""
+        if name in self.parts:
+            raise UserError(f"--stage={name} is not trained here: {self.parts[name].folder} has it")
 
     def check_mesh(self, mesh, names):
         """Raises UserError where the mesh cannot evenly split the models or activations of the stages `names`."""
@@ -152,7 +164,8 @@ class System:
             sharding.check_axes(mesh, self.param_shapes[name], name, stage.sequence_sizes)
 
     def check_batch(self, mesh, name):
-        """Raises UserError where the mesh cannot evenly split the batch of stage `name`."""
+        """Raises UserError where stage `name` is not trained, or where the mesh cannot evenly split its batch."""
+        self.check_trained(name)
         settings = self.config[name]
         sharding.check_batch(
             settings.batch_size,

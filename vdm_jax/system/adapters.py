@@ -9,6 +9,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
@@ -74,6 +75,8 @@ def merge_files(params, files):
             raise UserError(f"lora={text}: the scale {scale!r} is no finite number: write FILE:0.5")
         adapters, alpha = read(path, params)
         params = lora.merge(params, adapters, alpha * factor)
+        if not all(jnp.isfinite(x).all() for x in jax.tree.leaves(params)):
+            raise UserError(f"lora={text}: the merged weights are not finite: use a smaller scale, or other adapters")
     return params
 
 

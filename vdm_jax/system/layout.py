@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 from vdm_jax import settings
+from vdm_jax.data import buckets
 from vdm_jax.errors import UserError
 from vdm_jax.settings import STAGES
 from vdm_jax.system.networks import make_encoders
@@ -49,6 +50,7 @@ def layout(config, parts=None):
     settings.check(config.to_dict())
     parts = open_parts(config) if parts is None else parts
     data = config.data
+    buckets.parse_all(data.get("buckets", ()))  # older weights have none
     for stage in STAGES:
         _check_lengths(f"{stage}.model", config[stage].model)
     if data.sample_rate % data.fps:

@@ -7,6 +7,7 @@ place of a stage: the stage is not trained, and its parameters are read from the
 import dataclasses
 import functools
 import hashlib
+import math
 from typing import Any
 
 import jax
@@ -25,8 +26,10 @@ from vdm_jax.models.published.autoencoder_oobleck import AutoencoderOobleck
 from vdm_jax.models.published.bert_model import BertModel
 from vdm_jax.models.published.clip_text_model import CLIPTextModel
 from vdm_jax.models.published.t5_encoder_model import T5EncoderModel, UMT5EncoderModel
+from vdm_jax.models.published.text_layers import TextEncoder
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
 from vdm_jax.run import folder, huggingface, storage
+from vdm_jax.settings import STAGES
 
 STAGE_OF = {"video_codec": "video_autoencoder", "audio_codec": "audio_autoencoder", "text_encoder": "clip"}
 PUBLISHED = {
@@ -43,8 +46,14 @@ class Published:
     folder: Any  # epath.Path
     module: Any  # Flax module
 
+    @functools.cached_property
+    def has_weights(self):
+        """Whether there are weights. Without any, the folder tells the sizes alone, which is enough for dry_run."""
+        return any(path.suffix == ".safetensors" for path in self.folder.iterdir())
+
     def param_shapes(self):
-        return naming.param_shapes(self.module)
+        most = len(huggingface.read_tensors(self.folder)) if self.has_weights else None
+        return naming.param_shapes(self.module, most, self.folder)
 
     def read(self, mesh=None):
         """Returns the parameters, split over a mesh; None gives NumPy arrays. Raises UserError."""
@@ -52,20 +61,32 @@ class Published:
 
     @functools.cached_property
     def fingerprint(self):
-        """A hash of the config and the weights."""
-        return huggingface.fingerprint(self.folder)
+        """A hash of the config, the weights and the tokenizer. Raises UserError."""
+        huggingface.read_tensors(self.folder)
+        is_text = isinstance(self.module, TextEncoder)
+        return huggingface.fingerprint(self.folder, tokenizers.files(self.folder) if is_text and self.tokenizer else ())
 
     @functools.cached_property
     def tokenizer(self):
-        """The tokenizers.Tokenizer of a text encoder."""
-        return tokenizers.read(self.folder)
+        """The tokenizers.Tokenizer of a text encoder. Raises UserError."""
+        tokenizer = tokenizers.read(self.folder)
+        if tokenizer.size > self.module.vocab_size:
+            raise UserError(
+                f"{self.folder}: the tokenizer has {tokenizer.size} tokens, but the text encoder only "
+                f"{self.module.vocab_size}: give the tokenizer of these weights"
+            )
+        return tokenizer
 
     def tokenize(self, texts, length):
+        if not self.has_weights:
+            return np.zeros((len(texts), length), np.int32)
         return self.tokenizer.encode(texts, length)[0]
 
     def mask(self, tokens):
         """Which tokens [B, L] the text encoder and the denoiser read, bool [B, L]."""
-        return jnp.ones(tokens.shape, bool) if self.module.reads_padding else tokens != self.tokenizer.pad
+        if self.module.reads_padding or not self.has_weights:
+            return jnp.ones(tokens.shape, bool)
+        return tokens != self.tokenizer.pad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,16 +158,24 @@ def _open(key, source, config):
     if not source.is_dir():
         raise UserError(f"{key}.source={source} is no folder: name the folder of a published model or of a run")
     if (source / stage).is_dir() or (source / f"{stage}.safetensors").exists():
-        return _open_trained(source, stage, config, dtype)
+        return folder.read_system(source, lambda theirs: _trained(source, theirs, stage, config, dtype))
+    if folder.is_exported(source) or any((source / name).exists() for name in ("lock", *STAGES)):
+        raise UserError(f"{key}.source={source} has no {stage}: name the folder that it uses, or another one")
     name, settings = huggingface.read_config(source)
     known = {module.__name__: module for module in PUBLISHED[key]}
     if name not in known:
         raise UserError(f"{key}.source={source} holds a {name}: it must be one of {', '.join(known)}")
-    return Published(source, naming.from_config(known[name], settings, dtype=dtype))
+    part = Published(source, naming.from_config(known[name], settings, source / huggingface.CONFIG, dtype=dtype))
+    length, most = config.data.text_length, getattr(part.module, "max_position_embeddings", math.inf)
+    if length > most:
+        raise UserError(
+            f"text_encoder.source={source} takes {most} tokens: set data.text_length={length} to that or less"
+        )
+    part.param_shapes()  # raises for settings without sense, before sizes are derived from them
+    return part
 
 
-def _open_trained(source, stage, config, dtype):
-    theirs = folder.read_config(source)
+def _trained(source, theirs, stage, config, dtype):
     settings, data = theirs[stage].model, theirs.data
     frame = jnp.zeros((1, 1, *data.size, 3))
     if stage == "video_autoencoder":

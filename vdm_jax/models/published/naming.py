@@ -78,11 +78,14 @@ def supports(model, **known):
             )
 
 
-def param_shapes(model, most=None):
+def param_shapes(model, most=None, source="config.json"):
     """Returns the parameters of a module as a tree of ShapeDtypeStructs; nothing is allocated.
 
-    most: number of tensors of the weights. Raises UserError for a module that has many more layers, before it is traced
-        to its end: a config.json may ask for any number. None: no limit.
+    most: number of tensors of the weights. None: no limit.
+    source: where the settings are from, for messages
+
+    Raises UserError for settings without sense, and for a module that has many more layers than `most`, before it is
+    traced to its end: a config.json may ask for any number.
     """
     paths = set()
 
@@ -94,8 +97,16 @@ def param_shapes(model, most=None):
             raise UserError(f"{type(model).__name__} has more layers in its config than in its {most} tensors")
         return call(*arguments, **keywords)
 
-    with nn.intercept_methods(count):
-        return jax.eval_shape(lambda key: model.init(key, *model.example()), jax.random.key(0))["params"]
+    try:
+        with nn.intercept_methods(count):
+            return jax.eval_shape(lambda key: model.init(key, *model.example()), jax.random.key(0))["params"]
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # numbers without sense
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{source}: {type(model).__name__} cannot have these settings ({reason[0]}): give the config of the weights"
+        ) from error
 
 
 def tensor_name(path):
@@ -138,15 +149,7 @@ def to_params(tensors, model, mesh=None, source="the weights"):
     if hasattr(model, "from_older"):
         tensors = model.from_older(tensors)
     what = type(model).__name__
-    try:
-        shapes = param_shapes(model, most=len(tensors))
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # numbers without sense
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"{source}: {what} cannot have these settings ({reason[0]}): give the config of the weights"
-        ) from error
+    shapes = param_shapes(model, len(tensors), source)
     expected = _of_original(shapes)
     for name in expected:
         if name not in tensors:
