@@ -316,7 +316,7 @@ def configure(file, **settings):
     [
         ("FILE:much", "the scale 'much' is no finite number"),
         ("FILE:nan", "the scale 'nan' is no finite number"),
-        ("FILE:1e39", "the merged weights are not finite"),
+        ("FILE:1e39", "the scale '1e39' is no finite number"),
         ("FILE:", "the scale '' is no finite number"),
         (".", "is a folder: give the file"),
         ("none.safetensors", "none.safetensors is missing"),

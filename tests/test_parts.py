@@ -181,12 +181,12 @@ WRONG_FILES = {
         lambda f: (f / "vocab.txt").open("a").write("more\n"),
         "tokenizer has 18 tokens, but .* only 17",
     ),
-    "lost file": (lambda f: (f / WEIGHTS).symlink_to("/nowhere"), "is missing or no file"),
+    "lost file": (lambda f: (f / WEIGHTS).rename(f / "away") and (f / WEIGHTS).symlink_to("/nowhere"), "is missing"),
     "no heads": (lambda f: settings(f, num_attention_heads=0), "BertModel cannot have these settings"),
     "layers": (lambda f: settings(f, num_hidden_layers=10**7), "has more layers in its config than in its"),
     "a run": (lambda f: (f / "denoiser").mkdir(), "has no clip: name the folder that it uses"),
 }
-WEIGHTS = "model.safetensors"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def settings(path, **changes):

@@ -71,7 +71,7 @@ def merge_files(params, files):
             factor = float(scale)
         except ValueError:
             factor = math.nan
-        if not math.isfinite(factor):
+        if not abs(factor) <= np.finfo(np.float32).max:
             raise UserError(f"lora={text}: the scale {scale!r} is no finite number: write FILE:0.5")
         adapters, alpha = read(path, params)
         params = lora.merge(params, adapters, alpha * factor)

@@ -69,7 +69,11 @@ def phases(system, name):
         try:
             config = _changed(system.config, name, {key: value for key, value in part.items() if key != "share"})
             config[name].update(phases=(), steps=stop - start)
-            if config.data.buckets and system.stages[name].any_shape and {"data.frames", "data.size"} & set(part):
+            if (
+                config.data.get("buckets")
+                and system.stages[name].any_shape
+                and {"data.frames", "data.size"} & set(part)
+            ):
                 raise UserError("data.buckets take the place of data.frames and data.size: change data.buckets")
             phase_system = build(config)
             # The base of adapters has one size, in all phases.
