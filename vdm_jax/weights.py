@@ -45,8 +45,7 @@ def main(argv):
     elif argv[1:2] == ["verify"] and len(argv) == 3:
         verify(storage.given(argv[2]), options.unverified)
     elif argv[1:] == ["import"] and options.weights and options.workdir:
-        source = None if options.weights == "reference" else options.weights
-        weights = folder.load(source, build, unverified=options.unverified)
+        weights = folder.load(options.weights, build, unverified=options.unverified)
         trained_with = weights.system.config
         if options.config is not None:
             weights = add_missing_params(weights, options.config)

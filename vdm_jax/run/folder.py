@@ -44,6 +44,11 @@ BASE = "denoiser/base.json"  # in the folder of a run
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
+def given(path):
+    """Returns the folder that a path of the user names. None and "reference" name the weights of this package."""
+    return REFERENCE if path in (None, "reference") else storage.given(path)
+
+
 @contextlib.contextmanager
 def exclusive_lock(workdir):
     """Makes the folder of a run, and locks it against other trainings. A bucket has no locks. Raises UserError."""
@@ -232,7 +237,7 @@ def read_base(workdir, system, statistics):
     config = system.config
     if not config.denoiser.lora.base:
         raise UserError("adapters need a base: name a run, exported weights or reference in denoiser.lora.base")
-    source = REFERENCE if config.denoiser.lora.base == "reference" else storage.given(config.denoiser.lora.base)
+    source = given(config.denoiser.lora.base)
     trained_with = read_config(source)
     if lora.active(trained_with.denoiser):
         raise UserError(
@@ -290,12 +295,12 @@ def load(source, build, stages=None, unverified=False):
 
     The adapters of a run are merged into its denoiser, and its config is `lora.without` them.
 
-    source: see the top of this file; None for the reference weights.
+    source: see the top of this file; None or "reference" for the reference weights.
     build: build(config) returns the system, whose `param_shapes` are {stage: tree of ShapeDtypeStruct}.
     stages: names of the stages to read; None for all.
     unverified: accepts exported weights that have no checksums.txt.
     """
-    source = storage.given(REFERENCE if source is None else source)
+    source = given(source)
     exported, stages = is_exported(source), stages or settings.STAGES
     if exported:
         present = [f"{stage}.safetensors" for stage in stages if (source / f"{stage}.safetensors").exists()]
@@ -372,7 +377,7 @@ def read_exported(folder, stage, expected):
 
     folder: of the weights, or "reference".
     """
-    folder = REFERENCE if folder == "reference" else storage.given(folder)
+    folder = given(folder)
     checksums.check(folder, [f"{stage}.safetensors"])
     return read_safetensors(folder / f"{stage}.safetensors", expected)[0]
 
