@@ -98,7 +98,7 @@ def test_the_encoders_of_world_minilm(monkeypatch):
     assert layout(config).video == (8, 8, 24)  # the codec of the shipped weights
     opened = parts.open_parts(config)
     assert opened["video_autoencoder"].folder == opened["audio_autoencoder"].folder == REFERENCE
-    assert opened["clip"].module.width == 96
+    assert opened["clip"].module.width == 96 and len(opened["clip"].fingerprint) == 64  # its weights can be read
     frames = [phase["data.frames"] for phase in config.denoiser.phases]
     clips = [s * phase["denoiser.batch_size"] for s, phase in zip(world_minilm.STEPS, config.denoiser.phases)]
     assert frames == [1, 9] and sum(clips) == 2000 * 96  # as in speed_run.py

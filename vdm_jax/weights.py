@@ -45,7 +45,8 @@ def main(argv):
     elif argv[1:2] == ["verify"] and len(argv) == 3:
         verify(storage.given(argv[2]), options.unverified)
     elif argv[1:] == ["import"] and options.weights and options.workdir:
-        weights = folder.load(options.weights, build, unverified=options.unverified)
+        source = None if options.weights == "reference" else options.weights
+        weights = folder.load(source, build, unverified=options.unverified)
         trained_with = weights.system.config
         if options.config is not None:
             weights = add_missing_params(weights, options.config)

@@ -45,8 +45,8 @@ DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def given(path):
-    """Returns the folder that a path of the user names. None and "reference" name the weights of this package."""
-    return REFERENCE if path in (None, "reference") else storage.given(path)
+    """Returns the folder that a setting names; "reference" names the weights of this package."""
+    return REFERENCE if path == "reference" else storage.given(path)
 
 
 @contextlib.contextmanager
@@ -295,12 +295,12 @@ def load(source, build, stages=None, unverified=False):
 
     The adapters of a run are merged into its denoiser, and its config is `lora.without` them.
 
-    source: see the top of this file; None or "reference" for the reference weights.
+    source: see the top of this file; None for the reference weights.
     build: build(config) returns the system, whose `param_shapes` are {stage: tree of ShapeDtypeStruct}.
     stages: names of the stages to read; None for all.
     unverified: accepts exported weights that have no checksums.txt.
     """
-    source = given(source)
+    source = storage.given(REFERENCE if source is None else source)
     exported, stages = is_exported(source), stages or settings.STAGES
     if exported:
         present = [f"{stage}.safetensors" for stage in stages if (source / f"{stage}.safetensors").exists()]
