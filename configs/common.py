@@ -78,19 +78,19 @@ def get_config():
     # ------------------------------------------------------- parts that are not trained here, see system/parts.py
     config.video_codec = ConfigDict(  # a part in place of the stage video_autoencoder
         dict(
-            source="",  # folder of a published model, of another run or of exported weights; "": trained here
+            source="",  # folder of a published model, a run or exported weights, or "reference"; "": trained here
             hash="",  # of its weights; a run writes it down when it starts
         )
     )
     config.audio_codec = ConfigDict(  # a part in place of the stage audio_autoencoder
         dict(
-            source="",  # folder of a published model, of another run or of exported weights; "": trained here
+            source="",  # folder of a published model, a run or exported weights, or "reference"; "": trained here
             hash="",  # of its weights; a run writes it down when it starts
         )
     )
     config.text_encoder = ConfigDict(  # a part in place of the stage clip
         dict(
-            source="",  # folder of a published model, of another run or of exported weights; "": trained here
+            source="",  # folder of a published model, a run or exported weights, or "reference"; "": trained here
             hash="",  # of its weights; a run writes it down when it starts
         )
     )

@@ -47,6 +47,10 @@ def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     assert 0 <= metrics["clip"]["hard_negative_accuracy"] <= 1
     assert set(metrics["samplers"]) == {"ddim 2"} and set(metrics["samplers"]["ddim 2"]) == set(report.OUTCOMES)
     assert "by sampler and steps" in done.out
+    found = metrics["unknown_words"]
+    assert found["one_object"] == 0 and found["direction"] < 1 and 0 <= found["empty"] <= 1 and found["prompts"] == 3
+    assert set(metrics["intervals"]["unknown_words"]) == {"one_object", "direction", "empty"}
+    assert "Prompts in words that no caption has" in done.out
     levels = metrics["loss_per_noise_level"]
     assert levels["log_snr"] == [-10.5, -7.5, -4.5, -1.5, 1.5, 4.5, 7.5, 10.5]
     assert all(len(levels[m]) == 8 and min(levels[m]) > 0 for m in ("video", "audio"))
@@ -88,6 +92,10 @@ def test_a_folder_of_videos_has_no_state_but_all_else(tmp_path, command, config)
     assert metrics["clip"]["candidates"] == 3 and metrics["clip"]["recall_at_1"] is not None
     assert len(list(out.glob("sample_*.mp4"))) == 3
     assert any("too few captions" in line for line in done.err)
+    done = command(evaluate, f"--workdir={run}", f"--out={out}", "--suite=words")
+    assert done.code == 2 and done.err == [
+        "error: --suite=words is for the procedural world, whose clips the tracker reads"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,11 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def test_reference_names_the_weights_of_this_package(tmp_path):
+    assert run_folder.given("reference") == run_folder.REFERENCE
+    assert run_folder.given(str(tmp_path)) == tmp_path
+
+
 # --------------------------------------------------------------------------------------------------- safetensors
 
 

@@ -82,6 +82,7 @@ def test_every_key_has_allowed_values(group):
         ("denoiser.accumulate", 0, "a whole number of at least 1"),
         ("denoiser.hard_negatives.every", 0, "a whole number of at least 1"),
         ("denoiser.hard_negatives.log_snr", (1.0, -1.0), "two finite numbers, the first below the second"),
+        ("denoiser.model.head_dim", 27, "a whole number from 2 to 1000000, a multiple of 2"),
         ("denoiser.model.text_layers", 9999, "a whole number from 0 to 1000"),
         ("denoiser.diffusion.shift", 0.0, "a finite number above 0"),
         ("denoiser.diffusion.target", "eps", "noise, x0 or v"),

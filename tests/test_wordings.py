@@ -87,6 +87,24 @@ def test_prompts_with_held_out_pairs():
     assert drawn[0]["objects"] == plain[0]["objects"] and drawn[0]["text"] != plain[0]["text"]
 
 
+def test_prompts_in_words_that_no_caption_has():
+    drawn = captions.prompts_in_unknown_words()
+    assert len({prompt["text"] for prompt in drawn}) == len(drawn) == 216
+    known = wordings.KNOWN | captions.PLAIN  # all words of all captions, as the tests above show
+    for prompt in drawn:
+        (asked,) = prompt["objects"]
+        article, color, shape, verb, *where = prompt["text"].split()
+        assert article == ("an" if color[0] in "aeiou" else "a")
+        assert color in wordings.NEVER[asked["color"]] and shape in wordings.NEVER[asked["shape"]]
+        assert not known & {color, shape, verb}  # so no caption has two words of a prompt that meet in a pair
+        place = captions.DIRECTIONS.index(asked["direction"])
+        assert " ".join(where) in {way[place] for way in wordings.DIRECTIONS}
+    meanings = [tuple(prompt["objects"][0].values()) for prompt in drawn]
+    assert set(map(meanings.count, meanings)) == {3} and len(set(meanings[:72])) == 72
+    few = captions.prompts_in_unknown_words(shapes=("circle",), colors=("red", "green"))
+    assert len(few) == 24 and {p["objects"][0]["color"] for p in few} == {"red", "green"}
+
+
 @pytest.mark.parametrize(
     "caption, wrong",
     [

@@ -8,6 +8,7 @@ report.html (one file that can be sent on) with its pictures and clips, and prin
 
 --suite=reconstruction   held-out clips through the two autoencoders; needs no other stage
 --suite=prompts          the same, retrieval, the loss by noise level, and samples of held-out prompts
+--suite=words            the same as reconstruction, and samples of prompts in words that no caption has
 --suite=tasks            the same as reconstruction, and held-out clips that are completed in each task
 --suite=copies           samples compared with the clips of the training
 --suite=all              everything
@@ -42,7 +43,7 @@ from vdm_jax.tasks import MAX_STEPS
 logger = logging.getLogger("vdm_jax")
 
 AUTOENCODERS = {"video": "video_autoencoder", "audio": "audio_autoencoder"}
-SUITES = ("prompts", "tasks", "copies", "reconstruction", "all")
+SUITES = ("prompts", "words", "tasks", "copies", "reconstruction", "all")
 CANDIDATES = 64  # clips, all of different meaning, among which a text has to find its own
 NOISE_LEVELS = 8  # at which the loss is measured
 ALONE = 3  # frames: an impact with no other this near counts as isolated
@@ -62,8 +63,8 @@ def main(argv):
     pipe = sample_command.load_pipeline(options, stages)
     config = pipe.config
     is_world = config.data.source == "world"
-    if "tasks" in suites and not is_world:
-        raise UserError("--suite=tasks is for the procedural world, whose clips the tracker reads")
+    if not is_world and {"words", "tasks"} & {*suites}:
+        raise UserError(f"--suite={options.suite} is for the procedural world, whose clips the tracker reads")
     if options.count is not None:
         config.evaluate.update(clips=options.count, prompts=options.count, tasks=options.count)
     held_out, out = batches.source(config, "held_out"), storage.make_folder(options.out)
@@ -105,6 +106,11 @@ def main(argv):
             differences = {key: shares.difference(other_counts[key], counts[key]) for key in report.OUTCOMES}
             metrics["samplers"][f"{method} {steps}"] = {key: measured[key] for key in report.OUTCOMES}
             metrics["differences"][f"{method} {steps}"] = differences
+    if "words" in suites:
+        others = captions.prompts_in_unknown_words(**known_things(config))[: config.evaluate.prompts]
+        measured = tracker.summarize(sample(pipe, others, seed=options.seed)[-1])
+        metrics["unknown_words"] = {key: measured[key] for key in ("one_object", "direction", "empty")}
+        metrics["unknown_words"]["prompts"] = len(others)
     if "tasks" in suites:
         metrics["tasks"] = tasks.measure(pipe, [held_out[i] for i in range(config.evaluate.tasks)], options.seed)
     if "copies" in suites:
@@ -173,11 +179,10 @@ def choose_prompts(config, held_out, seed, wordings=False):
             logger.warning("too few captions: the samples here have the same captions as the previews of training")
         return [{"text": caption, "objects": None} for caption in fresh or texts]
 
-    settings = config.data.world
-    known = {key: settings[key] for key in ("shapes", "colors") if key in settings}
+    known = known_things(config)
     meanings = {captions.meaning(item["state"]) for item in shown}
     prompts = []
-    for number, chance in enumerate(settings.objects[:2], 1):
+    for number, chance in enumerate(config.data.world.objects[:2], 1):
         if chance > 0:
             drawn = captions.prompts(seed, 4 * count + 64, number, **known, held_out=wordings)
             fresh = [p for p in drawn if tuple(sorted(tuple(o.values()) for o in p["objects"])) not in meanings]
@@ -185,6 +190,11 @@ def choose_prompts(config, held_out, seed, wordings=False):
     if not prompts:
         raise UserError("no prompts of one or two objects are left that previews do not show: allow more in data.world")
     return prompts
+
+
+def known_things(config):
+    """{'shapes', 'colors'} of the world, as `captions.prompts` takes them; without those that the config leaves out."""
+    return {key: config.data.world[key] for key in ("shapes", "colors") if key in config.data.world}
 
 
 def compare(config, items, truth, remade):

@@ -137,6 +137,7 @@ TABLE = (
     Setting("STAGE.model.middle_blocks STAGE.model.*layers", whole(0, 1000), FIXED),
     Setting("STAGE.model.audio_channels STAGE.model.*strides", several(SIZE, least=0), FIXED),
     Setting("STAGE.model.channels STAGE.model.video.channels", several(SIZE), FIXED),
+    Setting("STAGE.model.head_dim", whole(2, 1_000_000, multiple=2), FIXED),  # rotary embeddings turn pairs of channels
     Setting("STAGE.model.*", SIZE, FIXED),
     Setting("STAGE.hard_negatives.words", GROUPS, CHANGE),
     # --------------------------------------------------------------------------------------------------- denoiser

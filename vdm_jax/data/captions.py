@@ -5,6 +5,7 @@ into the names below.
 """
 
 import difflib
+import itertools
 
 import numpy as np
 
@@ -122,6 +123,18 @@ def prompts(seed, n, objects=1, shapes=SHAPES, colors=COLORS, held_out=False):
             text = _list(rng, [_noun_phrase(rng, **thing) for thing in things])
         drawn.append({"text": text, "objects": things})
     return drawn
+
+
+def prompts_in_unknown_words(shapes=SHAPES, colors=COLORS):
+    """Returns a fixed list of prompts of one object, in words that no caption has; see wordings.draw_never.
+
+    The list has the form of `prompts`. It asks three times for each color, shape and direction, in other words each
+    time: 216 prompts with all colors and shapes. Its beginning has them in nearly equal numbers.
+    """
+    rng, meanings = np.random.default_rng(77), [*itertools.product(colors, shapes, DIRECTIONS)]
+    order = np.concatenate([rng.permutation(len(meanings)) for _ in range(3)])
+    things = [dict(zip(("color", "shape", "direction"), meanings[i])) for i in order]
+    return [{"text": wordings.draw_never(rng, thing), "objects": [thing]} for thing in things]
 
 
 def unknown_words(text, wording):

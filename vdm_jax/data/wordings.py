@@ -43,6 +43,18 @@ DIRECTIONS = (  # ways to say left, right, up and down
     ("towards the left", "towards the right", "towards the top", "towards the bottom"),
     ("toward the left", "toward the right", "toward the top", "toward the bottom"),
 )
+NEVER = {  # the plain word -> words for it that no caption has
+    "circle": ("sphere", "orb", "globe"),
+    "square": ("tile", "crate", "brick"),
+    "triangle": ("cone", "arrowhead", "tetrahedron"),
+    "red": ("ruby", "cherry", "vermilion"),
+    "green": ("jade", "lime", "shamrock"),
+    "blue": ("sapphire", "navy", "ultramarine"),
+    "yellow": ("canary", "mustard", "sunflower"),
+    "magenta": ("orchid", "mauve", "plum"),
+    "cyan": ("aquamarine", "lagoon"),
+}
+NEVER_VERBS = ("floating", "sailing", "racing", "creeping", "cruising", "darting")
 VERTICAL = {"up": ("rising", "rises"), "down": ("falling", "falls")}  # participle, finite form
 ARTICLES = ("a", "a", "a", "a", "one", "the", "")
 OPENINGS = ("", "", "", "there is ", "we see ", "I see ", "here is ", "a video of ", "show me ")
@@ -71,6 +83,16 @@ def draw(rng, things, held_out=False, impact=None):
             text += "."
         if len(text) <= LONGEST and held_out == any(map(is_held_out, pairs)):
             return text
+
+
+def draw_never(rng, thing):
+    """Returns a sentence about a thing {'color', 'shape', 'direction'}. No caption has its color, shape or verb.
+
+    So training never sees two of its words side by side. It sees the words of the direction.
+    """
+    color, shape = (_pick(rng, NEVER[thing[key]]) for key in ("color", "shape"))
+    where = _way(rng)[DIRECTIONS[0].index(thing["direction"])]
+    return f"{'an' if color[0] in 'aeiou' else 'a'} {color} {shape} {_pick(rng, NEVER_VERBS)} {where}"
 
 
 def is_held_out(pair):

@@ -8,6 +8,7 @@ decoded. These keys may be there, too:
   samplers               {name: M}
   differences            {name: like M, of the same prompts, minus "samples"}
   wordings               outcomes of prompts in words that training did not combine
+  unknown_words          outcomes of prompts in words that no caption has, and the number of prompts
   copies                 distances to training clips
   tasks                  {task: {figure: value}}; the values of a task with "seconds" are columns of one length
 
@@ -71,6 +72,7 @@ TITLES = {
     "samplers": "The same prompts, by sampler and steps",
     "differences": "Difference to the samples above, points",
     "wordings": "Prompts in words that training did not combine",
+    "unknown_words": "Prompts in words that no caption has",
     "copies": "Copies of training clips",
 }
 AXES = {"log_snr": "log SNR {:+.1f}", "seconds": "after {:g} s"}  # key of a column -> label of a row

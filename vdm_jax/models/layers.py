@@ -285,7 +285,10 @@ def transformer_layer(x, mask, heads, index, positions=None, zero=False, **commo
     common: see Layer.common
     """
     channels = x.shape[-1]
-    attention = Attention(channels // heads, heads, **common, name=f"attention_{index}")
+    head_dim = channels // heads
+    if positions is not None:
+        head_dim += head_dim % 2  # rotary embeddings turn pairs of channels
+    attention = Attention(head_dim, heads, **common, name=f"attention_{index}")
     h = LayerNorm(**common, name=f"norm_attention_{index}")(x)
     x = x + attention(h, mask=mask, positions=positions)
     h = LayerNorm(**common, name=f"norm_mlp_{index}")(x)

@@ -45,6 +45,11 @@ BASE = "denoiser/base.json"  # in the folder of a run
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
+def given(path):
+    """Returns the folder that a setting names; "reference" names the weights of this package."""
+    return REFERENCE if path == "reference" else storage.given(path)
+
+
 @contextlib.contextmanager
 def exclusive_lock(workdir):
     """Makes the folder of a run, and locks it against other trainings. A bucket has no locks. Raises UserError."""
@@ -233,7 +238,7 @@ def read_base(workdir, system, statistics):
     config = system.config
     if not config.denoiser.lora.base:
         raise UserError("adapters need a base: name a run, exported weights or reference in denoiser.lora.base")
-    source = REFERENCE if config.denoiser.lora.base == "reference" else storage.given(config.denoiser.lora.base)
+    source = given(config.denoiser.lora.base)
     trained_with = read_config(source)
     if lora.active(trained_with.denoiser):
         raise UserError(
@@ -392,7 +397,7 @@ def read_exported(folder, stage, expected):
 
     folder: of the weights, or "reference".
     """
-    folder = REFERENCE if folder == "reference" else storage.given(folder)
+    folder = given(folder)
     checksums.check(folder, [f"{stage}.safetensors"])
     return read_safetensors(folder / f"{stage}.safetensors", expected)[0]
 

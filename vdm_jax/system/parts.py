@@ -1,7 +1,8 @@
 """Parts that a run does not train: a codec or a text encoder from the folder of a published model, or of another run.
 
-config.video_codec.source, config.audio_codec.source and config.text_encoder.source name the folders. A part takes the
-place of a stage: the stage is not trained, and its parameters are read from the part's folder, whenever they are used.
+config.video_codec.source, config.audio_codec.source and config.text_encoder.source name the folders. "reference" names
+the weights of this package. A part takes the place of a stage: the stage is not trained, and its parameters are read
+from the part's folder, whenever they are used.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from vdm_jax.models.published.clip_text_model import CLIPTextModel
 from vdm_jax.models.published.t5_encoder_model import T5EncoderModel, UMT5EncoderModel
 from vdm_jax.models.published.text_layers import TextEncoder
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
-from vdm_jax.run import folder, huggingface, storage
+from vdm_jax.run import folder, huggingface
 from vdm_jax.settings import STAGES
 
 STAGE_OF = {"video_codec": "video_autoencoder", "audio_codec": "audio_autoencoder", "text_encoder": "clip"}
@@ -135,7 +136,7 @@ def open_parts(config):
     parts = {}
     for key, stage in STAGE_OF.items():
         if key in config and config[key].source:  # the config.json of older weights has no parts
-            parts[stage] = _open(key, storage.given(config[key].source), config)
+            parts[stage] = _open(key, folder.given(config[key].source), config)
             if config[key].hash and parts[stage].fingerprint != config[key].hash:
                 raise UserError(
                     f"{key}.source={config[key].source} has other weights than those that the denoiser was trained "
