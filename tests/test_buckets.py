@@ -1,17 +1,22 @@
 """Training on clips of several shapes: which batch is of which bucket, and one parameter tree for all of them."""
 
 import itertools
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from tests import tiny
-from tests.helpers import weights
+from tests.conftest import write_run
+from tests.helpers import digest, final_state, weights
+from vdm_jax import train
 from vdm_jax.data import batches, buckets, media
 from vdm_jax.data.buckets import Bucket
 from vdm_jax.errors import UserError
+from vdm_jax.run import folder, hosts
 from vdm_jax.system import build
+from vdm_jax.system.layout import STAGES
 from vdm_jax.system.losses import encode_batch
 from vdm_jax.system.phases import phases
 
@@ -138,3 +143,25 @@ def test_one_parameter_tree_for_all_buckets(system):
             for which, denoiser in ((part, params["denoiser"]), (alone, own))
         ]
         np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_a_run_compiles_a_step_for_each_bucket_and_resumes_bit_for_bit(command, tmp_path, monkeypatch):
+    flags = ["--config=tests/tiny.py:small", f"--config.data.buckets={SHAPES}", "--config.denoiser.cached_clips=0"]
+    flags += ["--config.preview_every=0"]
+    whole, ended, compiled = tmp_path / "whole", tmp_path / "ended", []
+    original = hosts.compiled
+
+    def counted(function, *arguments):
+        compiled.append(function.__name__)
+        return original(function, *arguments)  # it takes arrays of these shapes alone
+
+    monkeypatch.setattr(hosts, "compiled", counted)
+    write_run(whole, tiny.get_config("small"), STAGES[:3])
+    assert command(train, *flags, f"--workdir={whole}", "--change").code == 0
+    assert sorted(compiled) == ["finite", "step", "step", "step"]
+    assert {buckets.schedule([1, 1, 1], 0, step)[0] for step in range(4, 8)} == {0, 1, 2}
+    shutil.copytree(whole, ended)  # as if it had ended after step 4
+    shutil.rmtree(ended / "denoiser/checkpoints/8")
+    assert command(train, *flags, f"--workdir={ended}").code == 0
+    states = [final_state(run, "denoiser", folder.read_config(run)) for run in (whole, ended)]
+    assert states[0]["step"] == 8 and digest(states[0]) == digest(states[1])

@@ -1,7 +1,14 @@
-"""A denoiser trained on codecs and a text encoder that come from folders."""
+"""A denoiser trained on codecs and a text encoder that come from folders.
+
+One test runs this file in a process with 8 virtual devices: python tests/test_parts.py FOLDERS
+"""
 
 import json
 import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the process with 8 devices
 
 import jax
 import numpy as np
@@ -11,7 +18,8 @@ from etils import epath
 import vdm_jax
 from tests import tiny
 from tests.conftest import write_run
-from vdm_jax import bench, sharding, train, weights
+from tests.helpers import digest, final_state, finish, start
+from vdm_jax import bench, sample, sharding, train, train_state, weights
 from vdm_jax.data import batches
 from vdm_jax.errors import UserError
 from vdm_jax.models.published import naming
@@ -62,12 +70,27 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def config(folders):
-    config = tiny.get_config().unlock()
+    return config_of(folders)
+
+
+def config_of(folders):
+    config = tiny.get_config("small").unlock()
     config.data.update(sample_rate=2048, text_length=16)  # 512 samples a latent frame: 16 tokens
     config.video_codec.source = str(folders / "video")
     config.audio_codec.source = str(folders / "audio")
     config.text_encoder.source = str(folders / "text")
     return config.lock()
+
+
+def losses(system, mesh, params, clips):
+    """The losses of training steps of the denoiser on these batches, one after the other."""
+    with jax.set_mesh(mesh):
+        program = train_state.program(system.stages["denoiser"], system.config.denoiser, jax.random.key(0), mesh, 0.0)
+        state, found = program.init(), []
+        for batch in jax.device_put(clips, sharding.batch_sharding(mesh)):
+            state, metrics = program.step(state, jax.random.key(1), batch, params)
+            found.append(metrics["loss"].item())
+    return found
 
 
 def test_sizes_follow_from_the_parts(config):
@@ -101,7 +124,7 @@ def test_encoded_and_decoded_as_by_the_parts(config):
 def test_trained_on_resumed_and_sampled(folders, tmp_path, command):
     """A run that goes on. A part that has changed is refused; one that has moved is not."""
     flags = [
-        "--config=tests/tiny.py", "--config.data.sample_rate=2048", "--config.data.text_length=16",
+        "--config=tests/tiny.py:small", "--config.data.sample_rate=2048", "--config.data.text_length=16",
         "--config.denoiser.cached_clips=0", "--config.preview_every=0",
         *(f"--config.{key}.source={folders / name}" for key, name in PARTS.items()),
     ]  # fmt: skip
@@ -114,6 +137,12 @@ def test_trained_on_resumed_and_sampled(folders, tmp_path, command):
 
     assert command(train, *flags, f"--workdir={whole}", "--stage=clip").err[-1].startswith("error: --stage=clip is not")
     assert command(bench, *flags, "--stage=clip").err[-1].startswith("error: --stage=clip is not")
+
+    ended = shutil.copytree(whole, tmp_path / "ended")  # as if it had ended after step 4
+    shutil.rmtree(ended / "denoiser/checkpoints/8")
+    assert command(train, *flags, f"--workdir={ended}").code == 0
+    states = [final_state(run, "denoiser", stored) for run in (whole, ended)]
+    assert states[0]["step"] == 8 and digest(states[0]) == digest(states[1])
 
     exported, imported = tmp_path / "exported", tmp_path / "imported"
     assert command(weights, "export", f"--workdir={whole}", f"--out={exported}").code == 0
@@ -150,9 +179,36 @@ def test_cached_clips_are_those_encoded_in_the_batch(config, tmp_path):
     params, (cached,) = latents.prepare([system], epath.Path(tmp_path), [examples], mesh, 0)
     order = dict(batch_size=4, seed=config.seed, start=0, data=config.data)
     clips = next(batches.batches(examples, **order))
+    encoded = cached.take([0, 1, 2, 3])
     fresh = jax.jit(lambda p, b: encode_batch(system, p, b))(params, clips)
     same = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)  # noqa: E731 half precision
-    jax.tree.map(same, cached.take([0, 1, 2, 3]), jax.device_get(fresh))
+    jax.tree.map(same, encoded, jax.device_get(fresh))
+    on_clips, on_encoded = (losses(system, mesh, params, [batch] * 3) for batch in (clips, encoded))
+    assert len(set(on_clips)) == 3
+    np.testing.assert_allclose(on_encoded, on_clips, rtol=1e-3)
+
+
+def test_eight_devices_train_on_parts_as_one_does(folders):
+    code, out, err = finish(start(__file__, folders, JAX_NUM_CPU_DEVICES="8"))
+    assert code == 0 and out.startswith("equal"), "\n".join(err[-20:])
+
+
+def compare_devices(folders):
+    """Training steps on one of 8 devices, and on all of them, with clips that are encoded in the step."""
+    config = config_of(folders)
+    system = build(config)
+    clips = batches.Examples(batches.source(config), system.tokenize).take(range(8))
+    channels = {"video": system.layout.video[-1], "audio": system.layout.audio[-1]}
+    found = []
+    for sizes, devices in ((dict(data=1, fsdp=1), jax.devices()[:1]), (dict(data=2, fsdp=4), None)):
+        mesh = sharding.make_mesh(sizes | dict(sequence=1, tensor=1), devices)
+        params = {stage: part.read(mesh) for stage, part in system.parts.items()}
+        statistics = {m: {"mean": np.zeros(n, "f"), "std": np.ones(n, "f")} for m, n in channels.items()}
+        found.append(losses(system, mesh, params | {"statistics": statistics}, [clips] * 3))
+    split = [path for path, x in sharding.named_leaves(params).items() if not x.sharding.is_fully_replicated]
+    assert {path.rpartition("/")[2] for path in split} == {"kernel", "weight_v", "embedding"}
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    print(f"equal: {found[0]} and {found[1]}")
 
 
 WRONG = {
@@ -202,6 +258,53 @@ def test_wrong_files_are_one_line_before_anything_is_written(config, folders, tm
         with_hashes(config)
 
 
+def test_parts_that_have_moved(folders, tiny_run, tmp_path, command, monkeypatch):
+    """Exported weights of a run that had its parts by relative paths, used in another folder."""
+    there, exported, imported = (tmp_path / name for name in ("there", "exported", "imported"))
+    monkeypatch.chdir(shutil.copytree(folders, there))
+    run = write_run(tmp_path / "run", with_hashes(config_of(Path())), ("denoiser",))
+    assert command(weights, "export", f"--workdir={run}", f"--out={exported}").code == 0
+    assert folder.read_config(exported).text_encoder.source == "text"
+    monkeypatch.chdir(tmp_path)
+    moved = {key: str(there / name) for key, name in PARTS.items()}
+    flags = [f"--{key}.source={path}" for key, path in moved.items()]
+    shown = sample, f"--weights={exported}", "--prompt=a red circle", f"--out={tmp_path / 'clip.mp4'}", "--steps=1"
+    assert command(*shown, flags[0], flags[2]).err[-1] == (
+        f"error: audio_codec.source=audio is no folder in {tmp_path}: give the part's folder of today, "
+        "--audio_codec.source=FOLDER, or in Python parts={'audio_codec': FOLDER}"
+    )
+    assert command(*shown, *flags).code == 0
+    for action in (("verify", exported), ("import", f"--weights={exported}", f"--workdir={imported}")):
+        assert "is no folder" in command(weights, *action).err[-1]
+        assert command(weights, *action, *flags).code == 0
+    assert folder.read_config(imported).text_encoder.source == moved["text_encoder"]
+
+    publish(there / "text", BertModel, BERT, "architectures", seed=1)
+    for path, parts, words in (
+        (exported, moved, "text_encoder.source=.*text has other weights"),
+        (tiny_run, moved, "tiny has its own video_codec: leave out video_codec="),
+        (exported, {"codec": "x"}, "no part 'codec': did you mean 'video_codec'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            vdm_jax.load(path, parts=parts)
+
+
+def test_kernels_have_the_type_of_the_products(config):
+    """In bfloat16 they take half the memory, and the codecs compute the same bits as with those in float32."""
+    with config.unlocked():
+        config.compute_dtype = "bfloat16"
+    system = build(config)
+    clips = batches.Examples(batches.source(config), system.tokenize).take([0, 1])
+    half = {stage: part.read() for stage, part in system.parts.items()}
+    full = {s: naming.to_params(huggingface.read_tensors(p.folder), p.module) for s, p in system.parts.items()}
+    for path, x in sharding.named_leaves(half).items():
+        assert x.dtype == ("bfloat16" if path.endswith(("/kernel", "/embedding")) else "float32"), path
+    assert jax.eval_shape(lambda: half) == {stage: part.param_shapes() for stage, part in system.parts.items()}
+    of_half, of_full = (jax.jit(lambda p, b: encode_batch(system, p, b))(params, clips) for params in (half, full))
+    jax.tree.map(np.testing.assert_array_equal, of_half["z"], of_full["z"])
+    np.testing.assert_allclose(of_half["text"]["states"], of_full["text"]["states"], atol=0.05)
+
+
 def test_a_part_of_a_run_with_a_number(tmp_path):
     config = tiny.get_config()
     write_run(tmp_path / "run", config, ("audio_autoencoder",), run=7)
@@ -219,3 +322,8 @@ def test_a_part_of_another_run(tiny_run):
     for stage, part in system.parts.items():
         ema, _ = folder.read_params(tiny_run, stage, system.param_shapes[stage], 0)
         jax.tree.map(np.testing.assert_array_equal, part.read(), folder.as_exported(ema))
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    compare_devices(Path(sys.argv[1]))

@@ -139,10 +139,13 @@ def test_bfloat16_is_near_float32(case):
     _, ours, params = pair(case)
     tokens, mask = inputs(case)
     want = jax.jit(ours.apply)({"params": params}, tokens, mask)
-    got = jax.jit(ours.clone(dtype=jnp.bfloat16).apply)({"params": params}, tokens, mask)
-    for ours, theirs in zip(got, want):
-        close(ours, theirs, 0.05)
-        assert np.abs(ours - theirs).max() > 1e-5
+    half = naming.to_params(naming.to_tensors(params), ours, dtype=jnp.bfloat16)
+    assert jax.tree.leaves(half)[-1].dtype == jnp.bfloat16
+    for given in (params, half):
+        got = jax.jit(ours.clone(dtype=jnp.bfloat16).apply)({"params": given}, tokens, mask)
+        for x, y in zip(got, want):
+            close(x, y, 0.05)
+            assert np.abs(x - y).max() > 1e-5
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -154,6 +157,8 @@ def test_names_and_shapes_of_full_size(name):
     want = {prefix + key: tuple(x.shape) for key, x in theirs.named_parameters()}
     got = naming.tensor_shapes(ours(**settings))
     assert got == want and sum(map(np.prod, got.values())) == count
+    half = naming.param_shapes(ours(**settings), dtype=jnp.bfloat16)
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(half)) < 2.002 * count  # UMT5 XXL: 11.4 GB
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,6 +3,9 @@
 The second test runs this file in a process with 8 virtual devices: python tests/test_sharding.py
 """
 
+import dataclasses
+import importlib
+import pkgutil
 import re
 import sys
 from pathlib import Path
@@ -20,8 +23,10 @@ from tests.helpers import finish, names, start, weights
 from vdm_jax import overview, pipeline, sharding, train_state
 from vdm_jax.data import text
 from vdm_jax.errors import UserError
-from vdm_jax.models import ops
+from vdm_jax.models import ops, published
 from vdm_jax.models.layers import REMAT
+from vdm_jax.models.published import naming
+from vdm_jax.models.published.text_layers import TextEncoder
 from vdm_jax.system import build, sampling
 from vdm_jax.system.layout import STAGES
 
@@ -61,6 +66,23 @@ def test_every_rule_is_for_some_parameter(shapes):
         for word in re.findall(r"\(([a-z|]+)\)", pattern):
             for alternative in word.split("|"):
                 assert any(f"/{alternative}/kernel" in path for path in shapes), alternative
+
+
+def published_classes():
+    """The published models, each with one layer where its settings count layers."""
+    for info in pkgutil.iter_modules(published.__path__, f"{published.__name__}."):
+        for kind in vars(importlib.import_module(info.name)).values():
+            if getattr(kind, "__module__", "") == info.name and hasattr(kind, "example") and kind is not TextEncoder:
+                counts = {"num_hidden_layers", "num_layers", "layers_per_block", "num_res_blocks"}
+                yield kind(**dict.fromkeys(counts & {field.name for field in dataclasses.fields(kind)}, 1))
+
+
+@pytest.mark.parametrize("model", published_classes(), ids=lambda model: type(model).__name__)
+def test_large_parameters_of_published_models_have_a_rule(model):
+    for path, shape in names(naming.param_shapes(model)).items():
+        is_large = np.prod(shape) > max(shape)
+        is_split = any(re.search(pattern, path) for pattern, _ in sharding.PARAMETER_RULES[:-1])
+        assert is_split == is_large, path
 
 
 def test_kernels_are_split_and_small_ones_left_whole(shapes):

@@ -28,6 +28,7 @@ from vdm_jax.errors import UserError, one_of
 from vdm_jax.metrics import figures
 from vdm_jax.pipeline import Pipeline, load
 from vdm_jax.run import cli
+from vdm_jax.settings import PARTS
 
 logger = logging.getLogger("vdm_jax")
 
@@ -74,9 +75,10 @@ def main(argv):
             import gradio
         except ImportError as error:
             raise UserError(f'the page needs gradio ({error}): pip install -e ".[app]"') from None
-        pipe = load(weights, lora=options.lora)
+        pipe = load(weights, lora=options.lora, parts=cli.parts(options))
         cli.use_cache(pipe.config)
-        source = {name: options[name].value for name in ("workdir", "weights", "lora") if options[name].value}
+        names = ("workdir", "weights", "lora", *(f"{key}.source" for key in PARTS))
+        source = {name: options[name].value for name in names if options[name].value}
         demo = page(WatchedPipeline(pipe), Path(folder), source)
         theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")  # the default loads fonts
         policy = f'<meta http-equiv="Content-Security-Policy" content="{ONLY_LOCAL}">'

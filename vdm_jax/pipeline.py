@@ -56,7 +56,7 @@ class Clip:
         )
 
 
-def load(path=None, *, stages=STAGES, lora=()):
+def load(path=None, *, stages=STAGES, lora=(), parts=None):
     """A trained system as a Pipeline.
 
     path: a run's folder, or a folder of exported weights; None: the reference weights of this package. A student that
@@ -64,14 +64,15 @@ def load(path=None, *, stages=STAGES, lora=()):
     stages: the stages whose parameters are read. A Pipeline that samples needs all of them.
     lora: adapters that are merged into the denoiser and its student, "FILE" or "FILE:SCALE", or a list of them; see
         system/adapters.py.
+    parts: folders of parts that were elsewhere in training, {"video_codec", "audio_codec" or "text_encoder": folder}.
     Raises UserError where something is missing or damaged.
     """
-    weights = folder.load(path, build, stages)
+    weights = folder.load(path, build, stages, parts=parts)
     if lora and "denoiser" in weights.params:
         given = [lora] if isinstance(lora, str) else lora
         weights.params["denoiser"] = adapters.merge_files(weights.params["denoiser"], given)
     beside = storage.given(folder.REFERENCE if path is None else path) / STUDENT
-    student = load(beside, stages=stages, lora=lora) if beside.is_dir() else None
+    student = load(beside, stages=stages, lora=lora, parts=parts) if beside.is_dir() else None
     return Pipeline(weights.system, weights.params, student=student)
 
 

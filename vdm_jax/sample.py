@@ -11,6 +11,8 @@ Without --workdir and --weights the reference weights of this package are used. 
 makes clips in as few steps as its recipe has, and its teacher those in more; --student or --teacher decides otherwise.
 --lora merges adapters into the denoiser, with a scale of 1 or SCALE, and may be repeated. FILE is an
 adapter_model.safetensors beside its adapter_config.json, from `weights export --adapters` or from `peft`.
+The codecs and the text encoder of a run may come from folders. --video_codec.source=FOLDER, --audio_codec.source and
+--text_encoder.source tell where they are, if they have moved since.
 
 --image     becomes the first frame of the clip
 --video     gets a sound
@@ -36,6 +38,7 @@ from vdm_jax.errors import UserError
 from vdm_jax.metrics import figures
 from vdm_jax.pipeline import Clip, load
 from vdm_jax.run import cli, hosts, storage
+from vdm_jax.settings import PARTS
 from vdm_jax.system import published
 from vdm_jax.system.layout import STAGES
 
@@ -46,6 +49,7 @@ SAMPLER = ("method", "steps", "history_noise", "context_noise", "lag")  # flags 
 GUIDANCE = {"guidance": "text"}  # flags that change config.sample.guidance
 GUIDANCE |= {f"guidance.{key}": key for key in ("text_continue", "text_cross_modal", "history", "modality")}
 NOT_PUBLISHED = {*CONTEXT, "continue", "student", "teacher", *SAMPLER, *GUIDANCE} - {"steps", "method", "guidance"}
+NOT_PUBLISHED |= {f"{key}.source" for key in PARTS}
 
 
 def main(argv):
@@ -92,7 +96,7 @@ def load_pipeline(options, stages=STAGES):
     if options.student and options.teacher:
         raise UserError("give only one of --student and --teacher")
     chosen = options.student if options.student or options.teacher else None
-    pipe = load(cli.weights_folder(options), stages=stages, lora=options.lora)
+    pipe = load(cli.weights_folder(options), stages=stages, lora=options.lora, parts=cli.parts(options))
     pipe = pipe.for_steps(options["steps"].value, chosen)
     pipe = pipe.for_size(buckets.parse_size(options.size) if options.size else None)
     cli.use_cache(pipe.config)

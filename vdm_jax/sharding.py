@@ -45,7 +45,7 @@ PARAMETER_RULES = (
     (r"/out/kernel$", ("tensor", None, "fsdp")),  # [heads, d, C]
     (r"/expand_\d+/kernel$", ("fsdp", "tensor")),  # [C, 4 C]
     (r"/contract_\d+/kernel$", ("tensor", "fsdp")),  # [4 C, C]
-    (r"/kernel$", (None, "fsdp")),  # [..., input, output]
+    (r"/(kernel|weight_v)$", (None, "fsdp")),  # [..., input, output]
     (r"/embedding$", (None, "fsdp")),  # [vocabulary, C]
     (r".*", ()),
 )

@@ -38,23 +38,24 @@ UNCHECKED = ("lock", "heartbeat.json", "starts.jsonl", "metrics.jsonl", "events.
 
 def main(argv):
     options = flags.FLAGS
+    moved = cli.parts(options)
     if argv[1:] == ["export"] and options.workdir and options.out and options.adapters:
         if options.license or options.report:
             raise UserError("adapters alone get no model card: leave out --license and --report")
-        export_adapters(storage.given(options.workdir), storage.given(options.out))
+        export_adapters(storage.given(options.workdir), storage.given(options.out), moved)
     elif argv[1:] == ["export"] and options.workdir and options.out:
         if options.license:
             card.check_license(options.license)
         outcomes = report.read_outcomes(storage.given(options.report)) if options.report else None
-        weights, out = folder.load(options.workdir, build), storage.given(options.out)
+        weights, out = folder.load(options.workdir, build, parts=moved), storage.given(options.out)
         folder.write_exported(out, weights, options.workdir, outcomes, options.license)
         size = sum((out / f"{stage}.safetensors").stat().length for stage in weights.steps)
         print(f"wrote {out}: {size / 1e6:.2f} MB of weights")
     elif argv[1:2] == ["verify"] and len(argv) == 3:
-        verify(storage.given(argv[2]), options.unverified)
+        verify(storage.given(argv[2]), options.unverified, moved)
     elif argv[1:] == ["import"] and options.weights and options.workdir:
         source = None if options.weights == "reference" else options.weights
-        weights = folder.load(source, build, unverified=options.unverified)
+        weights = folder.load(source, build, unverified=options.unverified, parts=moved)
         trained_with, encoders = weights.system.config, folder.encoders_hash(weights.params, weights.system.parts)
         if options.config is not None:
             weights = add_missing_params(weights, with_hashes(options.config))
@@ -68,9 +69,12 @@ def main(argv):
         )
 
 
-def export_adapters(workdir, out):
-    """Writes the EMA of the adapters of a run as files of `peft`. Raises UserError when the run has none."""
-    system = folder.read_system(workdir, build)
+def export_adapters(workdir, out, moved):
+    """Writes the EMA of the adapters of a run as files of `peft`. Raises UserError when the run has none.
+
+    moved: see folder.read_system, here and below
+    """
+    system = folder.read_system(workdir, build, moved)
     chosen = lora.active(system.config.denoiser)
     if not chosen:
         raise UserError(f"{workdir} has no adapters (denoiser.lora.rank=0): leave out --adapters")
@@ -80,7 +84,7 @@ def export_adapters(workdir, out):
     print(f"wrote {out / adapters.FILE}: adapters of rank {chosen.rank} at step {step}")
 
 
-def verify(directory, unverified=False):
+def verify(directory, unverified=False, moved=None):
     """Checks every file in `directory` that a run reads back, and prints a line for each part.
 
     A part is a checkpoint, a folder of exported weights, the encoded clips, a config.json or a statistics.json. A line
@@ -92,7 +96,7 @@ def verify(directory, unverified=False):
         raise UserError(f"{directory} is not a folder: give a run, a checkpoint or exported weights")
     faults, checked, read = [], 0, 0  # read: in bytes
     began = time.perf_counter()
-    for path, check in _parts(directory):
+    for path, check in _parts(directory, moved):
         if isinstance(check, str):
             print(f"{path}: {check}")
             continue
@@ -117,7 +121,7 @@ def verify(directory, unverified=False):
         raise UserError(f"{faults[0]}" + (f", and {len(faults) - 1} more are damaged" if len(faults) > 1 else ""))
 
 
-def _parts(directory):
+def _parts(directory, moved):
     """Yields (path, check) for what is in a folder and its subfolders.
 
     check: a function that returns how many bytes it read and raises UserError; or a text, where nothing is checked
@@ -134,9 +138,9 @@ def _parts(directory):
     for name in names:
         path = directory / name
         if name == "config.json":
-            yield path, functools.partial(_check_config, path)
+            yield path, functools.partial(_check_config, path, moved)
         elif name == "statistics.json":
-            yield path, functools.partial(_check_statistics, path)
+            yield path, functools.partial(_check_statistics, path, moved)
         elif name == epath.Path(folder.BASE).name:
             yield path, functools.partial(_check_base, path)
         elif name.startswith("latents") and path.is_dir():
@@ -149,13 +153,13 @@ def _parts(directory):
         elif name in ("damaged", checkpoint.SUPERSEDED):
             yield path, "set aside, not checked"
         elif path.is_dir():
-            yield from () if name in UNCHECKED else _parts(path)
+            yield from () if name in UNCHECKED else _parts(path, moved)
         elif name not in covered and not any(map(path.match, (*UNCHECKED, *exported, checksums.NAME))):
             yield path, "unknown, not checked"
 
 
-def _check_config(path):
-    folder.read_system(path.parent, layout)
+def _check_config(path, moved):
+    folder.read_system(path.parent, layout, moved)
     return path.stat().length
 
 
@@ -170,9 +174,9 @@ def _run_number(workdir):
         return folder.run_number(workdir)
 
 
-def _check_statistics(path):
+def _check_statistics(path, moved):
     owner = path.parent if (path.parent / "config.json").exists() else path.parent.parent
-    sizes = folder.read_system(owner, layout).latent_shapes
+    sizes = folder.read_system(owner, layout, moved).latent_shapes
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], np.float32) for m, shape in sizes.items()}
     run = None if folder.is_exported(owner) else folder.run_number(owner)
     folder.read_statistics(path, {m: {"mean": x, "std": x} for m, x in channels.items()}, run)
@@ -250,6 +254,7 @@ def import_weights(weights, workdir, encoders):
 
 def define_flags():
     cli.define_config()
+    cli.define_parts()
     flags.DEFINE_string("workdir", None, "Folder of the run: export reads it, import makes it.")
     flags.DEFINE_string("out", None, "Folder that export writes the weights to.")
     flags.DEFINE_string("weights", None, "Folder of exported weights that import reads, or 'reference'.")

@@ -12,6 +12,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vdm_jax.errors import SaveError, UserError
+from vdm_jax.settings import PARTS
 
 PATH_FAULTS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -45,6 +46,17 @@ def define_weights():
     flags.DEFINE_string("workdir", None, "Run folder; without it and --weights: the reference weights.")
     flags.DEFINE_string("weights", None, "Folder of exported weights.")
     flags.DEFINE_multi_string("lora", [], "Adapters to merge in, FILE or FILE:SCALE; repeat the flag for several.")
+    define_parts()
+
+
+def define_parts():
+    for key in PARTS:
+        flags.DEFINE_string(f"{key}.source", None, f"Folder of the {key.replace('_', ' ')}; default: as in training.")
+
+
+def parts(options):
+    """Returns {part: folder} of the flags that `define_parts` defines."""
+    return {key: options[f"{key}.source"].value for key in PARTS if options[f"{key}.source"].value}
 
 
 def weights_folder(options):

@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ from etils import epath
 from safetensors import SafetensorError
 
 from vdm_jax import lora, settings
-from vdm_jax.errors import SaveError, UserError
+from vdm_jax.errors import SaveError, UserError, one_of
 from vdm_jax.run import card, checkpoint, checksums, hosts, record, storage
 from vdm_jax.sharding import named_leaves, path_name
 
@@ -279,9 +280,17 @@ class Weights(NamedTuple):
     steps: dict  # {stage: the step that its parameters are from}
 
 
-def read_system(source, build):
-    """Returns build(config) for the config of a run or of exported weights. Raises UserError."""
+def read_system(source, build, parts=None):
+    """Returns build(config) for the config of a run or of exported weights. Raises UserError.
+
+    parts: {part, of settings.PARTS: its folder of today}, for parts that are no longer where the config has them
+    """
     config = read_config(source)
+    for key, path in (parts or {}).items():
+        if not config.get(one_of("part", key, settings.PARTS), {}).get("source"):
+            raise UserError(f"{source} has its own {key}: leave out {key}={path}")
+        with config.unlocked():
+            config[key].source = os.fspath(path)
     try:
         return build(config)
     except UserError:
@@ -293,7 +302,7 @@ def read_system(source, build):
         ) from error
 
 
-def load(source, build, stages=None, unverified=False):
+def load(source, build, stages=None, unverified=False, parts=None):
     """Returns the Weights of a run or of exported weights. Raises UserError when something is missing or damaged.
 
     The adapters of a run are merged into its denoiser, and its config is `lora.without` them.
@@ -302,6 +311,7 @@ def load(source, build, stages=None, unverified=False):
     build: build(config) returns the system, whose `param_shapes` are {stage: tree of ShapeDtypeStruct}.
     stages: names of the stages to read; None for all.
     unverified: accepts exported weights that have no checksums.txt.
+    parts: see `read_system`
     """
     source = storage.given(REFERENCE if source is None else source)
     exported, stages = is_exported(source), stages or settings.STAGES
@@ -315,7 +325,7 @@ def load(source, build, stages=None, unverified=False):
                     f"{error}, or import the weights with python -m vdm_jax.weights import --unverified "
                     f"--weights={source} --workdir=NEW"
                 ) from None
-    system = read_system(source, build)
+    system = read_system(source, build, parts)
     run = None if exported else run_number(source)
     params, steps = {}, {}
     for stage in stages:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import os
 from typing import Any
 
 import jax
@@ -30,9 +31,9 @@ from vdm_jax.models.published.t5_encoder_model import T5EncoderModel, UMT5Encode
 from vdm_jax.models.published.text_layers import TextEncoder
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
 from vdm_jax.run import folder, huggingface
-from vdm_jax.settings import STAGES
+from vdm_jax.settings import PARTS, STAGES
 
-STAGE_OF = {"video_codec": "video_autoencoder", "audio_codec": "audio_autoencoder", "text_encoder": "clip"}
+STAGE_OF = dict(zip(PARTS, STAGES))
 PUBLISHED = {
     "video_codec": (AutoencoderKLWan, AutoencoderKL),
     "audio_codec": (AutoencoderOobleck,),
@@ -54,11 +55,15 @@ class Published:
 
     def param_shapes(self):
         most = len(huggingface.read_tensors(self.folder)) if self.has_weights else None
-        return naming.param_shapes(self.module, most, self.folder)
+        return naming.param_shapes(self.module, most, self.folder, self.module.dtype)
 
     def read(self, mesh=None):
-        """Returns the parameters, split over a mesh; None gives NumPy arrays. Raises UserError."""
-        return naming.to_params(huggingface.read_tensors(self.folder), self.module, mesh, source=self.folder)
+        """Returns the parameters, split over a mesh; None gives NumPy arrays. Raises UserError.
+
+        They are not trained, so kernels and embeddings have the type of the products.
+        """
+        tensors = huggingface.read_tensors(self.folder)
+        return naming.to_params(tensors, self.module, mesh, self.folder, self.module.dtype)
 
     @functools.cached_property
     def fingerprint(self):
@@ -157,7 +162,10 @@ def with_hashes(config):
 def _open(key, source, config):
     dtype, stage = jnp.dtype(config.compute_dtype), STAGE_OF[key]
     if not source.is_dir():
-        raise UserError(f"{key}.source={source} is no folder: name the folder of a published model or of a run")
+        seen = "" if source.is_absolute() else f" in {os.getcwd()}"
+        fix = f"give the part's folder of today, --{key}.source=FOLDER, or in Python parts={{{key!r}: FOLDER}}"
+        fix = fix if config[key].hash else "name the folder of a published model or of a run"
+        raise UserError(f"{key}.source={source} is no folder{seen}: {fix}")
     if (source / stage).is_dir() or (source / f"{stage}.safetensors").exists():
         return folder.read_system(source, lambda theirs: _trained(source, theirs, stage, config, dtype))
     if folder.is_exported(source) or any((source / name).exists() for name in ("lock", *STAGES)):

@@ -76,4 +76,4 @@ class BertModel(text_layers.TextEncoder):
         return states, text_layers.masked_mean(states, mask)
 
     def embed(self, what, size, indices):
-        return nn.Embed(size, self.hidden_size, name=f"embeddings.{what}_embeddings")(indices)
+        return text_layers.Embed(size, self.hidden_size, name=f"embeddings.{what}_embeddings")(indices)

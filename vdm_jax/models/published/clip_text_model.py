@@ -60,9 +60,9 @@ class CLIPTextModel(text_layers.TextEncoder):
         scale = (self.hidden_size // self.num_attention_heads) ** -0.5
 
         names = "text_model.embeddings"
-        x = nn.Embed(self.vocab_size, self.hidden_size, name=f"{names}.token_embedding")(tokens)
+        x = text_layers.Embed(self.vocab_size, self.hidden_size, name=f"{names}.token_embedding")(tokens)
         position = text_layers.positions(tokens, self.max_length)
-        x += nn.Embed(self.max_length, self.hidden_size, name=f"{names}.position_embedding")(position)
+        x += text_layers.Embed(self.max_length, self.hidden_size, name=f"{names}.position_embedding")(position)
         for i in range(self.num_hidden_layers):
             names = f"text_model.encoder.layers.{i}"
             h = norm(name=f"{names}.layer_norm1")(x)

@@ -78,11 +78,12 @@ def supports(model, **known):
             )
 
 
-def param_shapes(model, most=None, source="config.json"):
+def param_shapes(model, most=None, source="config.json", dtype=np.float32):
     """Returns the parameters of a module as a tree of ShapeDtypeStructs; nothing is allocated.
 
     most: number of tensors of the weights. None: no limit.
     source: where the settings are from, for messages
+    dtype: of kernels and embeddings; any other parameter is float32
 
     Raises UserError for settings without sense, and for a module that has many more layers than `most`, before it is
     traced to its end: a config.json may ask for any number.
@@ -99,7 +100,7 @@ def param_shapes(model, most=None, source="config.json"):
 
     try:
         with nn.intercept_methods(count):
-            return jax.eval_shape(lambda key: model.init(key, *model.example()), jax.random.key(0))["params"]
+            shapes = jax.eval_shape(lambda key: model.init(key, *model.example()), jax.random.key(0))["params"]
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # numbers without sense
@@ -107,6 +108,9 @@ def param_shapes(model, most=None, source="config.json"):
         raise UserError(
             f"{source}: {type(model).__name__} cannot have these settings ({reason[0]}): give the config of the weights"
         ) from error
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.update(dtype=dtype) if path[-1].key in ("kernel", "embedding") else x, shapes
+    )
 
 
 def tensor_name(path):
@@ -135,13 +139,14 @@ def to_tensors(params):
     return tensors
 
 
-def to_params(tensors, model, mesh=None, source="the weights"):
-    """Returns the parameters of a module, float32, from the tensors of the original.
+def to_params(tensors, model, mesh=None, source="the weights", dtype=np.float32):
+    """Returns the parameters of a module from the tensors of the original.
 
     tensors: {name: tensor}, where a tensor has a `shape`, and tensor[index] gives an array
     mesh: the parameters are split over it; each process reads only what its devices hold. None: the result has NumPy
         arrays.
     source: where the tensors are from, for messages
+    dtype: as in `param_shapes`
 
     Raises UserError for a missing tensor, an unknown tensor, a wrong shape, or settings without sense.
     """
@@ -149,7 +154,7 @@ def to_params(tensors, model, mesh=None, source="the weights"):
     if hasattr(model, "from_older"):
         tensors = model.from_older(tensors)
     what = type(model).__name__
-    shapes = param_shapes(model, len(tensors), source)
+    shapes = param_shapes(model, len(tensors), source, dtype)
     expected = _of_original(shapes)
     for name in expected:
         if name not in tensors:
@@ -169,7 +174,7 @@ def to_params(tensors, model, mesh=None, source="the weights"):
         tensor, is_kernel = tensors[tensor_name(path)], path[-1].key in _KERNELS
 
         def read(index):  # of a part of our parameter
-            x = np.asarray(tensor[_to_original_order(path, index)], np.float32)
+            x = np.asarray(tensor[_to_original_order(path, index)], leaf.dtype)
             return np.ascontiguousarray(np.moveaxis(x, (1, 0), (-2, -1)) if is_kernel else x)
 
         if split is None:

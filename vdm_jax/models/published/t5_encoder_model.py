@@ -1,7 +1,7 @@
 """The encoders of T5 (arXiv:1910.10683) and UMT5 (arXiv:2304.09151), with the parameters of transformers' classes.
 
-CogVideoX and LTX-Video use T5 1.1 XXL, and Wan uses UMT5 XXL. The parameters are float32: 19 and 23 GB for XXL. Values
-between layers grow to a size at which float16 overflows, so `dtype` is float32 or bfloat16, and they stay float32.
+CogVideoX and LTX-Video use T5 1.1 XXL, and Wan uses UMT5 XXL. Values between layers grow to a size at which float16
+overflows, so `dtype` is float32 or bfloat16, and they stay float32.
 """
 
 import functools
@@ -68,11 +68,11 @@ class T5EncoderModel(text_layers.TextEncoder):
             tokens.shape[1], self.relative_attention_num_buckets, self.relative_attention_max_distance
         )
 
-        x = nn.Embed(self.vocab_size, self.d_model, name="shared")(tokens)
+        x = text_layers.Embed(self.vocab_size, self.d_model, name="shared")(tokens)
         for i in range(self.num_layers):
             names = f"encoder.block.{i}.layer.0"
             if i == 0 or not self.has_one_bias:
-                embed = nn.Embed(
+                embed = text_layers.Embed(
                     self.relative_attention_num_buckets,
                     self.num_heads,
                     name=f"{names}.SelfAttention.relative_attention_bias",

@@ -34,6 +34,13 @@ class TextEncoder(layers.Layer):
         return {"states": states, "pooled": pooled}
 
 
+class Embed(nn.Embed):
+    """nn.Embed with a result in float32, whatever the type of its table."""
+
+    def __call__(self, indices):
+        return super().__call__(indices).astype(jnp.float32)
+
+
 def activation(name):
     """Returns a pointwise function by its name in a config.json. Raises UserError for an unknown name."""
     return ACTIVATIONS[one_of("activation function", name, list(ACTIVATIONS))]
