@@ -1,11 +1,12 @@
 """Folders in the layout of Hugging Face: a good one gives its parameters, and a bad one gives one clear line.
 
-The last test runs this file in a process with 8 virtual devices: python tests/test_huggingface.py
+Two tests run this file in a process of its own: python tests/test_huggingface.py slices|FOLDER
 """
 
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tracemalloc
@@ -165,6 +166,15 @@ def overlap(values):
     values["conv.bias"]["data_offsets"] = values["layers.0.0.bias"]["data_offsets"]
 
 
+def add_tensor(name, shape):
+    """A fault: the header has one more tensor, without data."""
+    return header(lambda values: values.update({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}))
+
+
+def nested(depth):
+    return json.loads("[" * depth + "]" * depth)
+
+
 def add(name, dtype=np.float32):
     return lambda folder: safetensors.numpy.save_file(tensors(dtype), folder / name)
 
@@ -183,6 +193,10 @@ FAULTS = {  # name: (what is done to a good folder, a part of the line)
     "config is a folder": (replace("config.json", Path.mkdir), "config.json is no file"),
     "config is a pipe": (replace("config.json", os.mkfifo), "config.json is no file"),
     "config is a dangling link": (replace("config.json", lambda path: path.symlink_to("none")), "has no config.json"),
+    "config links to itself": (replace("config.json", lambda path: path.symlink_to(path)), "has no config.json"),
+    "large config": (config(b'{"a": "' + b"a" * huggingface.MAX_BYTES + b'"}'), "config.json is damaged .over"),
+    "long class": (settings(_class_name="a" * 1000), "names no class"),
+    "deep setting": (settings(sizes=nested(900)), "is no value for Model"),
     "class of another type": (settings(_class_name=7), "names no class"),
     "setting of another type": (settings(width="8"), "width=8 is no value for Model, which takes int"),
     "setting is a truth": (settings(width=True), "width=True is no value"),
@@ -201,6 +215,14 @@ FAULTS = {  # name: (what is done to a good folder, a part of the line)
     "truncated data": (rewrite(lambda content: content[:-4]), "no readable safetensors file"),
     "more data": (rewrite(lambda content: content + b"more"), "no readable safetensors file"),
     "huge header": (rewrite(lambda content: b"\xff" * 7 + b"\x00" + content[8:]), "no readable safetensors file"),
+    "long header": (
+        rewrite(lambda content: (huggingface.MAX_BYTES + 1).to_bytes(8, "little") + content[8:].ljust(1 << 23)),
+        "its header has 4194305 bytes",
+    ),
+    "name of two lines": (add_tensor("a\nb", [0]), "has control characters"),
+    "long name": (header(lambda values: values.update({"a" * 9999: 7})), "no readable safetensors file"),
+    "tensor without data": (add_tensor("more", [0, 1 << 60]), "has no tensor more"),
+    "shape past all numbers": (add_tensor("more", [1 << 40, 1 << 40]), "no readable safetensors file"),
     "header not UTF-8": (rewrite(lambda content: content[:9] + b"\xff" + content[10:]), "no readable safetensors"),
     "another name": (rewrite(lambda content: content.replace(b"conv.bias", b"conv.bibs")), "conv.bias is missing"),
     "another type": (rewrite(lambda content: content.replace(b"F32", b"I32")), "has type I32: give one of F64"),
@@ -215,6 +237,7 @@ FAULTS = {  # name: (what is done to a good folder, a part of the line)
     "header of a list": (header(lambda values: values.update({"conv.bias": [1]})), "no readable safetensors file"),
     "file is a folder": (replace(NAME, Path.mkdir), "is missing or no file"),
     "file is a pipe": (replace(NAME, os.mkfifo), "is missing or no file"),
+    "file links to itself": (replace(NAME, lambda path: path.symlink_to(path)), "is missing or no file"),
     "file is a dangling link": (replace(NAME, lambda path: path.symlink_to("none")), "is missing or no file"),
     "no weights": (remove(NAME), "has no safetensors file: download the folder again"),
     "two files": (add("model.safetensors"), "several files of weights"),
@@ -232,13 +255,30 @@ def test_good_folder_of_the_faults(folder):
 def expect_one_line(folder, said):
     with pytest.raises(UserError, match=said) as error:
         load(folder)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize("fault, said", FAULTS.values(), ids=FAULTS)
 def test_bad_folder(folder, fault, said):
     fault(folder)
     expect_one_line(folder, said)
+
+
+def test_a_flipped_bit_in_the_header_is_never_another_model(folder):
+    """Every byte of the length and of the header, with one bit of it flipped."""
+    good, want, refused = (folder / NAME).read_bytes(), load(folder), 0
+    end = 8 + int.from_bytes(good[:8], "little")
+    for at in range(end):
+        spoilt = bytearray(good)
+        spoilt[at] ^= 1 << at % 8
+        (folder / NAME).write_bytes(spoilt)
+        try:
+            huggingface.read_tensors(folder)
+            jax.tree.map(np.testing.assert_array_equal, load(folder), want)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 0.9 * end
 
 
 def index_of(change):
@@ -259,6 +299,7 @@ def in_all(name):
 FIRST, SECOND = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
 INDEX_FAULTS = {
     "missing file": (remove(SECOND), f"{SECOND} is missing or no file"),
+    "index links to itself": (replace(INDEX, lambda path: path.symlink_to(path)), f"{INDEX} is no file"),
     "missing index": (remove(INDEX), r"but no \*.safetensors.index.json"),
     "parent folder": (in_all("../x.safetensors"), "which is no safetensors file in this folder"),
     "absolute path": (in_all("/etc/x.safetensors"), "which is no safetensors file in this folder"),
@@ -347,10 +388,60 @@ def read_by_slices():
 
 
 def test_each_device_reads_its_slices():
-    code, _, err = finish(start(__file__, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
+    code, _, err = finish(start(__file__, "slices", XLA_FLAGS="--xla_force_host_platform_device_count=8"))
     assert code == 0, err
 
 
+# ----------------------------------------------------------------------------------------------------------- memory
+
+
+def write_sparse(folder, more=(), length=None, name=NAME):
+    """A folder of 185 MB that takes no place on the disk, with further entries of the header. Returns its size."""
+    width, at, values = 2048, 0, {}
+    for tensor, shape in NAMES.items():
+        shape = [width if n == 8 else n for n in shape]
+        values[tensor] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at := at + 4 * int(np.prod(shape))]}
+    text = json.dumps(values | dict(more)).encode()
+    with open(folder / name, "wb") as file:
+        file.write((length or len(text)).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"width": width}))
+    return 8 + len(text) + at
+
+
+def refuse_in_little_memory(folder):
+    none = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    many = {f"{i:x}": none for i in range(60_000)}  # near the largest header
+    huge = none | {"shape": [1 << 30, 1 << 30], "data_offsets": [0, 1 << 62]}
+    hostile = (
+        dict(more=many),
+        dict(more={"a" * 4_000_000: none}),
+        dict(more={"a": none | {"shape": [0] * 1_000_000}}),
+        dict(more={"a": huge}),
+        dict(more={"conv.bias": huge}),
+        dict(length=100_000_000),
+        dict(length=1 << 63),
+    )
+    write_sparse(folder)
+    naming.param_shapes(naming.from_config(Model, huggingface.read_config(folder)[1]))
+    assert huggingface.read_tensors(folder).keys() == NAMES.keys()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for case in hostile:
+        size = write_sparse(folder, **case)
+        expect_one_line(folder, "")
+        used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024  # on Linux it is in KiB
+        print(f"{size / 1e6:.0f} MB of files, {used / 1e6:.0f} MB of memory", file=sys.stderr)
+        assert used < 1.2 * size
+
+
+def test_hostile_headers_take_little_memory(tmp_path):
+    code, _, err = finish(start(__file__, tmp_path))
+    assert code == 0 and len(err) == 7, err
+
+
 if __name__ == "__main__":
-    assert jax.device_count() == 8
-    read_by_slices()
+    if sys.argv[1] == "slices":
+        assert jax.device_count() == 8
+        read_by_slices()
+    else:
+        refuse_in_little_memory(Path(sys.argv[1]))

@@ -23,6 +23,7 @@ CONFIG = "config.json"
 PIPELINE = "model_index.json"
 WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # usual names of one file, or before .index.json
 PART = re.compile(r"-\d+-of-\d+\.\w+$")  # the end of the name of one file of several
+MAX_BYTES = 1 << 22  # of a JSON text, which takes many times its size in memory; 1,000 tensors take about 1 << 17
 FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -47,7 +48,7 @@ class Tensor(NamedTuple):
 
 def read_json(path):
     """Returns {name: value} of a JSON file. Raises UserError."""
-    text = storage.read_text(path, FIX)
+    text = storage.read_text(path, FIX, MAX_BYTES)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -68,7 +69,7 @@ def read_config(folder):
     config = read_json(folder / CONFIG)
     architectures = config.get("architectures")
     name = config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else "")
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not re.fullmatch(r"\w{1,100}", name):
         raise UserError(f"{folder / CONFIG} names no class: {FIX}")
     return name, config
 
@@ -130,11 +131,17 @@ def read_file(path):
     if not storage.is_file(path):
         raise UserError(f"{path} is missing or no file: {FIX}")
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > MAX_BYTES:
+            raise ValueError(f"its header has {length} bytes")
         with safetensors.safe_open(path, "numpy") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}
+            if not all(name.isprintable() for name in parts):
+                raise ValueError("the name of a tensor has control characters")
             return {name: Tensor(path, name, tuple(x.get_shape()), x.get_dtype()) for name, x in parts.items()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no readable safetensors file ({error}): {FIX}") from None
+        raise UserError(f"{path} is no readable safetensors file ({str(error)[:200]}): {FIX}") from None
 
 
 def fingerprint(folder, others=()):

@@ -86,18 +86,19 @@ def replace(path, text):
         file.write(text.encode())
 
 
-def read_text(path, fix):
+def read_text(path, fix, most=MAX_BYTES):
     """Returns the text of a small file.
 
     fix: what the user can do, as the end of the error message
+    most: bytes that it may have
     Raises UserError when the file is missing, too large, not UTF-8, or no file.
     """
     path = epath.Path(path)
     try:
         if not is_file(path):
             fault = "is no file" if path.exists() else "is missing"
-        elif path.stat().length > MAX_BYTES:
-            fault = f"is damaged (over {MAX_BYTES} bytes)"
+        elif path.stat().length > most:
+            fault = f"is damaged (over {most} bytes)"
         else:
             return path.read_bytes().decode()
     except UnicodeDecodeError:

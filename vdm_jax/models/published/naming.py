@@ -52,8 +52,8 @@ def from_config(module, config, source="config.json", **settings):
     return module(**{**values, **settings})
 
 
-def _as_tuple(value):
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+def _as_tuple(value, depth=8):  # no setting has so many lists in each other
+    return tuple(_as_tuple(each, depth - 1) for each in value) if depth and isinstance(value, list) else value
 
 
 def _is_of(value, kind):
