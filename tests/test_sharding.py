@@ -77,7 +77,7 @@ def published_classes():
                 yield kind(**dict.fromkeys(counts & {field.name for field in dataclasses.fields(kind)}, 1))
 
 
-@pytest.mark.parametrize("model", published_classes(), ids=lambda model: type(model).__name__)
+@pytest.mark.parametrize("model", [*published_classes()], ids=lambda model: type(model).__name__)
 def test_large_parameters_of_published_models_have_a_rule(model):
     for path, shape in names(naming.param_shapes(model)).items():
         is_large = np.prod(shape) > max(shape)

@@ -121,7 +121,10 @@ class Pipeline:
         if size in (None, tuple(self.config.data.size)):
             return self
         if size not in self.sized:
-            system = self.system.with_shape(self.config.data.frames, size)
+            try:
+                system = self.system.with_shape(self.config.data.frames, size)
+            except UserError as error:
+                raise UserError(f"size {size[0]}x{size[1]}: {error}") from None
             self.sized[size] = Pipeline(system, self.params, self.mesh)
         return self.sized[size]
 

@@ -155,7 +155,9 @@ def take_steps(run, name, phase, checkpoints):
         state = checkpoint.restore(checkpoints, program.abstract)
     # 5. The step is compiled before the first batch is read. All processes finish compiling before any of them runs it.
     #    The log says how long compiling took last time for a phase of the same title and number of parameters.
-    with stopwatch("compiling"), profiling.compiling(f"the training step of {phase.title}", key=parameter_count):
+    shapes = f" for {len(programs)} shapes" if len(programs) > 1 else ""
+    what = f"the training step of {phase.title}{shapes}"
+    with stopwatch("compiling"), profiling.compiling(what, key=parameter_count):
         step_fns = []
         for bucket, own in zip(phase.buckets, programs):
             abstract_batch = jax.tree.map(lambda x: x.update(sharding=batch_sharding), bucket.stages[name].batch)

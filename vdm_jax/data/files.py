@@ -188,16 +188,18 @@ class Files:
         ):
             if names:
                 logger.warning("%d of %d videos: %s: %s", len(names), len(listing), text, _first_names(names))
+        mine = buckets.Bucket(self.frames, height, width)
         if not self.videos:
             what = f"no usable {self.split} video in {os.fspath(self.root)!r}"
             if broken:
                 raise UserError(f"{what}: {_first_names(broken)}")
             if listing and self.buckets:
-                mine = "x".join(map(str, (self.frames, height, width)))
                 raise UserError(f"{what} belongs to {mine} of data.buckets: leave this bucket out")
             if listing:
                 raise UserError(f"{what}: raise held_out ({self.held_out:g}) or add longer videos")
             raise UserError(f"{what}: it holds no {', '.join(SUFFIXES)} file")
+        if self.buckets:
+            logger.info("%d of %d videos are of the shape %s", len(self.videos), len(listing), mine)
 
     def _is_mine(self, frames: int, info: dict) -> bool:
         """Returns whether a video of `frames` frames belongs to the bucket of this source."""

@@ -137,9 +137,10 @@ def read_file(path):
             raise ValueError(f"its header has {length} bytes")
         with safetensors.safe_open(path, "numpy") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}
-            if not all(name.isprintable() for name in parts):
-                raise ValueError("the name of a tensor has control characters")
-            return {name: Tensor(path, name, tuple(x.get_shape()), x.get_dtype()) for name, x in parts.items()}
+            found = {name: Tensor(path, name, tuple(x.get_shape()), x.get_dtype()) for name, x in parts.items()}
+        if not all(name.isprintable() and len(name) < 500 and len(x.shape) < 10 for name, x in found.items()):
+            raise ValueError("a tensor has control characters in its name, a long name or many dimensions")
+        return found
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is no readable safetensors file ({str(error)[:200]}): {FIX}") from None
 

@@ -220,7 +220,8 @@ def _cached(system, params, examples, directory):
     missing = [part for part, path in enumerate(paths) if not path.exists()]
     hosts.barrier("looked", ENCODING_SECONDS)  # no process writes before all have listed the missing files
     if missing:
-        logger.info("encoding %d clips; %d of %d files are missing", count, len(missing), len(paths))
+        lacking = f"{len(missing)} of {len(paths)} files"
+        logger.info("%s: encoding %d clips; %s are missing", directory.name, count, lacking)
         encoded_batches = _encoder(system, params, examples)
         parts = missing[jax.process_index() :: jax.process_count()]  # of this process
         sizes = [min(CLIPS_PER_FILE, count - part * CLIPS_PER_FILE) for part in parts]
