@@ -26,6 +26,9 @@ def test_lines_where_stderr_is_no_terminal(caplog, monkeypatch):
     shown([8, 8, 4])
     assert caplog.messages == [f"sampling: {done} of 20 clips" for done in (8, 16, 20)]
     caplog.clear()
+    shown([1] * 100)
+    assert caplog.messages == [f"sampling: {done} of 100 clips" for done in range(10, 101, 10)]
+    caplog.clear()
     shown([20])
     assert caplog.messages == []
 

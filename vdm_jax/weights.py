@@ -12,6 +12,9 @@ Import restores weights and step counts, not the optimizer state. To train a sta
 With --config=FILE the new run has that config, and each setting that changes the training is told. Parameters that are
 missing from the weights are freshly initialized, and their stage restarts at step 0. Zero-initialized layers do not
 change the output.
+
+A run whose codecs or text encoder come from folders reads them. --video_codec.source=FOLDER, --audio_codec.source and
+--text_encoder.source tell where they are, if they have moved since.
 """
 
 import contextlib
