@@ -14,6 +14,7 @@ from vdm_jax import train
 from vdm_jax.data import batches, buckets, media
 from vdm_jax.data.buckets import Bucket
 from vdm_jax.errors import UserError
+from vdm_jax.pipeline import Pipeline
 from vdm_jax.run import folder, hosts
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
@@ -79,6 +80,11 @@ def test_buckets_that_do_not_fit_are_named(shapes, words):
     config.data.buckets = shapes
     with pytest.raises(UserError, match=words):
         build(config).in_buckets("denoiser")
+
+
+def test_a_size_that_the_models_do_not_take_is_named():
+    with pytest.raises(UserError, match=r"^size 25x16: data.size=\(25, 16\) is not a multiple of 4: use \(24, 16\)"):
+        Pipeline(build(tiny.get_config("small")), {}).for_size((25, 16))
 
 
 def test_a_phase_that_changes_what_buckets_replace_is_told():
