@@ -239,7 +239,7 @@ def finished(workdir, monkeypatch):
     """A run whose stages have all taken their eight steps. Its starts train nothing."""
     monkeypatch.setattr(train, "build", WithoutModels)
     monkeypatch.setattr(train, "train_phase", lambda *arguments: True)
-    monkeypatch.setattr(folder, "newest_step", lambda workdir, stage: 8)
+    monkeypatch.setattr(folder, "done_step", lambda workdir, stage: 8)
     (workdir / "denoiser").mkdir()
     for name in ("lock", folder.STATISTICS):
         (workdir / name).touch()

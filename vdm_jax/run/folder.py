@@ -104,6 +104,13 @@ def newest_step(workdir, stage):
     return max(checkpoint.steps(epath.Path(workdir) / stage / "checkpoints"), default=None)
 
 
+def done_step(workdir, stage):
+    """Returns the newest step that a stage has saved, or None. A folder that holds no such step does not count."""
+    directory = workdir / stage / "checkpoints"
+    own = (step for step in checkpoint.steps(directory) if checkpoint.has_own_step(directory / str(step)))
+    return max(own, default=None)
+
+
 def read_config(folder):
     """Returns the config in force of a run or of exported weights, locked. Lists become tuples. Raises UserError."""
     if not (folder / "config.json").exists():
@@ -146,7 +153,7 @@ def write_config(workdir, config, stages, change=False, unverified=False):
     path, run, made = workdir / "config.json", None, None
     directories = [workdir / stage / "checkpoints" for stage in settings.STAGES]
     saved = [directory / str(step) for directory in directories for step in checkpoint.steps(directory)]
-    done = {stage: newest_step(workdir, stage) for stage in settings.STAGES}
+    done = {stage: done_step(workdir, stage) for stage in settings.STAGES}
     if path.exists():
         before, run = record.read(workdir, unverified)
         if saved and not unverified and not any(checkpoint.is_of(folder, run) for folder in saved):
