@@ -409,6 +409,14 @@ def read_exported(folder, stage, expected):
     return read_safetensors(folder / f"{stage}.safetensors", expected)[0]
 
 
+def exported_hash(folder, stage):
+    """Returns what checksums.txt says of a stage in exported weights: CRC-32, bytes and name; "" without a checksum.
+
+    folder: of the weights, or "reference". `read_exported` compares the file with it.
+    """
+    return checksums.listed(given(folder)).get(f"{stage}.safetensors", "")
+
+
 def write_safetensors(path, params, step):
     """Writes parameters in half precision under flat names 'a/b/c', and the step that they are from as metadata."""
     flat = {name: np.asarray(x, np.float16) for name, x in named_leaves(params).items()}
