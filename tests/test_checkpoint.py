@@ -314,6 +314,22 @@ def test_a_stray_folder_is_no_step_that_is_done(tmp_path, unverified, caplog, co
     assert checkpoint.steps(checkpoints) == [8] and caplog.text.count("goes on from step 8") == 3
 
 
+@pytest.mark.parametrize("link", ["clip", "clip/checkpoints"])
+def test_a_disk_that_is_not_mounted_does_not_begin_the_stage_anew(tmp_path, link):
+    run = epath.Path(tmp_path / "run")
+    (run / link).parent.mkdir(parents=True)
+    run_folder.write_config(run, tiny.get_config(), ("clip",))
+    (tmp_path / "run" / link).symlink_to(tmp_path / "not mounted")
+    before = files(tmp_path)
+    for call in (
+        lambda: run_folder.write_config(run, tiny.get_config(), ("clip",)),
+        lambda: run_folder.read_params(run, "clip", EXPECTED, 0),
+    ):
+        with pytest.raises(UserError, match=f"{link} is a link to a folder that is missing: mount its disk"):
+            call()
+    assert files(tmp_path) == before
+
+
 SAVES = """
 import resource, signal, sys
 import jax.numpy as jnp

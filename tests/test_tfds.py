@@ -232,7 +232,7 @@ def test_another_data_set_has_another_hash(data_dir, tmp_path):
     assert content.digest(config) == ""  # without a name
     config.data.tfds.name = "tiny_clips"
     before = content.digest(config)
-    config.data.path = shutil.copytree(data_dir, tmp_path / "copy")
+    config.data.path = str(shutil.copytree(data_dir, tmp_path / "copy"))
     assert len(before) == 64 and content.digest(config) == before
     shard = max((tmp_path / "copy").rglob("*train*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")

@@ -21,6 +21,7 @@ import contextlib
 import logging
 import math
 import operator
+import os
 import re
 import time
 
@@ -120,8 +121,14 @@ def _one_line(error):
 
 
 def steps(directory):
-    """Returns the steps of the complete checkpoints in `directory`, ascending. It changes nothing on disk."""
+    """Returns the steps of the complete checkpoints in `directory`, ascending. It changes nothing on disk.
+
+    Raises UserError where the folder is on a disk that is not there.
+    """
     directory = storage.absolute(directory)
+    for folder in (directory.parent, directory):
+        if os.path.islink(folder) and not folder.exists():
+            raise UserError(f"{folder} is a link to a folder that is missing: mount its disk, or restore it")
     # No manager is made here: it would delete the unfinished save of a training run.
     complete = ocp.utils.checkpoint_steps(directory) if directory.exists() else []
     return sorted({step for step in complete if (directory / str(step)).is_dir()})  # for "031" Orbax gives 31

@@ -30,13 +30,14 @@ class Unverified(Damaged):
     """A folder has no checksums, or is not what it should be."""
 
 
-def write(folder, mark=""):
-    """Writes the checksums of all files in `folder` and its subfolders, except for the files in LATER.
+def write(folder, mark="", names=None):
+    """Writes the checksums of files in `folder`.
 
     mark: what the folder is, a text for `check`
+    names: of the files; None for all in `folder` and its subfolders, except for those in LATER
     """
     folder = epath.Path(folder)
-    paths = [p for p in sorted(files(folder)) if p not in (NAME, *LATER)]
+    paths = [p for p in sorted(files(folder) if names is None else names) if p not in (NAME, *LATER)]
     with ThreadPoolExecutor() as threads:
         lines = "".join(threads.map(lambda path: _line(folder, path), paths))
     storage.replace(folder / NAME, _sealed(f"is {mark}\n{lines}" if mark else lines))

@@ -148,8 +148,14 @@ def write_config(workdir, config, stages, change=False, unverified=False):
     change: whether the user allows changes of the training.
     unverified: whether the user accepts files of the run that have no checksums, or are of another run.
     Returns the number of the run. Raises UserError, and writes nothing, for a change that is refused; see
-    settings.changes. It raises UserError, too, when the config.json of a run is missing or damaged.
+    settings.changes. It raises UserError, too, when the config.json of a run is missing or damaged, and when the folder
+    holds exported weights.
     """
+    if is_exported(workdir):
+        raise UserError(
+            f"{workdir} holds exported weights, and no run: give another --workdir, or make a run of them with "
+            f"python -m vdm_jax.weights import --weights={workdir} --workdir=NEW"
+        )
     path, run, made = workdir / "config.json", None, None
     directories = [workdir / stage / "checkpoints" for stage in settings.STAGES]
     saved = [directory / str(step) for directory in directories for step in checkpoint.steps(directory)]
@@ -370,6 +376,7 @@ def write_exported(folder, weights, workdir, outcomes=None, license=""):
 
     workdir: the run or the exported weights that they are from
     outcomes, license: see card.text
+    Weights of an earlier export in the folder are replaced. Other files in it are left alone, and get no checksum.
     Raises UserError, and writes nothing, where the folder holds a run, or a README.md that no export has written.
     """
     folder, workdir = storage.make_folder(folder), storage.given(workdir)
@@ -378,6 +385,9 @@ def write_exported(folder, weights, workdir, outcomes=None, license=""):
     if (folder / card.NAME).exists() and not checksums.is_unchanged(folder, card.NAME):
         raise UserError(f"{folder / card.NAME} would be lost, and is not as an export wrote it: move it away")
     files = {}
+    for stage in settings.STAGES:
+        if stage not in weights.steps:
+            (folder / f"{stage}.safetensors").unlink(missing_ok=True)
     for stage, step in weights.steps.items():
         path = folder / f"{stage}.safetensors"
         write_safetensors(path, weights.params[stage], step)
@@ -391,7 +401,8 @@ def write_exported(folder, weights, workdir, outcomes=None, license=""):
     sha256 = base.get("sha256", "")
     described = card.text(read_config(workdir), weights.steps, files, changes, sha256, outcomes, license)
     storage.replace(folder / card.NAME, described)
-    checksums.write(folder)
+    others = ["config.json", "statistics.json", card.NAME, *([record.CHANGES] if changes else [])]
+    checksums.write(folder, names=[*(f"{stage}.safetensors" for stage in files), *others])
 
 
 def as_exported(params):
