@@ -39,6 +39,7 @@ def get_config():
     data = config.data = ConfigDict()
     data.source = "world"  # "world", "files" or "tfds"
     data.path = ""  # files: the folder of videos; tfds: the data_dir
+    data.hash = ""  # of the videos and captions; a run writes it down when it starts
     data.frames = 17  # video frames a clip: 1 + f_t * n, where f_t is the number of frames per latent frame
     data.size = (32, 32)  # height and width, in pixels
     # Shapes of clips that the denoiser is trained on in turn, such as ("17x48x64", "33x96x160"): frames x height x
@@ -171,6 +172,7 @@ def get_config():
     denoiser.distillation = ConfigDict(  # of a student that needs few steps, see vdm_jax/system/distillation.py
         dict(
             teacher="",  # folder of exported weights, or "reference"; "" for a denoiser that is no student
+            hash="",  # of the teacher's weights; a run writes it down when it starts
             steps=(4, 8, 16, 32, 64),  # numbers of steps in a clip that the student learns; each is half of the next
             teacher_share=0.75,  # of the batch, trained on the shortest step
             guidance=ConfigDict(  # of the teacher, as in config.sample

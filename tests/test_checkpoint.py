@@ -1,5 +1,7 @@
 """Train states come back as they were, and damaged checkpoints are found."""
 
+import json
+import re
 import shutil
 import time
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests import tiny
 from tests.helpers import finish, start
 from vdm_jax import weights
 from vdm_jax.errors import UserError
@@ -263,7 +266,8 @@ def test_what_is_no_whole_checkpoint_of_its_number_is_set_aside(tmp_path, caplog
     shutil.copytree(folder / "24", folder / "32")  # a copy that was cut off
     for path in sorted((folder / "32").rglob("*"))[::2]:
         path.unlink() if path.is_file() else None
-    for other in ("031", "step_40", "-5"):  # no checkpoints
+    others = ("031", "step_40", "-5", "24.bak", " 24", "+24", "２４")  # no names of a step
+    for other in others:
         (folder / other).mkdir()
     (folder / "36").write_text("no folder")
     (folder / "38").symlink_to("nowhere")
@@ -271,14 +275,59 @@ def test_what_is_no_whole_checkpoint_of_its_number_is_set_aside(tmp_path, caplog
         checkpoint.check(folder / "28")
     assert checkpoint.steps(folder) == [20, 24, 28, 30, 32]
     checkpoint.quarantine_damaged(folder)
-    assert checkpoint.steps(folder) == [20, 24] and len(caplog.messages) == 3
-    assert "where step 28 of run 0 belongs; moved to" in caplog.text
-    assert "30 has no checksums.txt" in caplog.text
+    assert {path.name for path in folder.iterdir()} == {"20", "24", *others} and len(caplog.messages) == 5
+    moved = f"it is moved to {tmp_path / 'clip' / 'damaged'}/{{}}-.*, and the stage goes on from step 24"
+    for name, fault in (
+        ("28", "is step 20 of run 0, where step 28 of run 0 belongs"),
+        ("30", "holds no arrays, so it is no checkpoint: restore it, or move it away"),
+        ("36", "is no folder, so it is no checkpoint"),
+        ("38", "is no folder, so it is no checkpoint"),
+    ):
+        assert re.search(f"{folder / name} {fault}; {moved.format(name)}", caplog.text), name
     equal(restore(folder), state(24, 5.0))
     (folder / "24").rename(folder / "23")
     checkpoint.quarantine_damaged(folder)
     assert checkpoint.steps(folder) == [20] and "23 is step 24 of run 0, where step 23" in caplog.text
     equal(restore(folder), state(20))
+
+
+@pytest.mark.parametrize("unverified", [False, True])
+def test_a_stray_folder_is_no_step_that_is_done(tmp_path, unverified, caplog, command):
+    """An empty folder and copies with the numbers of later steps than the stage has, beside its last step."""
+    run, config = epath.Path(tmp_path / "run"), tiny.get_config()
+    run.mkdir()
+    number = run_folder.write_config(run, config, ("clip",))
+    checkpoints = run / "clip" / "checkpoints"
+    with checkpoint.manager(checkpoints, number) as manager:
+        checkpoint.save(manager, state(config.clip.steps))
+    shutil.copytree(checkpoints / "8", checkpoints / "8.bak")
+    for stray in ("9", "99999999999999999999"):
+        (checkpoints / stray).mkdir()
+    shutil.copytree(checkpoints / "8", checkpoints / "12")
+    with pytest.raises(UserError, match="99999999999999999999 holds no arrays, .* or continue training"):
+        run_folder.read_params(run, "clip", EXPECTED, number)
+    verified = command(weights, "verify", run)
+    assert verified.code == 2 and "8.bak: no name of a step, not checked" in verified.out
+    run_folder.write_config(run, config, ("clip",), unverified=unverified)
+    assert json.loads((run / "starts.jsonl").read_text())["steps"]["clip"] == 8
+    checkpoint.quarantine_damaged(checkpoints, number)
+    assert checkpoint.steps(checkpoints) == [8] and caplog.text.count("goes on from step 8") == 3
+
+
+@pytest.mark.parametrize("link", ["clip", "clip/checkpoints"])
+def test_a_disk_that_is_not_mounted_does_not_begin_the_stage_anew(tmp_path, link):
+    run = epath.Path(tmp_path / "run")
+    (run / link).parent.mkdir(parents=True)
+    run_folder.write_config(run, tiny.get_config(), ("clip",))
+    (tmp_path / "run" / link).symlink_to(tmp_path / "not mounted")
+    before = files(tmp_path)
+    for call in (
+        lambda: run_folder.write_config(run, tiny.get_config(), ("clip",)),
+        lambda: run_folder.read_params(run, "clip", EXPECTED, 0),
+    ):
+        with pytest.raises(UserError, match=f"{link} is a link to a folder that is missing: mount its disk"):
+            call()
+    assert files(tmp_path) == before
 
 
 SAVES = """

@@ -1,5 +1,6 @@
 """A command called inside a process, as notebooks do; a machine without its accelerator; output that nobody reads."""
 
+import io
 import os
 import subprocess
 import sys
@@ -58,6 +59,14 @@ def test_an_accelerator_that_is_absent_or_busy_is_named(command, monkeypatch, tm
 def test_jax_names_a_missing_accelerator_as_expected():
     code, _, lines = finish(start("-c", "import vdm_jax.sharding as s; s.find_devices()", JAX_PLATFORMS="rocm"), 120)
     assert code and "UserError: JAX_PLATFORMS=rocm: no device is ready" in lines[-1]
+
+
+def test_a_name_that_the_terminal_cannot_show_is_no_error():
+    shown = io.BytesIO()
+    stream = cli._Stream(io.TextIOWrapper(shown, "ascii"))
+    assert stream.write("wrote caf\xe9/\udcff\n") == 13
+    stream.flush()
+    assert shown.getvalue() == b"wrote caf\\xe9/\\udcff\n"
 
 
 def test_too_little_memory_is_one_line(command, monkeypatch):

@@ -247,14 +247,19 @@ def test_the_heartbeat_is_written_at_its_pace_and_at_the_end_and_tells_what_is_f
     assert not list(tmp_path.glob("*.tmp"))  # it is whole at any moment
 
 
-@pytest.mark.parametrize("lost", ["deleted", "moved", "replaced"])
+@pytest.mark.parametrize("lost", ["deleted", "moved", "replaced", "unlocked"])
 def test_a_folder_that_is_gone_is_told_instead_of_written_anew(tmp_path, lost):
     workdir = tmp_path / "run"
+    (workdir / "clip").mkdir(parents=True)
+    (workdir / "lock").touch()
     log, _ = report(workdir / "clip", heartbeat_every=0.0)
     log.add(step(1))
     log.write(1)
     if lost == "moved":
         workdir.rename(tmp_path / "elsewhere")
+    elif lost == "unlocked":  # by the user; another training may have begun
+        (workdir / "lock").rename(workdir / "old")
+        (workdir / "lock").touch()
     else:
         shutil.rmtree(workdir)
     if lost == "replaced":  # by another training

@@ -99,6 +99,15 @@ def test_a_damaged_file_of_seconds_is_replaced(seconds, content, said):
         said()
 
 
+def test_without_a_home_no_seconds_are_stored(tmp_path, monkeypatch, said):
+    """Python then takes ~ for the name of a folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/.cache")
+    monkeypatch.chdir(tmp_path)
+    with profiling.compiling("it"):
+        assert said() == ["compiling it (first time here)"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_seconds_that_cannot_be_stored_are_no_error(seconds, said):
     seconds.parent.write_text("")
     for _ in range(2):

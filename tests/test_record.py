@@ -11,9 +11,9 @@ import pytest
 from etils import epath
 
 from tests import tiny
-from vdm_jax import train
+from vdm_jax import settings, train
 from vdm_jax.errors import UserError
-from vdm_jax.run import folder, record, storage
+from vdm_jax.run import checksums, folder, record, storage
 from vdm_jax.settings import STAGES
 from vdm_jax.system.layout import layout
 
@@ -239,7 +239,7 @@ def finished(workdir, monkeypatch):
     """A run whose stages have all taken their eight steps. Its starts train nothing."""
     monkeypatch.setattr(train, "build", WithoutModels)
     monkeypatch.setattr(train, "train_phase", lambda *arguments: True)
-    monkeypatch.setattr(folder, "newest_step", lambda workdir, stage: 8)
+    monkeypatch.setattr(folder, "done_step", lambda workdir, stage: 8)
     (workdir / "denoiser").mkdir()
     for name in ("lock", folder.STATISTICS):
         (workdir / name).touch()
@@ -265,6 +265,35 @@ def test_an_allowed_change_is_told_and_in_force(command, finished, options, chan
     assert record.of(folder.read_config(finished)) == record.of(tiny.get_config()) | {
         k: v[1] for k, v in changed.items()
     }
+
+
+def test_other_videos_and_another_teacher_are_told(command, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.batches, "source", lambda config, **options: None)  # it would decode the videos
+    clips, teacher = tmp_path / "clips", tmp_path / "teacher"
+    clips.mkdir()
+    teacher.mkdir()
+    options = ["--config.data.source=files", f"--config.data.path={clips}"]
+    options += [f"--config.denoiser.distillation.teacher={teacher}"]
+
+    def write(path, content):
+        path.write_text(content)
+        checksums.write(teacher)
+
+    def start(*more):
+        return command(train, CONFIG, f"--workdir={finished}", *options, *more)
+
+    write(clips / "a.mp4", "video")
+    write(teacher / "denoiser.safetensors", "weights")
+    assert start("--change").code == 0 and start().code == 0
+    assert rows(finished)[0]["changed"].keys() >= settings.INPUTS.keys() and rows(finished)[1]["changed"] == {}
+    for path, key in ((clips / "b.mp4", "data.hash"), (teacher / "denoiser.safetensors", "denoiser.distillation.hash")):
+        write(path, "others")
+        before = contents(finished)
+        done = start()
+        assert done.code == 2 and len(done.err) == 1 and settings.INPUTS[key] in done.err[0]
+        assert "give --change to go on with the new values" in done.err[0] and contents(finished) == before
+        assert start("--change").code == 0 and list(rows(finished)[-1]["changed"]) == [key]
+        assert start().code == 0
 
 
 def test_a_run_of_an_older_version_goes_on_once_it_is_accepted(command, finished):

@@ -135,7 +135,7 @@ def test_every_key_has_a_rule_for_a_run_that_goes_on(group):
                 ) as error:
                     start(BEFORE, now, allowed=allowed)
                 assert f"DIR was started with {key}={BEFORE[key]!r}, " in str(error.value)
-        elif key.startswith(FREE):
+        elif key.startswith(FREE) or key in settings.INPUTS:  # an input that comes is told by another key
             assert start(BEFORE, now) == made
         else:
             with pytest.raises(UserError, match="give --change to go on") as error:
@@ -187,6 +187,16 @@ def test_settings_of_other_versions_of_the_package_are_told_and_not_refused():
     assert start(BEFORE, older) == {key: value[::-1] for key, value in expected.items()}
     with pytest.raises(UserError, match="data.world.colors=.'red'., now .'blue'..*--change"):  # a key of a recipe
         start(BEFORE | {"data.world.colors": ["red"]}, BEFORE | {"data.world.colors": ["blue"]})
+
+
+@pytest.mark.parametrize("key, words", settings.INPUTS.items())
+def test_a_changed_input_is_told_in_words(key, words):
+    before, now = (BEFORE | {key: value} for value in ("1a", "2b"))
+    with pytest.raises(UserError, match=f"^DIR was trained with other settings .{words}.: give --change to go on"):
+        start(before, now)
+    assert start(before, now, allowed=True) == {key: ["1a", "2b"]}
+    assert start(before, BEFORE) == {key: ["1a", ""]}
+    settings.check_diffusion(before, now, "weights may go on with it")
 
 
 def test_the_end_of_a_finished_phase_may_not_move():

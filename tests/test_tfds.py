@@ -1,9 +1,11 @@
+import shutil
+
 import numpy as np
 import pytest
 
 from configs import common
 from tests.helpers import finish, start
-from vdm_jax.data import batches
+from vdm_jax.data import batches, content
 from vdm_jax.data.tfds import Tfds
 from vdm_jax.errors import UserError
 
@@ -222,3 +224,16 @@ def test_splits_that_share_an_example_are_refused(data_dir, split, held_out):
     for part in ("train", "held_out"):
         with pytest.raises(UserError, match="share examples"):
             batches.source(held_out_config(data_dir, split=split, held_out=held_out), part)
+
+
+def test_another_data_set_has_another_hash(data_dir, tmp_path):
+    config = common.get_config()
+    config.data.update(source="tfds", path=data_dir)
+    assert content.digest(config) == ""  # without a name
+    config.data.tfds.name = "tiny_clips"
+    before = content.digest(config)
+    config.data.path = str(shutil.copytree(data_dir, tmp_path / "copy"))
+    assert len(before) == 64 and content.digest(config) == before
+    shard = max((tmp_path / "copy").rglob("*train*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert content.digest(config) not in ("", before)

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from configs import common, world_tiny, world_words
-from tests import tiny
+from tests import damage, tiny
 from tests.conftest import write_run
 from tests.test_checkpoint import equal, flip
 from vdm_jax import diffusion, train, weights
@@ -134,6 +134,30 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
         run_folder.load(None, build)
 
 
+def test_an_export_leaves_other_files_alone_and_is_no_run(tmp_path):
+    damage.make(tmp_path, 1)
+    out, notes = epath.Path(tmp_path / "out"), tmp_path / "out" / "notes\udcff.txt"
+    whole = SimpleNamespace(**vars(damage.SYSTEM), config=damage.config_of(1))
+
+    def load():
+        return run_folder.load(out, lambda config: whole)
+
+    notes.write_text("a note")
+    trained = load()
+    fewer = {stage: step for stage, step in trained.steps.items() if stage != "clip"}
+    run_folder.write_exported(out, trained._replace(steps=fewer), tmp_path / "run")
+    assert not (out / "clip.safetensors").exists()  # of the earlier export
+    run_folder.write_exported(out, trained, tmp_path / "run")
+    notes.write_text("an edited note")
+    equal(load().params, trained.params)
+
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for unverified in (False, True):
+        with pytest.raises(UserError, match="out holds exported weights, and no run: .* import --weights=.*out"):
+            run_folder.write_config(out, damage.config_of(1), STAGES, unverified=unverified)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_an_import_tells_what_its_config_changes(capsys):
     config, steps = tiny.get_config(), dict.fromkeys(STAGES, 8)
 
@@ -188,8 +212,8 @@ def test_verify_tells_damage_from_a_save_under_way_and_names_what_it_does_not_kn
     done = command(weights, "verify", run)
     assert done.code == 2 and "9 is step 8 of run 0, where step 9 of run 0 belongs, or accept this" in done.err[0]
     (run / "denoiser" / "statistics.json").write_text("[]")
-    for damage in ((run / "config.json").unlink, lambda: (run / "config.json").write_text("{}")):
-        damage()
+    for spoil in ((run / "config.json").unlink, lambda: (run / "config.json").write_text("{}")):
+        spoil()
         done = command(weights, "verify", run)
         assert done.code == 2 and done.out.count("DAMAGED") == 2 and "and 1 more are damaged" in done.err[0]
 

@@ -116,7 +116,7 @@ TABLE = (
     Setting("data.files.held_out", BELOW_1, CHANGE),
     Setting("data.tfds.source_fps", number(0), CHANGE),
     Setting("data.tfds.source_sample_rate", whole(0), CHANGE),
-    Setting("data.path data.tfds.*", TEXT, CHANGE),
+    Setting("data.path data.hash data.tfds.*", TEXT, CHANGE),
     # ------------------------------------------------------------------------------------------------------ parts
     Setting("video_codec.source audio_codec.source text_encoder.source", TEXT, FREE),  # a folder may move
     Setting("video_codec.hash audio_codec.hash text_encoder.hash", TEXT, FIXED),
@@ -147,7 +147,7 @@ TABLE = (
     Setting("denoiser.statistics_clips denoiser.hard_negatives.every", whole(1), CHANGE),
     Setting("denoiser.hard_negatives.log_snr", RISING, CHANGE),
     Setting("denoiser.hard_negatives.weight denoiser.hard_negatives.anchor", number(0), CHANGE),
-    Setting("denoiser.distillation.teacher", TEXT, CHANGE),
+    Setting("denoiser.distillation.teacher denoiser.distillation.hash", TEXT, CHANGE),
     Setting("denoiser.distillation.steps", several(whole(1), least=2), CHANGE),
     Setting("denoiser.distillation.guidance.*", number(), CHANGE),
     Setting("denoiser.lora.rank", whole(0, 1_000_000), FIXED),
@@ -174,6 +174,12 @@ TABLE = (
     Setting("sample.steps", whole(1, tasks.MAX_STEPS), FREE),
     Setting("sample.context_frames evaluate.*", whole(1), FREE),
 )
+
+# What a run reads from outside its folder, {its hash: what a changed hash means}.
+INPUTS = {
+    "data.hash": "the folder of data.path or data.tfds.name has other videos or captions",
+    "denoiser.distillation.hash": "denoiser.distillation.teacher has other weights",
+}
 
 
 @functools.cache
@@ -220,7 +226,7 @@ def check_diffusion(before, now, fix):
     fix: what the user can do, as the end of the error message
     """
     for key, (old, new) in differences(before, now).items():
-        if key.endswith(".hash") and (old or "") != (new or ""):
+        if key.endswith(".hash") and key not in INPUTS and (old or "") != (new or ""):
             raise UserError(
                 f"the weights were trained with another {key.removesuffix('.hash')}, and have no meaning with this "
                 f"one: name that in {key.removesuffix('hash')}source"
@@ -244,8 +250,9 @@ def changes(workdir, before, now, done, stages, measured, allowed):
         owner = key.partition(".")[0]
         owners = (owner,) if owner in STAGES else STAGES
         fixed = measured if key == "data.frames" else any(done[stage] is not None for stage in owners)
-        # One version of this package has the key, and another has not: such a change is told, and never refused.
-        missing = old is None or new is None
+        # One version of this package has the key, and another has not: such a change is told, and never refused. Where
+        # an input comes or goes, another key says so.
+        missing = old is None or new is None or key in INPUTS and "" in (old, new)
         rule = FREE if missing else _rule(key, before, now, done)
         if rule == FIXED and fixed:
             raise UserError(
@@ -256,7 +263,7 @@ def changes(workdir, before, now, done, stages, measured, allowed):
             continue
         made[key] = [old, new]
         if rule in (FIXED, CHANGE) and any(done[stage] for stage in owners):
-            to_allow.append(f"{key}={old!r}, now {new!r}")
+            to_allow.append(INPUTS.get(key) or f"{key}={old!r}, now {new!r}")
     if to_allow and not allowed:
         raise UserError(
             f"{workdir} was trained with other settings ({'; '.join(to_allow)}): give --change to go on with the new "

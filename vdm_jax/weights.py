@@ -148,13 +148,14 @@ def _parts(directory, moved):
             yield path, functools.partial(_check_base, path)
         elif name.startswith("latents") and path.is_dir():
             yield path, functools.partial(latents.check, path)
-        elif directory.name == "checkpoints" and name.isdigit():
-            yield path, functools.partial(_check_checkpoint, path)
         elif name.endswith(".orbax-checkpoint-tmp"):
             training = folder.is_training(directory.parent.parent)
             yield path, "a save under way" if training else "the rest of a save; the next start deletes it"
         elif name in ("damaged", checkpoint.SUPERSEDED):
             yield path, "set aside, not checked"
+        elif directory.name == "checkpoints" and path.is_dir():
+            is_step = checkpoint.is_step(name)
+            yield path, functools.partial(_check_checkpoint, path) if is_step else "no name of a step, not checked"
         elif path.is_dir():
             yield from () if name in UNCHECKED else _parts(path, moved)
         elif name not in covered and not any(map(path.match, (*UNCHECKED, *exported, checksums.NAME))):

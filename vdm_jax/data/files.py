@@ -77,7 +77,7 @@ def _check_inside(root: Path, name) -> None:
         raise UserError(f"{str(name)!r} points out of {root}: keep the videos inside the folder")
 
 
-def _listing(root: Path) -> dict[str, list[str]]:
+def listing(root: Path) -> dict[str, list[str]]:
     """Returns {file name relative to `root`: captions}, in the order of the metadata or else of the names."""
     metadata = [p for p in (root / "metadata.csv", root / "metadata.jsonl") if p.exists()]
     captions: dict[str, list[str]] = {}
@@ -148,7 +148,7 @@ class Files:
         self._cache = {}
         self._warned = set()
         self._lock = threading.Lock()
-        self._load(_listing(self.root))
+        self._load(listing(self.root))
 
     def _load(self, listing: dict[str, list[str]]) -> None:
         """Probes every file, fills self.videos and warns of faults."""

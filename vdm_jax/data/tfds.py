@@ -21,6 +21,21 @@ def _share_examples(a, b):
     return a.splitname == b.splitname and max(a_start, b_start) < min(a_end, b_end)
 
 
+def _package():
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise UserError("TFDS needs two packages: pip install tensorflow-datasets array-record") from error
+    return tensorflow_datasets
+
+
+def open_builder(name, data_dir):
+    """Returns the TFDS builder of a built data set. name, data_dir: see Tfds. TFDS has an error for each fault."""
+    if epath.Path(name).is_dir():
+        return _package().builder_from_directory(name)
+    return _package().builder(name, data_dir=data_dir, try_gcs=False)
+
+
 @dataclasses.dataclass(eq=False)
 class Tfds:
     """Random windows of a data set's videos, without end. Item i follows from (seed, i).
@@ -52,20 +67,14 @@ class Tfds:
     source_sample_rate: int = 0  # of the data set's sound, in Hz; 0 is `sample_rate`
 
     def __post_init__(self):
-        try:
-            import tensorflow_datasets as tfds
-        except ImportError as error:
-            raise UserError("TFDS needs two packages: pip install tensorflow-datasets array-record") from error
+        tfds = _package()
         if not self.name:
             raise UserError("data.tfds.name is empty: name a data set or its folder, --config.data.tfds.name=NAME")
         self.source_fps = self.source_fps or self.fps
         self.source_sample_rate = self.source_sample_rate or self.sample_rate
         split = self.held_out if self.part == "held_out" and self.held_out else self.split
         try:
-            if epath.Path(self.name).is_dir():
-                builder = tfds.builder_from_directory(self.name)
-            else:
-                builder = tfds.builder(self.name, data_dir=self.data_dir, try_gcs=False)
+            builder = open_builder(self.name, self.data_dir)
             self.features = builder.info.features
             self.source = builder.as_data_source(split=split)
             self.count = len(self.source)

@@ -21,6 +21,8 @@ import contextlib
 import logging
 import math
 import operator
+import os
+import re
 import time
 
 import jax
@@ -34,6 +36,7 @@ from vdm_jax.sharding import named_leaves
 logger = logging.getLogger("vdm_jax")
 
 SUPERSEDED = "superseded"  # subfolder for checkpoints that are being deleted
+ARRAYS = "default"  # subfolder of a checkpoint, as Orbax names it
 
 
 def manager(directory, run=0, newest=2, best=1):
@@ -118,11 +121,22 @@ def _one_line(error):
 
 
 def steps(directory):
-    """Returns the steps of the complete checkpoints in `directory`, ascending. It changes nothing on disk."""
+    """Returns the steps of the complete checkpoints in `directory`, ascending. It changes nothing on disk.
+
+    Raises UserError where the folder is on a disk that is not there.
+    """
     directory = storage.absolute(directory)
+    for folder in (directory.parent, directory):
+        if os.path.islink(folder) and not folder.exists():
+            raise UserError(f"{folder} is a link to a folder that is missing: mount its disk, or restore it")
     # No manager is made here: it would delete the unfinished save of a training run.
     complete = ocp.utils.checkpoint_steps(directory) if directory.exists() else []
     return sorted({step for step in complete if (directory / str(step)).is_dir()})  # for "031" Orbax gives 31
+
+
+def is_step(name):
+    """Returns whether a checkpoint may have this name: a number as Python writes it."""
+    return re.fullmatch("0|[1-9][0-9]*", name) is not None
 
 
 def mark(step, run):
@@ -137,7 +151,17 @@ def check(folder, run=0):
     Returns how many bytes were compared. Raises checksums.Damaged.
     """
     folder = storage.absolute(folder)
+    if not (folder / ARRAYS).is_dir():
+        raise checksums.Damaged(f"{folder} holds no arrays, so it is no checkpoint: restore it, or move it away")
     return checksums.check(folder, mark=mark(folder.name, run))
+
+
+def has_own_step(folder):
+    """Returns whether a folder may hold the step that is its name: it has arrays, and names no other step."""
+    folder, stored = storage.absolute(folder), ""
+    with contextlib.suppress(checksums.Damaged):
+        stored = checksums.read_mark(folder)
+    return (folder / ARRAYS).is_dir() and (not stored or stored.startswith(f"step {folder.name} of "))
 
 
 def is_of(folder, run):
@@ -148,12 +172,13 @@ def is_of(folder, run):
 
 
 def accept(folder, run):
-    """Makes a checkpoint one of this run, where `check` finds no damage, but no checksums, or another step or run."""
+    """Makes a checkpoint one of this run, where `check` finds no damage, but no checksums, or another run."""
     try:
         check(folder, run)
     except checksums.Unverified as error:
-        logger.warning("%s; accepted", error)
-        checksums.write(folder, mark(folder.name, run))
+        if has_own_step(folder):
+            logger.warning("%s; accepted", error)
+            checksums.write(folder, mark(folder.name, run))
     except checksums.Damaged:
         pass  # see `quarantine_damaged`
 
@@ -163,7 +188,8 @@ def quarantine_damaged(directory, run=0):
 
     A checkpoint is damaged when its files differ from its checksums, when it has no checksums, when its step is not
     the one in its name, or when it is not of the run with this number. When all checkpoints are damaged, none is moved
-    and UserError is raised.
+    and UserError is raised. What else has the name of a step, such as an empty folder or a link to nowhere, is moved,
+    too: a save could not take this name.
     """
     directory, fault = storage.absolute(directory), ""
     if hosts.is_primary():
@@ -178,11 +204,15 @@ def quarantine_damaged(directory, run=0):
         if checked and len(damaged) == len(checked):
             fault = f"no checkpoint in {directory} is whole ({damaged[checked[0]]})"
             damaged = {}
+        elif directory.exists():
+            others = (path for path in directory.iterdir() if is_step(path.name) and not path.is_dir())
+            damaged |= {path: f"{path} is no folder, so it is no checkpoint" for path in others}
+        whole = next((f"goes on from step {folder.name}" for folder in checked if folder not in damaged), "begins anew")
         for folder, error in damaged.items():
             aside = directory.parent / "damaged" / f"{folder.name}-{time.time_ns()}"
             storage.make_folder(aside.parent)
             folder.rename(aside)
-            logger.error("%s; moved to %s", error, aside)
+            logger.error("%s; it is moved to %s, and the stage %s", error, aside, whole)
     if hosts.broadcast_from_primary(bool(fault)):  # all processes continue from the same checkpoint, or none does
         fault = fault or "no checkpoint is whole"
         raise UserError(
@@ -199,7 +229,7 @@ def restore(checkpoints, abstract_state):
     step = checkpoints.latest_step()
     if step is None:
         return None
-    with _readable(checkpoints.directory / str(step) / "default", abstract_state):
+    with _readable(checkpoints.directory / str(step) / ARRAYS, abstract_state):
         state = checkpoints.restore(step, args=ocp.args.StandardRestore(abstract_state))
     if int(state["step"]) != step:  # its checksums were accepted as they are
         raise UserError(f"{checkpoints.directory / str(step)} holds step {int(state['step'])}: move it away")
@@ -217,7 +247,7 @@ def read(checkpoint, expected, run=0):
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)  # without shardings
     as_numpy = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(restore_type=np.ndarray), expected)
     arguments = ocp.args.PyTreeRestore(item=expected, restore_args=as_numpy, partial_restore=True)
-    folder = checkpoint / "default"
+    folder = checkpoint / ARRAYS
     with _readable(folder, expected, partial=True), ocp.PyTreeCheckpointer() as checkpointer:
         return checkpointer.restore(folder, args=arguments)
 

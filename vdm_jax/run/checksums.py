@@ -5,6 +5,7 @@ lines. The second line may be `is MARK`, which says what the folder is. A CRC-32
 and misses one in 4 billion other changes.
 """
 
+import os
 import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from vdm_jax.run import storage
 
 NAME = "checksums.txt"
 CHUNK = 1 << 22  # bytes read at once
+END = 1 << 16  # bytes at an end of a file
 # Orbax writes these two files after `checksums.txt`. They hold no arrays.
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
@@ -28,13 +30,14 @@ class Unverified(Damaged):
     """A folder has no checksums, or is not what it should be."""
 
 
-def write(folder, mark=""):
-    """Writes the checksums of all files in `folder` and its subfolders, except for the files in LATER.
+def write(folder, mark="", names=None):
+    """Writes the checksums of files in `folder`.
 
     mark: what the folder is, a text for `check`
+    names: of the files; None for all in `folder` and its subfolders, except for those in LATER
     """
     folder = epath.Path(folder)
-    paths = [p for p in sorted(files(folder)) if p not in (NAME, *LATER)]
+    paths = [p for p in sorted(files(folder) if names is None else names) if p not in (NAME, *LATER)]
     with ThreadPoolExecutor() as threads:
         lines = "".join(threads.map(lambda path: _line(folder, path), paths))
     storage.replace(folder / NAME, _sealed(f"is {mark}\n{lines}" if mark else lines))
@@ -141,4 +144,15 @@ def crc32(path):
         while chunk := file.read(CHUNK):
             crc = zlib.crc32(chunk, crc)
             count += len(chunk)
+    return crc, count
+
+
+def crc32_of_ends(path):
+    """Returns (CRC-32 of the first and the last 64 KiB, size in bytes) of a file. Raises OSError."""
+    with epath.Path(path).open("rb") as file:
+        count = file.seek(0, os.SEEK_END)
+        crc = 0
+        for start in (0, max(0, count - END)):
+            file.seek(start)
+            crc = zlib.crc32(file.read(END), crc)
     return crc, count

@@ -109,7 +109,10 @@ def _end(fault, leave=sys.exit):
 
 
 class _Stream:
-    """A standard stream. When its reader is gone, what is written to it is lost, and no error is raised."""
+    """A standard stream. When its reader is gone, what is written to it is lost, and no error is raised.
+
+    A character that its encoding lacks is written as a number, such as \\xe9.
+    """
 
     def __init__(self, stream):
         self.stream = stream
@@ -118,7 +121,8 @@ class _Stream:
         return getattr(self.stream, name)
 
     def write(self, text):
-        self._try(self.stream.write, text)
+        encoding = self.stream.encoding or "utf-8"
+        self._try(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self):

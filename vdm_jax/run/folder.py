@@ -105,6 +105,13 @@ def newest_step(workdir, stage):
     return max(checkpoint.steps(epath.Path(workdir) / stage / "checkpoints"), default=None)
 
 
+def done_step(workdir, stage):
+    """Returns the newest step that a stage has saved, or None. A folder that holds no such step does not count."""
+    directory = workdir / stage / "checkpoints"
+    own = (step for step in checkpoint.steps(directory) if checkpoint.has_own_step(directory / str(step)))
+    return max(own, default=None)
+
+
 def read_config(folder):
     """Returns the config in force of a run or of exported weights, locked. Lists become tuples. Raises UserError."""
     if not (folder / "config.json").exists():
@@ -142,12 +149,18 @@ def write_config(workdir, config, stages, change=False, unverified=False):
     change: whether the user allows changes of the training.
     unverified: whether the user accepts files of the run that have no checksums, or are of another run.
     Returns the number of the run. Raises UserError, and writes nothing, for a change that is refused; see
-    settings.changes. It raises UserError, too, when the config.json of a run is missing or damaged.
+    settings.changes. It raises UserError, too, when the config.json of a run is missing or damaged, and when the folder
+    holds exported weights.
     """
+    if is_exported(workdir):
+        raise UserError(
+            f"{workdir} holds exported weights, and no run: give another --workdir, or make a run of them with "
+            f"python -m vdm_jax.weights import --weights={workdir} --workdir=NEW"
+        )
     path, run, made = workdir / "config.json", None, None
     directories = [workdir / stage / "checkpoints" for stage in settings.STAGES]
     saved = [directory / str(step) for directory in directories for step in checkpoint.steps(directory)]
-    done = {stage: newest_step(workdir, stage) for stage in settings.STAGES}
+    done = {stage: done_step(workdir, stage) for stage in settings.STAGES}
     if path.exists():
         before, run = record.read(workdir, unverified)
         if saved and not unverified and not any(checkpoint.is_of(folder, run) for folder in saved):
@@ -373,6 +386,7 @@ def write_exported(folder, weights, workdir, outcomes=None, license=""):
 
     workdir: the run or the exported weights that they are from
     outcomes, license: see card.text
+    Weights of an earlier export in the folder are replaced. Other files in it are left alone, and get no checksum.
     Raises UserError, and writes nothing, where the folder holds a run, or a README.md that no export has written.
     """
     folder, workdir = storage.make_folder(folder), storage.given(workdir)
@@ -381,6 +395,9 @@ def write_exported(folder, weights, workdir, outcomes=None, license=""):
     if (folder / card.NAME).exists() and not checksums.is_unchanged(folder, card.NAME):
         raise UserError(f"{folder / card.NAME} would be lost, and is not as an export wrote it: move it away")
     files = {}
+    for stage in settings.STAGES:
+        if stage not in weights.steps:
+            (folder / f"{stage}.safetensors").unlink(missing_ok=True)
     for stage, step in weights.steps.items():
         path = folder / f"{stage}.safetensors"
         write_safetensors(path, weights.params[stage], step)
@@ -394,7 +411,8 @@ def write_exported(folder, weights, workdir, outcomes=None, license=""):
     sha256 = base.get("sha256", "")
     described = card.text(read_config(workdir), weights.steps, files, changes, sha256, outcomes, license)
     storage.replace(folder / card.NAME, described)
-    checksums.write(folder)
+    others = ["config.json", "statistics.json", card.NAME, *([record.CHANGES] if changes else [])]
+    checksums.write(folder, names=[*(f"{stage}.safetensors" for stage in files), *others])
 
 
 def as_exported(params):
@@ -410,6 +428,14 @@ def read_exported(folder, stage, expected):
     folder = given(folder)
     checksums.check(folder, [f"{stage}.safetensors"])
     return read_safetensors(folder / f"{stage}.safetensors", expected)[0]
+
+
+def exported_hash(folder, stage):
+    """Returns what checksums.txt says of a stage in exported weights: CRC-32, bytes and name; "" without a checksum.
+
+    folder: of the weights, or "reference". `read_exported` compares the file with it.
+    """
+    return checksums.listed(given(folder)).get(f"{stage}.safetensors", "")
 
 
 def write_safetensors(path, params, step):

@@ -247,6 +247,9 @@ class MetricsLog:
         if damaged:
             logger.warning("%s: %d damaged line(s) are left out", path, damaged)
         self.path, self.file = path, storage.growing(path, stored, kept)
+        # A training whose lock was deleted ends, because another one may have begun.
+        lock = directory.parent / "lock"
+        self.lock = open(lock) if not storage.in_bucket(path) and lock.exists() else None
         self.pause = BUCKET_PAUSE if storage.in_bucket(path) else 0
         self.flushed = time.monotonic()
         self.events = event_file_writer.EventsWriter(os.path.join(directory, "events"))
@@ -273,12 +276,14 @@ class MetricsLog:
 
     def check(self):
         """Raises OSError when the file was deleted, moved or replaced. A bucket has no files that stay open."""
-        if not storage.in_bucket(self.path):
-            if not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path)):
-                raise FileNotFoundError(errno.ENOENT, "it was replaced", os.fspath(self.path))
+        for file in () if storage.in_bucket(self.path) else filter(None, (self.file, self.lock)):
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                raise FileNotFoundError(errno.ENOENT, "it was replaced", os.fspath(file.name))
 
     def close(self):
         self.file.close()
+        if self.lock:
+            self.lock.close()
         self.events.close()
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdm_jax import sharding
-from vdm_jax.data import text, tokenizers
+from vdm_jax.data import content, text, tokenizers
 from vdm_jax.errors import UserError
 from vdm_jax.models.audio_autoencoder import AudioAutoencoder
 from vdm_jax.models.clip import Clip
@@ -151,11 +151,14 @@ def open_parts(config):
 
 
 def with_hashes(config):
-    """Returns a copy of the config that names the hash of each part."""
+    """Returns a copy of the config that names the hash of each part, of the data and of a teacher."""
     config = config.copy_and_resolve_references().unlock()
     for stage, part in open_parts(config).items():
         key = next(key for key in STAGE_OF if STAGE_OF[key] == stage)
         config[key].hash = part.fingerprint
+    config.data.hash = content.digest(config)
+    if teacher := config.denoiser.distillation.teacher:
+        config.denoiser.distillation.hash = folder.exported_hash(teacher, "denoiser")
     return config.lock()
 
 
