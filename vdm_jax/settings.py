@@ -117,8 +117,8 @@ TABLE = (
     Setting("data.tfds.source_sample_rate", whole(0), CHANGE),
     Setting("data.path data.tfds.*", TEXT, CHANGE),
     # ------------------------------------------------------------------------------------------------------ parts
-    Setting("video_codec.source audio_codec.source text_encoder.source", TEXT, FREE),  # a folder may move
-    Setting("video_codec.hash audio_codec.hash text_encoder.hash", TEXT, FIXED),
+    Setting("video_codec.source audio_codec.source text_encoder.source denoiser.source", TEXT, FREE),  # it may move
+    Setting("video_codec.hash audio_codec.hash text_encoder.hash denoiser.hash", TEXT, FIXED),
     # ----------------------------------------------------------------------------------------------------- stages
     Setting("STAGE.steps", whole(1, 2**31 - 1), GROWS),
     Setting("STAGE.phases", PHASES, CHANGE),

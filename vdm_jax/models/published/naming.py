@@ -15,6 +15,7 @@ A module has a method `example()`, which returns small inputs of its `__call__`,
 """
 
 import dataclasses
+import functools
 import re
 import types
 
@@ -87,6 +88,19 @@ def param_shapes(model, most=None, source="config.json"):
     Raises UserError for settings without sense, and for a module that has many more layers than `most`, before it is
     traced to its end: a config.json may ask for any number.
     """
+    try:
+        return _param_shapes(model, most)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # numbers without sense
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{source}: {type(model).__name__} cannot have these settings ({reason[0]}): give the config of the weights"
+        ) from error
+
+
+@functools.lru_cache(maxsize=8)  # a large model takes seconds
+def _param_shapes(model, most):
     paths = set()
 
     def count(call, arguments, keywords, context):
@@ -97,16 +111,8 @@ def param_shapes(model, most=None, source="config.json"):
             raise UserError(f"{type(model).__name__} has more layers in its config than in its {most} tensors")
         return call(*arguments, **keywords)
 
-    try:
-        with nn.intercept_methods(count):
-            return jax.eval_shape(lambda key: model.init(key, *model.example()), jax.random.key(0))["params"]
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # numbers without sense
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"{source}: {type(model).__name__} cannot have these settings ({reason[0]}): give the config of the weights"
-        ) from error
+    with nn.intercept_methods(count):
+        return jax.eval_shape(lambda key: model.init(key, *model.example()), jax.random.key(0))["params"]
 
 
 def tensor_name(path):
