@@ -54,6 +54,8 @@ def log_snr_at(t, config):
     schedule = SCHEDULES[one_of("schedule", config["schedule"], SCHEDULES)]
     t = jnp.asarray(t) + 0.0  # integers become floats
     if schedule is None:
+        if "table" not in config:
+            raise UserError("schedule='published' is that of denoiser.source: name a folder there, or another schedule")
         table = jnp.asarray(config["table"], t.dtype)
         return table[jnp.minimum(jnp.floor(t * len(table)).astype(int), len(table) - 1)]
     return schedule(t, low, high, offset=2 * np.log(config["shift"]))

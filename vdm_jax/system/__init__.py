@@ -1,6 +1,7 @@
 """A System: the four models of a config, and what each stage trains. `build(config)` makes one."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -82,10 +83,21 @@ class System:
 
     def apply_fn(self, stage, method=None):
         """Returns call(params of the stage, *arguments), which does what `apply` does, with config.<stage>.remat."""
+        return self._with_remat(stage, lambda params, *rest: self.apply(stage, {stage: params}, *rest, method=method))
 
-        def call(params, *arguments):
-            return self.apply(stage, {stage: params}, *arguments, method=method)
+    def denoise_fn(self, params, encoder_params):
+        """Returns the denoiser as a function (z, log_snr, cond) -> prediction, with config.denoiser.remat.
 
+        Adapters are merged inside what remat computes again: merged weights would take as much memory as their base.
+        """
+
+        def call(params, base, *rest):
+            return self.apply("denoiser", {"denoiser": self.denoiser_params(params, base)}, *rest)
+
+        base = {name: encoder_params[name] for name in ("base",) if name in encoder_params}
+        return functools.partial(self._with_remat("denoiser", call), params, base)
+
+    def _with_remat(self, stage, call):
         modes = remat_modes(self.config, stage)
         return apply_remat(call, modes[0]) if len(modes) == 1 else call  # the U-Net applies several modes
 

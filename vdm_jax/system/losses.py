@@ -213,7 +213,7 @@ def denoiser_loss(system, params, key, batch, encoder_params):
     z, encoded_text = batch["z"], batch["text"]
     drop_key, key, pair_key = jax.random.split(key, 3)
     null = system.encode_null_text(encoder_params)
-    denoise_fn = functools.partial(system.apply_fn("denoiser"), system.denoiser_params(params, encoder_params))
+    denoise_fn = system.denoise_fn(params, encoder_params)
     if "teacher" in encoder_params:
         teacher_fn = functools.partial(system.apply, "teacher", encoder_params)
         loss, metrics = distillation.loss(denoise_fn, teacher_fn, key, z, encoded_text, null, settings)
