@@ -20,7 +20,7 @@ SUFFIXES = (".json", ".txt", ".model", ".safetensors")  # of their files; pickle
 def is_run(workdir):
     """Returns whether a folder is such a run. Raises UserError for a damaged config.json."""
     path = folder.given(workdir)
-    return (path / "config.json").exists() and not folder.is_exported(path) and is_finetuned(folder.read_config(path))
+    return (path / "config.json").exists() and not folder.is_exported(path) and folder.read_system(path, is_finetuned)
 
 
 def read(workdir):
