@@ -228,8 +228,10 @@ def test_only_adapters_are_trained(command, adapted, folder, tmp_path):
         ({"data.text_length": 12}, "data.text_length=12: the texts of denoiser.source=.* have 16 tokens"),
         ({"data.size": (16, 15)}, r"data.size=\(16, 15\) is not a multiple of 2: use \(16, 14\)"),
         ({"denoiser.source": "none"}, "none/model_index.json is missing"),
-        ({"denoiser.source": ""}, "schedule='published' is that of denoiser.source: name a folder there"),
-        ({"denoiser.source": "configs/published/modelscope"}, "has no safetensors file"),
+        (
+            {"denoiser.source": "", "data.frames": 5},
+            "schedule='published' is that of denoiser.source: name a folder there",
+        ),
     ],
 )
 def test_wrong_settings_are_one_line(folder, settings, said):
@@ -240,6 +242,15 @@ def test_wrong_settings_are_one_line(folder, settings, said):
     with pytest.raises(UserError, match=said) as error:
         build(system_parts.with_hashes(config))
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_weights_has_sizes_alone(folder, tmp_path):
+    """That is enough for dry_run, and not for training."""
+    bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors", "tokenizer"))
+    config = recipe(bare)
+    assert build(config).param_shapes == build(recipe(folder)).param_shapes
+    with pytest.raises(UserError, match="unet has no safetensors file|vae has no safetensors file"):
+        system_parts.with_hashes(config)
 
 
 @pytest.mark.parametrize(

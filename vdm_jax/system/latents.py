@@ -48,9 +48,8 @@ def prepare(systems, workdir, examples, mesh, run):
     params = folder.as_exported(params)
     for name, part in system.parts.items():
         params[name] = part.read(mesh)
-    params["statistics"] = system.known_statistics
-    if params["statistics"] is None:
-        params["statistics"] = _statistics(system, params, examples[0], workdir / folder.STATISTICS, run)
+    known, path = system.known_statistics, workdir / folder.STATISTICS
+    params["statistics"] = known or _statistics(system, params, examples[0], path, run)
     if system.config.denoiser.cached_clips:
         shapes = [f"_{'x'.join(map(str, (own.layout.frames, *own.config.data.size)))}" for own in systems]
         names = [f"latents{shape}" for shape in (shapes if len(systems) > 1 else [""])]
