@@ -51,13 +51,13 @@ def log_snr_at(t, config):
         raise UserError(f"log_snr_min={low} must be below log_snr_max={high}")
     if not config["shift"] > 0:
         raise UserError(f"shift={config['shift']} must be positive")
-    schedule = SCHEDULES[one_of("schedule", config["schedule"], SCHEDULES)]
     t = jnp.asarray(t) + 0.0  # integers become floats
-    if schedule is None:
+    if config["schedule"] == PUBLISHED:
         if "table" not in config:
             raise UserError("schedule='published' is that of denoiser.source: name a folder there, or another schedule")
         table = jnp.asarray(config["table"], t.dtype)
         return table[jnp.minimum(jnp.floor(t * len(table)).astype(int), len(table) - 1)]
+    schedule = SCHEDULES[one_of("schedule", config["schedule"], SCHEDULES)]
     return schedule(t, low, high, offset=2 * np.log(config["shift"]))
 
 
@@ -103,7 +103,8 @@ def _linear_beta(t, low, high, offset):
     return jnp.clip(jnp.interp(t, times, jnp.asarray(table, t.dtype)) + offset, low, high)
 
 
-SCHEDULES = {"cosine": _cosine, "sigmoid": _sigmoid, "linear_beta": _linear_beta, "published": None}
+SCHEDULES = {"cosine": _cosine, "sigmoid": _sigmoid, "linear_beta": _linear_beta}
+PUBLISHED = "published"  # the schedule of denoiser.source
 
 
 # ---------------------------------------------------------------------------------- noising, targets, loss weights

@@ -153,7 +153,7 @@ TABLE = (
     Setting("denoiser.lora.alpha", ABOVE_0, FIXED),
     Setting("denoiser.lora.layers", TEXT, FIXED),
     Setting("denoiser.lora.base", TEXT, FREE),  # folder.read_base compares its content
-    Setting("denoiser.diffusion.schedule", choice(*diffusion.SCHEDULES), FIXED),
+    Setting("denoiser.diffusion.schedule", choice(*diffusion.SCHEDULES, diffusion.PUBLISHED), FIXED),
     Setting("denoiser.diffusion.log_snr_*", number(-80, 80), FIXED),  # exp(log_snr) must be finite in float32
     Setting("denoiser.diffusion.shift", ABOVE_0, FIXED),
     Setting("denoiser.diffusion.target", choice(*diffusion.TARGETS), FIXED),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from vdm_jax import diffusion
 from vdm_jax.errors import UserError, one_of
 from vdm_jax.run import huggingface
 
@@ -127,12 +128,12 @@ class Denoiser:
 
 def check(config, schedule):
     """Raises UserError where a config has settings that the denoiser of config.denoiser.source does not take."""
-    denoiser, diffusion = config.denoiser, config.denoiser.diffusion
+    denoiser, settings = config.denoiser, config.denoiser.diffusion
     wanted = {
-        "denoiser.diffusion.schedule": (diffusion.schedule, "published"),
-        "denoiser.diffusion.shift": (diffusion.shift, 1.0),
-        "denoiser.diffusion.target": (diffusion.target, schedule.target),
-        "denoiser.diffusion.patterns": (sorted(name for name, x in diffusion.patterns.items() if x), ["text"]),
+        "denoiser.diffusion.schedule": (settings.schedule, diffusion.PUBLISHED),
+        "denoiser.diffusion.shift": (settings.shift, 1.0),
+        "denoiser.diffusion.target": (settings.target, schedule.target),
+        "denoiser.diffusion.patterns": (sorted(name for name, x in settings.patterns.items() if x), ["text"]),
         "denoiser.hard_negatives.words": (denoiser.hard_negatives.words, ()),
         "denoiser.distillation.teacher": (denoiser.distillation.teacher, ""),
         "denoiser.model.student": (denoiser.model.student, False),
@@ -142,7 +143,7 @@ def check(config, schedule):
     for key, (value, only) in wanted.items():
         if value != only:
             raise UserError(f"{key}={value!r}: the denoiser of denoiser.source needs {only!r}: set it so")
-    if diffusion.weighting == "sigmoid":
+    if settings.weighting == "sigmoid":
         raise UserError(
             "denoiser.diffusion.weighting='sigmoid' needs a schedule with a slope, but that of denoiser.source has "
             "steps: use 'uniform' or 'min_snr'"
