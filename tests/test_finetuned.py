@@ -165,9 +165,9 @@ def test_a_run_is_sampled_and_exported_for_diffusers(command, run, folder, tmp_p
     assert command(weights, "verify", f"{tmp_path}/out").code == 0
 
     noise = np.random.default_rng(0).normal(size=(1, FRAMES, 8, 8, 4)).astype(np.float32)
-    made = {name: load.clips([PROMPT], steps=4, noise=noise, seconds=FRAMES / 8)[0] for name, load in {
-        "run": finetuned.load(run), "out": published.load(tmp_path / "out"),
-    }.items()}  # fmt: skip
+    pipes = {"run": finetuned.load(run), "out": published.load(tmp_path / "out")}
+    settings = dict(steps=4, noise=noise, seconds=FRAMES / 8)
+    made = {name: pipe.clips([PROMPT], **settings)[0] for name, pipe in pipes.items()}
     theirs = diffusers.TextToVideoSDPipeline.from_pretrained(tmp_path / "out")
     theirs.set_progress_bar_config(disable=True)
     latents = torch.tensor(noise).permute(0, 4, 1, 2, 3)
