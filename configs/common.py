@@ -157,6 +157,10 @@ def get_config():
     )
 
     denoiser = config.denoiser = optimizer(steps=20000, batch_size=32)
+    # Folder of a published pipeline (ModelScope, ZeroScope), whose denoiser is trained further on its own autoencoder
+    # and text encoder; see docs/published.md. "": the network of denoiser.model.
+    denoiser.source = ""
+    denoiser.hash = ""  # of its weights and of its noise schedule; a run writes it down when it starts
     denoiser.text_dropout = 0.1  # share of clips that are trained without their caption
     denoiser.cached_clips = 0  # clips that are encoded once, before training; 0 encodes each batch when it is used
     denoiser.statistics_clips = 256  # clips whose latents are measured, to scale latents to unit variance
@@ -190,7 +194,7 @@ def get_config():
     )
     denoiser.diffusion = ConfigDict(  # see vdm_jax/diffusion.py
         dict(
-            schedule="cosine",  # or "sigmoid" or "linear_beta"
+            schedule="cosine",  # or "sigmoid" or "linear_beta"; "published": that of denoiser.source
             log_snr_min=-12.0,  # log SNR of pure noise
             log_snr_max=12.0,  # log SNR of a clean frame
             shift=1.0,  # multiplies alpha / sigma; below 1 there is more noise at every time

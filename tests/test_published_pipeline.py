@@ -12,7 +12,7 @@ from tests.test_tokenizers import write_clip
 from vdm_jax import sample
 from vdm_jax.data import media
 from vdm_jax.errors import UserError
-from vdm_jax.system import published
+from vdm_jax.system import published, published_denoiser
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -63,21 +63,21 @@ def ours(folder):
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("name", published.METHODS)
+@pytest.mark.parametrize("name", published_denoiser.METHODS)
 def test_timesteps_and_noise_levels(name, spacing, tmp_path):
     settings = SCHEDULE | dict(timestep_spacing=spacing)
     if name != "DDIMScheduler":
         del settings["clip_sample"]
     scheduler = getattr(diffusers, name)(**settings)
     scheduler.save_config(tmp_path)
-    schedule = published.read_schedule(tmp_path / "scheduler_config.json")
-    assert (schedule.target, schedule.method) == ("noise", published.METHODS[name])
+    schedule = published_denoiser.read_schedule(tmp_path / "scheduler_config.json")
+    assert (schedule.target, schedule.method) == ("noise", published_denoiser.METHODS[name])
     for steps in (1, 7, 10, 50):
         scheduler.set_timesteps(steps)
         timesteps = schedule.timesteps(steps, schedule.method)
         np.testing.assert_array_equal(timesteps, scheduler.timesteps)
         levels = schedule.levels(steps, schedule.method, 2)["video"]
-        assert levels.shape == (steps + 1, 2) and levels[-1, 0] == published.CLEAN
+        assert levels.shape == (steps + 1, 2) and levels[-1, 0] == published_denoiser.CLEAN
         alpha_bar = 1 / (1 + np.exp(-levels[:-1, 0].astype(float)))
         np.testing.assert_allclose(alpha_bar, scheduler.alphas_cumprod[scheduler.timesteps], rtol=1e-4)
         np.testing.assert_array_equal(schedule.timestep_of(levels[:-1, 0]), timesteps)
@@ -109,15 +109,17 @@ def write_schedule(folder, **values):
 )
 def test_schedules_that_are_not_supported(values, said, tmp_path):
     with pytest.raises(UserError, match=said) as error:
-        published.read_schedule(write_schedule(tmp_path, **values))
+        published_denoiser.read_schedule(write_schedule(tmp_path, **values))
     assert "\n" not in str(error.value)
 
 
 def test_end_of_a_schedule_and_its_other_settings(tmp_path):
-    schedule = published.read_schedule(write_schedule(tmp_path, set_alpha_to_one=False, prediction_type="v_prediction"))
+    schedule = published_denoiser.read_schedule(
+        write_schedule(tmp_path, set_alpha_to_one=False, prediction_type="v_prediction")
+    )
     assert schedule.target == "v" and schedule.end == schedule.table[0]
-    assert schedule.levels(4, "dpmpp_2m", 1)["video"][-1] == published.CLEAN
-    schedule = published.read_schedule(write_schedule(tmp_path, beta_schedule="linear"))
+    assert schedule.levels(4, "dpmpp_2m", 1)["video"][-1] == published_denoiser.CLEAN
+    schedule = published_denoiser.read_schedule(write_schedule(tmp_path, beta_schedule="linear"))
     np.testing.assert_allclose(np.exp(schedule.table[0]), (1 - 0.00085) / 0.00085)
     with pytest.raises(UserError, match="has 1000 levels: give fewer steps"):
         schedule.timesteps(1001, "ddim")
@@ -182,7 +184,7 @@ def change_json(name, **values):
             "cross_attention_dim is 12, but the other parts need 16",
         ),
         (change_json("unet/config.json", norm_eps="1"), "unet: norm_eps=1 is no value for UNet3DConditionModel"),
-        (change_json("text_encoder/config.json", vocab_size=99), "tokens, the text encoder only 99"),
+        (change_json("text_encoder/config.json", vocab_size=99), "tokens, but the text encoder only 99"),
         (change_json("text_encoder/config.json", use_attention_mask=True), "use_attention_mask is not supported"),
         (lambda folder: shutil.rmtree(folder / "vae"), "vae has no config.json"),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "has no tokenizer"),

@@ -21,13 +21,13 @@ FREE = (
     *"watchdog_seconds mesh. data.threads data.prefetch sample. evaluate.".split(),
     *(f"{stage}.{key}" for stage in STAGES for key in ("remat", "steps")),  # more steps
     "denoiser.lora.base",
-    *(f"{part}.source" for part in ("video_codec", "audio_codec", "text_encoder")),
+    *(f"{part}.source" for part in ("video_codec", "audio_codec", "text_encoder", "denoiser")),
 )
 FIXED = (
     *"data.frames data.size data.fps data.sample_rate data.text_length".split(),
     *(f"denoiser.diffusion.{key}" for key in ("schedule", "log_snr_", "shift", "target")),
     *(f"denoiser.lora.{key}" for key in ("rank", "alpha", "layers")),
-    *(f"{part}.hash" for part in ("video_codec", "audio_codec", "text_encoder")),
+    *(f"{part}.hash" for part in ("video_codec", "audio_codec", "text_encoder", "denoiser")),
     *(f"{stage}.{key}" for stage in STAGES for key in ("model.", "optimizer")),
 )
 BEGUN = dict.fromkeys(STAGES, 10)

@@ -47,6 +47,7 @@ def main(argv):
     config.sample.update({key: options[key].value for key in ("steps", "method") if options[key].value is not None})
     cli.use_cache(config)
     system = build(config)
+    system.check_stage(options.stage)
     out = storage.given(options.out) if options.out else None
     if out:
         storage.make_folder(out.parent)

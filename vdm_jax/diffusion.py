@@ -39,6 +39,8 @@ def log_snr_at(t, config):
 
     'cosine' and 'sigmoid' use the part of their curve between log_snr_max and log_snr_min, stretched over [0, 1].
     'linear_beta' has the 1000 noise levels of DDPM, clipped to these bounds: step n = 0..999 is t = (n + 1) / 1000.
+    'published' has the N noise levels config["table"], falling: level n = 0..N-1 is t from n / N to (n + 1) / N. It has
+    no slope.
 
     The shift multiplies alpha / sigma of the whole curve, before it is limited to the bounds. A shift below 1 gives
     more noise. Use it for larger or more redundant latents (arXiv:2301.11093, section 3.1: 64 / d for images of d x d
@@ -49,8 +51,13 @@ def log_snr_at(t, config):
         raise UserError(f"log_snr_min={low} must be below log_snr_max={high}")
     if not config["shift"] > 0:
         raise UserError(f"shift={config['shift']} must be positive")
-    schedule = SCHEDULES[one_of("schedule", config["schedule"], SCHEDULES)]
     t = jnp.asarray(t) + 0.0  # integers become floats
+    if config["schedule"] == PUBLISHED:
+        if "table" not in config:
+            raise UserError("schedule='published' is that of denoiser.source: name a folder there, or another schedule")
+        table = jnp.asarray(config["table"], t.dtype)
+        return table[jnp.minimum(jnp.floor(t * len(table)).astype(int), len(table) - 1)]
+    schedule = SCHEDULES[one_of("schedule", config["schedule"], SCHEDULES)]
     return schedule(t, low, high, offset=2 * np.log(config["shift"]))
 
 
@@ -97,6 +104,7 @@ def _linear_beta(t, low, high, offset):
 
 
 SCHEDULES = {"cosine": _cosine, "sigmoid": _sigmoid, "linear_beta": _linear_beta}
+PUBLISHED = "published"  # the schedule of denoiser.source
 
 
 # ---------------------------------------------------------------------------------- noising, targets, loss weights

@@ -18,6 +18,9 @@ def main(argv):
     options = flags.FLAGS
     config = cli.recipe(argv)
     system = build(config)
+    names = system.stages if options.stage == "all" else (options.stage,)
+    for name in names:
+        system.check_stage(name)
     mesh = sharding.mesh_shape(config.mesh, options.chips) if options.chips else None
     layout, (height, width) = system.layout, config.data.size
     if mesh:
@@ -25,7 +28,7 @@ def main(argv):
     print(f"clip     {layout.frames} frames of {height}x{width}, {layout.samples} samples of sound")
     for name, shape in layout.latent_shapes.items():
         print(f"latents  {name} {shape}, {layout.latent_fps:g} latent frames a second")
-    for name in STAGES if options.stage == "all" else (options.stage,):
+    for name in names:
         show_parameters(name, system.stages[name].param_shapes, mesh)
 
 

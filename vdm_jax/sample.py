@@ -23,9 +23,9 @@ The codecs and the text encoder of a run may come from folders. --video_codec.so
 A clip longer than the clips of training is made window by window. Each window gets the end of the window before as
 context.
 
---weights may also name the folder of a published text-to-video model, such as ModelScope (see system/published.py). Its
-clips have no sound, and are made at once, whatever their length. It takes --seconds, --steps, --guidance, --method,
---seed and --lora.
+--weights may also name the folder of a published text-to-video model, such as ModelScope (see system/parts.py), and
+--workdir a run that has trained it further. The clips have no sound, and are made at once, whatever their length. Both
+take --size, --seconds, --steps, --guidance, --method, --seed and --lora.
 """
 
 import logging
@@ -39,7 +39,7 @@ from vdm_jax.metrics import figures
 from vdm_jax.pipeline import Clip, load
 from vdm_jax.run import cli, hosts, storage
 from vdm_jax.settings import PARTS
-from vdm_jax.system import published
+from vdm_jax.system import finetuned, published
 from vdm_jax.system.layout import STAGES
 
 logger = logging.getLogger("vdm_jax")
@@ -70,7 +70,8 @@ def main(argv):
         raise UserError(f"give only one of continue, {', '.join(context)}")
 
     hosts.initialize(options)
-    is_published = options.weights and published.is_pipeline(options.weights)
+    source = cli.weights_folder(options)
+    is_published = source and (published.is_pipeline(source) or finetuned.is_run(source))
     pipe = load_published(options) if is_published else load_pipeline(options)
     storage.make_folder(out if many else out.parent)
     if is_published:
@@ -112,13 +113,15 @@ def load_published(options):
     for flag in sorted(NOT_PUBLISHED):
         if options[flag].present:
             raise UserError(f"--{flag} is not for a published model: leave it out")
-    pipe = published.load(cli.weights_folder(options), lora=options.lora)
+    source = cli.weights_folder(options)
+    load = published.load if published.is_pipeline(source) else finetuned.load
+    pipe = load(source, lora=options.lora)
 
     def make(prompts):
         chosen = {name: options[name].value for name in ("seed", "seconds", "steps", "method", "guidance")}
         size = buckets.parse_size(options.size) if options.size else None
         videos = pipe.clips(prompts, size=size, **chosen)
-        return [Clip(video, None, published.FPS, 0, prompt) for video, prompt in zip(videos, prompts, strict=True)]
+        return [Clip(video, None, pipe.fps, 0, prompt) for video, prompt in zip(videos, prompts, strict=True)]
 
     return make
 

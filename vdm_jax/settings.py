@@ -118,8 +118,8 @@ TABLE = (
     Setting("data.tfds.source_sample_rate", whole(0), CHANGE),
     Setting("data.path data.hash data.tfds.*", TEXT, CHANGE),
     # ------------------------------------------------------------------------------------------------------ parts
-    Setting("video_codec.source audio_codec.source text_encoder.source", TEXT, FREE),  # a folder may move
-    Setting("video_codec.hash audio_codec.hash text_encoder.hash", TEXT, FIXED),
+    Setting("video_codec.source audio_codec.source text_encoder.source denoiser.source", TEXT, FREE),  # it may move
+    Setting("video_codec.hash audio_codec.hash text_encoder.hash denoiser.hash", TEXT, FIXED),
     # ----------------------------------------------------------------------------------------------------- stages
     Setting("STAGE.steps", whole(1, 2**31 - 1), GROWS),
     Setting("STAGE.phases", PHASES, CHANGE),
@@ -154,7 +154,7 @@ TABLE = (
     Setting("denoiser.lora.alpha", ABOVE_0, FIXED),
     Setting("denoiser.lora.layers", TEXT, FIXED),
     Setting("denoiser.lora.base", TEXT, FREE),  # folder.read_base compares its content
-    Setting("denoiser.diffusion.schedule", choice(*diffusion.SCHEDULES), FIXED),
+    Setting("denoiser.diffusion.schedule", choice(*diffusion.SCHEDULES, diffusion.PUBLISHED), FIXED),
     Setting("denoiser.diffusion.log_snr_*", number(-80, 80), FIXED),  # exp(log_snr) must be finite in float32
     Setting("denoiser.diffusion.shift", ABOVE_0, FIXED),
     Setting("denoiser.diffusion.target", choice(*diffusion.TARGETS), FIXED),

@@ -58,7 +58,7 @@ def main(argv):
 
     config = with_hashes(config)
     system = build(config)
-    names = [name for name in STAGES if options.stage in ("all", name) and name not in system.parts]
+    names = [name for name in system.stages if options.stage in ("all", name) and name not in system.parts]
     if not names:
         system.check_trained(options.stage)
     # All settings are checked before anything is written. What a stage needs of others is checked when it starts.
@@ -144,7 +144,9 @@ def take_steps(run, name, phase, checkpoints):
     data = batches.in_buckets(examples, weights, **order, rows=row_numbers, start=done, data=config.data)
     # 4. The state itself: initialized at random, begun from the phase before, or restored directly onto the mesh.
     begins_phase = done > 0 and done == phase.start  # the newest checkpoint is the last one of the phase before
-    if newest is None:
+    if newest is None and system.published and "base" not in encoder_params:
+        state = program.begin(system.read_published(run.mesh))
+    elif newest is None:
         state = program.init()
     elif begins_phase:
         phase_before = run.plan[name][phase.number - 2]  # phase numbers start at 1

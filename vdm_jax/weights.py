@@ -6,6 +6,8 @@
     python -m vdm_jax.weights import --weights=FOLDER --workdir=DIR    # a new run that starts from these weights
     python -m vdm_jax.weights verify DIR                               # checks all files that a run reads back
 
+A run with a denoiser.source is exported as the folder of a pipeline, which diffusers and `sample --weights` read.
+
 Import restores weights and step counts, not the optimizer state. To train a stage further, raise its steps, or give
 --restart=STAGE, which sets its step count to 0. --weights=reference names the weights that ship with the package.
 
@@ -29,11 +31,11 @@ from etils import epath
 from vdm_jax import lora, settings, train_state
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import report
-from vdm_jax.run import card, checkpoint, checksums, cli, folder, record, storage
+from vdm_jax.run import card, checkpoint, checksums, cli, folder, huggingface, record, storage
 from vdm_jax.sharding import named_leaves, path_name
-from vdm_jax.system import adapters, build, latents
+from vdm_jax.system import adapters, build, finetuned, latents
 from vdm_jax.system.layout import STAGES, layout
-from vdm_jax.system.parts import with_hashes
+from vdm_jax.system.parts import is_finetuned, with_hashes
 
 # Names of files and folders that need no check.
 UNCHECKED = ("lock", "heartbeat.json", "starts.jsonl", "metrics.jsonl", "events.out.tfevents.*", "previews", "plugins")
@@ -49,6 +51,12 @@ def main(argv):
     elif argv[1:] == ["export"] and options.workdir and options.out:
         if options.license:
             card.check_license(options.license)
+        if finetuned.is_run(options.workdir):
+            if options.report:
+                raise UserError("evaluate makes no report of a run with a denoiser.source: leave out --report")
+            size = finetuned.export(options.workdir, options.out, options.license)
+            print(f"wrote {options.out}: {size / 1e6:.2f} MB, in the layout of diffusers")
+            return
         outcomes = report.read_outcomes(storage.given(options.report)) if options.report else None
         weights, out = folder.load(options.workdir, build, parts=moved), storage.given(options.out)
         folder.write_exported(out, weights, options.workdir, outcomes, options.license)
@@ -61,6 +69,8 @@ def main(argv):
         weights = folder.load(source, build, unverified=options.unverified, parts=moved)
         trained_with, encoders = weights.system.config, folder.encoders_hash(weights.params, weights.system.parts)
         if options.config is not None:
+            if is_finetuned(options.config):
+                raise UserError("denoiser.source needs no import: train begins with its weights")
             weights = add_missing_params(weights, with_hashes(options.config))
         weights = weights._replace(steps=weights.steps | dict.fromkeys(options.restart, 0))
         check_changes(trained_with, weights)
@@ -134,6 +144,9 @@ def _parts(directory, moved):
     exported = [name for name in names if name.endswith(".safetensors")]
     if "_CHECKPOINT_METADATA" in names:  # the user named a checkpoint
         yield directory, functools.partial(_check_checkpoint, directory)
+        return
+    if huggingface.PIPELINE in names:  # of a published model, or of a run that has trained one further
+        yield directory, functools.partial(checksums.check, directory)
         return
     covered = checksums.listed(directory)
     if exported or checksums.NAME in names:

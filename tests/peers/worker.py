@@ -107,6 +107,7 @@ class Ours:
         import jax
         import jax.numpy as jnp
         import optax
+        from etils import epath
 
         from tests.helpers import weights
         from vdm_jax import sharding
@@ -114,14 +115,16 @@ class Ours:
         from vdm_jax.models.published import naming
         from vdm_jax.models.published.unet3d_condition import UNet3DConditionModel
         from vdm_jax.perf import flops
-        from vdm_jax.system import published
+        from vdm_jax.run import huggingface
+        from vdm_jax.system import parts
 
         jax.config.update("jax_platforms", "cuda" if device == "gpu" else "cpu")
         optimizer = optax.adam(1e-4)
         if folder:
-            model = published.read_model(folder, UNet3DConditionModel, jnp.dtype(dtype))
+            config = huggingface.read_config(folder)[1]
+            model = naming.from_config(UNet3DConditionModel, config, folder, dtype=jnp.dtype(dtype))
             mesh = sharding.make_mesh(dict(data=1, fsdp=1, sequence=1, tensor=1), jax.devices()[:1])
-            params = published.read_params(folder, model, mesh)
+            params = parts.Published(epath.Path(folder), model).read(mesh)
             self.state = params, ()
         else:
             model = UNet3DConditionModel(**unet3d.SETTINGS, dtype=jnp.dtype(dtype))

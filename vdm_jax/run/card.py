@@ -41,6 +41,43 @@ def text(config, steps, files, changes=(), base="", outcomes=None, license=""):
     return "\n\n".join(blocks) + "\n"
 
 
+def finetuned(config, step, sha256, changes=(), license=""):
+    """Returns the model card of a published pipeline whose denoiser was trained further.
+
+    config: ConfigDict of the run; its adapters are merged into the weights
+    step: that the weights are from
+    sha256: of the denoiser's safetensors file
+    changes, license: as in `text`
+    """
+    denoiser, (height, width) = config.denoiser, config.data.size
+    trained = f"adapters of rank {adapters.rank}, merged in" if (adapters := lora.active(denoiser)) else "all weights"
+    rows = [
+        ("began from", _shown("denoiser.source", denoiser.source)),
+        ("hash of its denoiser", _code(denoiser.hash or "unknown")),
+        ("trained", trained),
+        ("training steps", f"{step:,} of {denoiser.steps:,}"),
+        ("clips in training", f"{config.data.frames} frames of {height} x {width}, at {config.data.fps} a second"),
+        ("`unet/diffusion_pytorch_model.safetensors`, SHA-256", _code(sha256)),
+    ]
+    blocks = [
+        _front_matter(license, "diffusers"),
+        "# Text to video",
+        "The model makes a video from a text. `vdm_jax` has trained the denoiser of a published model further. All "
+        "other parts are those of that model.",
+        f"License: {license or 'not stated'}. The license of the published model counts, too.",
+        "## How to use it",
+        "`FOLDER` is the folder that has this file.",
+        "```python\nfrom diffusers import TextToVideoSDPipeline\n\n"
+        'pipe = TextToVideoSDPipeline.from_pretrained("FOLDER")\n```',
+        '```sh\npython -m vdm_jax.sample --weights=FOLDER --prompt="TEXT" --out=clip.mp4\n```',
+        "## Weights",
+        _table(("", ""), rows),
+        *_data(config.data),
+        *_changes(changes),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
 def check_license(license):
     """Raises UserError unless a text can be the identifier of a license on Hugging Face, such as apache-2.0."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", license):
@@ -49,10 +86,10 @@ def check_license(license):
         )
 
 
-def _front_matter(license):
+def _front_matter(license, library="vdm_jax"):
     stated = [f'license: "{license}"'] if license else []
     return "\n".join(
-        ["---", "library_name: vdm_jax", *stated, "tags:", "- text-to-video", "- diffusion", "- jax", "---"]
+        ["---", f"library_name: {library}", *stated, "tags:", "- text-to-video", "- diffusion", "- jax", "---"]
     )
 
 

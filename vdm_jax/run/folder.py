@@ -339,6 +339,11 @@ def load(source, build, stages=None, unverified=False, parts=None):
                     f"--weights={source} --workdir=NEW"
                 ) from None
     system = read_system(source, build, parts)
+    if system.published:
+        raise UserError(
+            f"{source} trains the denoiser of a published model: only python -m vdm_jax.sample --workdir={source} and "
+            "python -m vdm_jax.weights export take it"
+        )
     run = None if exported else run_number(source)
     params, steps = {}, {}
     for stage in stages:

@@ -1,6 +1,8 @@
 """A System: the four models of a config, and what each stage trains. `build(config)` makes one."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from vdm_jax.models.layers import apply_remat
 from vdm_jax.system.layout import Layout, layout
 from vdm_jax.system.losses import make_stages
 from vdm_jax.system.networks import make_models, remat_modes, to_float, to_uint8
-from vdm_jax.system.parts import open_parts
+from vdm_jax.system.parts import is_finetuned, open_denoiser, open_parts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,6 +30,7 @@ class System:
     layout: Layout
     models: dict  # {stage: Flax module}, and "teacher" if the denoiser is a student (see distillation.py)
     parts: dict  # {stage that is not trained here: where its model comes from}, see parts.py
+    published: Any = None  # the parts.Published of denoiser.source, whose denoiser is trained further
     stages: dict = dataclasses.field(default_factory=dict)  # {name: losses.Stage}; `build` makes them last
 
     @property
@@ -38,12 +41,36 @@ class System:
         """
         return {name: stage.encoder_shapes.get("base", stage.param_shapes) for name, stage in self.stages.items()}
 
+    @property
+    def diffusion(self):
+        """config.denoiser.diffusion, with the noise levels of a published denoiser as `table`."""
+        settings = self.config.denoiser.diffusion
+        return {**settings, "table": self.models["denoiser"].schedule.table} if self.published else settings
+
+    @property
+    def known_statistics(self):
+        """The statistics of the latents that a published denoiser was trained with; None for our own denoiser."""
+        if not self.published:
+            return None
+        mean, std = self.models["video_autoencoder"].latent_statistics
+        return {"video": {"mean": mean, "std": std}}
+
+    def read_published(self, mesh=None):
+        """The parameters of the published denoiser, as training starts from them; mesh: see parts.Published.read.
+
+        The base of adapters takes half of the memory: it has the precision of exported weights. Raises UserError.
+        """
+        params = self.published.read(mesh)
+        base = self.stages["denoiser"].encoder_shapes.get("base")
+        return params if base is None else jax.tree.map(lambda x, of: x.astype(of.dtype), params, base)
+
     def denoiser_params(self, params, encoder_params):
         """The denoiser's parameters: `params`, or what the adapters `params` make of encoder_params["base"]."""
         adapters = lora.active(self.config.denoiser)
         if not adapters:
             return params
-        return lora.merge(encoder_params["base"], sharding.all_gather_params(params, jnp.float32), adapters.alpha)
+        base = jax.tree.map(lambda x: x.astype(jnp.float32), encoder_params["base"])
+        return lora.merge(base, sharding.all_gather_params(params, jnp.float32), adapters.alpha)
 
     def apply(self, stage, params, *arguments, method=None):
         """The output of a stage's model. method: of the module; None: __call__."""
@@ -56,22 +83,32 @@ class System:
 
     def apply_fn(self, stage, method=None):
         """Returns call(params of the stage, *arguments), which does what `apply` does, with config.<stage>.remat."""
+        return self._with_remat(stage, lambda params, *rest: self.apply(stage, {stage: params}, *rest, method=method))
 
-        def call(params, *arguments):
-            return self.apply(stage, {stage: params}, *arguments, method=method)
+    def denoise_fn(self, params, encoder_params):
+        """Returns the denoiser as a function (z, log_snr, cond) -> prediction, with config.denoiser.remat.
 
+        Adapters are merged inside what remat computes again: merged weights would take as much memory as their base.
+        """
+
+        def call(params, base, *rest):
+            return self.apply("denoiser", {"denoiser": self.denoiser_params(params, base)}, *rest)
+
+        base = {name: encoder_params[name] for name in ("base",) if name in encoder_params}
+        return functools.partial(self._with_remat("denoiser", call), params, base)
+
+    def _with_remat(self, stage, call):
         modes = remat_modes(self.config, stage)
         return apply_remat(call, modes[0]) if len(modes) == 1 else call  # the U-Net applies several modes
 
     def encode(self, params, video, audio):
         """Clips, uint8 [B, F, H, W, 3] and float32 [B, N] -> latents {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}.
 
-        With 'statistics', every channel gets mean 0 and variance 1.
+        With 'statistics', every channel gets mean 0 and variance 1. The sound is left out where no model has it.
         """
-        z = {
-            "video": self.apply("video_autoencoder", params, to_float(video), method="encode")[0],
-            "audio": self.apply("audio_autoencoder", params, self.codec_audio(audio), method="encode")[0],
-        }
+        z = {"video": self.apply("video_autoencoder", params, to_float(video), method="encode")[0]}
+        if self.layout.audio:
+            z["audio"] = self.apply("audio_autoencoder", params, self.codec_audio(audio), method="encode")[0]
         if "statistics" not in params:
             return z
         statistics = params["statistics"]
@@ -153,13 +190,20 @@ class System:
             raise UserError(f"data.buckets, {bucket}: {error}") from None
 
     def check_trained(self, name):
-        """Raises UserError where a folder has the model of stage `name`."""
+        """Raises UserError where a folder has the model of stage `name`, or where there is no such stage."""
+        self.check_stage(name)
         if name in self.parts:
             raise UserError(f"--stage={name} is not trained here: {self.parts[name].folder} has it")
+
+    def check_stage(self, name):
+        """Raises UserError where there is no stage `name`: a published denoiser has none for sound."""
+        if name not in self.stages:
+            raise UserError(f"there is no --stage={name}, because the model of denoiser.source has no sound")
 
     def check_mesh(self, mesh, names):
         """Raises UserError where the mesh cannot evenly split the models or activations of the stages `names`."""
         for name in names:
+            self.check_stage(name)
             stage = self.stages[name]
             sharding.check_axes(mesh, self.param_shapes[name], name, stage.sequence_sizes)
 
@@ -181,5 +225,6 @@ def build(config):
     sharding.find_devices()
     parts = open_parts(config)
     sizes = layout(config, parts)
-    system = System(config, sizes, make_models(config, sizes, parts), parts)
+    published, denoiser = open_denoiser(config) if is_finetuned(config) else (None, None)
+    system = System(config, sizes, make_models(config, sizes, parts, denoiser), parts, published)
     return dataclasses.replace(system, stages=make_stages(system))

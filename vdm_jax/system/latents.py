@@ -43,12 +43,13 @@ def prepare(systems, workdir, examples, mesh, run):
     Raises UserError where an earlier stage has no checkpoint, a student has no teacher, or adapters have no base.
     """
     system = systems[0]
-    trained = [name for name in STAGES[:3] if name not in system.parts]
+    trained = [name for name in STAGES[:3] if name in system.stages and name not in system.parts]
     params = {name: folder.read_params(workdir, name, system.param_shapes[name], run)[0] for name in trained}
     params = folder.as_exported(params)
     for name, part in system.parts.items():
         params[name] = part.read(mesh)
-    params["statistics"] = _statistics(system, params, examples[0], workdir / folder.STATISTICS, run)
+    known, path = system.known_statistics, workdir / folder.STATISTICS
+    params["statistics"] = known or _statistics(system, params, examples[0], path, run)
     if system.config.denoiser.cached_clips:
         shapes = [f"_{'x'.join(map(str, (own.layout.frames, *own.config.data.size)))}" for own in systems]
         names = [f"latents{shape}" for shape in (shapes if len(systems) > 1 else [""])]
@@ -60,7 +61,9 @@ def prepare(systems, workdir, examples, mesh, run):
             raise UserError("a student needs a teacher: name exported weights in denoiser.distillation.teacher")
         expected = system.stages["denoiser"].encoder_shapes["teacher"]
         params["teacher"] = folder.read_exported(teacher, "denoiser", expected)
-    if "base" in system.stages["denoiser"].encoder_shapes:
+    if system.published and "base" in system.stages["denoiser"].encoder_shapes:
+        params["base"] = system.read_published(mesh)
+    elif "base" in system.stages["denoiser"].encoder_shapes:
         params["base"], of = folder.read_base(workdir, system, params["statistics"])
         if hosts.is_primary() and not (workdir / folder.BASE).exists():
             storage.write_json(workdir / folder.BASE, {"sha256": of})

@@ -8,7 +8,7 @@ from vdm_jax.data import buckets
 from vdm_jax.errors import UserError
 from vdm_jax.settings import STAGES
 from vdm_jax.system.networks import make_encoders
-from vdm_jax.system.parts import open_parts
+from vdm_jax.system.parts import is_finetuned, open_parts
 
 # Settings of a model with one value for each resolution.
 PER_RESOLUTION = ("blocks", "attention", "cross_modal", "audio_channels")
@@ -24,13 +24,16 @@ class Layout(NamedTuple):
     latent_frames: int  # T
     latent_fps: float  # latent frames per second
     video: tuple[int, int, int]  # h, w, C: height, width and channels of a video latent frame
-    audio: tuple[int, int]  # K, D: sound tokens per latent frame, and their channels
+    audio: tuple[int, int] | None  # K, D: sound tokens per latent frame, and their channels; None: no sound
 
     @property
     def latent_shapes(self):
-        """Shapes of one clip's latents: {'video': (T, h, w, C), 'audio': (K*T, D)}."""
-        tokens, channels = self.audio
-        return {"video": (self.latent_frames, *self.video), "audio": (self.latent_frames * tokens, channels)}
+        """Shapes of one clip's latents: {'video': (T, h, w, C), 'audio': (K*T, D)}, the latter if there is sound."""
+        shapes = {"video": (self.latent_frames, *self.video)}
+        if self.audio:
+            tokens, channels = self.audio
+            shapes["audio"] = (self.latent_frames * tokens, channels)
+        return shapes
 
     def with_frames(self, frames):
         """The Layout of clips of `frames` video frames. Raises UserError unless they are 1 + f_t * n."""
@@ -57,24 +60,25 @@ def layout(config, parts=None):
         raise UserError(f"data.sample_rate={data.sample_rate} is not a multiple of data.fps={data.fps}")
 
     encoders = make_encoders(config, parts)
-    video, audio = encoders["video_autoencoder"], encoders["audio_autoencoder"]
+    video, audio = encoders["video_autoencoder"], encoders.get("audio_autoencoder")
     f_t = video.f_t  # video frames per latent frame
     f_s = video.f_s  # pixels per latent, in height and in width
-    hop = audio.hop  # samples per sound token
     per_frame = data.sample_rate // data.fps
     if any(side % f_s for side in data.size):
         fits = tuple(side // f_s * f_s or f_s for side in data.size)
         raise UserError(f"data.size={data.size} is not a multiple of {f_s}: use {fits}")
-    if per_frame * f_t % hop:
+    if audio and per_frame * f_t % audio.hop:
         raise UserError(
-            f"a latent frame of {per_frame * f_t} samples is no multiple of the {hop} samples of a sound token: set "
-            f"data.sample_rate to {_near_rates(data.sample_rate, data.fps, f_t, hop)} Hz"
+            f"a latent frame of {per_frame * f_t} samples is no multiple of the {audio.hop} samples of a sound token: "
+            f"set data.sample_rate to {_near_rates(data.sample_rate, data.fps, f_t, audio.hop)} Hz"
             + ("" if "audio_autoencoder" in parts else ", or change audio_autoencoder.model.patch or strides")
         )
     if "clip" not in parts and any(side % config.clip.model.video.patch for side in data.size):
         raise UserError(f"data.size={data.size} is not a multiple of clip.model.video.patch")
-    (height, width), tokens = (side // f_s for side in data.size), per_frame * f_t // hop
-    _check_halvings(config.denoiser.model, (height, width), tokens)
+    height, width = (side // f_s for side in data.size)
+    sound = (per_frame * f_t // audio.hop, audio.latent_channels) if audio else None
+    if not is_finetuned(config):
+        _check_halvings(config.denoiser.model, (height, width), sound[0])
     sizes = Layout(
         frames=1,
         samples=per_frame,
@@ -83,10 +87,10 @@ def layout(config, parts=None):
         latent_frames=1,
         latent_fps=data.fps / f_t,
         video=(height, width, video.latent_channels),
-        audio=(tokens, audio.latent_channels),
+        audio=sound,
     ).with_frames(data.frames)
     padded = sizes.latent_frames * f_t * per_frame  # see System.pad_audio
-    if "audio_autoencoder" not in parts and max(config.audio_autoencoder.stft_windows) > padded:
+    if audio and "audio_autoencoder" not in parts and max(config.audio_autoencoder.stft_windows) > padded:
         raise UserError(f"audio_autoencoder.stft_windows go past the {padded} samples of a clip")
     return sizes
 

@@ -40,20 +40,21 @@ def make_stages(system):
     """{name: Stage} of the four stages of a System. Raises UserError for wrong settings."""
     config, layout = system.config, system.layout
     # This raises for noise levels that do not fit together.
-    jax.eval_shape(functools.partial(diffusion.log_snr_at, config=config.denoiser.diffusion), 0.0)
+    jax.eval_shape(functools.partial(diffusion.log_snr_at, config=system.diffusion), 0.0)
     inits = init_fns(system.models, config, layout)
-    params = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in inits.items() if name not in system.parts}
-    params |= {name: part.param_shapes() for name, part in system.parts.items()}
+    folders = system.parts | ({"denoiser": system.published} if system.published else {})
+    params = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in inits.items() if name not in folders}
+    params |= {name: part.param_shapes() for name, part in folders.items()}
     adapters, base = lora.active(config.denoiser), params["denoiser"]
     if adapters:  # they are what is trained
         inits["denoiser"] = lambda key: lora.init(key, base, adapters.rank, adapters.layers)
         params["denoiser"] = jax.eval_shape(inits["denoiser"], jax.random.key(0))
-    encoders = {name: params[name] for name in STAGES[:3]}
+    encoders = {name: params[name] for name in STAGES[:3] if name in params}
     if "teacher" in params:
         distillation.check(config.denoiser)
         encoders["teacher"] = params["teacher"]
     if adapters:
-        encoders["base"] = base
+        encoders["base"] = jax.tree.map(lambda x: x.update(dtype=jnp.float16), base) if system.published else base
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
     encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
 
@@ -90,14 +91,17 @@ def make_stages(system):
         )
 
     show_video, show_audio = (previews.reconstruction(system, modality) for modality in ("video", "audio"))
-    height, tokens = layout.video[0], layout.latent_frames * layout.audio[0]
-    stages = (
-        stage("video_autoencoder", video_autoencoder_loss, (layout.frames, height), show_video),
-        stage("audio_autoencoder", audio_autoencoder_loss, (tokens,), show_audio),
-        stage("clip", clip_loss, (layout.frames, height)),
-        stage("denoiser", denoiser_loss, (layout.latent_frames, height), previews.samples(system), encoders),
+    height, stages = layout.video[0], {}
+    stages["video_autoencoder"] = stage(
+        "video_autoencoder", video_autoencoder_loss, (layout.frames, height), show_video
     )
-    return dict(zip(STAGES, stages))
+    if layout.audio:
+        tokens = layout.latent_frames * layout.audio[0]
+        stages["audio_autoencoder"] = stage("audio_autoencoder", audio_autoencoder_loss, (tokens,), show_audio)
+    stages["clip"] = stage("clip", clip_loss, (layout.frames, height))
+    show = None if system.published else previews.samples(system)
+    stages["denoiser"] = stage("denoiser", denoiser_loss, (layout.latent_frames, height), show, encoders)
+    return stages
 
 
 def video_autoencoder_loss(system, params, key, batch, encoder_params):
@@ -201,7 +205,7 @@ def denoiser_loss(system, params, key, batch, encoder_params):
 
     A student has the loss of distillation.py instead. batch: clips, or what `encode_batch` made of them.
     """
-    settings = system.config.denoiser
+    settings, levels = system.config.denoiser, system.diffusion
     if "z" in batch:
         batch = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32), batch)
     else:
@@ -209,23 +213,23 @@ def denoiser_loss(system, params, key, batch, encoder_params):
     z, encoded_text = batch["z"], batch["text"]
     drop_key, key, pair_key = jax.random.split(key, 3)
     null = system.encode_null_text(encoder_params)
-    denoise_fn = functools.partial(system.apply_fn("denoiser"), system.denoiser_params(params, encoder_params))
+    denoise_fn = system.denoise_fn(params, encoder_params)
     if "teacher" in encoder_params:
         teacher_fn = functools.partial(system.apply, "teacher", encoder_params)
         loss, metrics = distillation.loss(denoise_fn, teacher_fn, key, z, encoded_text, null, settings)
         return loss, {"loss": loss, **metrics}
     cond = drop_text(drop_key, encoded_text, null, settings.text_dropout)
     if hard_negatives.BATCH_KEY not in batch:
-        loss, metrics = diffusion.loss(denoise_fn, key, z, cond, settings.diffusion)
+        loss, metrics = diffusion.loss(denoise_fn, key, z, cond, levels)
         return loss, {"loss": loss, **metrics}
 
-    wrong, target = batch[hard_negatives.BATCH_KEY], settings.diffusion.target
+    wrong, target = batch[hard_negatives.BATCH_KEY], levels["target"]
     pairs = hard_negatives.make_pairs(pair_key, z, encoded_text, wrong, target, settings.hard_negatives)
-    noised = diffusion.corrupt(key, z, settings.diffusion)
+    noised = diffusion.corrupt(key, z, levels)
     prediction, pair_prediction = hard_negatives.call_together(
         denoise_fn, (noised.z_t, noised.log_snr, cond), (pairs.z_t, pairs.log_snr, pairs.cond)
     )
-    denoising_loss, metrics = diffusion.weighted_error(prediction, noised, settings.diffusion)
+    denoising_loss, metrics = diffusion.weighted_error(prediction, noised, levels)
     pair_loss, pair_metrics = hard_negatives.classification_loss(pair_prediction, pairs, settings.hard_negatives)
     loss = denoising_loss + pair_loss
     return loss, {"loss": loss, **metrics, **pair_metrics}

@@ -10,10 +10,14 @@ from vdm_jax.models.clip import Clip
 from vdm_jax.models.layers import REMAT
 from vdm_jax.models.unet import UNet
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
+from vdm_jax.system.parts import is_finetuned
 
 
 def make_encoders(config, parts=None):
-    """{stage: Flax module} of the first three stages. parts: those that are not trained here, see parts.open_parts."""
+    """{stage: Flax module} of the stages before the denoiser. A published denoiser has no stage for sound.
+
+    parts: those that are not trained here, see parts.open_parts
+    """
     dtype = jnp.dtype(config.compute_dtype)
     clip = config.clip.model
     text_encoder = dict(clip.text, vocabulary=text.VOCAB_SIZE, length=config.data.text_length)
@@ -22,12 +26,19 @@ def make_encoders(config, parts=None):
         "audio_autoencoder": AudioAutoencoder(**config.audio_autoencoder.model, dtype=dtype),
         "clip": Clip(text_encoder, clip.video.to_dict(), clip.embedding, dtype=dtype),
     }
+    if is_finetuned(config):
+        del trained["audio_autoencoder"]
     return trained | {stage: part.module for stage, part in (parts or {}).items()}
 
 
-def make_models(config, layout, parts=None):
-    """{stage: Flax module} of a config, and the "teacher" of a student. Raises UserError for wrong settings."""
+def make_models(config, layout, parts=None, denoiser=None):
+    """{stage: Flax module} of a config, and the "teacher" of a student. Raises UserError for wrong settings.
+
+    denoiser: a published one, see parts.open_denoiser; None for our own
+    """
     dtype = jnp.dtype(config.compute_dtype)
+    if denoiser:
+        return make_encoders(config, parts) | {"denoiser": denoiser}
     modes = remat_modes(config, "denoiser")
     # A single remat mode is for the whole model: System.apply_fn applies it. If there are several, each is for one
     # resolution, and the U-Net applies it.
@@ -45,7 +56,7 @@ def remat_modes(config, stage):
     Raises UserError.
     """
     modes = tuple(one_of(f"{stage}.remat", mode, REMAT) for mode in config[stage].remat.split(","))
-    is_unet = "cross_modal" in config[stage].model
+    is_unet = stage == "denoiser" and not is_finetuned(config)
     resolutions = len(config[stage].model.channels) if is_unet else 1
     if len(modes) not in (1, resolutions):
         takes = "one value" + (f", or one for each of {resolutions} resolutions" if resolutions > 1 else "")

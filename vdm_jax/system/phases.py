@@ -32,7 +32,8 @@ PATTERNS = ".diffusion.patterns"
 # Settings that no phase changes; {} is the stage. Sampling reads the target and the noise levels of the recipe.
 FIXED = (
     "data.text_length",
-    *("{}.model.", "{}.lora.", "{}.steps", "{}.phases", "{}.diffusion.target", "{}.diffusion.log_snr_"),
+    *("{}.source", "{}.hash", "{}.model.", "{}.lora.", "{}.steps", "{}.phases"),
+    *("{}.diffusion.target", "{}.diffusion.log_snr_"),
 )
 
 

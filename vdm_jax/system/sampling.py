@@ -26,6 +26,8 @@ class Sampler:
     """
 
     def __init__(self, system):
+        if system.published:
+            raise UserError("only the command `sample` samples the denoiser of denoiser.source")
         self.system = system
         static = ("method", "interval", "guides", "history_noise")
         self.program = jax.jit(functools.partial(sample, system), static_argnames=static)

@@ -15,6 +15,7 @@ A module has a method `example()`, which returns small inputs of its `__call__`,
 """
 
 import dataclasses
+import functools
 import re
 import types
 
@@ -88,19 +89,8 @@ def param_shapes(model, most=None, source="config.json", dtype=np.float32):
     Raises UserError for settings without sense, and for a module that has many more layers than `most`, before it is
     traced to its end: a config.json may ask for any number.
     """
-    paths = set()
-
-    def count(call, arguments, keywords, context):
-        if context.module.scope is not None:
-            paths.add(context.module.path)
-        # A layer has at least one tensor. Some modules only hold layers.
-        if most is not None and len(paths) > 2 * most + 100:
-            raise UserError(f"{type(model).__name__} has more layers in its config than in its {most} tensors")
-        return call(*arguments, **keywords)
-
     try:
-        with nn.intercept_methods(count):
-            shapes = jax.eval_shape(lambda key: model.init(key, *model.example()), jax.random.key(0))["params"]
+        shapes = _param_shapes(model, most)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # numbers without sense
@@ -111,6 +101,22 @@ def param_shapes(model, most=None, source="config.json", dtype=np.float32):
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x.update(dtype=dtype) if path[-1].key in ("kernel", "embedding") else x, shapes
     )
+
+
+@functools.lru_cache(maxsize=8)  # a large model takes seconds
+def _param_shapes(model, most):
+    paths = set()
+
+    def count(call, arguments, keywords, context):
+        if context.module.scope is not None:
+            paths.add(context.module.path)
+        # A layer has at least one tensor. Some modules only hold layers.
+        if most is not None and len(paths) > 2 * most + 100:
+            raise UserError(f"{type(model).__name__} has more layers in its config than in its {most} tensors")
+        return call(*arguments, **keywords)
+
+    with nn.intercept_methods(count):
+        return jax.eval_shape(lambda key: model.init(key, *model.example()), jax.random.key(0))["params"]
 
 
 def tensor_name(path):
