@@ -255,7 +255,7 @@ def _holds_image(path) -> bool:
 
 
 def kind(path) -> str | None:
-    """Returns what the content of a file is: "video", "image", "sound only", or None for all else. Decodes nothing."""
+    """Returns what a file is by its content: "video", "image", "sound only" or None. It reads the beginning alone."""
     try:
         with _reading(path):
             if _holds_image(path):
@@ -353,7 +353,8 @@ def _picture(frame, size, pixel_aspect: float, scaler: VideoReformatter) -> np.n
         matrix = _colorspace(frame)
         image = scaler.reformat(frame, w, h, format, matrix, matrix, method | TO_RGB, threads=1).to_ndarray()
         if not sdr:
-            return color.to_sdr(image / 65535, frame.color_primaries, frame.color_trc)
+            parts = np.array_split(image, 1 + image.size // 3_000_000)  # each needs 20 times its memory
+            return np.concatenate([color.to_sdr(p / 65535, frame.color_primaries, frame.color_trc) for p in parts])
         return _over_white(Image.fromarray(image)) if has_alpha else image
 
     if has_alpha or full_h * full_w > MAX_PIXELS:
