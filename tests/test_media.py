@@ -48,13 +48,13 @@ def write_frames(path, images, stamps, *, codec="libx264", base=1000, format=Non
     with av.open(str(path), "w", format=format) as out:
         stream = out.add_stream(codec, rate=30)
         stream.height, stream.width = images[0].shape[:2]
-        stream.pix_fmt, stream.time_base = "yuv420p", Fraction(1, base)
+        stream.pix_fmt, stream.time_base = "yuvj420p" if codec == "mjpeg" else "yuv420p", Fraction(1, base)
         stream.bit_rate = 1_000_000
         stream.codec_context.time_base = Fraction(1, base)
         if turn:
             stream.set_display_rotation(turn)
-        for sound_codec, layout, samples in audio:
-            sound = out.add_stream(sound_codec, rate=48000, layout=layout)
+        sounds = [out.add_stream(sound_codec, rate=48000, layout=layout) for sound_codec, layout, _ in audio]
+        for sound, (_, layout, samples) in zip(sounds, audio):
             sound.bit_rate = 192_000 * len(samples)
             chunk = av.AudioFrame.from_ndarray(samples.astype(np.float32), "fltp", layout)
             chunk.sample_rate, chunk.pts, chunk.time_base = 48000, 0, Fraction(1, 48000)
@@ -484,7 +484,7 @@ def test_a_cover_picture_is_not_the_video(tmp_path):
     movie = box(b"moov", parts[0], tags, *parts[1:])  # the tags come before the tracks, so the cover is stream 0
     path.write_bytes(data[:at] + movie + data[at + length :])
     assert media.probe(path)["size"] == (32, 32) and np.ptp(read(path)[0].mean((1, 2, 3))) > 50
-    path.write_bytes(data[:at] + movie.replace(b"vide", b"none").replace(b"vmhd", b"nmhd") + data[at + length :])
+    path.write_bytes(data[:at] + box(b"moov", parts[0], tags, *parts[2:]) + data[at + length :])
     with pytest.raises(UserError, match="no video stream"):  # a song with a cover
         read(path)
     assert media.kind(path) == "sound only"
@@ -494,8 +494,9 @@ def test_a_cover_picture_is_not_the_video(tmp_path):
 def test_a_still_beside_the_video_is_not_the_video(tmp_path, name):
     with av.open(str(tmp_path / name), "w") as out:
         streams = [out.add_stream("mjpeg", rate=30), out.add_stream("libx264", rate=30)]
+        for stream, form in zip(streams, ("yuvj420p", "yuv420p")):
+            stream.width, stream.height, stream.pix_fmt = 32, 32, form
         for stream, count in zip(streams, (1, 30)):
-            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p" if count == 1 else "yuv420p"
             for k in range(count):
                 frame = av.VideoFrame.from_ndarray(gray(4 * k), format="rgb24")
                 frame.pts, frame.time_base = k, Fraction(1, 30)
@@ -621,11 +622,11 @@ def test_frames_are_scaled_as_images_are(tmp_path):
 
 
 def test_transparent_frames_are_over_white(tmp_path):
-    frames = [Image.fromarray(np.full((32, 32, 4), (200, 20, 20, alpha), np.uint8)) for alpha in (255, 0, 255)]
-    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=500, disposal=2)
-    video, _ = read(tmp_path / "x.gif")
-    assert media.kind(tmp_path / "x.gif") == "video" and len(video) >= 8
-    np.testing.assert_allclose(video[[0, 6], 9, 9], [[200, 20, 20], [255, 255, 255]], atol=8)
+    frames = [Image.fromarray(np.full((32, 32, 4), (200, 20, 20, alpha), np.uint8)) for alpha in (255, 128, 0)]
+    frames[0].save(tmp_path / "x.png", save_all=True, append_images=frames[1:], duration=500)
+    video, _ = read(tmp_path / "x.png")
+    assert media.kind(tmp_path / "x.png") == "video" and len(video) >= 9
+    np.testing.assert_allclose(video[[0, 4, 8], 9, 9], [[200, 20, 20], [227, 137, 137], [255, 255, 255]], atol=2)
 
 
 @pytest.mark.parametrize("fps, rate", [(24, 22050), (30, 22050), (12.5, 8000), (Fraction(30000, 1001), 44100)])
@@ -654,13 +655,13 @@ CODECS = {
 @pytest.mark.parametrize("form, codec", CODECS.items())
 def test_containers_are_told_by_their_content(tmp_path, form, codec):
     path = tmp_path / "x"
-    levels = [30 + 4 * k for k in range(25)]
-    write_frames(path, [gray(level, 48, 64) for level in levels], range(25), base=25, codec=codec, format=form)
+    levels = [30 + 4 * k for k in range(30)]
+    write_frames(path, [gray(level, 48, 64) for level in levels], range(30), base=30, codec=codec, format=form)
     assert media.kind(path) == "video"
     length = media.probe(path)["duration"]
     video, _ = read(path, fps=5)
     assert length == pytest.approx(1, abs=0.1) and len(video) == pytest.approx(5, abs=1)
-    np.testing.assert_allclose(video.mean((1, 2, 3))[:5], levels[::5][: len(video)], atol=9)
+    np.testing.assert_allclose(video.mean((1, 2, 3))[:5], levels[::6][: len(video)], atol=9)
 
 
 def test_kinds_of_files(tmp_path):
@@ -721,7 +722,7 @@ def test_values_of_images(tmp_path):
     for name in ("x.png", "x.webp", "x.avif"):  # over white: 200 * 0.5 + 255 * 0.5
         Image.fromarray(half).save(tmp_path / name, quality=100)
         np.testing.assert_allclose(media.read_image(tmp_path / name)[4, 4], [227, 127, 127], atol=3)
-    palette = Image.fromarray(half[..., :3]).convert("P")
+    palette = Image.fromarray(half[..., :3]).convert("P", palette=Image.Palette.ADAPTIVE)
     palette.save(tmp_path / "x.png", transparency=palette.getpixel((0, 0)))
     assert (media.read_image(tmp_path / "x.png") == 255).all()
     levels = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)

@@ -293,18 +293,20 @@ def _length(container, stream) -> Fraction:
     Headers often state the length of the longest stream, or what the file had before it was cut off. The packets after
     the stated end, from a key frame on, tell the real end. If there are none, all packets are read.
     """
-    end = _origin(stream)
+    end = origin = _origin(stream)
     for stated in (container.duration or 0, 0):
         with contextlib.suppress(av.FFmpegError):  # of a damaged end
             container.seek(int(Fraction(stated, av.time_base) / stream.time_base), stream=stream)
             for packet in itertools.islice(container.demux(stream), 20 * MAX_SOURCE_FRAMES):
                 stamp = packet.dts if packet.pts is None else packet.pts
+                lasts = packet.duration * stream.time_base if packet.duration else _step(stream)
                 if stamp is not None and not packet.is_discard:
-                    lasts = packet.duration * stream.time_base if packet.duration else _step(stream)
                     end = max(end, stamp * stream.time_base + lasts)
-        if end > _origin(stream):
+                elif stamp is None and packet.size and not stated:  # a bare stream has no time stamps
+                    end += lasts
+        if end > origin:
             break
-    return max(end - _origin(stream), _step(stream))
+    return max(end - origin, _step(stream))
 
 
 def _orientation(frame) -> tuple[bool, int, int]:
