@@ -37,7 +37,8 @@ def main():
             media.write_mp4(file, [np.roll(pattern, 8 * k, 1) for k in range(16)], None, 8, 8000)
         sides, clips, times = {"ours": media._picture, "full size": full_size}, {}, {"ours": [], "full size": []}
         for _ in range(options.rounds):
-            for name, media._picture in sides.items():
+            for name, picture in sides.items():
+                media._picture = picture
                 began = time.process_time()
                 clips[name], _ = media.read_video(file, fps=8, size=options.size, sample_rate=8000, frames=17)
                 times[name].append(1000 * (time.process_time() - began))

@@ -203,10 +203,10 @@ def _video_stream(container, path):
     known = [stream for stream in streams if stream.codec_context is not None]
     if not known:
         raise UserError("its video codec is unknown")
+    for stream in known:
+        _check_pixels(stream.codec_context.width, stream.codec_context.height)
     index = _first_that_decodes(path, known, 2) if len(known) > 1 else None
-    stream = known[0] if index is None else container.streams[index]
-    _check_pixels(stream.codec_context.width, stream.codec_context.height)
-    return stream
+    return known[0] if index is None else container.streams[index]
 
 
 def _origin(stream) -> Fraction:
