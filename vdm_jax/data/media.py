@@ -445,8 +445,8 @@ def read_video(path, *, fps, size, sample_rate, start=0.0, frames=None) -> tuple
         audio = np.zeros(int(len(images) * sample_rate / rate), np.float32)
         # The file is opened again: a seek for the sound would move the picture, too.
         with _open(path) as container:
-            track = _first_that_decodes(path, container.streams.audio, 1)
             try:
+                track = _first_that_decodes(path, container.streams.audio, 1)
                 if track is not None:
                     _decode_audio(container, container.streams[track], origin + begin, sample_rate, audio)
             except Exception as error:  # a fault of the sound alone
