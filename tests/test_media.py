@@ -660,8 +660,9 @@ def test_containers_are_told_by_their_content(tmp_path, form, codec):
     assert media.kind(path) == "video"
     length = media.probe(path)["duration"]
     video, _ = read(path, fps=5)
-    assert length == pytest.approx(1, abs=0.1) and len(video) == pytest.approx(5, abs=1)
-    np.testing.assert_allclose(video.mean((1, 2, 3))[:5], levels[::6][: len(video)], atol=9)
+    rate = 25 if form == "h264" else 30  # the bare stream states no rate
+    assert length == pytest.approx(30 / rate, abs=0.1) and len(video) == pytest.approx(150 / rate, abs=1)
+    np.testing.assert_allclose(video.mean((1, 2, 3))[:5], levels[:: rate // 5][: len(video)][:5], atol=9)
 
 
 def test_kinds_of_files(tmp_path):

@@ -284,29 +284,35 @@ def probe(path) -> dict:
             size = frame.height, round(frame.width * float(stream.sample_aspect_ratio or 1))
             size = size[::-1] if _orientation(frame)[0] else size
             has_audio = _first_that_decodes(path, container.streams.audio, 1) is not None
-            return {"duration": float(_length(container, stream)), "has_audio": has_audio, "size": size}
+            duration = _length(path, stream.index, container.duration or 0)
+            return {"duration": float(duration), "has_audio": has_audio, "size": size}
 
 
-def _length(container, stream) -> Fraction:
-    """Returns the time in s from the stream's first time stamp to the end of its last packet.
+def _length(path, index: int, stated: int) -> Fraction:
+    """Returns the time in s from a stream's first time stamp to the end of its last packet.
 
-    Headers often state the length of the longest stream, or what the file had before it was cut off. The packets after
-    the stated end, from a key frame on, tell the real end. If there are none, all packets are read.
+    Headers often state the length of the longest stream, or what the file had before it was cut off. The packets from
+    the key frame before the stated end on tell the real end. If there are none, all packets are read.
+
+    stated: the length that the header states, in microseconds
     """
-    end = origin = _origin(stream)
-    for stated in (container.duration or 0, 0):
-        with contextlib.suppress(av.FFmpegError):  # of a damaged end
-            container.seek(int(Fraction(stated, av.time_base) / stream.time_base), stream=stream)
-            for packet in itertools.islice(container.demux(stream), 20 * MAX_SOURCE_FRAMES):
-                stamp = packet.dts if packet.pts is None else packet.pts
-                lasts = packet.duration * stream.time_base if packet.duration else _step(stream)
-                if stamp is not None and not packet.is_discard:
-                    end = max(end, stamp * stream.time_base + lasts)
-                elif stamp is None and packet.size and not stated:  # a bare stream has no time stamps
-                    end += lasts
-        if end > origin:
-            break
-    return max(end - origin, _step(stream))
+    for start in (stated, 0):
+        with _open(path) as container:
+            stream = container.streams[index]
+            end = origin = _origin(stream)
+            with contextlib.suppress(av.FFmpegError):  # of a damaged end
+                if start:
+                    container.seek(int(Fraction(start, av.time_base) / stream.time_base), stream=stream)
+                for packet in itertools.islice(container.demux(stream), 20 * MAX_SOURCE_FRAMES):
+                    stamp = packet.dts if packet.pts is None else packet.pts
+                    lasts = packet.duration * stream.time_base if packet.duration else _step(stream)
+                    if stamp is not None and not packet.is_discard:
+                        end = max(end, stamp * stream.time_base + lasts)
+                    elif stamp is None and packet.size and not start:  # a bare stream has no time stamps
+                        end += _step(stream)
+            if end > origin:
+                break
+    return end - origin or Fraction(1, 25)
 
 
 def _orientation(frame) -> tuple[bool, int, int]:
