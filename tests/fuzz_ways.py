@@ -124,6 +124,7 @@ def mp4(draw, folder):
     start, frames = draw.choice((0, 0.5, 1e6, -3)), draw.choice((None, 5, 5, 100))
     reader = draw.randrange(4)
     if reader == 0:
+        assert media.kind(path) in ("video", "image", "sound only", None)
         media.probe(path)
     elif reader == 1:
         media.read_audio(path, 2000, draw.choice((0.5, 3, 0)))
@@ -178,7 +179,15 @@ def image(draw, folder):
         ("JPEG", "RGB"),
         ("GIF", "P"),
     ]
-    kinds += [("WEBP", "RGBA"), ("BMP", "RGB"), ("TIFF", "RGB"), ("TIFF", "F"), ("TIFF", "LAB"), ("PPM", "RGB")]
+    kinds += [
+        ("WEBP", "RGBA"),
+        ("BMP", "RGB"),
+        ("TIFF", "RGB"),
+        ("TIFF", "F"),
+        ("TIFF", "LAB"),
+        ("PPM", "RGB"),
+        ("AVIF", "RGBA"),
+    ]
     kind, mode = draw.choice(kinds)
     data = mutate(draw, picture(kind, mode))
     if draw.random() < 0.1:
@@ -186,6 +195,8 @@ def image(draw, folder):
             (b"P6 99999999 99999999 255\n", b"P5 8000 8000 65535\n", b"P6 1 1 0\n", b"\x89PNG\r\n\x1a\n")
         )
     (folder / "x.png").write_bytes(data)
+    if draw.random() < 0.3:
+        return media.read_video(folder / "x.png", **CLIP)  # one frame, or an animation
     out = media.read_image(folder / "x.png", draw.choice((16, (9, 5))))
     assert out.dtype == np.uint8 and out.ndim == 3
 

@@ -1,8 +1,11 @@
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vdm_jax.data import files, media
 from vdm_jax.data.files import Files
@@ -250,8 +253,6 @@ def test_both_kinds_of_metadata_and_links_out(tmp_path):
 
 
 def test_threads_decode_a_video_once(folder, monkeypatch):
-    from concurrent.futures import ThreadPoolExecutor
-
     calls = []
     read_video = media.read_video
 
@@ -267,3 +268,32 @@ def test_threads_decode_a_video_once(folder, monkeypatch):
     alone = open_files(folder)
     for i in (0, 7, 39):
         np.testing.assert_array_equal(items[i]["video"], alone[i]["video"])
+
+
+def test_two_threads_decode_two_videos_at_the_same_time(folder, monkeypatch):
+    read_video, both, met = media.read_video, threading.Barrier(2), []
+
+    def wait_for_the_other(path, **settings):
+        try:
+            both.wait(timeout=20)
+            met.append(True)
+        except threading.BrokenBarrierError:
+            met.append(False)
+        return read_video(path, **settings)
+
+    monkeypatch.setattr(media, "read_video", wait_for_the_other)
+    source = open_files(folder)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(source.__getitem__, range(2)))  # the two videos of the first epoch
+    assert met == [True, True]
+
+
+def test_images_among_videos_are_silent_stills(folder, warnings):
+    Image.fromarray(np.full((20, 20, 3), 240, np.uint8)).save(folder / "x.png")
+    (folder / "metadata.csv").write_text("file_name,text\na.mp4,a video\nx.png,an image\n")
+    source = open_files(folder)
+    items = {item["caption"]: item for item in (source[0], source[1])}
+    assert (items["an image"]["video"] == 240).all() and not items["an image"]["audio"].any()
+    assert items["an image"]["video"].shape == items["a video"]["video"].shape
+    assert any("its last frame is repeated: x.png" in line for line in warnings)
+    assert [video.name for video in open_files(folder, split="held_out").videos] == ["a.mp4"]

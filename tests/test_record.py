@@ -224,6 +224,7 @@ class WithoutModels:
 
     def __init__(self, config):
         self.config, self.layout, self.parts = config, layout(config), {}
+        self.stages = dict.fromkeys(STAGES)
 
     def in_buckets(self, name):
         return [self]

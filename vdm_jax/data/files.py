@@ -147,7 +147,7 @@ class Files:
         self.samples = int(self.frames * self.sample_rate // self.fps)
         self._cache = {}
         self._warned = set()
-        self._lock = threading.Lock()
+        self._locks = {}  # name: a lock
         self._load(listing(self.root))
 
     def _load(self, listing: dict[str, list[str]]) -> None:
@@ -256,7 +256,7 @@ class Files:
         settings = {"fps": self.fps, "size": self.size, "sample_rate": self.sample_rate}
         if not video.cached:
             return media.read_video(path, start=start / self.fps, frames=frames, **settings)
-        with self._lock:  # threads that ask for the same video decode it once
+        with self._locks.setdefault(video.name, threading.Lock()):  # threads that want the same video decode it once
             if path not in self._cache:
                 self._cache[path] = media.read_video(path, frames=video.total, **settings)
             images, audio = self._cache[path]

@@ -2,11 +2,13 @@
 
 PyAV encodes and decodes; its wheels carry FFmpeg with libx264 and AAC. Pillow reads images. A video is uint8
 [F, H, W, 3], a sound is mono float32 [N] in [-1, 1], a size is h = w or (h, w) in pixels, and rates are in Hz. A file
-that cannot be read raises a UserError of one line that names the file.
+that cannot be read raises a UserError of one line that names the file. A damaged packet costs no more than its own
+frames, and damaged sound never costs the picture: a warning names the file once.
 """
 
 import contextlib
 import itertools
+import logging
 import math
 import os
 import tempfile
@@ -15,16 +17,24 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
+from av.stream import Disposition
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from etils import epath
 from PIL import Image, ImageOps
 
+from vdm_jax.data import color
 from vdm_jax.errors import UserError
 from vdm_jax.run import storage
 
+logger = logging.getLogger("vdm_jax")
+
 # The formats that FFmpeg may open. A playlist, for example, would make it open other files or URLs.
-CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,gif,ogg,wav,mp3,flac,aac,aiff,asf"
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+CONTAINERS = (
+    "mov,matroska,avi,mpegts,mpeg,flv,gif,apng,ogg,asf,mxf,nut,rm,ivf,dv,wtv,yuv4mpegpipe,mjpeg,mpegvideo,m4v,h264,"
+    "hevc,obu,wav,w64,mp3,flac,aac,ac3,eac3,aiff,caf,au,amr,ape,wv,tta"
+)
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis")  # FFmpeg would read one tile of such an image
 MAX_FILE_BYTES = 4 << 30
 MAX_SOURCE_FRAMES = 50_000  # decoded by one call
 MAX_PIXELS = 64_000_000  # of one frame or image
@@ -34,7 +44,7 @@ TIME_TOLERANCE = Fraction(1001, 1_000_000)  # s
 # The fast conversions of swscale darken a picture by one level of 255 and blur color over edges. The exact conversions
 # take 4 ms a frame of 720p.
 TO_YUV = Interpolation.AREA | Interpolation.ACCURATE_RND
-TO_RGB = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+TO_RGB = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 @contextlib.contextmanager
@@ -141,14 +151,62 @@ def _check_pixels(width: int, height: int) -> None:
         raise UserError(f"{width}x{height} is over the limit of {MAX_PIXELS} pixels")
 
 
-def _video_stream(container):
-    if not container.streams.video:
+_told = set()  # (file, "picture" or "sound") of the warnings: a file is read many times, and named once
+
+
+def _tell_once(file: str, part: str, fault: str) -> None:
+    if (file, part) not in _told:
+        _told.add((file, part))
+        logger.warning("%r: its %s %s", os.path.basename(file), part, fault)
+
+
+def _decode(container, stream) -> Iterator[av.VideoFrame | av.AudioFrame]:
+    """Yields the frames of a stream, from where the container stands. Leaves out damaged packets and says so once."""
+    file, part = container.name, {"video": "picture", "audio": "sound"}[stream.type]
+    packets, damaged = container.demux(stream), 0
+    try:
+        while damaged <= MAX_SOURCE_FRAMES:
+            try:
+                packet = next(packets, None)
+                frames = [] if packet is None else packet.decode()
+            except Exception:  # InvalidDataError, ValueError, ...: of this packet, or of the container, which ends then
+                damaged += 1
+                continue
+            yield from frames
+            if packet is None:
+                break
+    finally:
+        if damaged:  # the container may be closed by now
+            _tell_once(file, part, f"has damaged packets, which are left out: {damaged} so far")
+
+
+def _first_that_decodes(path, streams, frames: int):
+    """Returns the index of the first of some streams of which `frames` frames can be decoded, or None."""
+    for index in [stream.index for stream in streams if stream.codec_context is not None]:
+        with _open(path) as container:
+            decoded = _decode(container, container.streams[index])
+            if len(list(itertools.islice(decoded, frames))) == frames:
+                return index
+    return None
+
+
+def _pictures(container) -> list:
+    """Returns the video streams that are no cover pictures."""
+    return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+
+
+def _video_stream(container, path):
+    """Returns the first video stream that moves, or the first one of a file without motion."""
+    streams = _pictures(container)
+    if not streams:
         raise UserError("it has no video stream")
-    stream = container.streams.video[0]
-    if stream.codec_context is None:
+    known = [stream for stream in streams if stream.codec_context is not None]
+    if not known:
         raise UserError("its video codec is unknown")
-    _check_pixels(stream.codec_context.width, stream.codec_context.height)
-    return stream
+    for stream in known:
+        _check_pixels(stream.codec_context.width, stream.codec_context.height)
+    index = _first_that_decodes(path, known, 2) if len(known) > 1 else None
+    return known[0] if index is None else container.streams[index]
 
 
 def _origin(stream) -> Fraction:
@@ -183,36 +241,137 @@ def fit(image: np.ndarray, size, pixel_aspect: float = 1.0) -> np.ndarray:
     return np.asarray(image.resize((width, height), kind, (left, top, left + crop_w, top + crop_h)))
 
 
+def _holds_image(path) -> bool:
+    """Returns whether a file is an image that Pillow reads, and no animation that FFmpeg reads."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS:
+        return True
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return not (image.format in ("GIF", "PNG", "AVIF") and image.is_animated)
+    except Exception:  # UnidentifiedImageError, SyntaxError, struct.error, ...
+        return False
+
+
+def kind(path) -> str | None:
+    """Returns what a file is by its content: "video", "image", "sound only" or None. It reads the beginning alone."""
+    try:
+        with _reading(path):
+            if _holds_image(path):
+                return "image"
+            with _open(path) as container:
+                return "video" if _pictures(container) else "sound only" if container.streams.audio else None
+    except UserError:
+        return None
+
+
 def probe(path) -> dict:
-    """Returns {'duration': s from the first frame on, 'has_audio': bool, 'size': (h, w)} of a video.
+    """Returns {'duration': s from the first frame on, 'has_audio': bool, 'size': (h, w)} of a video or an image.
 
     The size is in pixels, as the first frame is shown: turned upright, and as wide as square pixels would be. The
-    duration is the header's; where the header states none, all packets are read. Raises UserError if the first frame
-    cannot be decoded.
+    duration is that of the picture, to the end of its last packet; an image has 0. Sound that cannot be decoded is no
+    sound. Raises UserError if no frame can be decoded.
     """
-    with _reading(path), _open(path) as container:
-        stream = _video_stream(container)
-        frame = next(container.decode(stream), None)
-        if frame is None:
-            raise UserError("none of its frames can be decoded")
-        size = frame.height, round(frame.width * float(stream.sample_aspect_ratio or 1))
-        size = size[::-1] if _turns(frame) % 2 else size
-        duration = 0
-        if stream.duration and stream.time_base:
-            duration = stream.duration * stream.time_base
-        elif container.duration:
-            end = Fraction(container.duration + (container.start_time or 0), av.time_base)
-            duration = end - _origin(stream)
-        if duration <= 0:
-            stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
-            last = max(stamps, default=0) * stream.time_base - _origin(stream)
-            duration = max(last, 0) + _step(stream)
-        return {"duration": float(duration), "has_audio": bool(container.streams.audio), "size": size}
+    with _reading(path):
+        if _holds_image(path):
+            return {"duration": 0.0, "has_audio": False, "size": _image(path).shape[:2]}
+        with _open(path) as container:
+            stream = _video_stream(container, path)
+            frame = next(_decode(container, stream), None)
+            if frame is None:
+                raise UserError("none of its frames can be decoded")
+            size = frame.height, round(frame.width * float(stream.sample_aspect_ratio or 1))
+            size = size[::-1] if _orientation(frame)[0] else size
+            has_audio = _first_that_decodes(path, container.streams.audio, 1) is not None
+            duration = _length(path, stream.index, container.duration or 0)
+            return {"duration": float(duration), "has_audio": has_audio, "size": size}
 
 
-def _turns(frame):
-    """Returns by how many right angles a frame is turned to be upright: phones store a rotation beside the frames."""
-    return round((frame.rotation or 0) / 90)
+def _length(path, index: int, stated: int) -> Fraction:
+    """Returns the time in s from a stream's first time stamp to the end of its last packet.
+
+    Headers often state the length of the longest stream, or what the file had before it was cut off. The packets from
+    the key frame before the stated end on tell the real end. If there are none, all packets are read.
+
+    stated: the length that the header states, in microseconds
+    """
+    for start in (stated, 0):
+        with _open(path) as container:
+            stream = container.streams[index]
+            end = origin = _origin(stream)
+            with contextlib.suppress(av.FFmpegError):  # of a damaged end
+                if start:
+                    container.seek(int(Fraction(start, av.time_base) / stream.time_base), stream=stream)
+                for packet in itertools.islice(container.demux(stream), 20 * MAX_SOURCE_FRAMES):
+                    stamp = packet.dts if packet.pts is None else packet.pts
+                    lasts = packet.duration * stream.time_base if packet.duration else _step(stream)
+                    if stamp is not None and not packet.is_discard:
+                        end = max(end, stamp * stream.time_base + lasts)
+                    elif stamp is None and packet.size and not start:  # a bare stream has no time stamps
+                        end += _step(stream)
+            if end > origin:
+                break
+    return end - origin or Fraction(1, 25)
+
+
+def _orientation(frame) -> tuple[bool, int, int]:
+    """Returns how a frame is shown upright: whether x and y are exchanged, and the steps +1 or -1 in y and in x.
+
+    Cameras store a display matrix beside the frames: the pixel (x, y) is shown at (a x + c y, b x + d y).
+    """
+    try:
+        a, b, _, c, d = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)[:5].astype(float)
+    except (KeyError, ValueError):  # no matrix, or beside data of a kind that PyAV does not know: then the angle alone
+        angle = math.radians(frame.rotation)  # counterclockwise
+        a, b, c, d = math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
+    turned = abs(b) + abs(c) > abs(a) + abs(d)
+    down, right = (b, c) if turned else (d, a)
+    return turned, 1 if down >= 0 else -1, 1 if right >= 0 else -1
+
+
+def _colorspace(frame):
+    """Returns the matrix from Y'CbCr to RGB of a frame that names none, or None.
+
+    As in players: BT.2020 for HDR, BT.709 for high definition, else BT.601.
+    """
+    if frame.colorspace in (1, 4, 5, 6, 7, 9) or frame.format.is_rgb:
+        return None
+    if frame.colorspace == 10 or frame.color_trc in (color.PQ, color.HLG):  # 10: BT.2020 with constant luminance
+        return Colorspace.BT2020
+    return Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
+
+
+def _picture(frame, size, pixel_aspect: float, scaler: VideoReformatter) -> np.ndarray:
+    """Returns a frame as `fit` gives it, upright and in SDR: uint8 [h, w, 3]. swscale scales it before it is RGB."""
+    turned, down, right = _orientation(frame)
+    height, width = pair(size)[::-1] if turned else pair(size)
+    ratio = max(height / frame.height, width / (frame.width * pixel_aspect))  # target pixels per source pixel
+    # The whole frame at the target's scale, with an even number of pixels to crop in each direction
+    full_h = height + 2 * round((frame.height * ratio - height) / 2)
+    full_w = width + 2 * round((frame.width * pixel_aspect * ratio - width) / 2)
+    has_alpha = any(part.is_alpha for part in frame.format.components)
+    sdr = color.is_sdr(frame.color_primaries, frame.color_trc)
+
+    def convert(h, w):
+        same = (h, w) == (frame.height, frame.width)
+        # As in `fit`, an average undoes the upscaling of write_mp4.
+        method = Interpolation.POINT if same else Interpolation.AREA if 1 / ratio % 1 == 0 else Interpolation.LANCZOS
+        format = ("rgba" if has_alpha else "rgb24") if sdr else "rgb48le"
+        matrix = _colorspace(frame)
+        image = scaler.reformat(frame, w, h, format, matrix, matrix, method | TO_RGB, threads=1).to_ndarray()
+        if not sdr:
+            parts = np.array_split(image, 1 + image.size // 3_000_000)  # each needs 20 times its memory
+            return np.concatenate([color.to_sdr(p / 65535, frame.color_primaries, frame.color_trc) for p in parts])
+        return _over_white(Image.fromarray(image)) if has_alpha else image
+
+    if has_alpha or full_h * full_w > MAX_PIXELS:
+        image = fit(convert(frame.height, frame.width), (height, width), pixel_aspect)
+    else:
+        top, left = (full_h - height) // 2, (full_w - width) // 2
+        image = convert(full_h, full_w)[top : top + height, left : left + width]
+    image = image.swapaxes(0, 1) if turned else image
+    return image[::down, ::right].copy()  # without the pixels that are cropped
 
 
 def _shown_frames(container, stream, start: Fraction) -> Iterator[tuple[av.VideoFrame, Fraction]]:
@@ -220,9 +379,10 @@ def _shown_frames(container, stream, start: Fraction) -> Iterator[tuple[av.Video
 
     def decode(at):
         if start > 0:
-            container.seek(int((at + _origin(stream)) / stream.time_base), stream=stream)
+            with contextlib.suppress(av.FFmpegError):  # some formats can only be read from their start
+                container.seek(int((at + _origin(stream)) / stream.time_base), stream=stream)
         time = -_step(stream)
-        for frame in container.decode(stream):
+        for frame in _decode(container, stream):
             stamp = frame.dts if frame.pts is None else frame.pts
             time = time + _step(stream) if stamp is None else stamp * stream.time_base - _origin(stream)
             yield time, frame
@@ -250,8 +410,9 @@ def read_video(path, *, fps, size, sample_rate, start=0.0, frames=None) -> tuple
     """Returns a clip of a video file with its sound: uint8 [F, h, w, 3] and float32 [F * sample_rate // fps].
 
     Frame k is the frame that the file shows `start + k / fps` seconds after its first frame. Time stamps decide, so
-    a variable frame rate is read correctly. Each frame is turned upright, scaled and cropped by `fit`. The sound is
-    mixed to mono and begins with the picture.
+    a variable frame rate is read correctly. Each frame is turned and mirrored as its display matrix says, scaled until
+    it covers the size, and cropped around its center. HDR becomes SDR. The sound is mixed to mono and begins with the
+    picture. An image is a video of one frame, in silence.
 
     start: of the clip, in s
     frames: F; after the end of the file the last frame is repeated, in silence. None reads to the end.
@@ -267,18 +428,19 @@ def read_video(path, *, fps, size, sample_rate, start=0.0, frames=None) -> tuple
     with _reading(path):
         if (frames or 0) > max_frames:
             raise UserError(too_long)
+        if _holds_image(path):
+            images = [fit(_image(path), size)] * (frames or 1)
+            return np.stack(images), np.zeros(int(len(images) * sample_rate / rate), np.float32)
         with _open(path) as container:
-            stream = _video_stream(container)
-            origin = _origin(stream)
+            stream = _video_stream(container, path)
+            origin, scaler = _origin(stream), VideoReformatter()
             for frame, end in _shown_frames(container, stream, begin):
                 due = math.ceil((end - TIME_TOLERANCE - begin) * rate)  # frames of the clip that begin before `end`
                 due = due if frames is None else min(due, frames)
                 if due > max_frames:
                     raise UserError(too_long)
                 if due > len(images):
-                    aspect = float(stream.sample_aspect_ratio or 1)
-                    image = np.rot90(frame.to_ndarray(format="rgb24", interpolation=TO_RGB), _turns(frame))
-                    image = fit(image, size, 1 / aspect if _turns(frame) % 2 else aspect)
+                    image = _picture(frame, size, float(stream.sample_aspect_ratio or 1), scaler)
                     images += [image] * (due - len(images))
                 if due == frames:
                     break
@@ -289,47 +451,63 @@ def read_video(path, *, fps, size, sample_rate, start=0.0, frames=None) -> tuple
         audio = np.zeros(int(len(images) * sample_rate / rate), np.float32)
         # The file is opened again: a seek for the sound would move the picture, too.
         with _open(path) as container:
-            if container.streams.audio:
-                _decode_audio(container, origin + begin, sample_rate, audio)
+            try:
+                track = _first_that_decodes(path, container.streams.audio, 1)
+                if track is not None:
+                    _decode_audio(container, container.streams[track], origin + begin, sample_rate, audio)
+            except Exception as error:  # a fault of the sound alone
+                _tell_once(container.name, "sound", f"cannot be read to its end: {error}")
     return np.stack(images), audio
 
 
-def _decode_audio(container, begin: Fraction, sample_rate: int, audio: np.ndarray) -> None:
+def _mono(frames, sample_rate: int) -> Iterator[av.AudioFrame]:
+    """Yields the sound of some frames as 16-bit mono. With 16 bits, swresample scales a mix below full scale."""
+    resampler = last = None
+    for frame in frames:
+        form = frame.format.name, frame.layout.name, frame.sample_rate
+        if form != last:  # tracks of broadcasts change from stereo to 5.1 and back
+            yield from resampler.resample(None) if last else ()
+            resampler, last = av.AudioResampler(format="s16", layout="mono", rate=sample_rate), form
+        yield from resampler.resample(frame)
+    yield from resampler.resample(None) if last else ()
+
+
+def _decode_audio(container, stream, begin: Fraction, sample_rate: int, audio: np.ndarray) -> None:
     """Fills `audio` float32 [N] with the sound from `begin` on (s on the file's clock)."""
-    stream = container.streams.audio[0]
-    # With 16-bit samples, swresample scales a mix of channels so that it cannot exceed full scale.
-    resampler = av.AudioResampler(format="s16", layout="mono", rate=sample_rate)
     if begin > _origin(stream):  # a quarter of a second early, as the first samples after a seek are inexact
         early = max(_origin(stream), begin - Fraction(1, 4))
-        container.seek(int(early / stream.time_base), stream=stream)
+        with contextlib.suppress(av.FFmpegError):  # some formats can only be read from their start
+            container.seek(int(early / stream.time_base), stream=stream)
     position = None  # of the next chunk, in samples
-    for frame in itertools.chain(container.decode(stream), [None]):
-        for chunk in resampler.resample(frame):
-            data = chunk.to_ndarray()[0].astype(np.float32) / 32768
-            if chunk.pts is not None:
-                at = round((chunk.pts * chunk.time_base - begin) * sample_rate)
-                # Time stamps are rounded. Only a gap of more than 20 ms moves the sound.
-                if position is None or abs(at - position) > 0.02 * sample_rate:
-                    position = at
-            position = position or 0
-            low, high = max(position, 0), min(position + len(data), len(audio))
-            if low < high:
-                audio[low:high] = data[low - position : high - position]
-            position += len(data)
-        if position is not None and position >= len(audio):
+    for chunk in _mono(_decode(container, stream), sample_rate):
+        data = chunk.to_ndarray()[0].astype(np.float32) / 32768
+        if chunk.pts is not None:
+            at = round((chunk.pts * chunk.time_base - begin) * sample_rate)
+            # Time stamps are rounded. Only a gap of more than 20 ms moves the sound.
+            if position is None or abs(at - position) > 0.02 * sample_rate:
+                position = at
+        position = position or 0
+        low, high = max(position, 0), min(position + len(data), len(audio))
+        if low < high:
+            audio[low:high] = data[low - position : high - position]
+        position += len(data)
+        if position >= len(audio):
             return
 
 
 def read_audio(path, sample_rate: int, seconds: float) -> np.ndarray:
-    """Returns the beginning of a file's first sound track, mixed to mono: float32 [round(seconds * sample_rate)].
+    """Returns the beginning of a file's first sound track that can be decoded: mono, float32 [seconds * sample_rate].
 
-    It is silent after the end of the track. Raises UserError if the file cannot be read or has no sound.
+    It is silent after the end of the track. Raises UserError if the file cannot be read or has no such track.
     """
     with _reading(path), _open(path) as container:
         if not container.streams.audio:
             raise UserError("it has no sound")
-        audio = np.zeros(round(seconds * sample_rate), np.float32)
-        _decode_audio(container, _origin(container.streams.audio[0]), sample_rate, audio)
+        track = _first_that_decodes(path, container.streams.audio, 1)
+        if track is None:
+            raise UserError("its sound cannot be decoded")
+        stream, audio = container.streams[track], np.zeros(round(seconds * sample_rate), np.float32)
+        _decode_audio(container, stream, _origin(stream), sample_rate, audio)
         return audio
 
 
@@ -348,12 +526,34 @@ def resample(audio, from_rate: int, to_rate: int) -> np.ndarray:
     return result
 
 
-def read_image(path, size=None) -> np.ndarray:
-    """Returns an image, turned upright, uint8 [h, w, 3], scaled and cropped by `fit` to a size. Raises UserError."""
-    with _reading(path), Image.open(path, formats=IMAGE_FORMATS) as image:
+def _over_white(image: Image.Image) -> np.ndarray:
+    """Returns an image as RGB, uint8 [H, W, 3]. White shines through where the image is transparent."""
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
+
+
+def _image(path) -> np.ndarray:
+    """Returns an image, turned upright, uint8 [H, W, 3]."""
+    with open(path, "rb") as file:
+        if file.read(12)[8:] in HEIC_BRANDS:
+            raise UserError("it is a HEIC image, which Pillow cannot read: convert it to JPEG or PNG")
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
         _check_pixels(image.width, image.height)  # before any pixel is decompressed
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # Pillow would make all 16-bit gray white
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        pixels = np.asarray(image.convert("RGB"))
-        return pixels if size is None else fit(pixels, size)
+        # Pillow would clip these modes: 16 bits of gray, and floating point, where 1 is white.
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        elif image.mode == "F":
+            image = Image.fromarray(np.rint(255 * np.nan_to_num(np.asarray(image)).clip(0, 1)).astype(np.uint8))
+        return _over_white(image)
+
+
+def read_image(path, size=None) -> np.ndarray:
+    """Returns an image, turned upright, uint8 [h, w, 3], scaled and cropped by `fit` to a size. Raises UserError.
+
+    What is transparent becomes white. Of an animation it is the first frame.
+    """
+    with _reading(path):
+        image = _image(path)
+        return image if size is None else fit(image, size)

@@ -57,7 +57,11 @@ def layout(config, parts=None):
     for stage in STAGES:
         _check_lengths(f"{stage}.model", config[stage].model)
     if data.sample_rate % data.fps:
-        raise UserError(f"data.sample_rate={data.sample_rate} is not a multiple of data.fps={data.fps}")
+        low = max(1, data.sample_rate // data.fps) * data.fps
+        raise UserError(
+            f"data.sample_rate={data.sample_rate} is not a multiple of data.fps={data.fps}: use {low} or "
+            f"{low + data.fps}"
+        )
 
     encoders = make_encoders(config, parts)
     video, audio = encoders["video_autoencoder"], encoders.get("audio_autoencoder")
