@@ -98,8 +98,9 @@ def test_statistics_come_back(tmp_path):
     run_folder.write_statistics(path, statistics, params, 3)  # over the first
     back, encoders = run_folder.read_statistics(path, expected, 3)
     equal(back, statistics)
-    assert encoders == run_folder.encoders_hash(params | {"clip": {"x": np.zeros(3)}})
-    assert encoders != run_folder.encoders_hash({"video_autoencoder": {"x": np.zeros(2)}})
+    assert encoders == run_folder.encoders_hash(params | {"denoiser": {"x": np.zeros(3)}})
+    assert encoders != run_folder.encoders_hash(params | {"clip": {"x": np.zeros(3)}})
+    assert encoders != run_folder.encoders_hash(params | {"video_autoencoder": {"x": np.zeros(2)}})
     with pytest.raises(UserError, match="statistics.json is of another run: remove it, and train the denoiser"):
         run_folder.read_statistics(path, expected, 4)
     assert [p.name for p in tmp_path.iterdir()] == ["statistics.json"]

@@ -251,8 +251,8 @@ def check_changes(trained_with, weights):
 def import_weights(weights, workdir, encoders):
     """Makes the run `workdir`, whose stages have these weights and step counts, and fresh optimizers.
 
-    encoders: `folder.encoders_hash` of the autoencoders that the statistics of the latents are of. With other codecs
-        the statistics are left out, and training measures them.
+    encoders: `folder.encoders_hash` of the encoders that the statistics of the latents are of. With others the
+        statistics are left out, and training measures them.
     """
     if any((workdir / name).exists() for name in ("config.json", *STAGES)):
         raise UserError(f"{workdir} holds a run already: give a new --workdir")

@@ -222,12 +222,12 @@ def write_statistics(path, statistics, params, run=None, parts=None):
 
 
 def encoders_hash(params, parts=None):
-    """Returns a hash of the autoencoders in {stage: parameters}, as `weights_hash` does.
+    """Returns a hash of the autoencoders and the text encoder in {stage: parameters}, as `weights_hash` does.
 
     parts: System.parts, whose hashes take the place of their parameters
     """
     parts = parts or {}
-    names = [name for name in ("video_autoencoder", "audio_autoencoder") if name in params]
+    names = [name for name in settings.STAGES[:3] if name in params]
     trained = weights_hash({name: params[name] for name in names if name not in parts})
     hashes = [parts[name].fingerprint for name in names if name in parts]
     return hashlib.sha256("".join([trained, *hashes]).encode()).hexdigest() if hashes else trained
@@ -360,7 +360,9 @@ def load(source, build, stages=None, unverified=False, parts=None):
         shapes = system.stages["denoiser"].encoder_shapes["statistics"]
         params["statistics"], encoders = read_statistics(path, shapes, run)
         if params.keys() > system.param_shapes.keys() and encoders not in (None, encoders_hash(params, system.parts)):
-            logger.warning("%s is of other autoencoders: train the denoiser further, or restore the file", path)
+            logger.warning(
+                "%s is of other codecs or another text encoder: train the denoiser further, or restore the file", path
+            )
         if adapters := not exported and lora.active(system.config.denoiser):
             base, _ = read_base(source, system, params["statistics"])
             params["denoiser"] = lora.merge(base, params["denoiser"], adapters.alpha)

@@ -78,7 +78,7 @@ def _statistics(system, params, examples, path, run):
         stored, of = folder.read_statistics(path, shapes, run)
     current = stored is not None and of in (None, encoders)
     if stored is not None and not current:
-        logger.info("%s is of other autoencoders: it is measured again", path)
+        logger.info("%s is of other codecs or another text encoder: it is measured again", path)
     current = hosts.broadcast_from_primary(current)
     statistics = stored if current else measure(system, params, examples)
     if hosts.is_primary() and of != encoders:
