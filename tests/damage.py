@@ -27,7 +27,9 @@ from vdm_jax.system.layout import STAGES, layout
 SHAPES = {"a": jax.ShapeDtypeStruct((8, 9), np.float32), "b": jax.ShapeDtypeStruct((3,), np.float32)}
 STATISTICS = {m: dict.fromkeys(("mean", "std"), jax.ShapeDtypeStruct((4,), np.float32)) for m in ("video", "audio")}
 DENOISER = SimpleNamespace(encoder_shapes={"statistics": STATISTICS})
-SYSTEM = SimpleNamespace(param_shapes=dict.fromkeys(STAGES, SHAPES), stages={"denoiser": DENOISER}, parts={})
+SYSTEM = SimpleNamespace(
+    param_shapes=dict.fromkeys(STAGES, SHAPES), stages={"denoiser": DENOISER}, parts={}, published=None
+)
 CLIPS = {"z": jax.ShapeDtypeStruct((4, 5), np.float16)}
 CONTENTS = (b"", b"{}", b"[]", b"null", b"NaN", b"\xff\xfe", b"0" * 100)
 # A group is what matches a pattern in the folder of `make`, and is read as a whole.
