@@ -111,7 +111,7 @@ def test_pairs_share_no_key_with_the_noise_of_the_batch(monkeypatch):
 
     system = build(tiny.get_config("hard_negatives"))
     stage = system.stages["denoiser"]
-    monkeypatch.setattr(System, "apply_fn", lambda self, name: lambda params, z, *rest: z)
+    monkeypatch.setattr(System, "denoise_fn", lambda self, *params: lambda z, *rest: z)
     spy(hard_negatives, "make_pairs")
     spy(diffusion, "corrupt")
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), stage.batch)
