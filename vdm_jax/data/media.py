@@ -1,4 +1,4 @@
-"""Reads and writes MP4 files with sound, reads sound files and images.
+"""Reads and writes MP4 files with sound, reads sound files and images. A path may also be a `Part`.
 
 PyAV encodes and decodes; its wheels carry FFmpeg with libx264 and AAC. Pillow reads images. A video is uint8
 [F, H, W, 3], a sound is mono float32 [N] in [-1, 1], a size is h = w or (h, w) in pixels, and rates are in Hz. A file
@@ -19,6 +19,7 @@ from av.video.reformatter import Interpolation
 from etils import epath
 from PIL import Image, ImageOps
 
+from vdm_jax.data.shards import Part
 from vdm_jax.errors import UserError
 from vdm_jax.run import storage
 
@@ -116,9 +117,10 @@ def write_mp4(path, video, audio, fps, sample_rate) -> None:
 def _reading(path) -> Iterator[None]:
     """Turns any error of the block into a UserError that names the file."""
     try:
-        if not os.path.isfile(path):
-            raise UserError("not a file" if os.path.exists(path) else "no such file")
-        size = os.path.getsize(path)
+        on_disk = path.archive if isinstance(path, Part) else path
+        if not os.path.isfile(on_disk):
+            raise UserError("not a file" if os.path.exists(on_disk) else "no such file")
+        size = path.size if isinstance(path, Part) else os.path.getsize(path)
         if size == 0:
             raise UserError("the file is empty")
         if size > MAX_FILE_BYTES:
@@ -126,14 +128,15 @@ def _reading(path) -> Iterator[None]:
         yield
     except Exception as error:  # InvalidDataError, EOFError, MemoryError, UnicodeDecodeError, ...
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
-        name = os.path.basename(os.fspath(path)) or os.fspath(path)
+        name = path.name if isinstance(path, Part) else os.path.basename(os.fspath(path)) or os.fspath(path)
         raise UserError(f"cannot read {name!r}: {reason or type(error).__name__}") from error
 
 
 def _open(path):
     # With "file:", a colon in a name is not taken for a protocol. Tags that are not UTF-8 are no error.
     options = {"format_whitelist": CONTAINERS}
-    return av.open("file:" + os.fspath(path), options=options, metadata_errors="replace")
+    source = path.open() if isinstance(path, Part) else "file:" + os.fspath(path)
+    return av.open(source, options=options, metadata_errors="replace")
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -184,7 +187,7 @@ def fit(image: np.ndarray, size, pixel_aspect: float = 1.0) -> np.ndarray:
 
 
 def probe(path) -> dict:
-    """Returns {'duration': s from the first frame on, 'has_audio': bool, 'size': (h, w)} of a video.
+    """Returns {'duration': s from the first frame on, 'has_audio': bool, 'size': (h, w), 'fps'} of a video.
 
     The size is in pixels, as the first frame is shown: turned upright, and as wide as square pixels would be. The
     duration is the header's; where the header states none, all packets are read. Raises UserError if the first frame
@@ -207,7 +210,8 @@ def probe(path) -> dict:
             stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
             last = max(stamps, default=0) * stream.time_base - _origin(stream)
             duration = max(last, 0) + _step(stream)
-        return {"duration": float(duration), "has_audio": bool(container.streams.audio), "size": size}
+        found = {"duration": float(duration), "has_audio": bool(container.streams.audio), "size": size}
+        return found | {"fps": float(1 / _step(stream))}
 
 
 def _turns(frame):

@@ -136,9 +136,14 @@ def _line(folder, path):
 
 def crc32(path):
     """Returns (CRC-32, size in bytes) of the content of a file. Raises OSError."""
-    crc, count = 0, 0
     with epath.Path(path).open("rb") as file:
-        while chunk := file.read(CHUNK):
-            crc = zlib.crc32(chunk, crc)
-            count += len(chunk)
+        return crc32_of(file)
+
+
+def crc32_of(file):
+    """Returns (CRC-32, size in bytes) of what can be read from an open binary file. Raises OSError."""
+    crc, count = 0, 0
+    while chunk := file.read(CHUNK):
+        crc = zlib.crc32(chunk, crc)
+        count += len(chunk)
     return crc, count
