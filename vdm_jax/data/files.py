@@ -122,11 +122,12 @@ class Files:
             self.videos.append(Video(name, texts, first, end, total, part, cached))
             short += [name] if end - first < self.frames else []
         if held_files:
-            held_out = f"{len(held_files)} files (data.files.held_out={self.held_out:g})"
+            held_out = f"{len(held_files)} of {len(captions.of)} videos"
         elif holding:
-            held_out = f"the ends of {holding} videos, because they are few (data.files.held_out={self.held_out:g})"
+            held_out = f"the end of {holding} of {len(captions.of)} videos, which are too few to hold out whole ones"
         else:
-            held_out = f"nothing (data.files.held_out={self.held_out:g})"
+            held_out = "nothing"
+        held_out += f" (data.files.held_out={self.held_out:g})"
         self.summary = summary.make(found, captions, held_out)
         self.summary.log()
         fate = "its last frame is repeated"

@@ -42,7 +42,7 @@ class Summary:
         faults = [_fault(files, self.found, f"left out, {reason}") for reason, files in self.left_out.items()]
         faults += [_fault(self.without_sound, self.used, "no sound, it is silent")]
         faults += [_fault(self.without_caption, self.used, "no caption, it has the empty text")]
-        faults += [_fault(rows, None, f"captions, {fault}") for fault, rows in self.caption_faults.items()]
+        faults += [_fault(rows, None, fault) for fault, rows in self.caption_faults.items()]
         _log(tuple(facts), tuple(filter(None, faults)))
 
 
@@ -97,7 +97,7 @@ def _most(counts: dict[str, int]) -> str:
 
 
 def _fault(files: dict, total: int | None, text: str) -> str:
-    count = files["count"] if total is None else f"{files['count']} of {total} files"
+    count = f"captions, {files['count']} times" if total is None else f"{files['count']} of {total} files"
     return f"{count}: {text}: {first_names(files)}" if files["count"] else ""
 
 
