@@ -79,7 +79,7 @@ class Files:
     sample_rate: int  # of the sound, in Hz
     seed: int  # of the order of videos and of the windows
     split: str = "train"  # or "held_out"
-    held_out: float = 0.2  # share of every video, in 0..1, that is kept from training
+    held_out: float = 0.2  # share of the videos, in 0..1, that is kept from training
     buckets: tuple = ()  # of buckets.Bucket: only videos for which (frames, *size) is the nearest one are used
     cache_bytes: int = 2 << 30  # for decoded videos; of videos that do not fit, only the window is decoded
 

@@ -182,9 +182,13 @@ def _is_archive_row(row, size, time) -> bool:
     """Returns whether a row of the index is of an archive of this size and time."""
     match row:
         case [int() as a, int() as b, dict() as members, dict() as left_out]:
-            spans = all(len(x) == 2 and min(x) >= 0 for x in members.values())
+            spans = all(isinstance(x, list) and len(x) == 2 and all(map(_is_position, x)) for x in members.values())
             return (a, b) == (size, time) and spans and all(isinstance(x, str) for x in left_out.values())
     return False
+
+
+def _is_position(x) -> bool:
+    return isinstance(x, int) and x >= 0
 
 
 def _walk(root: Path, left_out: dict) -> Iterator[tuple[str, os.stat_result]]:
