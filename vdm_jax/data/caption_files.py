@@ -235,8 +235,10 @@ def _lines_in_pairs(listing: Listing, table: str) -> Iterator[dict]:
     other = next(n for n in listing.tables if n.lower() == posixpath.join(posixpath.dirname(table), PROMPTS).lower())
     videos, prompts = (read_text(listing.root / n, MAX_METADATA_BYTES).rstrip().splitlines() for n in (table, other))
     if len(videos) != len(prompts):
-        counts = f"{len(videos)} lines and {shown(other)} has {len(prompts)}"
-        raise UserError(f"{shown(table)} has {counts}: write one caption on the line of each video")
+        raise UserError(
+            f"{shown(table)} has {len(videos)} lines and {shown(other)} has {len(prompts)}: "
+            "write one caption on the line of each video"
+        )
     for video, prompt in zip(videos, prompts):
         yield {"video": video.strip(), "prompt": prompt.strip()}
 
