@@ -94,7 +94,7 @@ def test_round_trip(tmp_path):
     assert sound.shape == audio.shape and sound.dtype == np.float32
     assert psnr(got, video) > 45
     assert abs((got.astype(float) - video).mean()) < 0.3  # not darker, not brighter
-    assert media.probe(path) == {"duration": 17 / 8, "has_audio": True, "size": (256, 256)}
+    assert media.probe(path) == {"duration": 17 / 8, "has_audio": True, "size": (256, 256), "fps": 8}
 
 
 def test_sound_keeps_its_time(tmp_path):
