@@ -25,6 +25,7 @@ PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 # A file with one of these endings that cannot be read is a broken video; another file is no video.
 SUFFIXES = (".mp4", ".webm", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".mpeg", ".mts", ".m2ts", ".wmv", ".flv", ".3gp")
 HEAD_BYTES = 400
+AT_ONCE = 2000  # files that wait for the threads that look at them
 
 BROKEN = "cannot be read"
 NOWHERE = "a link that leads nowhere, or no plain file"
@@ -138,14 +139,15 @@ def read(root: str | os.PathLike) -> Listing:
             text = str(getattr(error, "strerror", None) or error)
             return text.removeprefix(f"cannot read {(name if found[name] else os.path.basename(name))!r}: ")
 
-    if len(new) > 1000:
-        logger.info("looking at %d new files in %s", len(new), shown(os.fspath(root)))
     with ThreadPoolExecutor() as threads:
-        for (name, *_), row in zip(new, threads.map(look, new)):
-            if isinstance(row, str):
-                listing.left_out[BROKEN][name] = row
-            else:
-                rows[name] = row
+        for done in range(0, len(new), AT_ONCE):
+            if len(new) > AT_ONCE:
+                logger.info("data: looked at %d of %d new files", done, len(new))
+            for (name, *_), row in zip(new[done:], threads.map(look, new[done : done + AT_ONCE])):
+                if isinstance(row, str):
+                    listing.left_out[BROKEN][name] = row
+                else:
+                    rows[name] = row
     if rows != known:
         index.write(root, rows)
     known = {}
