@@ -284,9 +284,9 @@ def table(draw, folder):
     names = (*caption_files.NAME_COLUMNS, *caption_files.TEXT_COLUMNS, "start", "end", "", "TEXT", "\0")
     rows = []
     for _ in range(draw.randrange(1, 5)):
-        row = {"file_name": draw.choice(("a.mp4", "A.MP4", "./a.mp4", "none", "..", "/", "//a.mp4", "a.mp4/"))}
+        row = {"file_name": draw.choice(("a.mp4",) * 20 + ("A.MP4", "./a.mp4", "none", "..", "/", "//a.mp4", "a.mp4/"))}
         row |= {name: odd() for name in draw.sample(names, draw.randrange(5))}
-        rows.append(draw.choice((row, row, row, row, [row], None)))
+        rows.append(draw.choice((row,) * 30 + ([row], None)))
     text, columns = json.dumps(rows), {name: [str(odd()), str(odd())] for name in draw.sample(names, 4)}
     lines = "\n".join(map(json.dumps, rows))
     parquet = io.BytesIO()
@@ -299,7 +299,7 @@ def table(draw, folder):
             ("csv", f"{','.join(columns)},path\n{lines}\n".encode()),
         )
     )
-    (folder / f"Metadata.{ending}").write_bytes(mutate(draw, content))
+    (folder / f"Metadata.{ending}").write_bytes(mutate(draw, content) if draw.random() < 0.4 else content)
     if draw.random() < 0.2:
         (folder / "videos.txt").write_bytes(mutate(draw, b"a.mp4\nb.mp4\n"))
         (folder / "prompts.txt").write_bytes(words(draw))

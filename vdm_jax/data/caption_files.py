@@ -72,7 +72,7 @@ def read(listing: Listing) -> Captions:
         table, of = tables[folder][0], {}
         for name, captions in _captions_in_table(listing, table, names, found.said):
             of.setdefault(name, []).extend(captions)
-        for name in of.keys() & found.of.keys():
+        for name in sorted(of.keys() & found.of.keys()):
             found.said[f"two tables name it, {shown(table)} counts"].append(name)
         found.of.update(of)
         found.sources[shown(table)] = len(of)
