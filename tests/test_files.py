@@ -264,14 +264,14 @@ def clip(tmp_path_factory):
 
 def test_whole_files_are_held_out_where_there_are_enough(clip, tmp_path, caplog):
     caplog.set_level("INFO")
-    for number in range(30):
+    for number in range(40):
         os.link(clip, tmp_path / f"{number}.mp4")
     parts = {split: open_files(tmp_path, split=split) for split in ("train", "held_out")}
     names = {split: {video.name for video in source.videos} for split, source in parts.items()}
-    assert not names["train"] & names["held_out"] and len(names["train"] | names["held_out"]) == 30
+    assert not names["train"] & names["held_out"] and len(names["train"] | names["held_out"]) == 40
     assert all((video.first, video.end) == (0, 20) for source in parts.values() for video in source.videos)
-    assert f"data: held out: {len(names['held_out'])} of 30 videos (data.files.held_out=0.2)" in caplog.messages
-    for number in range(30, 60):
+    assert f"data: held out: {len(names['held_out'])} of 40 videos (data.files.held_out=0.2)" in caplog.messages
+    for number in range(40, 60):
         os.link(clip, tmp_path / f"{number}.mp4")
     more = {split: {video.name for video in open_files(tmp_path, split=split).videos} for split in parts}
     assert names["train"] <= more["train"] and names["held_out"] <= more["held_out"]

@@ -23,7 +23,7 @@ from vdm_jax.run import checksums
 logger = logging.getLogger("vdm_jax")
 
 MAX_CACHED_SECONDS = 300  # of a longer video only windows are decoded: the whole would take minutes
-HELD_OUT_FILES = 4  # whole files are held out where there would be at least this number of them
+HELD_OUT_FILES = 8  # whole files are held out where their share of all is at least this number
 
 
 @functools.lru_cache(maxsize=8)
@@ -33,10 +33,14 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def held_out_files(names, share: float) -> set[str]:
-    """Returns which of the named files are held out: a share in 0..1, or none where these would be few."""
+    """Returns which of the named files are held out: about a share in 0..1, or none where these would be few.
+
+    Each name decides for itself, so a file stays on its side when other files are added.
+    """
+    if share * len(names) < HELD_OUT_FILES:
+        return set()
     limit = share * 2**32
-    held = {name for name in names if int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16) < limit}
-    return held if HELD_OUT_FILES <= len(held) < len(names) else set()
+    return {name for name in names if int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16) < limit}
 
 
 class Video(NamedTuple):
@@ -60,8 +64,8 @@ class Files:
     Items n * k to n * (k + 1) - 1 are epoch k of n videos.
 
     The split "held_out" is a share `held_out` of the files. Which ones follows from their names, so more files change
-    nothing for these. Where fewer than HELD_OUT_FILES files would be held out, it is the end of every video: the same
-    share of it, or one window where that is more and the video lasts at least two windows. Where a split's part of a
+    nothing for these. Where that share is fewer than HELD_OUT_FILES files, it is the end of every video: the same share
+    of it, or one window where that is more and the video lasts at least two windows. Where a split's part of a
     video is shorter than a window, its last frame is repeated in silence; "held_out" leaves such a video out, if it
     then still has any. A video without sound is silent. A missing caption is the empty text. `summary` says what was
     found and what is left out; it is logged.
