@@ -23,7 +23,7 @@ from vdm_jax.run import checksums
 logger = logging.getLogger("vdm_jax")
 
 MAX_CACHED_SECONDS = 300  # of a longer video only windows are decoded: the whole would take minutes
-HELD_OUT_FILES = 8  # whole files are held out where their share of all is at least this number
+HELD_OUT_FILES = 8  # whole files are held out where about this number or more are on each side
 
 
 @functools.lru_cache(maxsize=8)
@@ -37,7 +37,7 @@ def held_out_files(names, share: float) -> set[str]:
 
     Each name decides for itself, so a file stays on its side when other files are added.
     """
-    if share * len(names) < HELD_OUT_FILES:
+    if min(share, 1 - share) * len(names) < HELD_OUT_FILES:
         return set()
     limit = share * 2**32
     return {name for name in names if int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16) < limit}
