@@ -39,7 +39,6 @@ def main():
                 stat = path.stat()
                 rows[path.relative_to(folder).as_posix()] = [stat.st_size, stat.st_mtime_ns, *info]
             index.write(folder, rows)
-            del rows
         in_a_new_process(folder, "later start", options.count)
 
 
