@@ -130,7 +130,7 @@ class Files:
         elif holding:
             held_out = f"the end of {holding} of {len(captions.of)} videos, which are too few to hold out whole ones"
         else:
-            held_out = "nothing"
+            held_out = "nothing, so previews and evaluate have no clips"
         held_out += f" (data.files.held_out={self.held_out:g})"
         self.summary = summary.make(found, captions, held_out)
         self.summary.log()
