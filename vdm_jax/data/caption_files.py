@@ -67,7 +67,8 @@ def read(listing: Listing) -> Captions:
     Raises UserError if a file of captions cannot be used.
     """
     found = Captions({}, collections.Counter(), collections.defaultdict(list))
-    tables, names = _tables(listing), _Names(listing)
+    tables = _tables(listing)
+    names = _Names(listing) if tables else None
     for folder in sorted(tables, key=lambda folder: (len(folder.split("/")) if folder else 0, folder)):
         table, of = tables[folder][0], {}
         for name, captions in _captions_in_table(listing, table, names, found.said):
@@ -290,7 +291,7 @@ def _add_notes(listing: Listing, tables: dict[str, list[str]], found: Captions) 
                 found.said[f"several captions beside it differ, that of {NOTES[0]} counts"].append(name)
             found.of[name] = read[0] if read else [""]
             found.sources["files beside the videos"] += bool(read)
-    if unused := sorted(set(notes) - used):
+    if unused := sorted(note for note in notes if note not in used):
         found.said["a file of text that belongs to no video"] = unused
 
 
