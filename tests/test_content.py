@@ -19,7 +19,7 @@ def clip(tmp_path_factory):
     """The bytes of a clip, and of the same one with bytes after its end, which no reader looks at."""
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
     media.write_mp4(path, np.zeros((2, 16, 16, 3), np.uint8), None, 8, 8000)
-    return path.read_bytes(), path.read_bytes() + LONG.to_bytes(4) + b"free" + bytes(LONG - 8)
+    return path.read_bytes(), path.read_bytes() + LONG.to_bytes(4, "big") + b"free" + bytes(LONG - 8)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vdm_jax.data import index, listing, media
+from vdm_jax.data import index, listing, media, shards
 from vdm_jax.data.files import Files
 from vdm_jax.run import storage
 
@@ -75,6 +75,18 @@ def test_images_and_sound_among_videos(put, caplog):
     source = Files(folder, **CLIP)
     assert source.summary.frame_rates == {"8": 1, "image": 1} and source.summary.used == 2
     assert "1 of 3 files: left out, sound only: s.mp4" in caplog.text
+
+
+def test_a_file_that_cannot_be_opened_is_looked_at_again(put, monkeypatch):
+    folder = put("x")
+
+    def deny(path):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "open_file", deny)
+        assert listing.read(folder).left_out == {"cannot be read": {"x": "Permission denied"}}
+    assert list(listing.read(folder).videos) == ["x"]
 
 
 def test_links_inside_are_followed_and_loops_end(put, tmp_path):

@@ -147,7 +147,9 @@ def _look(source) -> list:
     """Returns the values of an Info, or [why a file is left out]. Raises UserError for a broken video or image."""
     try:
         found = media.probe(source)
-    except UserError:
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):  # such as a missing permission, which tells nothing of the content
+            raise
         kind = media.kind(source)
         if kind == "sound only":
             return [SOUND]
