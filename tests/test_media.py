@@ -96,7 +96,7 @@ def test_round_trip(tmp_path):
     assert sound.shape == audio.shape and sound.dtype == np.float32
     assert psnr(got, video) > 45
     assert abs((got.astype(float) - video).mean()) < 0.3  # not darker, not brighter
-    assert media.probe(path) == {"duration": 17 / 8, "has_audio": True, "size": (256, 256)}
+    assert media.probe(path) == {"duration": 17 / 8, "has_audio": True, "size": (256, 256), "fps": 8}
 
 
 def test_sound_keeps_its_time(tmp_path):
@@ -712,7 +712,7 @@ def test_read_image(tmp_path, monkeypatch):
 def test_an_image_is_a_video_of_one_frame(tmp_path):
     image = make_video(1, 32, 64)[0]
     Image.fromarray(image).save(tmp_path / "i.png")
-    assert media.probe(tmp_path / "i.png") == {"duration": 0, "has_audio": False, "size": (32, 64)}
+    assert media.probe(tmp_path / "i.png") == {"duration": 0, "has_audio": False, "size": (32, 64), "fps": 0}
     video, sound = read(tmp_path / "i.png", size=(32, 64), frames=3)
     np.testing.assert_array_equal(video, image[None].repeat(3, 0))
     assert sound.shape == (3000,) and not sound.any() and len(read(tmp_path / "i.png")[0]) == 1

@@ -148,7 +148,12 @@ def test_the_command_writes_a_video_without_sound(ours, folder, tmp_path, comman
     options = [f"--weights={folder}", f"--prompt={PROMPT}", "--seconds=0.375", "--steps=10", f"--out={out}"]
     done = command(sample, *options)
     assert done.code == 0, done.err
-    assert media.probe(out) == {"duration": FRAMES / published.FPS, "has_audio": False, "size": (256, 256)}
+    assert media.probe(out) == {
+        "duration": FRAMES / published.FPS,
+        "has_audio": False,
+        "size": (256, 256),
+        "fps": published.FPS,
+    }
     video = media.read_video(out, fps=8, size=16, sample_rate=8000)[0]
     assert video.shape == (FRAMES, 16, 16, 3) and video.std() > 20
 

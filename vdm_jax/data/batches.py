@@ -1,8 +1,9 @@
 """From a data source to batches on devices.
 
 The batch of step s is a pure function of (seed, s): its example j is number s * batch_size + j of an endless, seeded
-shuffle. A run that resumes therefore sees the batches that it would have seen without the interruption, on any number
-of processes, and no state of the data needs to be saved.
+shuffle. A source with epochs of its own, whose items come in a drawn order already, is asked for them in turn. A run
+that resumes therefore sees the batches that it would have seen without the interruption, on any number of processes,
+and no state of the data needs to be saved.
 """
 
 import dataclasses
@@ -71,6 +72,11 @@ class Examples:
         return len(self.source)
 
     @property
+    def in_epochs(self):
+        """Whether the source shuffles its items itself, epoch by epoch."""
+        return getattr(self.source, "in_epochs", False)
+
+    @property
     def weight(self):
         """The number of videos; 1 for a source without any, which makes clips."""
         return len(getattr(self.source, "videos", "1"))
@@ -90,7 +96,9 @@ class Examples:
 
 
 def _order(items, seed):
-    """Returns the endless shuffle of the items' numbers."""
+    """Returns the numbers of the items in the order of training, without end."""
+    if getattr(items, "in_epochs", False):
+        return range(2**62)
     return grain.MapDataset.range(len(items)).seed(seed).shuffle().repeat()
 
 

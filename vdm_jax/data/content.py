@@ -7,7 +7,7 @@ from pathlib import Path
 
 from etils import epath
 
-from vdm_jax.data import files
+from vdm_jax.data import caption_files, listing, shards
 from vdm_jax.run import checksums
 from vdm_jax.settings import STAGES, flat
 
@@ -15,8 +15,8 @@ from vdm_jax.settings import STAGES, flat
 def digest(config):
     """Returns a hash of the data that a config and its phases name; "" where they name no folder that exists.
 
-    It covers the captions of each video, and the name, the size, and the first and the last 64 KiB of each file. So a
-    start takes no longer with large files, and a copy of the folder is the same data.
+    It covers the captions of each video, and the name, the size, and the first and the last 64 KiB of each file that
+    is used. So a start takes no longer with large files, and a copy of the folder is the same data.
     Raises UserError where the captions cannot be read.
     """
     settings = flat({"data": config.data.to_dict()})
@@ -30,7 +30,12 @@ def digest(config):
 def _content(source, path, name):
     """Returns a text that tells the content of a source; "" for one without files, or that training cannot open."""
     if source == "files" and path and Path(path).is_dir():
-        folder, captions = epath.Path(path), files.listing(Path(path))
+        found = listing.read(path)
+        captions = caption_files.read(found).of
+
+        def open_file(name):
+            return shards.open_file(found.open(name, found.videos[name][0]))
+
     elif source == "tfds" and name:
         from vdm_jax.data import tfds  # see batches.source
 
@@ -39,13 +44,18 @@ def _content(source, path, name):
         except Exception:
             return ""
         captions = dict.fromkeys(sorted(checksums.files(folder)))
+
+        def open_file(name):
+            return (folder / name).open("rb")
+
     else:
         return ""
 
     def look(item):
         try:
-            return item, checksums.crc32_of_ends(folder / item[0])
-        except OSError:  # a video that is left out
+            with open_file(item[0]) as file:
+                return item, checksums.crc32_of_ends(file)
+        except OSError:  # gone by now, or not to be read
             return item, None
 
     with ThreadPoolExecutor() as threads:

@@ -1,4 +1,4 @@
-"""Reads and writes MP4 files with sound, reads sound files and images.
+"""Reads and writes MP4 files with sound, reads sound files and images. A path may also be a `Part`.
 
 PyAV encodes and decodes; its wheels carry FFmpeg with libx264 and AAC. Pillow reads images. A video is uint8
 [F, H, W, 3], a sound is mono float32 [N] in [-1, 1], a size is h = w or (h, w) in pixels, and rates are in Hz. A file
@@ -22,7 +22,8 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from etils import epath
 from PIL import Image, ImageOps
 
-from vdm_jax.data import color
+from vdm_jax.data import color, shards
+from vdm_jax.data.shards import Part
 from vdm_jax.errors import UserError
 from vdm_jax.run import storage
 
@@ -122,13 +123,19 @@ def write_mp4(path, video, audio, fps, sample_rate) -> None:
         out.mux(picture.encode(None))
 
 
+def _name(path) -> str:
+    """Returns the name of a file, or of a part of one, for messages."""
+    return path.name if isinstance(path, Part) else os.path.basename(os.fspath(path)) or os.fspath(path)
+
+
 @contextlib.contextmanager
 def _reading(path) -> Iterator[None]:
     """Turns any error of the block into a UserError that names the file."""
     try:
-        if not os.path.isfile(path):
-            raise UserError("not a file" if os.path.exists(path) else "no such file")
-        size = os.path.getsize(path)
+        on_disk = path.archive if isinstance(path, Part) else path
+        if not os.path.isfile(on_disk):
+            raise UserError("not a file" if os.path.exists(on_disk) else "no such file")
+        size = path.size if isinstance(path, Part) else os.path.getsize(path)
         if size == 0:
             raise UserError("the file is empty")
         if size > MAX_FILE_BYTES:
@@ -136,14 +143,14 @@ def _reading(path) -> Iterator[None]:
         yield
     except Exception as error:  # InvalidDataError, EOFError, MemoryError, UnicodeDecodeError, ...
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
-        name = os.path.basename(os.fspath(path)) or os.fspath(path)
-        raise UserError(f"cannot read {name!r}: {reason or type(error).__name__}") from error
+        raise UserError(f"cannot read {_name(path)!r}: {reason or type(error).__name__}") from error
 
 
 def _open(path):
     # With "file:", a colon in a name is not taken for a protocol. Tags that are not UTF-8 are no error.
     options = {"format_whitelist": CONTAINERS}
-    return av.open("file:" + os.fspath(path), options=options, metadata_errors="replace")
+    source = shards.open_file(path) if isinstance(path, Part) else "file:" + os.fspath(path)
+    return av.open(source, options=options, metadata_errors="replace")
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -154,16 +161,16 @@ def _check_pixels(width: int, height: int) -> None:
 _told = set()  # (file, "picture" or "sound") of the warnings: a file is read many times, and named once
 
 
-def _tell_once(file: str, part: str, fault: str) -> None:
-    if (file, part) not in _told:
-        _told.add((file, part))
-        logger.warning("%r: its %s %s", os.path.basename(file), part, fault)
+def _tell_once(path, part: str, fault: str) -> None:
+    if (path, part) not in _told:
+        _told.add((path, part))
+        logger.warning("%r: its %s %s", _name(path), part, fault)
 
 
-def _decode(container, stream) -> Iterator[av.VideoFrame | av.AudioFrame]:
+def _decode(path, container, stream) -> Iterator[av.VideoFrame | av.AudioFrame]:
     """Yields the frames of a stream, from where the container stands. Leaves out damaged packets and says so once."""
-    file, part = container.name, {"video": "picture", "audio": "sound"}[stream.type]
     packets, damaged = container.demux(stream), 0
+    part = {"video": "picture", "audio": "sound"}[stream.type]
     try:
         while damaged <= MAX_SOURCE_FRAMES:
             try:
@@ -176,15 +183,15 @@ def _decode(container, stream) -> Iterator[av.VideoFrame | av.AudioFrame]:
             if packet is None:
                 break
     finally:
-        if damaged:  # the container may be closed by now
-            _tell_once(file, part, f"has damaged packets, which are left out: {damaged} so far")
+        if damaged:
+            _tell_once(path, part, f"has damaged packets, which are left out: {damaged} so far")
 
 
 def _first_that_decodes(path, streams, frames: int):
     """Returns the index of the first of some streams of which `frames` frames can be decoded, or None."""
     for index in [stream.index for stream in streams if stream.codec_context is not None]:
         with _open(path) as container:
-            decoded = _decode(container, container.streams[index])
+            decoded = _decode(path, container, container.streams[index])
             if len(list(itertools.islice(decoded, frames))) == frames:
                 return index
     return None
@@ -243,15 +250,15 @@ def fit(image: np.ndarray, size, pixel_aspect: float = 1.0) -> np.ndarray:
 
 def _holds_image(path) -> bool:
     """Returns whether a file is an image that Pillow reads, and no animation that FFmpeg reads."""
-    with open(path, "rb") as file:
+    with shards.open_file(path) as file:
         head = file.read(12)
-    if head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS:
-        return True
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return not (image.format in ("GIF", "PNG", "AVIF") and image.is_animated)
-    except Exception:  # UnidentifiedImageError, SyntaxError, struct.error, ...
-        return False
+        if head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS:
+            return True
+        try:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
+                return not (image.format in ("GIF", "PNG", "AVIF") and image.is_animated)
+        except Exception:  # UnidentifiedImageError, SyntaxError, struct.error, ...
+            return False
 
 
 def kind(path) -> str | None:
@@ -267,25 +274,26 @@ def kind(path) -> str | None:
 
 
 def probe(path) -> dict:
-    """Returns {'duration': s from the first frame on, 'has_audio': bool, 'size': (h, w)} of a video or an image.
+    """Returns {'duration': s from the first frame on, 'has_audio': bool, 'size': (h, w), 'fps'} of a video or an image.
 
     The size is in pixels, as the first frame is shown: turned upright, and as wide as square pixels would be. The
-    duration is that of the picture, to the end of its last packet; an image has 0. Sound that cannot be decoded is no
-    sound. Raises UserError if no frame can be decoded.
+    duration is that of the picture, to the end of its last packet. Sound that cannot be decoded is no sound. An image
+    has a duration and an fps of 0. Raises UserError if no frame can be decoded.
     """
     with _reading(path):
         if _holds_image(path):
-            return {"duration": 0.0, "has_audio": False, "size": _image(path).shape[:2]}
+            return {"duration": 0.0, "has_audio": False, "size": _image(path).shape[:2], "fps": 0.0}
         with _open(path) as container:
             stream = _video_stream(container, path)
-            frame = next(_decode(container, stream), None)
+            frame = next(_decode(path, container, stream), None)
             if frame is None:
                 raise UserError("none of its frames can be decoded")
             size = frame.height, round(frame.width * float(stream.sample_aspect_ratio or 1))
             size = size[::-1] if _orientation(frame)[0] else size
             has_audio = _first_that_decodes(path, container.streams.audio, 1) is not None
             duration = _length(path, stream.index, container.duration or 0)
-            return {"duration": float(duration), "has_audio": has_audio, "size": size}
+            fps = float(1 / _step(stream))
+            return {"duration": float(duration), "has_audio": has_audio, "size": size, "fps": fps}
 
 
 def _length(path, index: int, stated: int) -> Fraction:
@@ -374,7 +382,7 @@ def _picture(frame, size, pixel_aspect: float, scaler: VideoReformatter) -> np.n
     return image[::down, ::right].copy()  # without the pixels that are cropped
 
 
-def _shown_frames(container, stream, start: Fraction) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+def _shown_frames(path, container, stream, start: Fraction) -> Iterator[tuple[av.VideoFrame, Fraction]]:
     """Yields (frame, end of its show in s from the stream's start), from `start` or an earlier frame on."""
 
     def decode(at):
@@ -382,7 +390,7 @@ def _shown_frames(container, stream, start: Fraction) -> Iterator[tuple[av.Video
             with contextlib.suppress(av.FFmpegError):  # some formats can only be read from their start
                 container.seek(int((at + _origin(stream)) / stream.time_base), stream=stream)
         time = -_step(stream)
-        for frame in _decode(container, stream):
+        for frame in _decode(path, container, stream):
             stamp = frame.dts if frame.pts is None else frame.pts
             time = time + _step(stream) if stamp is None else stamp * stream.time_base - _origin(stream)
             yield time, frame
@@ -434,7 +442,7 @@ def read_video(path, *, fps, size, sample_rate, start=0.0, frames=None) -> tuple
         with _open(path) as container:
             stream = _video_stream(container, path)
             origin, scaler = _origin(stream), VideoReformatter()
-            for frame, end in _shown_frames(container, stream, begin):
+            for frame, end in _shown_frames(path, container, stream, begin):
                 due = math.ceil((end - TIME_TOLERANCE - begin) * rate)  # frames of the clip that begin before `end`
                 due = due if frames is None else min(due, frames)
                 if due > max_frames:
@@ -454,9 +462,9 @@ def read_video(path, *, fps, size, sample_rate, start=0.0, frames=None) -> tuple
             try:
                 track = _first_that_decodes(path, container.streams.audio, 1)
                 if track is not None:
-                    _decode_audio(container, container.streams[track], origin + begin, sample_rate, audio)
+                    _decode_audio(path, container, container.streams[track], origin + begin, sample_rate, audio)
             except Exception as error:  # a fault of the sound alone
-                _tell_once(container.name, "sound", f"cannot be read to its end: {error}")
+                _tell_once(path, "sound", f"cannot be read to its end: {error}")
     return np.stack(images), audio
 
 
@@ -472,14 +480,14 @@ def _mono(frames, sample_rate: int) -> Iterator[av.AudioFrame]:
     yield from resampler.resample(None) if last else ()
 
 
-def _decode_audio(container, stream, begin: Fraction, sample_rate: int, audio: np.ndarray) -> None:
+def _decode_audio(path, container, stream, begin: Fraction, sample_rate: int, audio: np.ndarray) -> None:
     """Fills `audio` float32 [N] with the sound from `begin` on (s on the file's clock)."""
     if begin > _origin(stream):  # a quarter of a second early, as the first samples after a seek are inexact
         early = max(_origin(stream), begin - Fraction(1, 4))
         with contextlib.suppress(av.FFmpegError):  # some formats can only be read from their start
             container.seek(int(early / stream.time_base), stream=stream)
     position = None  # of the next chunk, in samples
-    for chunk in _mono(_decode(container, stream), sample_rate):
+    for chunk in _mono(_decode(path, container, stream), sample_rate):
         data = chunk.to_ndarray()[0].astype(np.float32) / 32768
         if chunk.pts is not None:
             at = round((chunk.pts * chunk.time_base - begin) * sample_rate)
@@ -507,7 +515,7 @@ def read_audio(path, sample_rate: int, seconds: float) -> np.ndarray:
         if track is None:
             raise UserError("its sound cannot be decoded")
         stream, audio = container.streams[track], np.zeros(round(seconds * sample_rate), np.float32)
-        _decode_audio(container, stream, _origin(stream), sample_rate, audio)
+        _decode_audio(path, container, stream, _origin(stream), sample_rate, audio)
         return audio
 
 
@@ -535,10 +543,10 @@ def _over_white(image: Image.Image) -> np.ndarray:
 
 def _image(path) -> np.ndarray:
     """Returns an image, turned upright, uint8 [H, W, 3]."""
-    with open(path, "rb") as file:
+    with shards.open_file(path) as file:
         if file.read(12)[8:] in HEIC_BRANDS:
             raise UserError("it is a HEIC image, which Pillow cannot read: convert it to JPEG or PNG")
-    with Image.open(path, formats=IMAGE_FORMATS) as image:
+        image = Image.open(file, formats=IMAGE_FORMATS)
         _check_pixels(image.width, image.height)  # before any pixel is decompressed
         image = ImageOps.exif_transpose(image)
         # Pillow would clip these modes: 16 bits of gray, and floating point, where 1 is white.

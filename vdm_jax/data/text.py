@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vdm_jax.data.shards import Part, open_file
 from vdm_jax.errors import UserError
 
 logger = logging.getLogger("vdm_jax")
@@ -54,11 +55,11 @@ def mask(tokens):
     return tokens != PAD
 
 
-def read_text(path: str | os.PathLike, max_bytes: int = MAX_TEXT_BYTES) -> str:
+def read_text(path: str | os.PathLike | Part, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """Returns the content of a file. Raises UserError if it cannot be read, is too large or is not UTF-8 text."""
-    name = repr(os.fspath(path))
+    name = repr(path.name if isinstance(path, Part) else os.fspath(path))
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             data = file.read(max_bytes + 1)
     except (OSError, ValueError) as error:  # ValueError: the name holds a NUL character
         raise UserError(f"cannot read {name}: {getattr(error, 'strerror', error)}") from error

@@ -49,6 +49,8 @@ class Tfds:
     Raises UserError if the data set cannot be read.
     """
 
+    in_epochs = True  # see batches.Examples
+
     name: str  # of a data set in `data_dir`, or the folder of a built data set
     _: dataclasses.KW_ONLY
     frames: int  # F, of a window

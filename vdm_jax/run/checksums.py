@@ -139,20 +139,24 @@ def _line(folder, path):
 
 def crc32(path):
     """Returns (CRC-32, size in bytes) of the content of a file. Raises OSError."""
-    crc, count = 0, 0
     with epath.Path(path).open("rb") as file:
-        while chunk := file.read(CHUNK):
-            crc = zlib.crc32(chunk, crc)
-            count += len(chunk)
+        return crc32_of(file)
+
+
+def crc32_of(file):
+    """Returns (CRC-32, size in bytes) of what can be read from an open binary file. Raises OSError."""
+    crc, count = 0, 0
+    while chunk := file.read(CHUNK):
+        crc = zlib.crc32(chunk, crc)
+        count += len(chunk)
     return crc, count
 
 
-def crc32_of_ends(path):
-    """Returns (CRC-32 of the first and the last 64 KiB, size in bytes) of a file. Raises OSError."""
-    with epath.Path(path).open("rb") as file:
-        count = file.seek(0, os.SEEK_END)
-        crc = 0
-        for start in (0, max(0, count - END)):
-            file.seek(start)
-            crc = zlib.crc32(file.read(END), crc)
+def crc32_of_ends(file):
+    """Returns (CRC-32 of the first and the last 64 KiB, size in bytes) of an open binary file. Raises OSError."""
+    count = file.seek(0, os.SEEK_END)
+    crc = 0
+    for start in (0, max(0, count - END)):
+        file.seek(start)
+        crc = zlib.crc32(file.read(END), crc)
     return crc, count

@@ -5,9 +5,7 @@ A trace is shown by TensorBoard's profile page, or by `xprof --logdir=FOLDER`.
 
 import contextlib
 import logging
-import os
 import time
-from pathlib import Path
 
 import jax
 
@@ -57,8 +55,7 @@ def compiling(what, key=""):
     key: tells programs of the same name apart, such as the number of parameters.
     A file of seconds that cannot be read or written is no error.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = Path(cache) / "vdm_jax" / "compile_seconds.json"
+    path = storage.user_cache() / "compile_seconds.json"
     name = f"{what} {key} on {jax.devices()[0].device_kind}"
     before = _read_seconds(path).get(name)
     logger.info("compiling %s (%s)", what, "first time here" if before is None else f"took {before:.0f} s last time")

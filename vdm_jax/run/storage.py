@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import zlib
+from pathlib import Path
 
 import fsspec
 from etils import epath
@@ -44,6 +45,11 @@ def make_folder(path):
     except OSError as error:
         raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from None
     return path
+
+
+def user_cache():
+    """Returns the folder for what this machine remembers between runs, which may be missing."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vdm_jax"
 
 
 def absolute(path):
