@@ -270,7 +270,7 @@ def test_whole_files_are_held_out_where_there_are_enough(clip, tmp_path, caplog)
     for number in range(40):
         os.link(clip, tmp_path / f"{number}.mp4")
     for number in range(20):
-        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / f"{number}.png")
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / f"still_{number}.png")
     parts = {split: open_files(tmp_path, split=split) for split in ("train", "held_out")}
     names = {split: {video.name for video in source.videos} for split, source in parts.items()}
     assert not names["train"] & names["held_out"] and len(names["train"] | names["held_out"]) == 60

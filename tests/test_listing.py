@@ -61,7 +61,8 @@ def test_a_video_is_used_or_named_whatever_its_ending(put, caplog):
 
 def test_images_and_sound_among_videos(put, caplog):
     folder = put("a.mp4")
-    Image.fromarray(np.full((20, 30, 3), 240, np.uint8)).save(folder / "x", "PNG")
+    for name in ("x", "a.jpg"):  # a.jpg is a picture of a.mp4, as programs that download videos make it
+        Image.fromarray(np.full((20, 30, 3), 240, np.uint8)).save(folder / name, "PNG")
     with av.open(str(folder / "s.mp4"), "w") as out:
         stream = out.add_stream("aac", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", "mono")
@@ -70,11 +71,12 @@ def test_images_and_sound_among_videos(put, caplog):
         out.mux(stream.encode(None))
     for _ in range(2):  # the second time from the index
         found = listing.read(folder)
-        assert list(found.videos) == ["a.mp4", "x"] and found.left_out == {"sound only": {"s.mp4": ""}}
+        assert list(found.videos) == ["a.mp4", "x"]
+        assert found.left_out == {"sound only": {"s.mp4": ""}, "a picture with the name of a video": {"a.jpg": ""}}
         assert found.videos["x"][1] == (0, False, 20, 30, 0)
     source = Files(folder, **CLIP)
     assert source.summary.frame_rates == {"8": 1, "image": 1} and source.summary.used == 2
-    assert "1 of 3 files: left out, sound only: s.mp4" in caplog.text
+    assert "1 of 4 files: left out, sound only: s.mp4" in caplog.text
 
 
 def test_a_file_that_cannot_be_opened_is_looked_at_again(put, monkeypatch):

@@ -140,7 +140,15 @@ def read(root: str | os.PathLike) -> Listing:
             listing.left_out[row[2]][name] = ""
         elif row:
             listing.videos[name] = found[name], Info(*row[2:])
+    moving = {_stem(name) for name, (_, info) in listing.videos.items() if not info.is_image}
+    for name in [name for name, (_, info) in listing.videos.items() if info.is_image and _stem(name) in moving]:
+        listing.left_out["a picture with the name of a video"][name] = ""
+        del listing.videos[name]
     return listing
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
 
 
 def _look(source) -> list:
