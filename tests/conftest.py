@@ -22,6 +22,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
 # How long programs took to compile is remembered here, and not among the user's files.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".cache" / "user")
 
+import numpy as np
 import pytest
 from absl import flags
 
@@ -30,6 +31,7 @@ from tests.bucket import environment
 from tests.helpers import weights
 from vdm_jax import system as system_package
 from vdm_jax import train_state
+from vdm_jax.data import media
 from vdm_jax.run import checkpoint, cli, record
 from vdm_jax.run import folder as run_folder
 from vdm_jax.system import build
@@ -116,3 +118,26 @@ def bucket():
         assert server.stdout.readline() == b"ready\n"
         yield environment(port)
         server.kill()
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """The path of a small video without sound."""
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    media.write_mp4(path, np.zeros((2, 16, 16, 3), np.uint8), None, 8, 8000)
+    return path
+
+
+@pytest.fixture
+def put(clip, tmp_path, monkeypatch):
+    """put(*names): the same clip under these names."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def link(*names):
+        for name in names:
+            path = tmp_path / "data" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(clip, path)
+        return tmp_path / "data"
+
+    return link

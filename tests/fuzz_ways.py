@@ -270,7 +270,10 @@ def metadata(draw, folder):
     )
     caption = words(draw)[:100_000].decode("utf-8", "replace")
     if draw.random() < 0.5:
-        value = lambda plain: draw.choice((plain,) * 6 + (None, 3, [], {}, True, 1e999))  # noqa: E731
+
+        def value(plain):
+            return draw.choice((plain,) * 6 + (None, 3, [], {}, True, 1e999))
+
         row = draw.choice(({"file_name": value(name), "text": value(caption)},) * 6 + ([], 3, {"file_name": name}))
         data = (json.dumps(row) + "\n").encode() * draw.choice((1, 1, 3)) + draw.choice(
             (b"", b"", b"[" * 100_000, b"{")
@@ -291,7 +294,10 @@ def metadata(draw, folder):
 def table(draw, folder):
     """A table of captions of each form, with columns and values of any kind."""
     (folder / "a.mp4").write_bytes(movie("silent"))
-    odd = lambda: draw.choice((None, "", 3, -1, 0.5, "1", "nan", "1e999", [], ["a", None], {}, True, "x" * 200_000))  # noqa: E731
+
+    def odd():
+        return draw.choice((None, "", 3, -1, 0.5, "1", "nan", "1e999", [], ["a", None], {}, True, "x" * 200_000))
+
     names = (*caption_files.NAME_COLUMNS, *caption_files.TEXT_COLUMNS, "start", "end", "", "TEXT", "\0")
     rows = []
     for _ in range(draw.randrange(1, 5)):
@@ -365,7 +371,10 @@ def index_of_a_folder(draw, folder):
         path.write_bytes(mutate(draw, path.read_bytes()))
     else:
         stat = (folder / "a.mp4").stat()
-        odd = lambda: draw.choice((None, 0, -1, "x", 0.5, True, [], {}, {"a": [1]}, 10**30))  # noqa: E731
+
+        def odd():
+            return draw.choice((None, 0, -1, "x", 0.5, True, [], {}, {"a": [1]}, 10**30))
+
         row = [stat.st_size, stat.st_mtime_ns, *(odd() for _ in range(draw.choice((1, 2, 3, 5))))]
         content = {"reader": draw.choice((index._reader(), "", None)), "rows": draw.choice(({"a.mp4": row}, odd()))}
         storage.write_json(path, content)

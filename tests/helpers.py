@@ -54,7 +54,7 @@ def digest(state):
 
 def final_state(workdir, stage, config):
     """The newest train state of a stage of a run, on the host."""
-    params = build(config).param_shapes[stage]
+    params = build(config).stages[stage].param_shapes
     abstract = jax.eval_shape(lambda p: train_state.create(p, config[stage]), params)
     with checkpoint.manager(workdir / stage / "checkpoints") as checkpoints:
         return jax.device_get(checkpoint.restore(checkpoints, abstract))

@@ -2,7 +2,7 @@
 
 The clips are hard links of small clips, each with a text file. The first start looks at --new of them. For more clips
 than these the index is filled with the row of the first clip, because looking at 100,000 clips takes minutes. On a
-machine shared with others, the seconds of processor time tell more than those of the clock.
+machine that others use, compare the seconds of processor time, not those of the clock.
 """
 
 import argparse

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.test_listing import CLIP, clip, put  # noqa: F401 fixtures
+from tests.test_listing import CLIP
 from vdm_jax.data import caption_files
 from vdm_jax.data.caption_files import Timed
 from vdm_jax.data.files import Files
@@ -39,7 +39,7 @@ ROW = {"file_name": "x.mp4", "text": "a dog"}
     ],
     ids=str,
 )
-def test_captions_are_found(put, video, notes):  # noqa: F811
+def test_captions_are_found(put, video, notes):
     folder = put(video)
     for name, content in notes.items():
         (folder / name).write_text(content.replace("ROOT", str(folder)))
@@ -47,7 +47,7 @@ def test_captions_are_found(put, video, notes):  # noqa: F811
     assert source[0]["caption"] == "a dog" and not source.summary.caption_faults
 
 
-def test_parquet(put, monkeypatch):  # noqa: F811
+def test_parquet(put, monkeypatch):
     folder = put("x.mp4")
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -61,7 +61,7 @@ def test_parquet(put, monkeypatch):  # noqa: F811
         Files(folder, **CLIP)
 
 
-def test_rows_that_cannot_be_used_are_counted(put):  # noqa: F811
+def test_rows_that_cannot_be_used_are_counted(put):
     folder = put("x.mp4", "y.mp4", "unnamed.mp4")
     with open(folder / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([
@@ -95,7 +95,7 @@ def test_rows_that_cannot_be_used_are_counted(put):  # noqa: F811
     assert source.summary.captions == {"metadata.csv": 2}
 
 
-def test_sources_that_contradict(put):  # noqa: F811
+def test_sources_that_contradict(put):
     folder = put("sub/x.mp4", "y.mp4")
     (folder / "y.txt").write_text("from txt")
     (folder / "y.json").write_text('{"text": "from json"}')
@@ -129,7 +129,7 @@ def test_a_window_has_the_caption_of_its_time():
     assert [caption_files.choose(["a", "b"], 0, 1, which) for which in (0.0, 0.49, 0.5)] == ["a", "a", "b"]
 
 
-def test_windows_of_a_video_with_times(put):  # noqa: F811
+def test_windows_of_a_video_with_times(put):
     folder = put("x.mp4")  # two frames of 1/8 s
     rows = [{**ROW, "text": "zero", "start": 0, "end": 0.125}, {**ROW, "text": "one", "start": "0.125"}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -138,7 +138,7 @@ def test_windows_of_a_video_with_times(put):  # noqa: F811
     assert seen == {(0, "zero"), (1, "one")}
 
 
-def test_no_name_of_a_row_opens_a_file_outside(put, tmp_path, monkeypatch):  # noqa: F811
+def test_no_name_of_a_row_opens_a_file_outside(put, tmp_path, monkeypatch):
     folder = put("x.mp4", "../outside/y.mp4")
     (folder / "link").symlink_to(tmp_path / "outside")
     opened = []

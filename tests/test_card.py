@@ -14,6 +14,7 @@ from vdm_jax.errors import UserError
 from vdm_jax.metrics import report
 from vdm_jax.metrics.shares import Share
 from vdm_jax.run import card, folder, record
+from vdm_jax.settings import PARTS
 from vdm_jax.system import build
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.parts import with_hashes
@@ -173,7 +174,7 @@ def test_an_export_has_a_card_which_its_checksums_cover(tiny_run, exported, tmp_
 
 def test_an_export_with_parts_can_be_loaded_and_keeps_its_changes(exported, tmp_path):
     config = tiny.get_config().unlock()
-    for key in card.PARTS:
+    for key in PARTS:
         config[key].source = str(exported[0])
     config = with_hashes(config.lock())
     run, out = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "out")
@@ -183,7 +184,7 @@ def test_an_export_with_parts_can_be_loaded_and_keeps_its_changes(exported, tmp_
     system, params = build(folder.read_config(run)), exported[1].params
     folder.write_exported(out, folder.Weights(system, params, {"denoiser": 8}), run)
     text = (out / card.NAME).read_text()
-    for key in card.PARTS:
+    for key in PARTS:
         assert f"| `{key}` | `exported` | `{config[key].hash}` |" in text
     assert str(exported[0]) not in text and "`clip.safetensors`" not in text
     assert "| `denoiser 4` | `denoiser.learning_rate` | `0.002` | `0.5` |" in text

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from configs import t2v_modelscope
-from tests.helpers import digest
+from tests.helpers import digest, final_state
 from tests.test_published_pipeline import PROMPT, change_json, pipeline_of
-from vdm_jax import diffusion, evaluate, lora, sample, train, train_state, weights
+from vdm_jax import diffusion, evaluate, lora, sample, train, weights
 from vdm_jax.data import media
 from vdm_jax.errors import UserError
-from vdm_jax.run import checkpoint
 from vdm_jax.sharding import named_leaves
 from vdm_jax.system import adapters, build, finetuned, published
 from vdm_jax.system import parts as system_parts
@@ -123,16 +122,9 @@ def adapted(command, folder, workdir):
     return workdir / "adapted"
 
 
-def state_of(workdir, config):
-    shapes = build(config).stages["denoiser"].param_shapes
-    abstract = jax.eval_shape(lambda p: train_state.create(p, config.denoiser), shapes)
-    with checkpoint.manager(workdir / "denoiser" / "checkpoints") as checkpoints:
-        return jax.device_get(checkpoint.restore(checkpoints, abstract))
-
-
 def test_it_begins_with_the_weights_and_resumes_bit_for_bit(command, run, folder, tmp_path):
     config = recipe(folder)
-    state = state_of(run, config)
+    state = final_state(run, "denoiser", config)
     before = unet_of(folder)
     moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), state["params"], before)
     assert all(0 < x < 1e-4 for x in jax.tree.leaves(moved))  # two steps of Adam at a learning rate of 1e-5
@@ -142,7 +134,13 @@ def test_it_begins_with_the_weights_and_resumes_bit_for_bit(command, run, folder
     flags = ["--config=configs/t2v_modelscope.py", *FLAGS, f"--config.denoiser.source={other}", f"--workdir={copy}"]
     done = command(train, *flags)
     assert done.code == 0 and any("1 of 2 steps done" in line for line in done.err)
-    assert digest(state_of(copy, config)) == digest(state)
+    assert digest(final_state(copy, "denoiser", config)) == digest(state)
+
+    today = other.rename(tmp_path / "today")
+    done = command(sample, f"--workdir={copy}", "--prompt=x", f"--out={tmp_path}/x.mp4")
+    assert done.code == 2 and "is no folder: give its folder of today, --denoiser.source=FOLDER" in done.err[-1]
+    assert finetuned.read(copy, {"denoiser": today})[2] == 2
+    today.rename(other)
 
     change_json("scheduler/scheduler_config.json", beta_end=0.013)(other)
     done = command(train, *flags)
@@ -188,7 +186,7 @@ def test_a_run_is_sampled_and_exported_for_diffusers(command, run, folder, tmp_p
 
 def test_only_adapters_are_trained(command, adapted, folder, tmp_path):
     config = recipe(folder, "lora")
-    state, base = state_of(adapted, config), unet_of(folder)
+    state, base = final_state(adapted, "denoiser", config), unet_of(folder)
     assert all(re.search(f"{t2v_modelscope.LAYERS[:-8]}/lora_[AB]/kernel$", x) for x in named_leaves(state["params"]))
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(state["params"]))
 
@@ -198,7 +196,7 @@ def test_only_adapters_are_trained(command, adapted, folder, tmp_path):
     want = lora.merge(jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), base), state["ema"], 16.0)
     merged = unet_of(tmp_path / "merged")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3), merged, want)
-    for name, x in named_leaves(merged).items():  # all other weights are those of the folder, in half precision
+    for name, x in named_leaves(merged).items():  # the others are as in the folder, in half precision
         is_same = np.array_equal(x, named_leaves(base)[name].astype(np.float16))
         assert is_same != bool(re.search(t2v_modelscope.LAYERS, name)), name
     read, alpha = adapters.read(tmp_path / "alone" / adapters.FILE, base)

@@ -3,6 +3,7 @@
 Two tests run this file in a process of its own: python tests/test_huggingface.py slices|FOLDER
 """
 
+import hashlib
 import json
 import os
 import re
@@ -437,6 +438,16 @@ def refuse_in_little_memory(folder):
 def test_hostile_headers_take_little_memory(tmp_path):
     code, _, err = finish(start(__file__, tmp_path))
     assert code == 0 and len(err) == 7, "\n".join(err)
+
+
+def test_a_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    huggingface.write(tmp_path, {"_class_name": "Any"}, {"x": np.zeros(3, np.float32)})
+    hashed, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: hashed.append(file.name) or digest(file, kind))
+    before = huggingface.fingerprint(tmp_path)
+    assert huggingface.fingerprint(tmp_path) == before and len(hashed) == 2
+    huggingface.write(tmp_path, {"_class_name": "Any"}, {"x": np.ones(3, np.float32)})
+    assert huggingface.fingerprint(tmp_path) != before
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import shutil
 
 import av
 import numpy as np
-import pytest
 from PIL import Image
 
 from vdm_jax.data import index, listing, media, shards
@@ -13,28 +12,6 @@ from vdm_jax.data.files import Files
 from vdm_jax.run import storage
 
 CLIP = {"frames": 1, "size": 16, "fps": 8, "sample_rate": 8000, "seed": 0}
-
-
-@pytest.fixture(scope="session")
-def clip(tmp_path_factory):
-    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    media.write_mp4(path, np.zeros((2, 16, 16, 3), np.uint8), None, 8, 8000)
-    return path
-
-
-@pytest.fixture
-def put(clip, tmp_path, monkeypatch):
-    """put(*names): the same clip under these names."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def link(*names):
-        for name in names:
-            path = tmp_path / "data" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.link(clip, path)
-        return tmp_path / "data"
-
-    return link
 
 
 def test_hidden_folders_are_left_out(put):
@@ -89,6 +66,14 @@ def test_a_file_that_cannot_be_opened_is_looked_at_again(put, monkeypatch):
         patch.setattr(shards, "open_file", deny)
         assert listing.read(folder).left_out == {"cannot be read": {"x": "Permission denied"}}
     assert list(listing.read(folder).videos) == ["x"]
+
+
+def test_without_a_home_no_index_is_written(put, tmp_path, monkeypatch):
+    """Python then takes ~ for the name of a folder."""
+    folder = put("a.mp4")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/.cache")
+    monkeypatch.chdir(tmp_path)
+    assert list(listing.read(folder).videos) == ["a.mp4"] and not (tmp_path / "~").exists()
 
 
 def test_links_inside_are_followed_and_loops_end(put, tmp_path):

@@ -1,4 +1,4 @@
-"""Adapters: the maths, a run that trains them, and their files, ours and those of the package `peft`."""
+"""Adapters: the maths, a run that trains them, and the files that this package and `peft` exchange."""
 
 import dataclasses
 import json
@@ -13,14 +13,14 @@ import safetensors.numpy
 from etils import epath
 
 from tests import tiny
-from tests.helpers import digest, init_weights, names
+from tests.helpers import digest, final_state, init_weights, names
 from tests.helpers import weights as random_weights
-from vdm_jax import lora, sample, sharding, train, train_state, weights
+from vdm_jax import lora, sample, sharding, train, weights
 from vdm_jax.errors import UserError
 from vdm_jax.models import layers
 from vdm_jax.perf import programs
 from vdm_jax.pipeline import load
-from vdm_jax.run import checkpoint, folder
+from vdm_jax.run import folder
 from vdm_jax.system import adapters, build, previews
 
 LAYERS = r"(query|out|film|conv_in/time)/kernel$"
@@ -154,16 +154,8 @@ def run(command, base, workdir):
     return workdir
 
 
-def state_of(workdir):
-    config = recipe(rank=2, layers=LAYERS)
-    shapes = build(config).stages["denoiser"].param_shapes
-    abstract = jax.eval_shape(lambda p: train_state.create(p, config.denoiser), shapes)
-    with checkpoint.manager(workdir / "denoiser" / "checkpoints") as checkpoints:
-        return jax.device_get(checkpoint.restore(checkpoints, abstract))
-
-
 def test_training_changes_only_adapters_and_resumes_bit_for_bit(command, run, base, tmp_path):
-    state = state_of(run)
+    state = final_state(run, "denoiser", recipe(rank=2, layers=LAYERS))
     moved = jax.tree.map(lambda x: np.abs(x).max() > 0, state["params"])
     assert all(jax.tree.leaves(moved))
     trained, before = (load(path).params["denoiser"] for path in (run, base))
@@ -177,7 +169,7 @@ def test_training_changes_only_adapters_and_resumes_bit_for_bit(command, run, ba
     moved = shutil.copytree(base, tmp_path / "moved")
     done = command(train, *TRAIN, f"--workdir={copy}", f"--config.denoiser.lora.base={moved}")
     assert done.code == 0 and any("4 of 8 steps done" in line for line in done.err)
-    assert digest(state_of(copy)) == digest(state)
+    assert digest(final_state(copy, "denoiser", recipe(rank=2, layers=LAYERS))) == digest(state)
 
 
 def test_exports_merged_and_alone(command, run, base, tmp_path):

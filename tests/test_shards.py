@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_listing import CLIP, clip, put  # noqa: F401 fixtures
+from tests.test_listing import CLIP
 from vdm_jax.data import media, shards
 from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
@@ -41,7 +41,7 @@ def test_members_lie_where_they_are_said_to(tmp_path, format):
             assert file.read(100) == expected[-2:] and file.read(1) == b""
 
 
-def test_clips_of_an_archive_are_those_of_its_files(put, clip, tmp_path):  # noqa: F811
+def test_clips_of_an_archive_are_those_of_its_files(put, clip, tmp_path):
     folder, data = put("k1.mp4", "k2.mp4"), clip.read_bytes()
     (folder / "k1.txt").write_text("one")
     (folder / "k2.json").write_text('{"caption": "two"}')
@@ -61,7 +61,7 @@ def test_clips_of_an_archive_are_those_of_its_files(put, clip, tmp_path):  # noq
     assert [video.name for video in Files(packed, **CLIP).videos] == [video.name for video in source.videos]
 
 
-def test_images_and_damaged_clips_of_an_archive(put, tmp_path, caplog):  # noqa: F811
+def test_images_and_damaged_clips_of_an_archive(put, tmp_path, caplog):
     folder, image = put(), io.BytesIO()
     folder.mkdir()
     pixels = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
@@ -99,7 +99,7 @@ def test_sizes_that_cannot_be_end_at_once(tmp_path, size, kind):
         shards.members(str(tmp_path / "a.tar"))
 
 
-def test_an_archive_that_is_cut_off_is_left_out_and_said(put, clip):  # noqa: F811
+def test_an_archive_that_is_cut_off_is_left_out_and_said(put, clip):
     folder = put("k.mp4")
     write(folder / "a.tar", {"a.mp4": clip.read_bytes() * 20})
     data = (folder / "a.tar").read_bytes()

@@ -110,12 +110,15 @@ def load_pipeline(options, stages=STAGES):
 
 def load_published(options):
     """A function from prompts to Clips, of the published model and options that the flags name. Raises UserError."""
-    for flag in sorted(NOT_PUBLISHED):
+    source = cli.weights_folder(options)
+    is_pipeline = published.is_pipeline(source)
+    for flag in sorted(NOT_PUBLISHED | ({"denoiser.source"} if is_pipeline else set())):
         if options[flag].present:
             raise UserError(f"--{flag} is not for a published model: leave it out")
-    source = cli.weights_folder(options)
-    load = published.load if published.is_pipeline(source) else finetuned.load
-    pipe = load(source, lora=options.lora)
+    if is_pipeline:
+        pipe = published.load(source, lora=options.lora)
+    else:
+        pipe = finetuned.load(source, options.lora, cli.parts(options))
 
     def make(prompts):
         chosen = {name: options[name].value for name in ("seed", "seconds", "steps", "method", "guidance")}

@@ -17,6 +17,7 @@ from vdm_jax.errors import UserError
 # else in this code, a clip is a video with its sound.
 STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 PARTS = ("video_codec", "audio_codec", "text_encoder")  # each may take the place of a stage, see system/parts.py
+SOURCES = (*PARTS, "denoiser")  # what may come from a folder
 
 # Rules for a run that goes on, as the documentation prints them.
 FIXED = "fixed"  # once its stage has a checkpoint: the saved state has no meaning with another value

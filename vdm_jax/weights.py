@@ -16,7 +16,7 @@ missing from the weights are freshly initialized, and their stage restarts at st
 change the output.
 
 A run whose codecs or text encoder come from folders reads them. --video_codec.source=FOLDER, --audio_codec.source and
---text_encoder.source tell where they are, if they have moved since.
+--text_encoder.source tell where they are, if they have moved since; --denoiser.source does so for a published model.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def main(argv):
         if finetuned.is_run(options.workdir):
             if options.report:
                 raise UserError("evaluate makes no report of a run with a denoiser.source: leave out --report")
-            size = finetuned.export(options.workdir, options.out, options.license)
+            size = finetuned.export(options.workdir, options.out, options.license, moved)
             print(f"wrote {options.out}: {size / 1e6:.2f} MB, in the layout of diffusers")
             return
         outcomes = report.read_outcomes(storage.given(options.report)) if options.report else None
@@ -208,7 +208,7 @@ def _check_base(path):
 def add_missing_params(weights, config):
     """Returns the Weights for a config whose models may have more parameters. The added ones are freshly initialized.
 
-    The weights hold no adapters, so those of the config are all fresh; their base is config.denoiser.lora.base.
+    The weights hold no adapters. A config with adapters begins with fresh ones, for the base denoiser.lora.base.
     Raises UserError when a model of the config lacks a parameter, or has it in another shape.
     """
     system = build(config)

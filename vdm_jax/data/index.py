@@ -4,7 +4,6 @@ The index of a folder is a JSON file among the caches of the user, not in the fo
 with the size in bytes and the time in ns of the file, and holds only for a file that still has both.
 """
 
-import contextlib
 import functools
 import hashlib
 import inspect
@@ -51,7 +50,4 @@ def read(root: str | os.PathLike) -> dict[str, list]:
 
 def write(root: str | os.PathLike, rows: dict[str, list]) -> None:
     """Replaces the index of a folder. Where it cannot be written, the next start looks at all files again."""
-    path = path_of(root)
-    with contextlib.suppress(OSError, UserError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        storage.write_json(path, {"reader": _reader(), "rows": rows})
+    storage.remember(path_of(root), {"reader": _reader(), "rows": rows})

@@ -9,7 +9,6 @@ from vdm_jax import lora, settings
 from vdm_jax.errors import UserError
 
 NAME = "README.md"
-PARTS = ("video_codec", "audio_codec", "text_encoder")  # keys of a config, see system/parts.py
 LONGEST = 200  # characters of a value that is shown
 
 
@@ -134,7 +133,7 @@ def _weights(config, steps, files):
 def _parts(config):
     rows = [
         (f"`{key}`", _shown(key, config[key].source), _code(config[key].hash or "unknown"))
-        for key in PARTS
+        for key in settings.PARTS
         if config.get(key) and config[key].source
     ]
     if not rows:

@@ -12,7 +12,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vdm_jax.errors import SaveError, UserError
-from vdm_jax.settings import PARTS
+from vdm_jax.settings import SOURCES
 
 PATH_FAULTS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -50,13 +50,13 @@ def define_weights():
 
 
 def define_parts():
-    for key in PARTS:
+    for key in SOURCES:
         flags.DEFINE_string(f"{key}.source", None, f"Folder of the {key.replace('_', ' ')}; default: as in training.")
 
 
 def parts(options):
     """Returns {part: folder} of the flags that `define_parts` defines."""
-    return {key: options[f"{key}.source"].value for key in PARTS if options[f"{key}.source"].value}
+    return {key: options[f"{key}.source"].value for key in SOURCES if options[f"{key}.source"].value}
 
 
 def weights_folder(options):

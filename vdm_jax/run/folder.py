@@ -296,11 +296,11 @@ class Weights(NamedTuple):
 def read_system(source, build, parts=None):
     """Returns build(config) for the config of a run or of exported weights. Raises UserError.
 
-    parts: {part, of settings.PARTS: its folder of today}, for parts that are no longer where the config has them
+    parts: {part, of settings.SOURCES: its folder of today}, for parts that are no longer where the config has them
     """
     config = read_config(source)
     for key, path in (parts or {}).items():
-        if not config.get(one_of("part", key, settings.PARTS), {}).get("source"):
+        if not config.get(one_of("part", key, settings.SOURCES), {}).get("source"):
             raise UserError(f"{source} has its own {key}: leave out {key}={path}")
         with config.unlocked():
             config[key].source = os.fspath(path)

@@ -4,8 +4,10 @@ The tensors are in one file, or in several with an index, `*.safetensors.index.j
 Nothing is unpickled: a folder with pickled weights alone is refused.
 """
 
+import functools
 import hashlib
 import json
+import os
 import re
 import shlex
 from typing import NamedTuple
@@ -155,9 +157,16 @@ def fingerprint(folder, others=()):
     for path in [*sorted(own), *others]:
         if not storage.is_file(path):
             raise UserError(f"{path} is missing or no file: {FIX}")
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        status = os.stat(path)
+        digest.update(f"{path.name} {_sha256(os.fspath(path), status.st_size, status.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)  # a start asks several times for the hash of files that may have 23 GB
+def _sha256(path, size, time):
+    """Returns the SHA-256 of a file that has this size and this time."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(folder, config, tensors, name="diffusion_pytorch_model.safetensors"):

@@ -63,11 +63,7 @@ def compiling(what, key=""):
     yield
     seconds = time.perf_counter() - began
     logger.info("compiled in %.0f s", seconds)
-    with contextlib.suppress(OSError, UserError):
-        if not path.is_absolute():  # without a home the folder would be ./~
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        storage.write_json(path, _read_seconds(path) | {name: round(seconds, 1)})
+    storage.remember(path, _read_seconds(path) | {name: round(seconds, 1)})
 
 
 def _read_seconds(path):

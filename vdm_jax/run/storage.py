@@ -52,6 +52,14 @@ def user_cache():
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vdm_jax"
 
 
+def remember(path, values):
+    """Writes {name: value} to a JSON file in `user_cache`. Where it cannot be written, it is left out."""
+    if path.is_absolute():  # without a home the folder would be ./~
+        with contextlib.suppress(OSError, UserError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, values)
+
+
 def absolute(path):
     """Returns an absolute epath.Path. A path in a bucket is absolute already."""
     return epath.Path(path) if in_bucket(path) else epath.Path(path).absolute()

@@ -23,10 +23,13 @@ def is_run(workdir):
     return (path / "config.json").exists() and not folder.is_exported(path) and folder.read_system(path, is_finetuned)
 
 
-def read(workdir):
-    """Returns (System, parameters of the denoiser, their step): the EMA, with adapters merged in. Raises UserError."""
+def read(workdir, parts=None):
+    """Returns (System, parameters of the denoiser, their step): the EMA, with adapters merged in. Raises UserError.
+
+    parts: see folder.read_system, here and below
+    """
     workdir = storage.given(workdir)
-    system = folder.read_system(workdir, build)
+    system = folder.read_system(workdir, build, parts)
     shapes = system.stages["denoiser"].param_shapes
     params, step = folder.read_params(workdir, "denoiser", shapes, folder.run_number(workdir))
     if lora.active(system.config.denoiser):
@@ -34,12 +37,12 @@ def read(workdir):
     return system, params, step
 
 
-def load(workdir, lora=()):
+def load(workdir, lora=(), parts=None):
     """Returns the published.TextToVideo of a run. Its clips have the size and length of training. Raises UserError.
 
     lora: adapters that are merged in, texts as in adapters.merge_files
     """
-    system, unet, _ = read(workdir)
+    system, unet, _ = read(workdir, parts)
     vae, text_encoder, data = system.parts["video_autoencoder"], system.parts["clip"], system.config.data
     mesh = sharding.make_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1))
     unet = adapters.merge_files(jax.device_put(unet, sharding.state_shardings(unet, mesh)), lora)
@@ -56,7 +59,7 @@ def load(workdir, lora=()):
     )
 
 
-def export(workdir, out, license=""):
+def export(workdir, out, license="", parts=None):
     """Writes a run as the folder of a pipeline, which diffusers and `published.load` read. Returns its size in bytes.
 
     The unet has half precision. The other parts are copied, without their pickled files.
@@ -64,7 +67,7 @@ def export(workdir, out, license=""):
     license: see card.check_license; "" if it is not stated
     Raises UserError, and writes nothing, where the folder `out` has files already.
     """
-    system, params, step = read(workdir)
+    system, params, step = read(workdir, parts)
     out = storage.make_folder(out)
     if any(out.iterdir()):
         raise UserError(f"{out} has files already: give a new --out")

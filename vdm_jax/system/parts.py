@@ -200,6 +200,8 @@ def open_pipeline(source, dtype):
     others.
     """
     source = storage.given(source)
+    if not source.is_dir():
+        raise UserError(f"denoiser.source={source} is no folder: give its folder of today, --denoiser.source=FOLDER")
     if storage.in_bucket(source):
         raise UserError(f"{source} is in a bucket: copy the published model to a folder on a disk, and give its path")
     one_of("published pipeline", huggingface.read_json(source / huggingface.PIPELINE).get("_class_name"), PIPELINES)
