@@ -2,15 +2,15 @@
 
     python -m vdm_jax.train --config=configs/world_words.py --workdir=runs/world_words
 
-The denoiser learns from single frames first, then twice from short clips, then from whole ones. Not yet run to its end:
-configs/world_words_begun holds the weights at the end of the third phase. docs/reference_run.md tells the run.
+The denoiser learns from single frames first, then twice from short clips, then twice from whole ones. Not yet run to
+its end: configs/world_words_begun holds the weights at the end of the third phase. docs/reference_run.md tells the run.
 """
 
 from configs import world_tiny
 from vdm_jax.data import captions
 
 LOOKS = (captions.COLOR_WORDS, captions.SHAPE_WORDS)
-STEPS = (2500, 3000, 4000, 10000)  # of the four phases of the denoiser
+STEPS = (2500, 3000, 4000, 5000, 5000)  # of the five phases of the denoiser
 
 
 def get_config():
@@ -63,9 +63,8 @@ def get_config():
             "pyramid": 0.02,
         },
     }
-    denoiser.phases = tuple(
-        {"share": steps / sum(STEPS), **settings} for steps, settings in zip(STEPS, (frames, short, visible, whole))
-    )
+    phases = zip(STEPS, (frames, short, visible, whole, whole))
+    denoiser.phases = tuple({"share": steps / sum(STEPS), **settings} for steps, settings in phases)
 
     config.lock()
     return config
