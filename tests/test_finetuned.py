@@ -225,7 +225,7 @@ def test_only_adapters_are_trained(command, adapted, folder, tmp_path):
         ({"denoiser.remat": "blocks,none"}, "has 2 values: it takes one value"),
         ({"data.text_length": 12}, "data.text_length=12: the texts of denoiser.source=.* have 16 tokens"),
         ({"data.size": (16, 15)}, r"data.size=\(16, 15\) is not a multiple of 2: use \(16, 14\)"),
-        ({"denoiser.source": "none"}, "none/model_index.json is missing"),
+        ({"denoiser.source": "none"}, "denoiser.source=none is no folder: give its folder of today"),
         (
             {"denoiser.source": "", "data.frames": 5},
             "schedule='published' is that of denoiser.source: name a folder there",

@@ -268,7 +268,7 @@ def test_an_allowed_change_is_told_and_in_force(command, finished, options, chan
     }
 
 
-def test_other_videos_and_another_teacher_are_told(command, finished, tmp_path, monkeypatch):
+def test_other_videos_and_another_teacher_are_told(command, finished, clip, tmp_path, monkeypatch):
     monkeypatch.setattr(train.batches, "source", lambda config, **options: None)  # it would decode the videos
     clips, teacher = tmp_path / "clips", tmp_path / "teacher"
     clips.mkdir()
@@ -277,18 +277,18 @@ def test_other_videos_and_another_teacher_are_told(command, finished, tmp_path, 
     options += [f"--config.denoiser.distillation.teacher={teacher}"]
 
     def write(path, content):
-        path.write_text(content)
+        path.write_bytes(content)
         checksums.write(teacher)
 
     def start(*more):
         return command(train, CONFIG, f"--workdir={finished}", *options, *more)
 
-    write(clips / "a.mp4", "video")
-    write(teacher / "denoiser.safetensors", "weights")
+    write(clips / "a.mp4", clip.read_bytes())
+    write(teacher / "denoiser.safetensors", b"weights")
     assert start("--change").code == 0 and start().code == 0
     assert rows(finished)[0]["changed"].keys() >= settings.INPUTS.keys() and rows(finished)[1]["changed"] == {}
     for path, key in ((clips / "b.mp4", "data.hash"), (teacher / "denoiser.safetensors", "denoiser.distillation.hash")):
-        write(path, "others")
+        write(path, clip.read_bytes() + b"\0")
         before = contents(finished)
         done = start()
         assert done.code == 2 and len(done.err) == 1 and settings.INPUTS[key] in done.err[0]

@@ -77,7 +77,7 @@ def test_images_and_damaged_clips_of_an_archive(put, tmp_path, caplog):
     assert source.summary.left_out["cannot be read"]["first"][0].startswith("a.tar/x.heic (it is a HEIC image")
     items = [source[i]["video"] for i in range(4)]
     assert sum((item == pixels).all() for item in items) == 2
-    assert [line for line in caplog.messages if "damaged" in line] == [
+    assert [line for line in caplog.messages if "damaged packets" in line] == [
         "'a.tar/k.mp4': its picture has damaged packets, which are left out: 1 so far"
     ]
 
