@@ -264,13 +264,23 @@ def changes(workdir, before, now, done, stages, measured, allowed):
             continue
         made[key] = [old, new]
         if rule in (FIXED, CHANGE) and any(done[stage] for stage in owners):
-            to_allow.append(INPUTS.get(key) or f"{key}={old!r}, now {new!r}")
+            to_allow.append(INPUTS.get(key) or _told(key, old, new))
     if to_allow and not allowed:
         raise UserError(
             f"{workdir} was trained with other settings ({'; '.join(to_allow)}): give --change to go on with the new "
             "values, or give the old ones"
         )
     return made
+
+
+def _told(key, old, new):
+    """Returns a change as words. Of phases only what differs is told, because a phase has many settings."""
+    if not key.endswith(".phases"):
+        return f"{key}={old!r}, now {new!r}"
+    told = [f"{key} has {len(old)}, now {len(new)}"] * (len(old) != len(new))
+    for number, pair in enumerate(zip(old, new), 1):
+        told += [f"phase {number} of {key}: {name}={a!r}, now {b!r}" for name, (a, b) in differences(*pair).items()]
+    return ", ".join(told)
 
 
 def check_steps(done, now, where, otherwise):
