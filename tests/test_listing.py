@@ -7,6 +7,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from tests import real_files
 from vdm_jax.data import index, listing, media, shards
 from vdm_jax.data.files import Files
 from vdm_jax.run import storage
@@ -134,3 +135,11 @@ def test_a_cache_that_cannot_be_written_is_no_error(put, tmp_path):
     (tmp_path / "cache").write_text("no folder")
     assert list(listing.read(folder).videos) == ["a.mp4"]
     assert os.listdir(folder) == ["a.mp4"]
+
+
+def test_a_folder_as_people_have_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "clips").mkdir()
+    films, truth = real_files.make(tmp_path / "clips", 50, seed=1)
+    assert {film.codec for film in films.values()} == set(real_files.CODECS)
+    assert real_files.differences(tmp_path / "clips", films, truth) == []
