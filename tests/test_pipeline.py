@@ -4,6 +4,7 @@ import base64
 import functools
 import re
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -343,6 +344,11 @@ def test_lengths_fill_latent_frames(pipe, seconds, frames):
 def test_lengths_that_make_no_sense(pipe, seconds):
     with pytest.raises(UserError, match="seconds="):
         pipe.frames_of(seconds)
+
+
+def test_the_reference_weights_have_a_name():
+    first, second = (vdm_jax.load(*name, stages=("clip",)) for name in ((), ("reference",)))
+    chex.assert_trees_all_equal(first.params, second.params)
 
 
 def test_a_system_is_built_once(tiny_run, monkeypatch):

@@ -14,7 +14,7 @@ import numpy as np
 from vdm_jax import sharding, tasks
 from vdm_jax.data import captions, media
 from vdm_jax.errors import UserError
-from vdm_jax.run import folder, storage
+from vdm_jax.run import folder
 from vdm_jax.run.progress import progress
 from vdm_jax.system import adapters, build
 from vdm_jax.system.layout import STAGES
@@ -59,8 +59,8 @@ class Clip:
 def load(path=None, *, stages=STAGES, lora=(), parts=None):
     """A trained system as a Pipeline.
 
-    path: a run's folder, or a folder of exported weights; None: the reference weights of this package. A student that
-        needs fewer steps may be in its subfolder "student": see Pipeline.for_steps.
+    path: a run's folder, or a folder of exported weights; None or "reference": the reference weights of this package.
+        A student that needs fewer steps may be in its subfolder "student": see Pipeline.for_steps.
     stages: the stages whose parameters are read. A Pipeline that samples needs all of them.
     lora: adapters that are merged into the denoiser and its student, "FILE" or "FILE:SCALE", or a list of them; see
         system/adapters.py.
@@ -71,7 +71,7 @@ def load(path=None, *, stages=STAGES, lora=(), parts=None):
     if lora and "denoiser" in weights.params:
         given = [lora] if isinstance(lora, str) else lora
         weights.params["denoiser"] = adapters.merge_files(weights.params["denoiser"], given)
-    beside = storage.given(folder.REFERENCE if path is None else path) / STUDENT
+    beside = folder.given("reference" if path is None else path) / STUDENT
     student = load(beside, stages=stages, lora=lora, parts=parts) if beside.is_dir() else None
     return Pipeline(weights.system, weights.params, student=student)
 

@@ -320,13 +320,13 @@ def load(source, build, stages=None, unverified=False, parts=None):
 
     The adapters of a run are merged into its denoiser, and its config is `lora.without` them.
 
-    source: see the top of this file; None for the reference weights.
+    source: see the top of this file; None or "reference" for the reference weights.
     build: build(config) returns the system, whose `param_shapes` are {stage: tree of ShapeDtypeStruct}.
     stages: names of the stages to read; None for all.
     unverified: accepts exported weights that have no checksums.txt.
     parts: see `read_system`
     """
-    source = storage.given(REFERENCE if source is None else source)
+    source = given("reference" if source is None else source)
     exported, stages = is_exported(source), stages or settings.STAGES
     if exported:
         present = [f"{stage}.safetensors" for stage in stages if (source / f"{stage}.safetensors").exists()]
