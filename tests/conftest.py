@@ -31,7 +31,7 @@ from tests.bucket import environment
 from tests.helpers import weights
 from vdm_jax import system as system_package
 from vdm_jax import train_state
-from vdm_jax.data import media
+from vdm_jax.data import writing
 from vdm_jax.run import checkpoint, cli, record
 from vdm_jax.run import folder as run_folder
 from vdm_jax.system import build
@@ -124,7 +124,7 @@ def bucket():
 def clip(tmp_path_factory):
     """The path of a small video without sound."""
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    media.write_mp4(path, np.zeros((2, 16, 16, 3), np.uint8), None, 8, 8000)
+    writing.write_mp4(path, np.zeros((2, 16, 16, 3), np.uint8), None, 8, 8000)
     return path
 
 

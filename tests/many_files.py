@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.fuzz import peak_memory
-from vdm_jax.data import index, media
+from vdm_jax.data import index, writing
 from vdm_jax.data.files import Files
 
 LINKS = 20_000  # to one file
@@ -48,7 +48,7 @@ def write(folder, first, count):
         path, original = (folder / f"{n // 1000:04}" / f"{n:07}.mp4" for n in (number, number - number % LINKS))
         path.parent.mkdir(parents=True, exist_ok=True)
         if path == original:
-            media.write_mp4(path, np.zeros((10, 16, 16, 3), np.uint8), np.zeros(10_000, np.float32), 8, 8000)
+            writing.write_mp4(path, np.zeros((10, 16, 16, 3), np.uint8), np.zeros(10_000, np.float32), 8, 8000)
         else:
             os.link(original, path)
         path.with_suffix(".txt").write_text(f"the caption of clip {number}")

@@ -19,7 +19,7 @@ import vdm_jax
 from tests import tiny
 from tests.helpers import finish, start
 from vdm_jax import app, sample
-from vdm_jax.data import media
+from vdm_jax.data import media, writing
 from vdm_jax.errors import UserError
 
 CONFIG = tiny.get_config()
@@ -57,7 +57,8 @@ def test_files_become_arguments_and_flags(task, files, argument, flag, weights):
     others = {field: "/z/other" for field in app.FILES}
     arguments, command = app.request(FORM | others | files | {"task": task}, CONFIG, {})
     assert {key: arguments[key] for key in argument} == argument
-    assert set(arguments) == {"prompt", "seconds", "seed", "steps", "guidance", *argument}
+    numbers = {"seed", "steps", *({"seconds"} if task not in ("foley", "audio") else ())}
+    assert set(arguments) == {"prompt", "guidance", *numbers, *argument}
     assert arguments["guidance"] == dict.fromkeys(weights, 4.0)
     words = shlex.split(command)
     assert flag in words and "other" not in command
@@ -137,7 +138,7 @@ def test_a_long_clip_is_watched(pipe, monkeypatch):
 
 def test_a_clip_that_is_too_long(pipe, tmp_path, monkeypatch):
     video = np.zeros((20, 16, 24, 3), np.uint8)
-    media.write_mp4(tmp_path / "long.mp4", video, None, 8, 2000)
+    writing.write_mp4(tmp_path / "long.mp4", video, None, 8, 2000)
     monkeypatch.setattr(app, "MAX_SECONDS", 2)
     for form in [
         {"task": "foley", "clip": tmp_path / "long.mp4"},

@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny
 from vdm_jax import sharding
-from vdm_jax.data import batches, media, text
+from vdm_jax.data import batches, text, writing
 from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
 
@@ -111,7 +111,7 @@ def test_examples_have_a_wrong_caption_where_one_is_drawn():
 
 
 def test_an_epoch_of_a_folder_is_every_video_once_from_any_step(tmp_path):
-    media.write_mp4(tmp_path / "0.mp4", np.zeros((5, 16, 16, 3), np.uint8), None, 8, 8000)
+    writing.write_mp4(tmp_path / "0.mp4", np.zeros((5, 16, 16, 3), np.uint8), None, 8, 8000)
     for number in range(10):
         if number:
             os.link(tmp_path / "0.mp4", tmp_path / f"{number}.mp4")

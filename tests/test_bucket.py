@@ -53,7 +53,7 @@ def resumed():
 
 def data(folder):
     """Writes encoded clips, an MP4 and a data set to a bucket, and reads them back."""
-    from vdm_jax.data import media
+    from vdm_jax.data import writing
     from vdm_jax.data.tfds import Tfds
     from vdm_jax.run import storage
     from vdm_jax.system import latents
@@ -75,7 +75,7 @@ def data(folder):
             latents.Encoded([top / "cut.npy"], clips, 5, "mark").take([4])
 
     video = np.zeros((3, 16, 16, 3), np.uint8)
-    media.write_mp4(top / "clip.mp4", video, None, 8, 8000)
+    writing.write_mp4(top / "clip.mp4", video, None, 8, 8000)
     assert b"ftyp" in storage.reader(top / "clip.mp4").read(16)
 
     for where, _, files in os.walk(folder):

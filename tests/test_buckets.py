@@ -11,7 +11,7 @@ from tests import tiny
 from tests.conftest import write_run
 from tests.helpers import digest, final_state, weights
 from vdm_jax import train
-from vdm_jax.data import batches, buckets, media
+from vdm_jax.data import batches, buckets, writing
 from vdm_jax.data.buckets import Bucket
 from vdm_jax.errors import UserError
 from vdm_jax.pipeline import Pipeline
@@ -95,7 +95,7 @@ def test_a_phase_that_changes_what_buckets_replace_is_told():
 
 
 def test_only_the_denoiser_sees_the_videos_of_a_bucket_alone(tmp_path):
-    media.write_mp4(tmp_path / "wide.mp4", np.zeros((20, 16, 24, 3), np.uint8), None, 8, 2000)
+    writing.write_mp4(tmp_path / "wide.mp4", np.zeros((20, 16, 24, 3), np.uint8), None, 8, 2000)
     config = tiny.get_config()
     config.data.update(source="files", path=str(tmp_path), buckets=("5x16x24", "5x24x16"))
     assert len(batches.source(config, in_bucket=True).videos) == 1

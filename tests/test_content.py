@@ -8,7 +8,7 @@ import pytest
 
 from configs import common
 from tests.test_shards import write
-from vdm_jax.data import content, media
+from vdm_jax.data import content, writing
 
 LONG = 300_000  # bytes; only both ends of a file are read
 TABLE = "file_name,text\nsub/b.mp4,b\na.mp4,a caption\n"
@@ -18,7 +18,7 @@ TABLE = "file_name,text\nsub/b.mp4,b\na.mp4,a caption\n"
 def clip(tmp_path_factory):
     """The bytes of a clip, and of the same one with bytes after its end, which no reader looks at."""
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    media.write_mp4(path, np.zeros((2, 16, 16, 3), np.uint8), None, 8, 8000)
+    writing.write_mp4(path, np.zeros((2, 16, 16, 3), np.uint8), None, 8, 8000)
     return path.read_bytes(), path.read_bytes() + LONG.to_bytes(4, "big") + b"free" + bytes(LONG - 8)
 
 

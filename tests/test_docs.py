@@ -21,7 +21,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.helpers import ROOT
-from vdm_jax.data import media
+from vdm_jax.data import media, writing
 from vdm_jax.run import cli
 from vdm_jax.settings import flat, setting
 
@@ -100,7 +100,7 @@ def desk(tiny_run, tmp_path_factory):
     video = np.random.default_rng(0).integers(0, 256, (2 * frames, *size, 3), np.uint8)
     audio = np.zeros(2 * frames * rate // fps, np.float32)
     for name in ("old.mp4", "a.mp4", "b.mp4", "silent.mp4"):
-        media.write_mp4(folder / name, video, audio, fps, rate)
+        writing.write_mp4(folder / name, video, audio, fps, rate)
     Image.fromarray(video[0]).save(folder / "first.png")
     write_wav(folder / "taps.wav", audio, rate)
     (folder / "prompts.txt").write_text("a red circle moving right\n")

@@ -12,7 +12,7 @@ import pytest
 from tests import tiny
 from tests.conftest import write_run
 from vdm_jax import evaluate, load
-from vdm_jax.data import batches, media
+from vdm_jax.data import batches, media, writing
 from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import report
@@ -79,7 +79,7 @@ def test_a_folder_of_videos_has_no_state_but_all_else(tmp_path, command, config)
     source = World(seed=5, frames=30, size=(16, 24), sample_rate=2000, **config.data.world)
     for i in range(3):
         item = source[i]
-        media.write_mp4(films / f"{i}.mp4", item["video"], item["audio"], fps=8, sample_rate=2000)
+        writing.write_mp4(films / f"{i}.mp4", item["video"], item["audio"], fps=8, sample_rate=2000)
         (films / f"{i}.txt").write_text(f"film number {i}")
     config.data.update(source="files", path=str(films))
     run, out = write_run(tmp_path / "run", config), tmp_path / "report"

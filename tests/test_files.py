@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vdm_jax.data import files, media
+from vdm_jax.data import files, media, writing
 from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
 
@@ -29,7 +29,7 @@ def write(path, frames, sound=True, first=0):
     video += (3 * (first + np.arange(frames, dtype=np.uint8)))[:, None, None, None]
     t = np.arange(frames * 1000)
     audio = np.repeat(np.arange(frames) / 128, 1000) * np.sin(2 * np.pi * 500 * t / RATE)
-    media.write_mp4(path, video, audio if sound else None, FPS, RATE)
+    writing.write_mp4(path, video, audio if sound else None, FPS, RATE)
 
 
 def open_files(folder, **settings):

@@ -13,7 +13,7 @@ from etils import epath
 from tests import tiny
 from tests.helpers import weights
 from vdm_jax import sharding
-from vdm_jax.data import batches, media
+from vdm_jax.data import batches, writing
 from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
 from vdm_jax.models import ops
@@ -23,7 +23,7 @@ from vdm_jax.system import build, latents, losses
 
 def small_video(path, shade=0):
     """60 frames of one shade at 8 frames per second, with silence."""
-    media.write_mp4(path, np.full((60, 32, 32, 3), shade, np.uint8), np.zeros(60000, np.float32), 8, 8000)
+    writing.write_mp4(path, np.full((60, 32, 32, 3), shade, np.uint8), np.zeros(60000, np.float32), 8, 8000)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vdm_jax.data import color, media
+from vdm_jax.data import color, media, writing
 from vdm_jax.errors import UserError
 
 FPS, RATE = 8, 8000
@@ -81,7 +81,7 @@ def one_line(error):
 
 def test_round_trip(tmp_path):
     path, video, audio = tmp_path / "clip.mp4", make_video(), make_clicks()
-    media.write_mp4(path, video, audio, FPS, RATE)
+    writing.write_mp4(path, video, audio, FPS, RATE)
     assert os.listdir(tmp_path) == ["clip.mp4"]  # no temporary file stays
     with av.open(str(path)) as container:
         assert [s.codec_context.name for s in container.streams] == ["h264", "aac"]
@@ -101,7 +101,7 @@ def test_round_trip(tmp_path):
 
 def test_sound_keeps_its_time(tmp_path):
     path = tmp_path / "clip.mp4"
-    media.write_mp4(path, make_video(), make_clicks(), FPS, RATE)
+    writing.write_mp4(path, make_video(), make_clicks(), FPS, RATE)
     for start in (0.0, 0.5, 1.25):
         _, sound = read(path, start=start, frames=6)
         for click in CLICKS:
@@ -116,7 +116,7 @@ def test_sound_keeps_its_time(tmp_path):
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000])
 def test_every_sample_rate(tmp_path, rate):
     audio = make_clicks(2 * rate, rate)
-    media.write_mp4(tmp_path / "clip.mp4", make_video(16), audio, FPS, rate)
+    writing.write_mp4(tmp_path / "clip.mp4", make_video(16), audio, FPS, rate)
     sound = media.read_audio(tmp_path / "clip.mp4", rate, 2.0)
     lag = np.correlate(sound[: rate // 4], audio[: rate // 4], "full").argmax() - (rate // 4 - 1)
     assert abs(lag) <= 0.001 * rate and sound.shape == audio.shape
@@ -125,14 +125,14 @@ def test_every_sample_rate(tmp_path, rate):
 @pytest.mark.parametrize("fps", [8, 12.5, 24000 / 1001, 30])
 def test_every_frame_rate(tmp_path, fps):
     video = make_video(20)
-    media.write_mp4(tmp_path / "clip.mp4", video, None, fps, RATE)
+    writing.write_mp4(tmp_path / "clip.mp4", video, None, fps, RATE)
     got, _ = read(tmp_path / "clip.mp4", fps=fps)
     assert got.shape == video.shape and psnr(got, video) > 45
 
 
 def test_odd_sizes_are_padded(tmp_path):
     video = make_video(5, 257, 301)
-    media.write_mp4(tmp_path / "clip.mp4", video, None, FPS, RATE)
+    writing.write_mp4(tmp_path / "clip.mp4", video, None, FPS, RATE)
     with av.open(str(tmp_path / "clip.mp4")) as container:
         assert (container.streams.video[0].height, container.streams.video[0].width) == (258, 302)
     got, sound = read(tmp_path / "clip.mp4", size=(258, 302))
@@ -143,14 +143,14 @@ def test_odd_sizes_are_padded(tmp_path):
 def test_bad_sound_values_do_not_stop_the_writer(tmp_path):
     audio = np.full(17000, 3.0)
     audio[:4000] = np.nan
-    media.write_mp4(tmp_path / "clip.mp4", make_video(), audio, FPS, RATE)
+    writing.write_mp4(tmp_path / "clip.mp4", make_video(), audio, FPS, RATE)
     _, sound = read(tmp_path / "clip.mp4")
     assert np.isfinite(sound).all() and np.abs(sound[:3000]).max() < 0.05
 
 
 def test_sound_shorter_or_longer_than_the_picture(tmp_path):
     for samples in (0, 900, 20000):
-        media.write_mp4(tmp_path / "c.mp4", make_video(), np.zeros(samples), FPS, RATE)
+        writing.write_mp4(tmp_path / "c.mp4", make_video(), np.zeros(samples), FPS, RATE)
         got, sound = read(tmp_path / "c.mp4")
         assert len(got) == 17 and len(sound) == 17000
 
@@ -159,14 +159,14 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"old")
     with pytest.raises(ValueError):
-        media.write_mp4(path, make_video(), np.zeros((2, 100)), FPS, RATE)
+        writing.write_mp4(path, make_video(), np.zeros((2, 100)), FPS, RATE)
     with pytest.raises(Exception):  # a frame rate that no encoder takes  # noqa: B017
-        media.write_mp4(path, make_video(), np.zeros(100), -1, RATE)
+        writing.write_mp4(path, make_video(), np.zeros(100), -1, RATE)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["clip.mp4"]
     with pytest.raises(UserError, match="no folder"):
-        media.write_mp4(tmp_path / "absent" / "clip.mp4", make_video(), None, FPS, RATE)
+        writing.write_mp4(tmp_path / "absent" / "clip.mp4", make_video(), None, FPS, RATE)
     with pytest.raises(ValueError, match="uint8"):
-        media.write_mp4(path, make_video().astype(float), None, FPS, RATE)
+        writing.write_mp4(path, make_video().astype(float), None, FPS, RATE)
 
 
 # ----------------------------------------------------------------------------------- time and place
@@ -257,7 +257,7 @@ def test_channels_are_mixed_without_overload(tmp_path, layout, channels):
 
 
 def test_corrupted_files_raise_only_user_errors(tmp_path):
-    media.write_mp4(tmp_path / "good.mp4", make_video(), make_clicks(), FPS, RATE)
+    writing.write_mp4(tmp_path / "good.mp4", make_video(), make_clicks(), FPS, RATE)
     good = np.frombuffer((tmp_path / "good.mp4").read_bytes(), np.uint8)
     rng = np.random.default_rng(0)
     path, raised = tmp_path / "bad.mp4", 0
@@ -292,7 +292,7 @@ def test_corrupted_files_raise_only_user_errors(tmp_path):
     ],
 )
 def test_files_that_are_no_video(tmp_path, content):
-    media.write_mp4(tmp_path / "good.mp4", make_video(3), None, FPS, RATE)
+    writing.write_mp4(tmp_path / "good.mp4", make_video(3), None, FPS, RATE)
     (tmp_path / "x.mp4").write_bytes(content)
     for reader in (read, media.probe, lambda p: media.read_audio(p, RATE, 1)):
         with pytest.raises(UserError, match="'x.mp4'") as error:
@@ -312,7 +312,7 @@ def test_missing_empty_folder_and_caps(tmp_path, monkeypatch):
             with pytest.raises(UserError, match=fault):
                 reader(path)
     path = tmp_path / "clip.mp4"
-    media.write_mp4(path, make_video(), None, FPS, RATE)
+    writing.write_mp4(path, make_video(), None, FPS, RATE)
     with pytest.raises(UserError, match="ask for fewer"):
         read(path, frames=10**9)
     with pytest.raises(UserError, match="ask for fewer"):
@@ -342,7 +342,7 @@ def test_one_medium_is_not_the_other(tmp_path):
     assert not sound[8100:].any()
     with pytest.raises(UserError, match="no video stream"):
         read(tmp_path / "s.wav")
-    media.write_mp4(tmp_path / "silent.mp4", make_video(3), None, FPS, RATE)
+    writing.write_mp4(tmp_path / "silent.mp4", make_video(3), None, FPS, RATE)
     with pytest.raises(UserError, match="no sound"):
         media.read_audio(tmp_path / "silent.mp4", RATE, 1)
 
@@ -442,7 +442,7 @@ def test_a_file_that_is_cut_off_has_the_length_of_the_rest(tmp_path, name, codec
     write_frames(path, [np.roll(noise, k, 1) for k in range(90)], range(90), base=30, codec=codec)
     data = path.read_bytes()
     if name == "x.mp4":  # the index comes first, as on a web page
-        media.write_mp4(path, np.stack([np.roll(noise, k, 1) for k in range(90)]), None, 30, RATE)
+        writing.write_mp4(path, np.stack([np.roll(noise, k, 1) for k in range(90)]), None, 30, RATE)
         data = path.read_bytes()
     path.write_bytes(data[: len(data) * 2 // 3])
     length = media.probe(path)["duration"]
@@ -631,7 +631,7 @@ def test_transparent_frames_are_over_white(tmp_path):
 
 @pytest.mark.parametrize("fps, rate", [(24, 22050), (30, 22050), (12.5, 8000), (Fraction(30000, 1001), 44100)])
 def test_rates_that_do_not_divide(tmp_path, fps, rate):
-    media.write_mp4(tmp_path / "x.mp4", make_video(32), make_clicks(), FPS, RATE)
+    writing.write_mp4(tmp_path / "x.mp4", make_video(32), make_clicks(), FPS, RATE)
     video, sound = read(tmp_path / "x.mp4", fps=fps, sample_rate=rate, start=0.5, frames=20)
     assert len(video) == 20 and len(sound) == int(20 * rate / fps)
     if fps < 20:  # of the clicks, the one at 0.777 s

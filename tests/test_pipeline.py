@@ -12,7 +12,7 @@ import pytest
 import vdm_jax
 from tests import tiny
 from vdm_jax import pipeline, system, tasks
-from vdm_jax.data import media
+from vdm_jax.data import media, writing
 from vdm_jax.errors import UserError
 from vdm_jax.system import sampling
 
@@ -304,28 +304,105 @@ def test_context_is_read_at_the_size_and_rates_of_the_system(pipe, tmp_path):
     path = tmp_path / "clip.mp4"
     video = np.zeros((9, 32, 48, 3), np.uint8)
     video[:, :, 8:24, 0] = 200  # a third of the width
-    media.write_mp4(path, video, np.sin(np.arange(9 * 500) / 3), fps=8, sample_rate=4000)
-    context = pipe.context(5, video=path)
-    assert context.video.shape == (1, 5, 16, 24, 3) and context.video.dtype == np.uint8
-    assert context.masks["video"].all() and not context.masks["audio"].any() and context.audio is None
-    assert context.video[0, :, :, 5:11, 0].min() > 150 and context.video[0, :, :, 13:, 0].max() < 50
-    context = pipe.context(5, audio=path)
-    assert context.audio.shape == (1, 5 * 250) and context.audio.dtype == np.float32
-    assert np.abs(context.audio[0, 100:-100]).max() > 0.8 and context.masks["audio"].all()
+    writing.write_mp4(path, video, np.sin(np.arange(9 * 500) / 3), fps=8, sample_rate=4000)
+    read = pipe("a red circle", video=path, steps=1).video
+    assert read.shape == (9, 16, 24, 3) and read.dtype == np.uint8
+    assert read[:, :, 5:11, 0].min() > 150 and read[:, :, 13:, 0].max() < 50
+    sound = pipe("a red circle", audio=path, steps=1).audio
+    assert sound.shape == (9 * 250,) and sound.dtype == np.float32 and np.abs(sound[100:-100]).max() > 0.8
     context = pipe.context(5, image=video[0])
     assert context.masks["video"].tolist() == [True, False, False]
     context = pipe.context(5, between=[path, path])
     assert context.masks["video"].tolist() == [True, False, True]
     assert pipe.context(5).video is None
     clip = vdm_jax.Clip(video[:, :16, :24], np.zeros(9 * 250, np.float32), 8, 2000)
-    assert pipe.context(5, video=clip).video.shape == (1, 5, 16, 24, 3)
+    np.testing.assert_array_equal(pipe("a red circle", video=clip, steps=1).video, clip.video)
     with pytest.raises(UserError, match="the clip has 8 fps and 4000 Hz, the system 8 fps and 2000 Hz"):
-        pipe.context(5, video=vdm_jax.Clip(video, np.zeros(4500, np.float32), 8, 4000))
+        pipe("a red circle", video=vdm_jax.Clip(video, np.zeros(4500, np.float32), 8, 4000))
+
+
+@pytest.mark.parametrize("frames", [2, 5, 12])
+def test_what_is_given_whole_comes_back_at_any_length(pipe, frames):
+    rng = np.random.default_rng(0)
+    video = rng.integers(0, 256, (frames, 16, 24, 3), np.uint8)
+    sound = rng.uniform(-1, 1, frames * 250 - 100).astype(np.float32)
+    prompts = ["a red circle", "a blue square"]
+    for first, second in (pipe(prompts, video=video, steps=2), pipe(prompts, video=video, steps=2, seed=1)):
+        np.testing.assert_array_equal(first.video, video)
+        assert len(first.audio) == frames * 250 and differ(first.audio, second.audio)
+    dubbed, other = (pipe("a red circle", audio=sound, steps=2, seed=seed) for seed in (0, 1))
+    np.testing.assert_array_equal(dubbed.audio, np.pad(sound, (0, 100)))
+    assert len(dubbed.video) == frames and differ(dubbed.video, other.video)
+
+
+def test_the_windows_of_a_long_sound_see_the_sound_and_what_was_made(pipe, monkeypatch):
+    seen, sample = [], pipe.sample
+
+    def watched(prompts, *, context, **options):
+        seen.append((context, sample(prompts, context=context, **options)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(pipe, "sample", watched)
+    video = np.random.default_rng(0).integers(0, 256, (12, 16, 24, 3), np.uint8)
+    made = pipe("a red circle", video=video, steps=2).audio
+    layout, plan = pipe.system.layout, pipe.plan(13)
+    assert len(seen) == 1 + len(plan) > 2
+    start = 0
+    for (context, _), past in zip(seen[1:], plan):
+        start += layout.frames - past
+        shown = context.video[0, : 12 - start]
+        np.testing.assert_array_equal(shown, video[start : start + layout.frames])
+        assert context.masks["video"].all() and context.masks["audio"].sum() == 1 + (past - 1) // layout.f_t
+        blended = pipe._fade
+        heard = context.audio[0, : past * 250 - blended]
+        np.testing.assert_array_equal(heard, made[start * 250 : (start + past) * 250 - blended])
+
+
+def test_a_picture_and_the_ends_of_a_join_come_back(pipe, clip):
+    picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    np.testing.assert_array_equal(pipe("a red circle", image=picture, steps=2).video[0], picture)
+    np.testing.assert_array_equal(pipe("a red circle", image=picture, steps=2, seconds=2).video[0], picture)
+    ends = [vdm_jax.Clip(clip["video"][::step], clip["audio"], 8, 2000) for step in (1, -1)]
+    joined = pipe("a red circle", between=ends, steps=2)
+    np.testing.assert_array_equal(joined.video[0], ends[0].video[-1])
+    np.testing.assert_array_equal(joined.video[-2:], ends[1].video[:2])
+    fade = pipe._fade
+    np.testing.assert_allclose(joined.audio[-500 + fade :], ends[1].audio[fade:500], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def kinds_of_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    writing.write_mp4(folder / "film.mp4", np.zeros((3, 16, 24, 3), np.uint8), None, 8, 2000)
+    writing.write_images(folder / "still.png", np.zeros((1, 16, 24, 3), np.uint8))
+    writing.write_wav(folder / "hum.wav", np.zeros(999), 2000)
+    return folder
+
+
+@pytest.mark.parametrize("argument, name, told", [
+    ("video", "still_00000.png", "still_00000.png is a picture: give it as --image"),
+    ("between", "still_00000.png", "still_00000.png is a picture: give it as --image"),
+    ("clip", "still_00000.png", "still_00000.png is a picture: give it as --image"),
+    ("audio", "still_00000.png", "still_00000.png is a picture: give it as --image"),
+    ("image", "film.mp4", "film.mp4 is a video: give it as --video, --continue or --between"),
+    ("image", "hum.wav", "hum.wav is a sound: give it as --audio"),
+    ("video", "hum.wav", "hum.wav is a sound: give it as --audio"),
+    ("clip", "hum.wav", "hum.wav is a sound: give it as --audio"),
+    ("audio", "film.mp4", "it has no sound"),
+])  # fmt: skip
+def test_a_file_of_another_kind_is_told_where_it_belongs(pipe, kinds_of_files, argument, name, told):
+    path = str(kinds_of_files / name)
+    with pytest.raises(UserError, match=told):
+        if argument == "clip":
+            pipe.extend(path, "a red circle")
+        else:
+            pipe("a red circle", **{argument: [path, path] if argument == "between" else path})
 
 
 @pytest.mark.parametrize("arguments, words", [
     (dict(image="a.png", audio="a.wav"), "give only one of image, audio"),
-    (dict(audio="a.wav", seconds=9.125), "audio is for clips of up to 0.625 s"),
+    (dict(audio="a.wav", seconds=9.125), "the clip is as long as the given audio: leave out seconds"),
+    (dict(between=["a.mp4", "b.mp4"], seconds=9.125), "between is for clips of up to 0.625 s"),
     (dict(between="a.mp4"), "between wants two clips"),
     (dict(image="none.png"), "none.png"),
     (dict(seconds=float("nan")), "seconds=nan: give a length"),

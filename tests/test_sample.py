@@ -8,7 +8,7 @@ from tests import tiny
 from tests.conftest import write_run
 from tests.helpers import finish, start
 from vdm_jax import sample
-from vdm_jax.data import media
+from vdm_jax.data import media, writing
 
 RATE = {"fps": 8, "sample_rate": 2000}
 
@@ -53,6 +53,40 @@ def test_a_file_of_prompts_becomes_a_folder(tiny_run, tmp_path, command):
     assert first.shape == (5, 16, 24, 3) and np.abs(first.astype(int) - second).mean() > 1
 
 
+def packets(path, kind):
+    with av.open(str(path)) as file:
+        return [bytes(packet) for packet in file.demux(**{kind: 0}) if packet.size]
+
+
+def test_a_given_film_or_sound_is_in_the_output_as_it_is(tiny_run, tmp_path, command):
+    film, hum = tmp_path / "film.mp4", tmp_path / "hum.wav"
+    pixels = np.random.default_rng(0).integers(0, 256, (14, 40, 56, 3), np.uint8)
+    writing.write_mp4(film, pixels, np.sin(np.arange(16800) / 9), 12, 12_000)
+    writing.write_wav(hum, np.sin(np.arange(4410) / 9), 4410)
+    made = {}
+    for flag, given in (("video", film), ("audio", film), ("audio", hum)):
+        out = tmp_path / f"{flag}_{given.stem}.mp4"
+        options = [f"--workdir={tiny_run}", "--prompt=x", f"--{flag}={given}", "--steps=2", f"--out={out}"]
+        assert command(sample, *options).code == 0
+        made[out.stem] = out
+    assert packets(made["video_film"], "video") == packets(film, "video")
+    assert packets(made["video_film"], "audio") != packets(film, "audio")
+    assert packets(made["audio_film"], "audio") == packets(film, "audio")
+    assert streams(made["video_film"])[1:2] == (14,) and streams(made["video_film"])[2] >= 14 / 12
+    codecs, frames, seconds, _ = streams(made["audio_hum"])
+    assert codecs == {"video": "h264", "audio": "flac"} and frames == 8 and seconds == 1
+    np.testing.assert_array_equal(*(media.read_audio(path, 4410, 1) for path in (hum, made["audio_hum"])))
+
+
+def test_a_clip_becomes_a_sound_or_pictures(tiny_run, tmp_path, command):
+    for name in ("clip.mp4", "clip.wav", "clip.png"):
+        assert command(sample, f"--workdir={tiny_run}", "--prompt=x", "--steps=2", f"--out={tmp_path / name}").code == 0
+    frames = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert frames == [f"clip_{number:05d}.png" for number in range(5)]
+    assert media.read_image(tmp_path / frames[0]).shape == (16, 24, 3)
+    assert media.sound_seconds(tmp_path / "clip.wav") == 0.625
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tiny_run):
     """Names that the wrong inputs below mention."""
@@ -76,7 +110,7 @@ WRONG = {
         ["--workdir={run}", "--weights={run}", "--prompt=x", "--out={files}/x.mp4"],
         "give only one of --workdir and --weights",
     ),
-    "not mp4": (["--prompt=x", "--out={files}/x.avi"], "must end in .mp4"),
+    "not mp4": (["--prompt=x", "--out={files}/x.avi"], "must end in .mp4 or .wav or .png"),
     "out in a file": (["--workdir={run}", "--prompt=x", "--out={files}/text.mp4/x.mp4"], "cannot make the folder"),
     "argument": (["--prompt=x", "--out={files}/x.mp4", "more"], "unexpected argument 'more'"),
     "unknown option": (["--prompt=x", "--out={files}/x.mp4", "--step=3"], "Did you mean: steps"),
@@ -95,7 +129,7 @@ WRONG = {
     "one between": (["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--between={files}/a"], "wants two clips"),
     "long sound": (
         ["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--audio={files}/a.wav", "--seconds=9.125"],
-        "audio is for clips of up to 0.625 s",
+        "the clip is as long as the given audio: leave out seconds",
     ),
     "two given": (
         ["--workdir={run}", "--prompt=x", "--out={files}/x.mp4", "--image={files}/a.png", "--audio={files}/a.wav"],
@@ -114,7 +148,7 @@ def test_wrong_input_is_one_clear_line(command, files, options, told):
 
 def test_a_clip_is_continued_and_two_are_joined(tiny_run, tmp_path, command):
     ramp = np.arange(9)[:, None, None, None] * 20 + np.zeros((9, 16, 24, 3))
-    media.write_mp4(tmp_path / "a.mp4", ramp.astype(np.uint8), np.sin(np.arange(9 * 250) / 3), **RATE)
+    writing.write_mp4(tmp_path / "a.mp4", ramp.astype(np.uint8), np.sin(np.arange(9 * 250) / 3), **RATE)
     common = [f"--workdir={tiny_run}", "--prompt=a red circle", "--steps=2", f"--out={tmp_path / 'out.mp4'}"]
     done = command(sample, *common, f"--continue={tmp_path / 'a.mp4'}", "--seconds=1.125")
     assert done.code == 0

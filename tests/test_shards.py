@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.test_listing import CLIP
-from vdm_jax.data import media, shards
+from vdm_jax.data import shards, writing
 from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
 
@@ -66,7 +66,7 @@ def test_images_and_damaged_clips_of_an_archive(put, tmp_path, caplog):
     folder.mkdir()
     pixels = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
     Image.fromarray(pixels).save(image, "PNG")
-    media.write_mp4(tmp_path / "k.mp4", np.zeros((60, 32, 32, 3), np.uint8), None, 8, 8000)
+    writing.write_mp4(tmp_path / "k.mp4", np.zeros((60, 32, 32, 3), np.uint8), None, 8, 8000)
     with av.open(str(tmp_path / "k.mp4")) as container:
         packet = [packet for packet in container.demux() if packet.size][40]
     data = bytearray((tmp_path / "k.mp4").read_bytes())

@@ -42,6 +42,7 @@ class Task(NamedTuple):
     files: dict = {}  # {field of the form: its name on the page}
     flag: str = ""  # of vdm_jax.sample, for the files
     weight: str = "text"  # key of config.sample.guidance for the text
+    is_whole: bool = False  # whether the clip is as long as the file
 
 
 TASKS = {
@@ -49,8 +50,8 @@ TASKS = {
     "image": Task("Animate a picture", {"picture": "Picture"}, "image"),
     "continue": Task("Continue a clip", {"clip": "Clip to continue"}, "continue", "text_continue"),
     "between": Task("Join two clips", {"clip": "First clip", "second_clip": "Second clip"}, "between", "text_continue"),
-    "foley": Task("Give a silent clip its sound", {"clip": "Silent clip"}, "video", "text_cross_modal"),
-    "audio": Task("Give a sound its pictures", {"sound": "Sound"}, "audio", "text_cross_modal"),
+    "foley": Task("Give a silent clip its sound", {"clip": "Silent clip"}, "video", "text_cross_modal", True),
+    "audio": Task("Give a sound its pictures", {"sound": "Sound"}, "audio", "text_cross_modal", True),
     "rollout": Task("A long clip from words"),
 }
 FILES = ("picture", "clip", "second_clip", "sound")
@@ -115,7 +116,8 @@ def request(form, config, source):
         if not form[field]:
             raise UserError(f"the {name.lower()} is missing: choose a file")
 
-    numbers = {"seconds": form["seconds"], "seed": int(form["seed"]), "steps": int(form["steps"])}
+    numbers = {} if task.is_whole else {"seconds": form["seconds"]}
+    numbers |= {"seed": int(form["seed"]), "steps": int(form["steps"])}
     # Where the files are too short for the task's weight, the sampler takes the weight `text`. So both are set.
     weights = {name: float(form["guidance"]) for name in sorted({"text", task.weight})}
     arguments = {"prompt": form["prompt"] or "", **numbers, "guidance": weights}
@@ -128,6 +130,11 @@ def request(form, config, source):
     pairs = [(name, x) for name, value in options.items() for x in (value if isinstance(value, list) else [value])]
     words = [f"--{name}={shlex.quote(str(value))}" for name, value in pairs]
     return arguments, " ".join(["python -m vdm_jax.sample", *words, "--out=clip.mp4"])
+
+
+def videos_of(arguments):
+    """Returns the paths of the videos among arguments, as `request` returns them."""
+    return [*(arguments[name] for name in ("clip", "video") if name in arguments), *arguments.get("between", ())]
 
 
 def defaults(task, config):
@@ -169,8 +176,11 @@ class WatchedPipeline(Pipeline):
 
     def make(self, arguments):
         """Returns a Clip. arguments: as `request` returns them. Raises UserError."""
-        for path in [arguments.get("clip"), arguments.get("video"), *arguments.get("between", ())]:
-            if path and (seconds := media.probe(path)["duration"]) > MAX_SECONDS:
+        files = {path: media.probe(path)["duration"] for path in videos_of(arguments)}
+        if "audio" in arguments:
+            files[arguments["audio"]] = media.sound_seconds(arguments["audio"])
+        for path, seconds in files.items():
+            if seconds > MAX_SECONDS:
                 raise UserError(f"{Path(path).name!r} lasts {seconds:.0f} s: cut it to {MAX_SECONDS} s")
         logger.addHandler(self.handler)
         try:
@@ -233,7 +243,8 @@ def page(pipe, folder, source):
     def choose(task, steps):
         names = TASKS[task].files
         uploads = [gr.update(visible=field in names, label=names.get(field)) for field in FILES]
-        return [*uploads, *defaults(task, pipe.for_steps(int(steps)).config), ""]
+        seconds, weight = defaults(task, pipe.for_steps(int(steps)).config)
+        return [*uploads, gr.update(value=seconds, visible=not TASKS[task].is_whole), weight, ""]
 
     with gr.Blocks(title="vdm_jax", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.Markdown("# Words to video with sound\nChoose what to make, describe it, and press the button.")

@@ -30,7 +30,7 @@ from absl import flags
 
 from vdm_jax import diffusion, samplers
 from vdm_jax import sample as sample_command
-from vdm_jax.data import batches, captions, media, text
+from vdm_jax.data import batches, captions, text, writing
 from vdm_jax.errors import UserError, one_of
 from vdm_jax.metrics import copies, figures, reconstruction, report, shares, tasks, tracker
 from vdm_jax.run import cli, storage
@@ -300,7 +300,7 @@ def show_samples(config, out, prompts, video, audio):
     figures.contact_sheet(out / "samples.png", video[chosen], captions)
     paths = [out / f"sample_{i:03d}.mp4" for i in chosen]
     for i, path in zip(chosen, paths):
-        media.write_mp4(path, video[i], audio[i], config.data.fps, config.data.sample_rate)
+        writing.write_mp4(path, video[i], audio[i], config.data.fps, config.data.sample_rate)
     return [("Samples", out / "samples.png"), *zip(captions, paths)]
 
 
@@ -314,7 +314,7 @@ def show_reconstruction(config, out, items, truth, remade):
     figures.spectrogram(out / "spectrogram.png", np.concatenate(audio), config.data.sample_rate)
     for name, clips in (("truth", truth), ("autoencoder", remade)):
         path = out / f"{name}.mp4"
-        media.write_mp4(path, clips["video"][0], clips["audio"][0], config.data.fps, config.data.sample_rate)
+        writing.write_mp4(path, clips["video"][0], clips["audio"][0], config.data.fps, config.data.sample_rate)
     return [
         ("Held-out clips and their reconstructions", out / "reconstruction.png"),
         ("Sound of the same clips, each followed by its reconstruction", out / "spectrogram.png"),

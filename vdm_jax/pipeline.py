@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from vdm_jax import sharding, tasks
-from vdm_jax.data import captions, media
+from vdm_jax.data import captions, media, writing
 from vdm_jax.errors import UserError
 from vdm_jax.run import folder
 from vdm_jax.run.progress import progress
@@ -25,6 +25,12 @@ logger = logging.getLogger("vdm_jax")
 FADE = 0.005  # s, over which the sound of one window of a long clip gives way to the next window's
 MAX_SECONDS = 3600  # of a clip
 STUDENT = "student"  # subfolder of exported weights
+ENDINGS = (".mp4", ".wav", ".png")  # of files that a Clip can be saved to
+OTHER_FLAG = {  # {what a file is: how a message tells where it belongs}
+    "image": "a picture: give it as --image",
+    "video": "a video: give it as --video, --continue or --between",
+    "sound only": "a sound: give it as --audio",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,14 +42,30 @@ class Clip:
     fps: float  # frames a second
     sample_rate: int  # Hz
     prompt: str = ""
+    picture_from: str | None = None  # a file that `video` was read from: an MP4 gets its picture as it is
+    sound_from: str | None = None  # a file that `audio` was read from: an MP4 gets its sound as it is
 
     @property
     def seconds(self):
         return len(self.video) / self.fps
 
     def save(self, path):
-        """Writes an MP4 file (H.264 and AAC). Raises UserError where the path cannot be written."""
-        media.write_mp4(path, self.video, self.audio, self.fps, self.sample_rate)
+        """Writes an MP4 file (H.264 and AAC), a WAV file, or for x.png the frames as x_00000.png and so on.
+
+        Raises UserError for another ending, and where the path cannot be written.
+        """
+        ending = Path(path).suffix.lower()
+        if ending not in ENDINGS:
+            raise UserError(f"{path} must end in {' or '.join(ENDINGS)}")
+        if ending == ".png":
+            writing.write_images(path, self.video)
+        elif ending == ".mp4":
+            given = dict(picture_from=self.picture_from, sound_from=self.sound_from)
+            writing.write_mp4(path, self.video, self.audio, self.fps, self.sample_rate, **given)
+        elif self.audio is None:
+            raise UserError(f"cannot write {path}: the clip has no sound")
+        else:
+            writing.write_wav(path, self.audio, self.sample_rate)
 
     def _repr_html_(self):
         with tempfile.TemporaryDirectory() as scratch:
@@ -137,11 +159,13 @@ class Pipeline:
         prompt: a text, or a list of texts.
         seed: seed of the noise. The same seed and prompt give the same clip.
         size: (height, width) in pixels; None: as in training.
-        seconds: length; None: as in training. A longer clip is made window by window.
+        seconds: length; None: as in training, or that of `video` or `audio`. A longer clip is made window by window.
         image: the first frame; a file, or uint8 [h, w, 3].
-        video: a silent clip that gets a sound; a file, a Clip, or uint8 [F, h, w, 3] at the system's frame rate.
-        audio: a sound that gets a picture; a file, a Clip, or float32 [N] at the system's sample rate.
+        video: a clip of any length that gets a sound; a file, a Clip, or uint8 [F, h, w, 3] at the system's frame rate.
+        audio: a sound of any length that gets a picture; a file, a Clip, or float32 [N] at the system's sample rate.
         between: two clips; the new clip leads from the end of the first to the beginning of the second.
+        What is given comes back as it is, at the system's size and rates. An MP4 of the Clip has the streams of the
+        file.
 
         Other arguments (less frequently used): student, as in `for_steps`; any setting of config.sample, such as steps,
         method, context_noise, lag.
@@ -153,14 +177,23 @@ class Pipeline:
 
         def prepare(maker, prompts):
             maker = maker.for_size(size)
-            given = dict(image=image, video=video, audio=audio, between=between)
+            if video is not None or audio is not None:
+                whole = maker._whole(video, audio)
+                return functools.partial(maker.complete, prompts, **whole, seed=seed, **options)
             frames = maker.config.data.frames if seconds is None else maker.frames_of(seconds)
-            context = maker.context(frames, **given, context_frames=options.get("context_frames"))
-            if frames > maker.config.data.frames:
-                return functools.partial(maker.rollout, prompts, frames, seed=seed, context=context, **options)
-            return functools.partial(maker.sample, prompts, seed=seed, frames=frames, context=context, **options)
+            given = dict(image=image, between=between, context_frames=options.get("context_frames"))
+            context = maker.context(frames, **given)
+            return functools.partial(maker.rollout, prompts, frames, seed=seed, context=context, **options)
 
-        return self._clips(prompt, prepare, options)
+        given = dict(image=image, video=video, audio=audio, between=between)
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise UserError(f"give only one of {', '.join(given)}")
+        if seconds is not None and {"video", "audio"} & {*given}:
+            raise UserError(f"the clip is as long as the given {', '.join(given)}: leave out seconds")
+        return self._clips(
+            prompt, prepare, options, picture_from=_file(video, "picture_from"), sound_from=_file(audio, "sound_from")
+        )
 
     def extend(self, clip, prompt, *, seconds=None, seed=0, **options):
         """A Clip that begins with `clip` and goes on for `seconds`; a list of them for a list of prompts.
@@ -190,25 +223,73 @@ class Pipeline:
         """Like `sample`, for clips of any length: window after window, each with the end of the one before as context.
 
         prompts: P texts.
-        frames: video frames of the whole.
-        context: tasks.Context of the first window; None: no context. Not used with start.
+        frames: video frames of the whole, 1 + f_t * n.
+        context: tasks.Context of the first window; None: no context. Not used with start. It comes back as it is.
         start: (video uint8 [P, n, H, W, 3], audio float32 [P, n * samples_per_frame]) that the clips begin with;
             None: the first window is sampled.
         options: as in Sampler.__call__. A window gets `context_frames` latent frames of the window before, or fewer
             where there are fewer.
         """
         per_frame = self.system.layout.samples_per_frame
-        fade = round(FADE * self.config.data.sample_rate)
         plan = self.plan(frames, None if start is None else start[0].shape[1], options.get("context_frames"))
-        video, audio = self.sample(prompts, seed=seed, context=context, **options) if start is None else start
+        video, audio = self._first_window(prompts, frames, seed, context, options) if start is None else start
         with progress("sampling", len(plan), "window") as advance:
             for window, past in enumerate(plan, 1):
                 context = tasks.continue_(video[:, -past:], audio[:, -past * per_frame :], self.system.layout)
                 next_video, next_audio = self.sample(prompts, seed=seed, window=window, context=context, **options)
                 video = np.concatenate([video, next_video[:, past:]], 1)
-                audio = crossfade(audio, next_audio, past * per_frame, fade)
+                audio = crossfade(audio, next_audio, past * per_frame, self._fade)
                 advance(1)
         return video[:, :frames], audio[:, : frames * per_frame]
+
+    def complete(self, prompts, *, video=None, audio=None, seed=0, **options):
+        """-> (video, audio) as `sample`, for clips of any length of which one modality is given whole and comes back.
+
+        prompts: P texts.
+        video: uint8 [F, H, W, 3], which gets a sound; or
+        audio: float32 [N], which gets a picture. After its end there is silence, up to the end of a frame.
+        options: as in `rollout`.
+        """
+        layout = self.system.layout
+        per_frame = layout.samples_per_frame
+        frames = -(-len(audio) // per_frame) if video is None else len(video)
+        filled = 1 + layout.f_t * -(-(frames - 1) // layout.f_t)  # frames, so that latent frames are whole
+        plan = self.plan(filled, context_frames=options.get("context_frames"))
+        layout = layout.with_frames(min(filled, layout.frames))
+        end = layout.frames + sum(layout.frames - past for past in plan)  # of the last window
+        if video is None:
+            whole = np.pad(audio.astype(np.float32), (0, end * per_frame - len(audio)))
+            context = tasks.audio(whole[: layout.samples], layout)
+        else:
+            whole = np.pad(video, ((0, end - frames), (0, 0), (0, 0), (0, 0)), "edge")
+            context = tasks.foley(whole[: layout.frames], layout)
+        whole = np.broadcast_to(whole, (len(prompts), *whole.shape))
+        made, sound = self._first_window(prompts, filled, seed, context, options)
+        start = 0  # frame of the window
+        with progress("sampling", len(plan), "window") as advance:
+            for window, past in enumerate(plan, 1):
+                start += layout.frames - past
+                samples = slice(start * per_frame, (start + layout.frames) * per_frame)
+                if video is None:
+                    context = tasks.begun(made[:, start:], whole[:, samples], layout)
+                else:
+                    context = tasks.begun(whole[:, start : start + layout.frames], sound[:, samples], layout)
+                next_video, next_audio = self.sample(prompts, seed=seed, window=window, context=context, **options)
+                made = np.concatenate([made, next_video[:, past:]], 1)
+                sound = crossfade(sound, next_audio, past * per_frame, self._fade)
+                advance(1)
+        made, sound = (made, whole) if video is None else (whole, sound)
+        return made[:, :frames], sound[:, : frames * per_frame]
+
+    def _first_window(self, prompts, frames, seed, context, options):
+        """As `sample`, for the first window of clips of so many frames. What is context comes back as it was given."""
+        layout = self.system.layout.with_frames(min(frames, self.config.data.frames))
+        made = self.sample(prompts, seed=seed, frames=layout.frames, context=context, **options)
+        return tasks.restored(context, *made, layout, self._fade)
+
+    @property
+    def _fade(self):
+        return round(FADE * self.config.data.sample_rate)
 
     def plan(self, frames, start=None, context_frames=None):
         """The windows that make a clip longer: for each window, its number of context frames.
@@ -247,42 +328,51 @@ class Pipeline:
             )  # fmt: skip
         return frames
 
-    def context(self, frames, *, image=None, video=None, audio=None, between=None, context_frames=None):
+    def context(self, frames, *, image=None, between=None, context_frames=None):
         """The tasks.Context of a clip.
 
         frames: video frames of the clip. If it is longer than a clip of training, this is the context of its first
             window.
-        image, video, audio, between: as in a call; at most one of them.
+        image, between: as in a call; at most one of them.
         context_frames: latent frames of context at either end with `between`; None: as in config.sample.
-        Raises UserError for two inputs, or for an input other than an image with a long clip.
+        Raises UserError for `between` with a long clip.
         """
-        given = {"image": image, "video": video, "audio": audio, "between": between}
-        given = {name: value for name, value in given.items() if value is not None}
-        if len(given) > 1:
-            raise UserError(f"give only one of {', '.join(given)}")
         data = self.config.data
         layout = self.system.layout.with_frames(min(frames, data.frames))
-        if given and image is None and frames > data.frames:
-            raise UserError(f"{', '.join(given)} is for clips of up to {data.frames / data.fps:g} s: lower seconds")
         if image is not None:
-            image = image if isinstance(image, np.ndarray) else media.read_image(image)
+            if not isinstance(image, np.ndarray):
+                check_kind(image, "image")
+                image = media.read_image(image)
             self._tell_fit("the image", image.shape[:2])
             return tasks.image(media.fit(image, data.size), layout)
+        if between is None:
+            return tasks.text(layout)
+        if frames > data.frames:
+            raise UserError(f"between is for clips of up to {data.frames / data.fps:g} s: lower seconds")
+        return self._between(between, layout, context_frames)
+
+    def _whole(self, video, audio):
+        """-> {'video': uint8 [F, H, W, 3]} or {'audio': float32 [N]}, as `complete` takes it."""
         if video is not None:
-            return tasks.foley(self._read(video, frames)[0], layout)
-        if between is not None:
-            return self._between(between, layout, context_frames)
+            return {"video": self._read(video)[0]}
         if isinstance(audio, Clip):
             audio = self._read(audio)[1]
-        elif audio is not None and not isinstance(audio, np.ndarray):
-            audio = media.read_audio(audio, data.sample_rate, frames / data.fps)
-        return tasks.text(layout) if audio is None else tasks.audio(audio.astype(np.float32), layout)
+        elif not isinstance(audio, np.ndarray):
+            check_kind(audio, "sound only", "video")
+            seconds = media.sound_seconds(audio)
+            if seconds > MAX_SECONDS:
+                raise UserError(f"{audio} lasts {seconds:.0f} s: cut it to {MAX_SECONDS} s")
+            audio = media.read_audio(audio, self.config.data.sample_rate, seconds)
+        if not len(audio):
+            raise UserError("the sound has no samples")
+        return {"audio": audio}
 
-    def _clips(self, prompt, prepare, options):
+    def _clips(self, prompt, prepare, options, **sources):
         """A Clip of a prompt, or a list of them. Warns of words that no caption in training had.
 
         prepare: (this Pipeline or its student, prompts) -> make, with make() -> (video, audio). It checks its inputs.
         options: of a call; `student` is taken out. Raises UserError where they are wrong.
+        sources: `picture_from` and `sound_from` of the Clip.
         """
         maker = self.for_steps(options.get("steps"), options.pop("student", None))
         resolve(maker.config.sample, options)
@@ -298,7 +388,7 @@ class Pipeline:
                 words = ", ".join(words[:10]) + (f" and {len(words) - 10} more" if len(words) > 10 else "")
                 logger.warning("training had no caption with the words %s: the model may ignore them", words)
         made = zip(*make(), prompts, strict=True)
-        clips = [Clip(video, audio, data.fps, data.sample_rate, text) for video, audio, text in made]
+        clips = [Clip(video, audio, data.fps, data.sample_rate, text, **sources) for video, audio, text in made]
         return clips[0] if isinstance(prompt, str) else clips
 
     def _between(self, clips, layout, context_frames):
@@ -315,19 +405,18 @@ class Pipeline:
             )
         return tasks.between(start, end, layout, latents)
 
-    def _read(self, clip, frames=None):
+    def _read(self, clip):
         """-> (video uint8 [F, H, W, 3], audio float32 [N]) at the system's size and rates.
 
         clip: a file, a Clip, or frames uint8 [F, h, w, 3] at the system's frame rate.
-        frames: at most so many frames are read; None: all.
         """
         data, per_frame = self.config.data, self.system.layout.samples_per_frame
         if isinstance(clip, np.ndarray):
             clip = Clip(clip, np.zeros(len(clip) * per_frame, np.float32), data.fps, data.sample_rate)
         if not isinstance(clip, Clip):
-            shape = dict(fps=data.fps, size=data.size, sample_rate=data.sample_rate)
+            check_kind(clip, "video")
             self._tell_fit(clip, media.probe(clip)["size"])
-            video, audio = media.read_video(clip, **shape, frames=frames)
+            video, audio = media.read_video(clip, fps=data.fps, size=data.size, sample_rate=data.sample_rate)
             return video, audio[: len(video) * per_frame]
         if (clip.fps, clip.sample_rate) != (data.fps, data.sample_rate):
             raise UserError(
@@ -337,7 +426,7 @@ class Pipeline:
         if not len(clip.video) or len(clip.audio) < len(clip.video) * per_frame:
             raise UserError(f"the clip has {len(clip.video)} frames and {len(clip.audio)} samples of sound: too few")
         self._tell_fit("the clip", clip.video.shape[1:3])
-        video = np.stack([media.fit(frame, data.size) for frame in clip.video[:frames]])
+        video = np.stack([media.fit(frame, data.size) for frame in clip.video])
         return video, clip.audio[: len(video) * per_frame]
 
     def _tell_fit(self, name, size):
@@ -346,6 +435,20 @@ class Pipeline:
         if tuple(size) != (height, width):
             cropped = "scaled and cropped" if size[0] * width != size[1] * height else "scaled"
             logger.info("%s of %dx%d pixels is %s to %dx%d", name, *size, cropped, height, width)
+
+
+def check_kind(path, *kinds):
+    """Raises UserError for a file that belongs to another argument. kinds: what it may be, see media.kind."""
+    kind = media.kind(path)
+    if kind is not None and kind not in kinds:
+        raise UserError(f"{path} is {OTHER_FLAG[kind]}")
+
+
+def _file(given, field):
+    """-> the path of a file that was given, or the file in this field of a Clip that was given, or None."""
+    if isinstance(given, Clip):
+        return getattr(given, field)
+    return None if given is None or isinstance(given, np.ndarray) else str(given)
 
 
 def crossfade(audio, following, overlap, fade):

@@ -15,8 +15,8 @@ The codecs and the text encoder of a run may come from folders. --video_codec.so
 --text_encoder.source tell where they are, if they have moved since.
 
 --image     becomes the first frame of the clip
---video     gets a sound
---audio     gets a picture
+--video     gets a sound, whatever its length; the output has its picture as it is
+--audio     gets a picture, whatever its length; the output has its sound as it is
 --continue  goes on for --seconds after its end; the output begins with the clip itself, at the model's size and rates
 --between   gives a clip that leads from the end of the first file to the beginning of the second
 
@@ -36,7 +36,7 @@ from vdm_jax import samplers
 from vdm_jax.data import buckets, text
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import figures
-from vdm_jax.pipeline import Clip, load
+from vdm_jax.pipeline import ENDINGS, Clip, load
 from vdm_jax.run import cli, hosts, storage
 from vdm_jax.settings import PARTS
 from vdm_jax.system import finetuned, published
@@ -62,8 +62,8 @@ def main(argv):
     many = options.prompts is not None
     prompts = text.read_prompts(options.prompts) if many else [options.prompt]
     out = storage.given(options.out)
-    if not many and out.suffix.lower() != ".mp4":
-        raise UserError(f"--out={options.out} must end in .mp4")
+    if not many and out.suffix.lower() not in ENDINGS:
+        raise UserError(f"--out={options.out} must end in {' or '.join(ENDINGS)}")
     context = {flag: options[flag].value for flag in CONTEXT if options[flag].value}
     start = options["continue"].value
     if start and context:
@@ -153,7 +153,7 @@ def define_flags():
     hosts.define_flags()
     flags.DEFINE_string("prompt", None, "What to show.")
     flags.DEFINE_string("prompts", None, "Text file with one prompt a line.")
-    flags.DEFINE_string("out", None, "MP4 file to write, or with --prompts a folder.")
+    flags.DEFINE_string("out", None, "File to write: .mp4, .wav, or .png for numbered frames. With --prompts a folder.")
     flags.DEFINE_float("seconds", None, "Length of what is made; default: as in training.")
     flags.DEFINE_string("image", None, "Image to start from.")
     flags.DEFINE_string("video", None, "Video that gets a sound.")

@@ -58,11 +58,22 @@ def continue_(frames, samples, layout):
         clip allow.
     samples: float32 [P, n * samples_per_frame].
     """
-    count = _latent_frames(frames.shape[1], layout)
-    used = 1 + layout.f_t * (count - 1)
-    frames = _fit(frames[:, -used:], layout.frames, "edge")
-    samples = _fit(samples[:, -used * layout.samples_per_frame :], layout.samples)
-    return Context(frames, samples, _first_frames(layout, video=count, audio=count))
+    used = 1 + layout.f_t * (_latent_frames(frames.shape[1], layout) - 1)
+    return begun(frames[:, -used:], samples[:, -used * layout.samples_per_frame :], layout)
+
+
+def begun(frames, samples, layout):
+    """Returns the Context for clips whose beginnings are there. The video may be there for longer than the sound.
+
+    frames: uint8 [P, n, H, W, 3], n above 0.
+    samples: float32 [P, m * samples_per_frame], m above 0.
+    """
+    filled = {
+        "video": _latent_frames(frames.shape[1], layout),
+        "audio": _latent_frames(samples.shape[1] // layout.samples_per_frame, layout),
+    }
+    samples = _fit(samples, layout.samples)
+    return Context(_fit(frames, layout.frames, "edge"), samples, _first_frames(layout, **filled))
 
 
 def between(start, end, layout, context_frames):
@@ -83,6 +94,26 @@ def between(start, end, layout, context_frames):
     frame = np.arange(layout.latent_frames)
     mask = (frame < context_frames) | (frame >= layout.latent_frames - context_frames)
     return Context(np.concatenate([first, last])[None], np.concatenate(sounds)[None], {"video": mask, "audio": mask})
+
+
+def restored(context, video, audio, layout, fade):
+    """Returns (video, audio) of clips in which the frames and the sound that are context are as they were given.
+
+    context: of clips of this layout, or None.
+    video, audio: the clips, as sampled: uint8 [P, F, H, W, 3], float32 [P, N].
+    fade: samples, inside the given sound, over which the given and the made sound blend.
+    """
+    if context is None:
+        return video, audio
+    shown, heard = (np.repeat(context.masks[name], layout.f_t)[layout.f_t - 1 :] for name in MODALITIES)  # bool [F]
+    if shown.any():
+        video = np.where(shown[:, None, None, None], context.video, video)
+    if heard.any():
+        share = np.pad(np.repeat(heard, layout.samples_per_frame).astype(np.float32), fade, "edge")
+        share = np.convolve(share, np.ones(2 * fade + 1, np.float32) / (2 * fade + 1), "valid")
+        share = np.clip(2 * share - 1, 0, 1)  # 0 up to the border, 1 from `fade` samples behind it on
+        audio = share * context.audio + (1 - share) * audio
+    return video, audio
 
 
 def _first_frames(layout, video, audio):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vdm_jax.data import media
+from vdm_jax.data import media, writing
 
 
 def full_size(frame, size, pixel_aspect, scaler):
@@ -34,7 +34,7 @@ def main():
         if not options.file:
             y, x = np.mgrid[:1080, :1920]
             pattern = np.stack([x % 256, y % 256, (x + y) // 8 % 256], -1).astype(np.uint8)
-            media.write_mp4(file, [np.roll(pattern, 8 * k, 1) for k in range(16)], None, 8, 8000)
+            writing.write_mp4(file, [np.roll(pattern, 8 * k, 1) for k in range(16)], None, 8, 8000)
         sides, clips, times = {"ours": media._picture, "full size": full_size}, {}, {"ours": [], "full size": []}
         for _ in range(options.rounds):
             for name, picture in sides.items():

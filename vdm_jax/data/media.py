@@ -1,6 +1,6 @@
-"""Reads and writes MP4 files with sound, reads sound files and images. A path may also be a `Part`.
+"""Reads videos with their sound, sound files and images. A path may also be a `Part`.
 
-PyAV encodes and decodes; its wheels carry FFmpeg with libx264 and AAC. Pillow reads images. A video is uint8
+PyAV decodes; its wheels carry FFmpeg. Pillow reads images. A video is uint8
 [F, H, W, 3], a sound is mono float32 [N] in [-1, 1], a size is h = w or (h, w) in pixels, and rates are in Hz. A file
 that cannot be read raises a UserError of one line that names the file. A damaged packet costs no more than its own
 frames, and damaged sound never costs the picture: a warning names the file once.
@@ -11,7 +11,6 @@ import itertools
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -19,13 +18,11 @@ import av
 import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
-from etils import epath
 from PIL import Image, ImageOps
 
 from vdm_jax.data import color, shards
 from vdm_jax.data.shards import Part
 from vdm_jax.errors import UserError
-from vdm_jax.run import storage
 
 logger = logging.getLogger("vdm_jax")
 
@@ -42,85 +39,9 @@ MAX_PIXELS = 64_000_000  # of one frame or image
 MAX_OUTPUT_BYTES = 1 << 30  # of one decoded clip
 # WebM counts time in steps of 1 ms: a frame that is due at 1/24 s = 0.0417 s has the time stamp 0.042 s.
 TIME_TOLERANCE = Fraction(1001, 1_000_000)  # s
-# The fast conversions of swscale darken a picture by one level of 255 and blur color over edges. The exact conversions
-# take 4 ms a frame of 720p.
-TO_YUV = Interpolation.AREA | Interpolation.ACCURATE_RND
+# The fast conversion of swscale darkens a picture by one level of 255 and blurs color over edges. The exact one takes
+# 4 ms a frame of 720p.
 TO_RGB = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-
-
-@contextlib.contextmanager
-def replacing(path) -> Iterator[str]:
-    """Yields the name of a temporary file, which becomes `path` if the block succeeds and is removed if it fails.
-
-    A reader therefore sees the old file or the complete new file, never half of one. Raises UserError if the file
-    cannot be written.
-    """
-    path = os.fspath(path)
-    folder, name = os.path.split(path)
-    in_bucket = storage.in_bucket(path)
-    if folder and not in_bucket and not os.path.isdir(folder):
-        raise UserError(f"cannot write {path!r}: there is no folder {folder!r}, make it first")
-    try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=None if in_bucket else folder or ".") as scratch:
-            temporary = os.path.join(scratch, f".{name}")
-            yield temporary
-            if in_bucket:
-                epath.Path(temporary).copy(path, overwrite=True)
-            else:
-                os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path!r}: {error.strerror or error}") from error
-
-
-def write_mp4(path, video, audio, fps, sample_rate) -> None:
-    """Writes an MP4 file: H.264 (yuv420p) with AAC sound (mono, 48 kHz).
-
-    A small video is enlarged: each pixel is repeated until the short side has at least 256. yuv420p needs even sizes:
-    an odd height or width repeats its last row or column. The file appears only when it is complete.
-
-    video: uint8 [F, H, W, 3]
-    audio: float [N], from the start of frame 0, clipped to [-1, 1]; NaN becomes silence. None: a file without sound
-
-    Raises UserError if the file cannot be written, ValueError if an array has the wrong type or shape.
-    """
-    video = np.asarray(video)
-    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
-        raise ValueError(f"video must be uint8 [F, H, W, 3], not {video.dtype} {video.shape}")
-    upscale = math.ceil(256 / min(video.shape[1:3]))
-    height, width = (upscale * n for n in video.shape[1:3])
-    rate = Fraction(fps).limit_denominator(1_001_000)
-    if audio is not None:
-        audio = np.nan_to_num(np.asarray(audio, np.float32), posinf=1, neginf=-1).clip(-1, 1)
-        if audio.ndim != 1:
-            raise ValueError(f"audio must be [N], not {audio.shape}")
-
-    # The muxer sorts all packets by time, with any delay: a player finds the sound of a frame next to the frame.
-    options = {"movflags": "+faststart", "max_interleave_delta": "0"}
-    with replacing(path) as temporary, av.open(temporary, "w", format="mp4", options=options) as out:
-        # Without B-frames the first frame has time 0, even in players that ignore edit lists.
-        picture = out.add_stream("libx264", rate=rate, options={"crf": "16", "bf": "0"})
-        picture.width, picture.height = width + width % 2, height + height % 2
-        picture.pix_fmt, picture.time_base = "yuv420p", 1 / rate
-        # swscale converts by BT.601 in the limited range. Without these marks a player has to guess.
-        picture.codec_context.colorspace = 6  # BT.601
-        picture.codec_context.color_range = 1  # limited
-        if audio is not None and len(audio):
-            # AAC begins with 1024 extra samples, which some players do not skip, and blurs onsets over its blocks. At
-            # 48 kHz the extra samples last 21 ms; at a model's 8 kHz they would last 128 ms.
-            sound = out.add_stream("aac", rate=48_000, layout="mono")
-            sound.bit_rate = 192_000  # at the default rate, a tone or a click has noise only 20 dB below it
-            samples = av.AudioFrame.from_ndarray(audio[None], "fltp", "mono")
-            samples.sample_rate, samples.pts, samples.time_base = sample_rate, 0, Fraction(1, sample_rate)
-            out.mux(sound.encode(samples))
-            out.mux(sound.encode(None))
-        for index, image in enumerate(video):
-            image = image.repeat(upscale, axis=0).repeat(upscale, axis=1)
-            image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            frame = frame.reformat(format="yuv420p", interpolation=TO_YUV)
-            frame.pts, frame.time_base = index, 1 / rate
-            out.mux(picture.encode(frame))
-        out.mux(picture.encode(None))
 
 
 def _name(path) -> str:
@@ -129,7 +50,7 @@ def _name(path) -> str:
 
 
 @contextlib.contextmanager
-def _reading(path) -> Iterator[None]:
+def reading(path) -> Iterator[None]:
     """Turns any error of the block into a UserError that names the file."""
     try:
         on_disk = path.archive if isinstance(path, Part) else path
@@ -146,7 +67,8 @@ def _reading(path) -> Iterator[None]:
         raise UserError(f"cannot read {_name(path)!r}: {reason or type(error).__name__}") from error
 
 
-def _open(path):
+def open_file(path):
+    """Returns a file as an open container of PyAV."""
     # With "file:", a colon in a name is not taken for a protocol. Tags that are not UTF-8 are no error.
     options = {"format_whitelist": CONTAINERS}
     source = shards.open_file(path) if isinstance(path, Part) else "file:" + os.fspath(path)
@@ -167,7 +89,7 @@ def _tell_once(path, part: str, fault: str) -> None:
         logger.warning("%r: its %s %s", _name(path), part, fault)
 
 
-def _decode(path, container, stream) -> Iterator[av.VideoFrame | av.AudioFrame]:
+def decode(path, container, stream) -> Iterator[av.VideoFrame | av.AudioFrame]:
     """Yields the frames of a stream, from where the container stands. Leaves out damaged packets and says so once."""
     packets, damaged = container.demux(stream), 0
     part = {"video": "picture", "audio": "sound"}[stream.type]
@@ -190,8 +112,8 @@ def _decode(path, container, stream) -> Iterator[av.VideoFrame | av.AudioFrame]:
 def _first_that_decodes(path, streams, frames: int):
     """Returns the index of the first of some streams of which `frames` frames can be decoded, or None."""
     for index in [stream.index for stream in streams if stream.codec_context is not None]:
-        with _open(path) as container:
-            decoded = _decode(path, container, container.streams[index])
+        with open_file(path) as container:
+            decoded = decode(path, container, container.streams[index])
             if len(list(itertools.islice(decoded, frames))) == frames:
                 return index
     return None
@@ -202,7 +124,7 @@ def _pictures(container) -> list:
     return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
 
 
-def _video_stream(container, path):
+def video_stream(container, path):
     """Returns the first video stream that moves, or the first one of a file without motion."""
     streams = _pictures(container)
     if not streams:
@@ -216,9 +138,15 @@ def _video_stream(container, path):
     return known[0] if index is None else container.streams[index]
 
 
+def origin_stamp(stream) -> int:
+    """Returns the time stamp at which a stream begins. Opus has samples before 0 that are not heard."""
+    start = stream.start_time or 0
+    return max(start, 0) if stream.type == "audio" else start
+
+
 def _origin(stream) -> Fraction:
-    """Returns the stream's first time stamp, in s."""
-    return Fraction(stream.start_time or 0) * (stream.time_base or 0)
+    """Returns the time at which a stream begins, in s."""
+    return Fraction(origin_stamp(stream)) * (stream.time_base or 0)
 
 
 def _step(stream) -> Fraction:
@@ -264,10 +192,10 @@ def _holds_image(path) -> bool:
 def kind(path) -> str | None:
     """Returns what a file is by its content: "video", "image", "sound only" or None. It reads the beginning alone."""
     try:
-        with _reading(path):
+        with reading(path):
             if _holds_image(path):
                 return "image"
-            with _open(path) as container:
+            with open_file(path) as container:
                 return "video" if _pictures(container) else "sound only" if container.streams.audio else None
     except UserError:
         return None
@@ -280,12 +208,12 @@ def probe(path) -> dict:
     duration is that of the picture, to the end of its last packet. Sound that cannot be decoded is no sound. An image
     has a duration and an fps of 0. Raises UserError if no frame can be decoded.
     """
-    with _reading(path):
+    with reading(path):
         if _holds_image(path):
             return {"duration": 0.0, "has_audio": False, "size": _image(path).shape[:2], "fps": 0.0}
-        with _open(path) as container:
-            stream = _video_stream(container, path)
-            frame = next(_decode(path, container, stream), None)
+        with open_file(path) as container:
+            stream = video_stream(container, path)
+            frame = next(decode(path, container, stream), None)
             if frame is None:
                 raise UserError("none of its frames can be decoded")
             size = frame.height, round(frame.width * float(stream.sample_aspect_ratio or 1))
@@ -305,19 +233,20 @@ def _length(path, index: int, stated: int) -> Fraction:
     stated: the length that the header states, in microseconds
     """
     for start in (stated, 0):
-        with _open(path) as container:
+        with open_file(path) as container:
             stream = container.streams[index]
             end = origin = _origin(stream)
+            step = _step(stream) if stream.type == "video" else 0  # of a packet that does not tell how long it lasts
             with contextlib.suppress(av.FFmpegError):  # of a damaged end
                 if start:
                     container.seek(int(Fraction(start, av.time_base) / stream.time_base), stream=stream)
                 for packet in itertools.islice(container.demux(stream), 20 * MAX_SOURCE_FRAMES):
                     stamp = packet.dts if packet.pts is None else packet.pts
-                    lasts = packet.duration * stream.time_base if packet.duration else _step(stream)
+                    lasts = packet.duration * stream.time_base if packet.duration else step
                     if stamp is not None and not packet.is_discard:
                         end = max(end, stamp * stream.time_base + lasts)
                     elif stamp is None and packet.size and not start:  # a bare stream has no time stamps
-                        end += _step(stream)
+                        end += step
             if end > origin:
                 break
     return end - origin or Fraction(1, 25)
@@ -385,20 +314,20 @@ def _picture(frame, size, pixel_aspect: float, scaler: VideoReformatter) -> np.n
 def _shown_frames(path, container, stream, start: Fraction) -> Iterator[tuple[av.VideoFrame, Fraction]]:
     """Yields (frame, end of its show in s from the stream's start), from `start` or an earlier frame on."""
 
-    def decode(at):
+    def decode_from(at):
         if start > 0:
             with contextlib.suppress(av.FFmpegError):  # some formats can only be read from their start
                 container.seek(int((at + _origin(stream)) / stream.time_base), stream=stream)
         time = -_step(stream)
-        for frame in _decode(path, container, stream):
+        for frame in decode(path, container, stream):
             stamp = frame.dts if frame.pts is None else frame.pts
             time = time + _step(stream) if stamp is None else stamp * stream.time_base - _origin(stream)
             yield time, frame
 
-    frames = decode(start)
+    frames = decode_from(start)
     first = next(frames, None)
     if start > 0 and (first is None or first[0] > start + TIME_TOLERANCE):  # the file's index is wrong
-        frames = decode(0)
+        frames = decode_from(0)
         first = next(frames, None)
     if first is None:
         raise UserError("none of its frames can be decoded")
@@ -433,14 +362,14 @@ def read_video(path, *, fps, size, sample_rate, start=0.0, frames=None) -> tuple
     max_frames = MAX_OUTPUT_BYTES // (height * width * 3)
     too_long = f"it gives over {max_frames} frames of {height}x{width} at {float(rate):g} fps, ask for fewer"
     images = []
-    with _reading(path):
+    with reading(path):
         if (frames or 0) > max_frames:
             raise UserError(too_long)
         if _holds_image(path):
             images = [fit(_image(path), size)] * (frames or 1)
             return np.stack(images), np.zeros(int(len(images) * sample_rate / rate), np.float32)
-        with _open(path) as container:
-            stream = _video_stream(container, path)
+        with open_file(path) as container:
+            stream = video_stream(container, path)
             origin, scaler = _origin(stream), VideoReformatter()
             for frame, end in _shown_frames(path, container, stream, begin):
                 due = math.ceil((end - TIME_TOLERANCE - begin) * rate)  # frames of the clip that begin before `end`
@@ -458,7 +387,7 @@ def read_video(path, *, fps, size, sample_rate, start=0.0, frames=None) -> tuple
             images += images[-1:] * (frames - len(images))
         audio = np.zeros(int(len(images) * sample_rate / rate), np.float32)
         # The file is opened again: a seek for the sound would move the picture, too.
-        with _open(path) as container:
+        with open_file(path) as container:
             try:
                 track = _first_that_decodes(path, container.streams.audio, 1)
                 if track is not None:
@@ -487,7 +416,7 @@ def _decode_audio(path, container, stream, begin: Fraction, sample_rate: int, au
         with contextlib.suppress(av.FFmpegError):  # some formats can only be read from their start
             container.seek(int(early / stream.time_base), stream=stream)
     position = None  # of the next chunk, in samples
-    for chunk in _mono(_decode(path, container, stream), sample_rate):
+    for chunk in _mono(decode(path, container, stream), sample_rate):
         data = chunk.to_ndarray()[0].astype(np.float32) / 32768
         if chunk.pts is not None:
             at = round((chunk.pts * chunk.time_base - begin) * sample_rate)
@@ -503,18 +432,30 @@ def _decode_audio(path, container, stream, begin: Fraction, sample_rate: int, au
             return
 
 
+def sound_stream(container, path):
+    """Returns the first sound track of a file that can be decoded. Raises UserError if there is none."""
+    if not container.streams.audio:
+        raise UserError("it has no sound")
+    track = _first_that_decodes(path, container.streams.audio, 1)
+    if track is None:
+        raise UserError("its sound cannot be decoded")
+    return container.streams[track]
+
+
+def sound_seconds(path) -> float:
+    """Returns how long a file's first sound track lasts that can be decoded. Raises UserError as `read_audio`."""
+    with reading(path), open_file(path) as container:
+        return float(_length(path, sound_stream(container, path).index, container.duration or 0))
+
+
 def read_audio(path, sample_rate: int, seconds: float) -> np.ndarray:
     """Returns the beginning of a file's first sound track that can be decoded: mono, float32 [seconds * sample_rate].
 
     It is silent after the end of the track. Raises UserError if the file cannot be read or has no such track.
     """
-    with _reading(path), _open(path) as container:
-        if not container.streams.audio:
-            raise UserError("it has no sound")
-        track = _first_that_decodes(path, container.streams.audio, 1)
-        if track is None:
-            raise UserError("its sound cannot be decoded")
-        stream, audio = container.streams[track], np.zeros(round(seconds * sample_rate), np.float32)
+    with reading(path), open_file(path) as container:
+        stream = sound_stream(container, path)
+        audio = np.zeros(round(seconds * sample_rate), np.float32)
         _decode_audio(path, container, stream, _origin(stream), sample_rate, audio)
         return audio
 
@@ -562,6 +503,6 @@ def read_image(path, size=None) -> np.ndarray:
 
     What is transparent becomes white. Of an animation it is the first frame.
     """
-    with _reading(path):
+    with reading(path):
         image = _image(path)
         return image if size is None else fit(image, size)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from vdm_jax.data import media
+from vdm_jax.data import writing
 
 COLUMNS = 8  # frames in a row of a contact sheet; a shorter video shows all its frames
 SCALE = 4  # screen pixels for each pixel of a contact sheet, along each side
@@ -78,7 +78,7 @@ def write_preview(path, preview, fps: float, sample_rate: int) -> None:
         return
     contact_sheet(f"{path}.png", list(preview.video), preview.captions)
     if preview.audio is not None:
-        media.write_mp4(f"{path}.mp4", preview.video[0], preview.audio[0], fps, sample_rate)
+        writing.write_mp4(f"{path}.mp4", preview.video[0], preview.audio[0], fps, sample_rate)
 
 
 def scheduling_matrix(levels: Mapping[str, np.ndarray], cell: tuple[int, int]) -> Image.Image:
@@ -113,5 +113,5 @@ def scheduling_matrix(levels: Mapping[str, np.ndarray], cell: tuple[int, int]) -
 
 
 def _save(path, image: Image.Image) -> None:
-    with media.replacing(path) as temporary:
+    with writing.replacing(path) as temporary:
         image.save(temporary, format="PNG")

@@ -88,9 +88,9 @@ class Sampler:
         context = context or tasks.text(layout)  # the task `text`, where no frame is context
         masks, clean = context.masks, self._context_latents(params, context, layout)
         guidance = settings["guidance"]
-        # A clip is continued if the first two latent frames are context. One would not show the motion.
-        continued = all(mask[:2].all() for mask in masks.values())
         given = any(mask.all() for mask in masks.values())  # the whole of one modality is context
+        # A clip is continued if the first two latent frames are context. One would not show the motion.
+        continued = not given and all(mask[:2].all() for mask in masks.values())
         text_weight = guidance["text_continue" if continued else "text_cross_modal" if given else "text"]
         weights = {"text": text_weight, "history": guidance["history"], "modality": guidance["modality"]}
         weights = {name: float(weight) for name, weight in {**weights, "rescale": settings["rescale"]}.items()}
