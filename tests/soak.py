@@ -35,7 +35,7 @@ from vdm_jax.run import checkpoint, checksums
 from vdm_jax.run import folder as run_folder
 
 STAGE = "clip"
-PATIENCE = 300  # seconds for one start
+PATIENCE = 1200  # seconds for one start; a busy machine takes minutes
 
 
 def settings(steps, checkpoint_every):
