@@ -33,6 +33,7 @@ setup(
     ],
     extras_require={
         "app": ["gradio>=6"],  # the page of `python -m vdm_jax.app`
+        "wandb": ["wandb"],  # Weights & Biases, by config.wandb.project
         "tpu": ["jax[tpu]", "gcsfs"],
         "cuda": ["jax[cuda12]"],
         "gcs": ["gcsfs"],  # runs and data in buckets of Google Cloud Storage, gs://...

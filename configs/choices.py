@@ -43,7 +43,7 @@ def get_config(choice="default"):
     denoiser.update(CHOICES[choice])
     config.evaluate.update(clips=64, prompts=96)
     config.sample.steps = 16
-    config.preview_every = 0
+    config.validation.every = 0
 
     config.lock()
     return config

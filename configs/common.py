@@ -18,7 +18,23 @@ def get_config():
             best=1,  # number of checkpoints to keep with the lowest mean loss since the checkpoint before
         )
     )
-    config.preview_every = 1000  # steps; 0 for no previews
+    config.validation = ConfigDict(  # what a run shows while it trains, see docs/training.md
+        dict(
+            every=1000,  # steps; also before the first step and after the last; 0: never
+            clips=8,  # held-out clips on which the loss is measured
+            noise_levels=8,  # at which the error of the denoiser is measured
+            # What the denoiser samples: texts, or {"text": "...", "seed": 0} with one of the keys image, video, audio
+            # and continue, which name a file. (): captions of held-out clips.
+            prompts=(),
+            raw=False,  # also show the weights without their moving average
+        )
+    )
+    config.wandb = ConfigDict(  # Weights & Biases, which gets what TensorBoard gets
+        dict(
+            project="",  # name of the project; "" for no Weights & Biases
+            mode="offline",  # keep it in the folder of the run; "online" sends it
+        )
+    )
     config.heartbeat_every = 10.0  # least seconds between two writings of DIR/heartbeat.json
     config.skip = ConfigDict(  # a step is skipped if its loss or its gradient is not finite
         dict(

@@ -45,7 +45,7 @@ def get_config(name="base"):
     # Only the denoiser sees single frames.
     frames = {"data.frames": 1, "denoiser.batch_size": 96, "denoiser.cached_clips": 32768}
     denoiser.phases = ({"share": 1.0, **frames},)
-    config.preview_every = 0
+    config.validation.every = 0
 
     config.lock()
     return config

@@ -43,7 +43,7 @@ def get_config(encoder="minilm"):
     config.denoiser.phases = tuple(
         {**phase, "share": steps / sum(STEPS)} for steps, phase in zip(STEPS, (frames, short))
     )
-    config.preview_every = 0
+    config.validation.every = 0
 
     config.lock()
     return config

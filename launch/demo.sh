@@ -66,7 +66,7 @@ echo
 
 echo "== 3 of 3: a few training steps of each of the four models (about 5 min)"
 "$PY" -m vdm_jax.train --config=configs/world_tiny.py --workdir="$out/run" \
-    --config.log_every=10 --config.preview_every=0 --config.denoiser.cached_clips=256 \
+    --config.log_every=10 --config.validation.every=0 --config.denoiser.cached_clips=256 \
     --config.video_autoencoder.steps=40 --config.audio_autoencoder.steps=40 \
     --config.clip.steps=30 --config.denoiser.steps=30
 "$PY" - "$out/run" <<'END'

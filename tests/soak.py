@@ -40,13 +40,15 @@ PATIENCE = 1200  # seconds for one start; a busy machine takes minutes
 
 def settings(steps, checkpoint_every):
     config = tiny.get_config()
-    config.update(checkpoint_every=checkpoint_every, log_every=2, preview_every=0)
+    config.update(checkpoint_every=checkpoint_every, log_every=2)
+    config.validation.every = 0
     config[STAGE].steps = steps
     return config
 
 
 def options(config, workdir):
-    changed = {key: config[key] for key in ("checkpoint_every", "log_every", "preview_every")}
+    changed = {key: config[key] for key in ("checkpoint_every", "log_every")}
+    changed["validation.every"] = config.validation.every
     changed[f"{STAGE}.steps"] = config[STAGE].steps
     flags = [f"--config.{key}={value}" for key, value in changed.items()]
     return ["train", "--config=tests/tiny.py", f"--workdir={workdir}", f"--stage={STAGE}", *flags]

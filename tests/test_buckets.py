@@ -153,7 +153,7 @@ def test_one_parameter_tree_for_all_buckets(system):
 
 def test_a_run_compiles_a_step_for_each_bucket_and_resumes_bit_for_bit(command, tmp_path, monkeypatch):
     flags = ["--config=tests/tiny.py:small", f"--config.data.buckets={SHAPES}", "--config.denoiser.cached_clips=0"]
-    flags += ["--config.preview_every=0"]
+    flags += ["--config.validation.every=0"]
     whole, ended, compiled = tmp_path / "whole", tmp_path / "ended", []
     original = hosts.compiled
 

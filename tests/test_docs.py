@@ -126,7 +126,7 @@ def at_tiny_setting(name, arguments, desk):
     for key in WORDS & set(given):
         del given[key]
     if name == "train":  # the stage that compiles fastest takes one step more than the run has
-        given |= {"--workdir": str(desk / "run"), "--stage": "audio_autoencoder", "--config.preview_every": "0"}
+        given |= {"--workdir": str(desk / "run"), "--stage": "audio_autoencoder", "--config.validation.every": "0"}
         given["--config.audio_autoencoder.steps"] = "9"
     if name in ("sample", "evaluate"):
         given |= {"--workdir": str(desk / "run"), "--steps": "2"}

@@ -1,5 +1,6 @@
 """A published denoiser that is trained further: its loss against diffusers, its run, its exports, wrong settings."""
 
+import json
 import re
 import shutil
 
@@ -26,9 +27,11 @@ SETTINGS = {
     "data.source": "world", "data.frames": FRAMES, "data.size": (16, 16), "data.text_length": 16,
     "denoiser.steps": 2, "denoiser.batch_size": 2, "denoiser.warmup_steps": 0, "denoiser.remat": "none",
 }  # fmt: skip
+CLIP = dict(fps=8, size=(16, 16), sample_rate=8000)
 FLAGS = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
 ADAPTERS = ["--config=configs/t2v_modelscope.py:lora", *FLAGS, "--config.denoiser.learning_rate=0.01"]
 ADAPTERS += ["--config.denoiser.cached_clips=4"]
+SHOW = [f'--config.validation.prompts=("{PROMPT}",)', "--config.validation.clips=2"]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,7 @@ def workdir(tmp_path_factory):
 def run(command, folder, workdir):
     """A run that trains the whole denoiser."""
     if not (workdir / "all").exists():
-        flags = ["--config=configs/t2v_modelscope.py", *FLAGS, f"--config.denoiser.source={folder}"]
+        flags = ["--config=configs/t2v_modelscope.py", *FLAGS, f"--config.denoiser.source={folder}", *SHOW]
         done = command(train, *flags, f"--workdir={workdir}/all")
         assert done.code == 0, done.err
     return workdir / "all"
@@ -117,7 +120,7 @@ def run(command, folder, workdir):
 def adapted(command, folder, workdir):
     """A run that trains adapters."""
     if not (workdir / "adapted").exists():
-        done = command(train, *ADAPTERS, f"--workdir={workdir}/adapted", f"--config.denoiser.source={folder}")
+        done = command(train, *ADAPTERS, *SHOW, f"--workdir={workdir}/adapted", f"--config.denoiser.source={folder}")
         assert done.code == 0, done.err
     return workdir / "adapted"
 
@@ -128,6 +131,13 @@ def test_it_begins_with_the_weights_and_resumes_bit_for_bit(command, run, folder
     before = unet_of(folder)
     moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), state["params"], before)
     assert all(0 < x < 1e-4 for x in jax.tree.leaves(moved))  # two steps of Adam at a learning rate of 1e-5
+
+    # Its validation: the clip of step 0 is that of the published pipeline.
+    told = [json.loads(line) for line in (run / "denoiser" / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in told] == [0, 2] and told[0]["video/mean"] != told[1]["video/mean"]
+    shown = [media.read_video(run / "denoiser" / "previews" / step / "000.mp4", **CLIP)[0] for step in ("0", "2")]
+    (theirs,) = published.load(folder).clips([PROMPT], seconds=FRAMES / 8, size=(16, 16))
+    assert np.abs(shown[0].astype(int) - theirs).mean() < 3  # H.264
 
     copy, other = shutil.copytree(run, tmp_path / "run"), shutil.copytree(folder, tmp_path / "moved")
     shutil.rmtree(copy / "denoiser" / "checkpoints" / "2")

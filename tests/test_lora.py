@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +16,16 @@ from etils import epath
 from tests import tiny
 from tests.helpers import digest, final_state, init_weights, names
 from tests.helpers import weights as random_weights
-from vdm_jax import lora, sample, sharding, train, weights
+from vdm_jax import lora, sample, sharding, train, validation, weights
 from vdm_jax.errors import UserError
 from vdm_jax.models import layers
 from vdm_jax.perf import programs
 from vdm_jax.pipeline import load
 from vdm_jax.run import folder
-from vdm_jax.system import adapters, build, previews
+from vdm_jax.system import adapters, build
 
 LAYERS = r"(query|out|film|conv_in/time)/kernel$"
-FLAGS = ["--config=tests/tiny.py", "--config.denoiser.lora.rank=2", "--config.preview_every=0"]
+FLAGS = ["--config=tests/tiny.py", "--config.denoiser.lora.rank=2", "--config.validation.every=0"]
 FLAGS += [f"--config.denoiser.lora.layers={LAYERS}", "--config.denoiser.learning_rate=0.02"]
 TRAIN = ["--stage=denoiser", *FLAGS]
 
@@ -114,14 +115,21 @@ def test_only_the_state_of_adapters_is_planned():
     assert names(encoders["base"]) == names(base)
 
 
-def test_previews_show_the_merged_denoiser(monkeypatch):
+def test_validation_shows_the_merged_denoiser(monkeypatch):
     system = build(recipe(rank=2, layers=LAYERS))
     base = random_weights(system.param_shapes["denoiser"])
     made = random_weights(system.stages["denoiser"].param_shapes, seed=1)
-    monkeypatch.setattr(
-        previews.sampling, "Sampler", lambda system: lambda params, captions: (params["denoiser"], None)
-    )
-    shown = previews.samples(system)(made, {"base": base}, None, []).video
+
+    class Pipe:
+        def __init__(self, *arguments):
+            self.params = {}
+
+        def __call__(self, text, seed):
+            return SimpleNamespace(video=self.params["denoiser"], audio=None)
+
+    monkeypatch.setattr(validation, "Pipeline", Pipe)
+    (clip,) = validation.samples(system, None, [{"text": "x", "seed": 0}])(made, {"base": base})
+    shown = clip.video
     want = lora.merge(base, made, 8.0)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), shown, want)
 

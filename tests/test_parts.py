@@ -125,7 +125,7 @@ def test_trained_on_resumed_and_sampled(folders, tmp_path, command):
     """A run that goes on. A part that has changed is refused; one that has moved is not."""
     flags = [
         "--config=tests/tiny.py:small", "--config.data.sample_rate=2048", "--config.data.text_length=16",
-        "--config.denoiser.cached_clips=0", "--config.preview_every=0",
+        "--config.denoiser.cached_clips=0", "--config.validation.every=0",
         *(f"--config.{key}.source={folders / name}" for key, name in PARTS.items()),
     ]  # fmt: skip
     whole = tmp_path / "whole"

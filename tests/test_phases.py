@@ -107,7 +107,7 @@ def test_a_phase_starts_from_rounded_parameters_and_interpolated_positions():
 
 def test_a_run_with_phases_is_resumed_and_moved_bit_for_bit(command, tiny_run, tmp_path):
     """Whole; resumed within the second phase; and begun anew from weights exported between the phases."""
-    options = (CONFIG, "--config.checkpoint_every=2", "--config.keep.newest=9", "--config.preview_every=0")
+    options = (CONFIG, "--config.checkpoint_every=2", "--config.keep.newest=9", "--config.validation.every=0")
 
     def finish(workdir):
         done = command(train, *options, f"--workdir={workdir}", "--stage=denoiser")

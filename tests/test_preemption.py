@@ -77,7 +77,9 @@ def pair(workdir):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    options = f"--config=tests/tiny.py --stage={STAGE} --config.preview_every=0 --config.{STAGE}.steps={STEPS}".split()
+    options = (
+        f"--config=tests/tiny.py --stage={STAGE} --config.validation.every=0 --config.{STAGE}.steps={STEPS}".split()
+    )
     options += [f"--workdir={workdir}", "--config.checkpoint_every=50"]
     return [start("-c", RANK, address, rank, *options) for rank in range(2)]
 

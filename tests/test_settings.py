@@ -17,7 +17,7 @@ DEFAULTS = settings.flat(common.get_config().to_dict())
 # What a run that has begun may change freely, and never. A key is meant with all that begins with it. All other keys
 # need --change.
 FREE = (
-    *"checkpoint_every log_every keep. preview_every heartbeat_every skip.stop_after compilation_cache".split(),
+    *"checkpoint_every log_every keep. validation. wandb. heartbeat_every skip.stop_after compilation_cache".split(),
     *"watchdog_seconds mesh. data.threads data.prefetch sample. evaluate.".split(),
     *(f"{stage}.{key}" for stage in STAGES for key in ("remat", "steps")),  # more steps
     "denoiser.lora.base",

@@ -64,9 +64,19 @@ def test_a_run_from_start_to_end_then_killed_and_resumed(command, whole_run, tmp
         state = final_state(whole, stage, tiny.get_config())
         assert state["step"] == steps
         assert not all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state["params"], state["ema"]))))
-    previews = {p.relative_to(whole).as_posix() for p in whole.rglob("previews/*")}
-    expected = {"video_autoencoder/previews/8.png", "audio_autoencoder/previews/8.png"}
-    assert previews == expected | {"denoiser/previews/40.png", "denoiser/previews/40.mp4"}
+    shown = {
+        "video_autoencoder": {"contact_sheet.png", *(f"{i:03d}.mp4" for i in range(8))},
+        "audio_autoencoder": {"spectrogram.png", *(f"{i:03d}.wav" for i in range(8))},
+        "clip": set(),
+        "denoiser": {"contact_sheet.png", "spectrogram.png", *(f"{i:03d}.mp4" for i in range(4))},
+    }
+    for stage, names in shown.items():
+        files_of = {p.relative_to(whole / stage).as_posix() for p in (whole / stage).rglob("previews/*/*")}
+        assert files_of == {f"previews/{step}/{name}" for step in (0, STEPS[stage]) for name in names}
+        validated = [json.loads(line) for line in (whole / stage / "validation.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in validated] == [0, STEPS[stage]]
+        first, last = ({key: line[key] for key in line if key != "step"} for line in validated)
+        assert first and first != last and all(np.isfinite([*first.values(), *last.values()]))
     assert (whole / "denoiser" / "statistics.json").exists()
 
     # ---------------------------------------------------------------------- a second call does nothing, and is recorded
@@ -121,7 +131,7 @@ def reading(monkeypatch):
     return call
 
 
-OPTIONS = (CONFIG, "--config.preview_every=0", "--config.log_every=3")
+OPTIONS = (CONFIG, "--config.validation.every=0", "--config.log_every=3")
 
 
 def without(whole, stage, workdir):

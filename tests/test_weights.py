@@ -65,7 +65,7 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
     done = command(weights, "import", f"--weights={tmp_path}", f"--workdir={tmp_path / 'other'}")
     assert done.code == 2 and len(done.err) == 1 and "neither a run nor exported weights" in done.err[0]
     longer = f"--config.denoiser.steps={tiny.get_config().denoiser.steps + 2}"
-    done = command(train, "--config=tests/tiny.py", f"--workdir={run}", longer, "--config.preview_every=0")
+    done = command(train, "--config=tests/tiny.py", f"--workdir={run}", longer, "--config.validation.every=0")
     assert done.code == 0 and any("8 of 10 steps done" in line for line in done.err)
     assert run_folder.newest_step(run, "denoiser") == tiny.get_config().denoiser.steps + 2
 
@@ -94,7 +94,7 @@ def test_what_is_exported_is_what_was_trained(tiny_run, tmp_path, monkeypatch, c
         for made in (grown, exported)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *outputs)
-    done = command(train, *recipe, f"--workdir={run}", "--config.denoiser.steps=1", "--config.preview_every=0")
+    done = command(train, *recipe, f"--workdir={run}", "--config.denoiser.steps=1", "--config.validation.every=0")
     assert done.code == 0
     start = grown.params["denoiser"]["stem_video"]["kernel"]
     after = run_folder.load(run, build).params["denoiser"]["stem_video"]["kernel"]

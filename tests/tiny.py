@@ -17,7 +17,8 @@ from vdm_jax.data import captions
 def get_config(more=None):
     config = common.get_config()
     config.unlock()
-    config.update(checkpoint_every=4, log_every=1, preview_every=1000)
+    config.update(checkpoint_every=4, log_every=1)
+    config.validation.clips = 4
 
     data = config.data
     data.update(frames=5, size=(16, 24), sample_rate=2000, text_length=96)  # 250 samples a frame; f_t = 2, so T = 3

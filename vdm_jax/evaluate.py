@@ -24,18 +24,17 @@ import logging
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from vdm_jax import diffusion, samplers
 from vdm_jax import sample as sample_command
+from vdm_jax import samplers
 from vdm_jax.data import batches, captions, text, writing
 from vdm_jax.errors import UserError, one_of
 from vdm_jax.metrics import copies, figures, reconstruction, report, shares, tasks, tracker
 from vdm_jax.run import cli, storage
 from vdm_jax.run.progress import progress
-from vdm_jax.system import hard_negatives
+from vdm_jax.system import hard_negatives, losses
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.networks import to_float
 from vdm_jax.tasks import MAX_STEPS
@@ -271,20 +270,13 @@ def loss_per_noise_level(pipe, items, truth, seed):
     -> columns {'log_snr', 'video', 'audio'} of NOISE_LEVELS numbers each. The levels are evenly spaced over the range
     of training, and all get the same noise.
     """
-    system, settings = pipe.system, pipe.config.denoiser.diffusion
-    levels = np.linspace(settings.log_snr_min, settings.log_snr_max, 2 * NOISE_LEVELS + 1)[1::2]
+    system = pipe.system
+    levels = losses.noise_levels(system, NOISE_LEVELS)
 
     def errors(params, clips, tokens, eps):
         z, cond = system.encode(params, **clips), system.encode_text(params, tokens)
-
-        def at(level):
-            log_snr = {name: jnp.full(z["video"].shape[:2], level) for name in z}  # [B, T]
-            prediction = system.apply("denoiser", params, diffusion.add_noise(z, eps, log_snr), log_snr, cond)
-            target = diffusion.to_target(z, eps, log_snr, settings.target)
-            factor = diffusion.eps_error_factor(level, settings.target)
-            return {name: factor * jax.vmap(jnp.mean)(jnp.square(prediction[name] - target[name])) for name in z}  # [B]
-
-        return jax.tree.map(jnp.transpose, jax.lax.map(at, jnp.asarray(levels, jnp.float32)))  # [B, NOISE_LEVELS]
+        denoise_fn = functools.partial(system.apply, "denoiser", params)
+        return losses.errors_per_noise_level(system, denoise_fn, z, cond, eps, levels)
 
     tokens = pipe.system.tokenize([item["caption"] for item in items])
     rng, shapes = np.random.default_rng(seed), system.layout.latent_shapes

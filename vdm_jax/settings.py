@@ -19,6 +19,8 @@ STAGES = ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")
 PARTS = ("video_codec", "audio_codec", "text_encoder")  # each may take the place of a stage, see system/parts.py
 SOURCES = (*PARTS, "denoiser")  # what may come from a folder
 
+PROMPT_FILES = ("image", "video", "audio", "continue")  # what a prompt of validation may start from
+
 # Rules for a run that goes on, as the documentation prints them.
 FIXED = "fixed"  # once its stage has a checkpoint: the saved state has no meaning with another value
 CHANGE = "`--change`"  # once its stage has taken a step: another value gives another training
@@ -82,6 +84,19 @@ def _are_shares(x):
     return set(x) <= set(diffusion.PATTERNS) and all(map(number(0).fits, shares)) and any(shares) if shares else False
 
 
+def _are_prompts(x):
+    return _is_list(x) and all(isinstance(each, str) or _is_prompt(each) for each in x)
+
+
+def _is_prompt(x):
+    if not hasattr(x, "items"):
+        return False
+    values = dict(x)
+    seed, text = values.pop("seed", 0), values.pop("text", None)
+    files = set(values) <= set(PROMPT_FILES) and all(isinstance(path, str) for path in values.values())
+    return isinstance(text, str) and whole(0, 2**31 - 1).fits(seed) and files and len(values) <= 1
+
+
 ABOVE_0 = Allowed("a finite number above 0", lambda x: number(0).fits(x) and x > 0)
 BELOW_1 = Allowed("a number of at least 0 and below 1", lambda x: number(0, 1).fits(x) and x < 1)
 RISING = Allowed("two finite numbers, the first below the second", _is_rising)
@@ -92,13 +107,19 @@ TEXT = Allowed("a text", lambda x: isinstance(x, str))
 MESH = Allowed("-1 or a whole number of at least 1", lambda x: whole(-1).fits(x) and x != 0)
 GROUPS = Allowed("groups of words", _is_list)  # see hard_negatives.check_groups
 PHASES = Allowed("phases, see system/phases.py", _is_list)
+PROMPTS = Allowed('texts, or {"text", "seed"} with at most one of image, video, audio and continue', _are_prompts)
 REMAT = Allowed("none, pointwise or blocks, or one of them for each resolution", TEXT.fits)  # see networks.remat_modes
 
 # The first row with a pattern that matches a key counts.
 TABLE = (
     Setting("seed", whole(0, 2**31 - 1), CHANGE),
     Setting("checkpoint_every log_every keep.newest skip.stop_after", whole(1), FREE),
-    Setting("keep.best preview_every", whole(0), FREE),
+    Setting("keep.best validation.every", whole(0), FREE),
+    Setting("validation.clips validation.noise_levels", whole(1), FREE),
+    Setting("validation.prompts", PROMPTS, FREE),
+    Setting("validation.raw", SWITCH, FREE),
+    Setting("wandb.project", TEXT, FREE),
+    Setting("wandb.mode", choice("offline", "online"), FREE),
     Setting("heartbeat_every watchdog_seconds", number(0), FREE),
     Setting("skip.loss_over_mean", number(0), CHANGE),
     Setting("compute_dtype", choice("float32", "bfloat16"), CHANGE),

@@ -13,14 +13,12 @@ import logging
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 
-from vdm_jax import sharding, train_state
+from vdm_jax import sharding, train_state, validation
 from vdm_jax.data import batches
 from vdm_jax.errors import UserError
-from vdm_jax.metrics import figures
-from vdm_jax.run import checkpoint, cli, folder, hosts, preemption, profiling, storage
+from vdm_jax.run import boards, checkpoint, cli, folder, hosts, preemption, profiling, storage
 from vdm_jax.run.log import RunLog, Stopwatch
 from vdm_jax.system import build, latents
 from vdm_jax.system.layout import STAGES
@@ -28,8 +26,6 @@ from vdm_jax.system.parts import with_hashes
 from vdm_jax.system.phases import first_params, phases
 
 logger = logging.getLogger("vdm_jax")
-
-PREVIEW_CLIPS = 4  # number of held-out clips in a preview
 
 
 class Run(NamedTuple):
@@ -56,6 +52,8 @@ def main(argv):
     hosts.initialize(options)
     cli.use_cache(config)
 
+    if config.wandb.project:
+        boards.package()
     config = with_hashes(config)
     system = build(config)
     names = [name for name in system.stages if options.stage in ("all", name) and name not in system.parts]
@@ -170,7 +168,7 @@ def take_steps(run, name, phase, checkpoints):
     run.report_progress(f"compiling the step of {phase.title}")
 
     # --------------------------------------------------------------------------------------------------------- loop
-    show_preview = previewer(run, name, system)
+    validate = validation.make(directory, system, name, run.mesh)
     log = RunLog(
         name,
         phase.title,
@@ -186,7 +184,17 @@ def take_steps(run, name, phase, checkpoints):
         heartbeat_every=config.heartbeat_every,  # seconds between two writings of heartbeat.json, for other programs
         find_saved=lambda: folder.newest_step(run.workdir, name),
         wait_for_save=lambda: checkpoint.finish(checkpoints),  # RunLog calls it before it raises an error
+        wandb=wandb_settings(run, name, config),
     )
+
+    def show(number):
+        with stopwatch("validation"):
+            log.write_validation(number, *validate(state, encoder_params, number))
+        run.report_progress(f"the validation of step {number} of {phase.title}")
+
+    # The first step, or a step that is saved but whose validation was interrupted.
+    if validate and hosts.broadcast_from_primary(done % config.validation.every == 0 and not log.is_validated(done)):
+        show(done)
     trace = profiling.tracer(run.trace_span, directory)
     trace(done)  # starts the trace now if the next step is the first one to trace
     run.stop.after_step = True  # from now on a signal ends the run after a step, and not at once
@@ -216,9 +224,8 @@ def take_steps(run, name, phase, checkpoints):
                 checkpoint.save(checkpoints, state, log.mean_loss())
             save_due = False
         log.heartbeat(number)
-        if show_preview and not stopped and (last or number % config.preview_every == 0):
-            with stopwatch("preview"):
-                show_preview(state["ema"], encoder_params, number)
+        if validate and not stopped and (last or number % config.validation.every == 0):
+            show(number)
         if stopped:
             break
     checkpoint.finish(checkpoints)
@@ -230,27 +237,12 @@ def take_steps(run, name, phase, checkpoints):
     return not stopped and run.stop.signal is None  # a signal may come after the last step, too
 
 
-def previewer(run, name, system):
-    """Returns show(params, encoder_params, step), or None if there is nothing to preview.
-
-    All processes call show. They compute together, and the primary process writes previews/<step>.png (and .mp4).
-    """
-    config, preview = system.config, system.stages[name].preview
-    if not preview or not config.preview_every:
+def wandb_settings(run, name, config):
+    """Returns the arguments of boards.Wandb for a stage; None without Weights & Biases."""
+    if not config.wandb.project:
         return None
-    directory = run.workdir / name / "previews"
-    directory.mkdir(parents=True, exist_ok=True)
-    held_out = batches.source(config, "held_out")
-    items = [held_out[i] for i in range(PREVIEW_CLIPS)]
-    captions = [item["caption"] for item in items]
-    clips = {part: np.stack([item[part] for item in items]) for part in ("video", "audio")}
-
-    def show(params, encoder_params, step):
-        shown = preview(params, encoder_params, clips, captions)
-        if hosts.is_primary():
-            figures.write_preview(directory / str(step), shown, config.data.fps, config.data.sample_rate)
-
-    return show
+    told = dict(id=f"{run.number}-{name}", name=f"{run.workdir.name}-{name}", config=config.to_dict())
+    return {**config.wandb, **told}
 
 
 def define_flags():

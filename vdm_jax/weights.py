@@ -38,7 +38,8 @@ from vdm_jax.system.layout import STAGES, layout
 from vdm_jax.system.parts import is_finetuned, with_hashes
 
 # Names of files and folders that need no check.
-UNCHECKED = ("lock", "heartbeat.json", "starts.jsonl", "metrics.jsonl", "events.out.tfevents.*", "previews", "plugins")
+UNCHECKED = ("lock", "heartbeat.json", "starts.jsonl", "metrics.jsonl", "validation.jsonl", "events.out.tfevents.*")
+UNCHECKED += ("previews", "plugins", "wandb")
 
 
 def main(argv):

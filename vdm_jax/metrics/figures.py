@@ -71,16 +71,6 @@ def spectrogram(path, audio: np.ndarray, sample_rate: int) -> None:
     _save(path, sheet)
 
 
-def write_preview(path, preview, fps: float, sample_rate: int) -> None:
-    """Writes a system.previews.Preview: PATH.png, and PATH.mp4 of the first clip if it has picture and sound."""
-    if preview.video is None:
-        spectrogram(f"{path}.png", np.concatenate(preview.audio), sample_rate)
-        return
-    contact_sheet(f"{path}.png", list(preview.video), preview.captions)
-    if preview.audio is not None:
-        writing.write_mp4(f"{path}.mp4", preview.video[0], preview.audio[0], fps, sample_rate)
-
-
 def scheduling_matrix(levels: Mapping[str, np.ndarray], cell: tuple[int, int]) -> Image.Image:
     """Returns a picture of a scheduling matrix: steps go down, latent frames go across, one panel for each modality.
 

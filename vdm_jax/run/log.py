@@ -1,4 +1,4 @@
-"""What a training run reports while it runs: metrics.jsonl, TensorBoard events, a progress line, a heartbeat."""
+"""What a training run reports while it runs: metrics.jsonl, validation.jsonl, boards, a progress line, a heartbeat."""
 
 import contextlib
 import dataclasses
@@ -13,12 +13,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from vdm_jax.errors import UserError
-from vdm_jax.run import hosts, storage
+from vdm_jax.run import boards, hosts, storage
 
 logger = logging.getLogger("vdm_jax")
 
@@ -50,11 +48,12 @@ class RunLog:
     heartbeat_every: float  # seconds
     find_saved: Callable  # find_saved() looks on the disk for the newest complete checkpoint -> its step, or None
     wait_for_save: Callable  # wait_for_save() waits for the current save; called before that error
+    wandb: dict | None = None  # arguments of boards.Wandb; None for no Weights & Biases
 
     def __post_init__(self):
         left = range(self.done + 1, self.last_step + 1)
         self.remaining_steps = tqdm(left, self.title, self.stage_steps, initial=self.done, disable=None, unit="step")
-        self.metrics = MetricsLog(self.directory, self.done) if hosts.is_primary() else None
+        self.metrics = MetricsLog(self.directory, self.done, self.wandb) if hosts.is_primary() else None
         self.history = []  # metrics of the steps since the last log boundary, on the device
         self.losses = []  # (mean loss, number of steps) for each log boundary since the last save
         self.streak = []  # the Skipped in a row, up to the last logged step
@@ -90,6 +89,15 @@ class RunLog:
                 ids = self.sample_ids(step.number)
                 logger.warning("%s: step %d is skipped (%s), its samples are %s", self.stage, step.number, step, ids)
         self._stop_after_streak(number, skipped)
+
+    def is_validated(self, number):
+        """Returns whether validation.jsonl has a line of step `number`."""
+        return bool(self.metrics) and self.metrics.validated == number
+
+    def write_validation(self, number, values, files):
+        """Logs what validation.py found after step `number`: {name: number} and {name: file}."""
+        if self.metrics:
+            self.metrics.write_validation(number, self.stage, values, files)
 
     def _show(self, number, means):
         """Updates the progress bar. When stderr is no terminal, it writes a line instead."""
@@ -195,7 +203,7 @@ def summarize(history, first):
 
 
 class Stopwatch:
-    """Measures where wall time goes. `with watch(what):` marks "data", "compiling", "saving" or "preview"."""
+    """Measures where wall time goes. `with watch(what):` marks "data", "compiling", "saving" or "validation"."""
 
     def __init__(self):
         self.began = time.perf_counter()
@@ -216,7 +224,7 @@ class Stopwatch:
     def lap(self, steps):
         """Ends a lap of this many steps, and begins the next lap. Returns the figures of the lap:
 
-        'step_seconds': seconds a step, without saves and previews.
+        'step_seconds': seconds a step, without saves and validation.
         'data_wait_share': share of this time that the loop waited for data.
         'saving_share': share of all wall time that the steps stood still for a save.
         """
@@ -234,67 +242,90 @@ class Stopwatch:
 
 
 class MetricsLog:
-    """metrics.jsonl with one JSON object a line, and TensorBoard events in files beside it.
+    """metrics.jsonl and validation.jsonl with one JSON object a line, and the boards beside them.
 
     A run that continues after step `step` drops all later lines, and a last line that a killed run left incomplete.
-    `skipped` counts the skipped steps in all lines.
+    `skipped` counts the skipped steps in all lines. `validated` is the step of the last validation, or None.
     """
 
-    def __init__(self, directory, step):
-        path = directory / "metrics.jsonl"
-        stored = path.read_bytes() if path.exists() else b""
-        kept, self.skipped, damaged = good_lines(stored, step)
-        if damaged:
-            logger.warning("%s: %d damaged line(s) are left out", path, damaged)
-        self.path, self.file = path, storage.growing(path, stored, kept)
+    def __init__(self, directory, step, wandb=None):
+        self.path = path = directory / "metrics.jsonl"
+        self.file, self.skipped, _ = open_lines(path, step)
+        self.validation, _, self.validated = open_lines(directory / "validation.jsonl", step)
         # A training whose lock was deleted ends, because another one may have begun.
         lock = directory.parent / "lock"
         self.lock = open(lock) if not storage.in_bucket(path) and lock.exists() else None
         self.pause = BUCKET_PAUSE if storage.in_bucket(path) else 0
         self.flushed = time.monotonic()
-        self.events = event_file_writer.EventsWriter(os.path.join(directory, "events"))
-        if step:  # makes TensorBoard drop the points of later steps
-            start = SessionLog(status=SessionLog.START)
-            self.events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+        self.boards = [boards.TensorBoard(directory, step)] + ([boards.Wandb(directory, **wandb)] if wandb else [])
 
     def write(self, step, prefix, metrics, flush=False):
-        """Writes a line, and an event `prefix/<key>` for each metric. A number that is not finite becomes null.
+        """Writes a line, and `prefix/<key>` for each metric on the boards. A number that is not finite becomes null.
 
         In a bucket, where no file can grow, the files are written anew after BUCKET_PAUSE, or at once with `flush`.
         """
         self.check()
-        finite = {k: (v if np.isfinite(v) else None) for k, v in metrics.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.file.write(_line(step, metrics))
         self.skipped += metrics["skipped"]
-        for key, value in metrics.items():
-            values = summary.scalar(f"{prefix}/{key}", value)
-            self.events.write_event(Event(wall_time=time.time(), step=step, summary=values))
+        for board in self.boards:
+            board.write(step, {f"{prefix}/{key}": value for key, value in metrics.items()})
         if flush or time.monotonic() - self.flushed >= self.pause:
             self.file.flush()
-            self.events.flush()
+            for board in self.boards:
+                board.flush()
             self.flushed = time.monotonic()
+
+    def write_validation(self, step, prefix, values, files):
+        """Writes a line of validation.jsonl, and values and files on the boards: {name: number}, {name: path}."""
+        self.check()
+        for board in self.boards:
+            board.write(step, {f"{prefix}/validation/{key}": value for key, value in values.items()})
+            board.write_files(step, {f"{prefix}/validation/{key}": path for key, path in files.items()})
+            board.flush()
+        self.validation.write(_line(step, values))
+        self.validation.flush()
+        self.validated = step
 
     def check(self):
         """Raises OSError when the file was deleted, moved or replaced. A bucket has no files that stay open."""
-        for file in () if storage.in_bucket(self.path) else filter(None, (self.file, self.lock)):
+        files = (self.file, self.validation, self.lock)
+        for file in () if storage.in_bucket(self.path) else filter(None, files):
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
                 raise FileNotFoundError(errno.ENOENT, "it was replaced", os.fspath(file.name))
 
     def close(self):
-        self.file.close()
-        if self.lock:
-            self.lock.close()
-        self.events.close()
+        for file in filter(None, (self.file, self.validation, self.lock)):
+            file.close()
+        for board in self.boards:
+            board.close()
+
+
+def _line(step, values):
+    """Returns a line of a .jsonl file. A number that is not finite becomes null."""
+    return json.dumps({"step": step, **{k: (v if np.isfinite(v) else None) for k, v in values.items()}}) + "\n"
+
+
+def open_lines(path, step):
+    """Returns (a .jsonl file open for more lines, the skipped steps in its lines, the step of the last or None).
+
+    It keeps the good lines up to `step`.
+    """
+    stored = path.read_bytes() if path.exists() else b""
+    kept, skipped, damaged = good_lines(stored, step)
+    if damaged:
+        logger.warning("%s: %d damaged line(s) are left out", path, damaged)
+    last = json.loads(kept.splitlines()[-1])["step"] if kept else None
+    return storage.growing(path, stored, kept), skipped, last
 
 
 def good_lines(stored, step):
-    """Returns (the good lines in the bytes of a metrics.jsonl, the number of skipped steps that they report, and the
+    """Returns (the good lines in the bytes of a .jsonl file, the number of skipped steps that they report, and the
     number of damaged lines).
 
     A line is good when it is complete, is not after `step`, and has a later step than the good line before it. A line
     after `step` is not damaged.
     """
-    good, last, skipped, damaged = [], 0, 0, 0
+    good, last, skipped, damaged = [], -1, 0, 0
     for line in stored.splitlines():
         try:
             values = json.loads(line.decode())

@@ -43,15 +43,24 @@ def load(workdir, lora=(), parts=None):
     lora: adapters that are merged in, texts as in adapters.merge_files
     """
     system, unet, _ = read(workdir, parts)
-    vae, text_encoder, data = system.parts["video_autoencoder"], system.parts["clip"], system.config.data
+    vae, text_encoder = system.parts["video_autoencoder"], system.parts["clip"]
     mesh = sharding.make_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1))
     unet = adapters.merge_files(jax.device_put(unet, sharding.state_shardings(unet, mesh)), lora)
+    return sampler(system, {"unet": unet, "vae": vae.read(mesh), "text_encoder": text_encoder.read(mesh)}, mesh)
+
+
+def sampler(system, params, mesh):
+    """Returns the published.TextToVideo of a System. Its clips have the size and length of training.
+
+    params: {"unet", "vae" and "text_encoder": parameters}
+    """
+    text_encoder, data = system.parts["clip"], system.config.data
     return TextToVideo(
         system.models["denoiser"],
-        vae.module,
+        system.parts["video_autoencoder"].module,
         text_encoder.module,
         text_encoder.tokenizer,
-        {"unet": unet, "vae": vae.read(mesh), "text_encoder": text_encoder.read(mesh)},
+        params,
         mesh,
         fps=data.fps,
         seconds=data.frames / data.fps,

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vdm_jax import diffusion, lora
 from vdm_jax.data import text
-from vdm_jax.system import distillation, hard_negatives, previews
+from vdm_jax.system import distillation, hard_negatives
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.networks import init_fns, remat_modes, to_float
 
@@ -25,8 +26,9 @@ class Stage(NamedTuple):
     # The shapes of `encoder_params`: parameters of earlier stages, 'statistics', the 'teacher' of a student, and the
     # 'base' of adapters; or {}.
     encoder_shapes: dict
-    # preview(params, encoder_params, clips, captions) -> previews.Preview; None for a stage with nothing to show
-    preview: Callable | None
+    # validation(params, batch, encoder_params) -> {name: scalar}: errors that are the same in each call
+    validation: Callable
+    shows: str | None  # what is shown while it trains: reconstructed "video" or "audio", or "samples"; None: nothing
     # The mesh axis `sequence` must divide at least one of these sizes. Audio autoencoder: (sound tokens,). Denoiser:
     # (latent frames, height of a latent frame). Other stages: (video frames, height of a latent frame).
     sequence_sizes: tuple
@@ -58,7 +60,7 @@ def make_stages(system):
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
     encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
 
-    def stage(name, loss, sequence_sizes, preview=None, encoder_shapes=None):
+    def stage(name, loss, sequence_sizes, shows=None, encoder_shapes=None):
         settings = config[name]
         remat_modes(config, name)  # raises for a wrong setting
         rows = settings.batch_size
@@ -80,27 +82,24 @@ def make_stages(system):
         return Stage(
             init=inits[name],
             loss=functools.partial(loss, system),
+            validation=functools.partial(denoiser_errors if shows == "samples" else loss_with_fixed_key(loss), system),
             param_shapes=params[name],
             batch=batch,
             encoder_shapes=encoder_shapes or {},
-            preview=preview,
+            shows=shows,
             sequence_sizes=sequence_sizes,
             make_hard_negative=swap_words if word_groups else None,
             clips_per_negative=negatives.get("every", 1) if word_groups else 1,
             any_shape=bool(encoder_shapes),
         )
 
-    show_video, show_audio = (previews.reconstruction(system, modality) for modality in ("video", "audio"))
     height, stages = layout.video[0], {}
-    stages["video_autoencoder"] = stage(
-        "video_autoencoder", video_autoencoder_loss, (layout.frames, height), show_video
-    )
+    stages["video_autoencoder"] = stage("video_autoencoder", video_autoencoder_loss, (layout.frames, height), "video")
     if layout.audio:
         tokens = layout.latent_frames * layout.audio[0]
-        stages["audio_autoencoder"] = stage("audio_autoencoder", audio_autoencoder_loss, (tokens,), show_audio)
+        stages["audio_autoencoder"] = stage("audio_autoencoder", audio_autoencoder_loss, (tokens,), "audio")
     stages["clip"] = stage("clip", clip_loss, (layout.frames, height))
-    show = None if system.published else previews.samples(system)
-    stages["denoiser"] = stage("denoiser", denoiser_loss, (layout.latent_frames, height), show, encoders)
+    stages["denoiser"] = stage("denoiser", denoiser_loss, (layout.latent_frames, height), "samples", encoders)
     return stages
 
 
@@ -233,3 +232,64 @@ def denoiser_loss(system, params, key, batch, encoder_params):
     pair_loss, pair_metrics = hard_negatives.classification_loss(pair_prediction, pairs, settings.hard_negatives)
     loss = denoising_loss + pair_loss
     return loss, {"loss": loss, **metrics, **pair_metrics}
+
+
+# ------------------------------------------------------------------------------------------------------- validation
+
+
+def loss_with_fixed_key(loss):
+    """Returns errors(system, params, batch, encoder_params) -> the metrics of a loss, with the same noise each time."""
+
+    def errors(system, params, batch, encoder_params):
+        return loss(system, params, jax.random.key(0), batch, encoder_params)[1]
+
+    return errors
+
+
+def denoiser_errors(system, params, batch, encoder_params):
+    """Errors of the noise on clips, by modality and noise level, and their means -> {name: scalar}.
+
+    The clips have the same noise in each call.
+    """
+    encoded = encode_batch(system, encoder_params, {name: batch[name] for name in ("video", "audio", "tokens")})
+    z, levels = encoded["z"], noise_levels(system, system.config.validation.noise_levels)
+    eps = diffusion.noise_like(jax.random.key(0), z)
+    found = errors_per_noise_level(system, system.denoise_fn(params, encoder_params), z, encoded["text"], eps, levels)
+    means = {f"{name}/mean": x.mean() for name, x in found.items()}
+    return means | {
+        f"{name}/log_snr_{level:+.1f}": error for name, x in found.items() for level, error in zip(levels, x.mean(0))
+    }
+
+
+def noise_levels(system, count):
+    """Returns log_snr [count], evenly spaced over the range of training and half a space from its ends."""
+    settings = system.diffusion
+    if system.published:
+        low, high = settings["table"][-1], settings["table"][0]
+    else:
+        low, high = settings["log_snr_min"], settings["log_snr_max"]
+    return np.linspace(low, high, 2 * count + 1)[1::2]
+
+
+def errors_per_noise_level(system, denoise_fn, z, cond, eps, levels):
+    """Mean squared error of the noise (eps) that the denoiser predicts, all latent frames at one noise level.
+
+    A student predicts as for one step to clean latents.
+
+    z, eps: latents and their noise, {modality: [B, ...]}
+    levels: log_snr [L]
+    Returns {modality: [B, L]}.
+    """
+    settings = system.config.denoiser.diffusion
+    if system.models["denoiser"].student:
+        clean = {name: jnp.full(z["video"].shape[:2], settings.log_snr_max) for name in z}  # [B, T]
+        cond = {**cond, "next_log_snr": clean}
+
+    def at(level):
+        log_snr = {name: jnp.full(z["video"].shape[:2], level) for name in z}  # [B, T]
+        prediction = denoise_fn(diffusion.add_noise(z, eps, log_snr), log_snr, cond)
+        target = diffusion.to_target(z, eps, log_snr, settings.target)
+        factor = diffusion.eps_error_factor(level, settings.target)
+        return {name: factor * jax.vmap(jnp.mean)(jnp.square(prediction[name] - target[name])) for name in z}  # [B]
+
+    return jax.tree.map(jnp.transpose, jax.lax.map(at, jnp.asarray(levels, jnp.float32)))  # [B, L]
