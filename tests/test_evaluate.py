@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +16,7 @@ from vdm_jax import evaluate, load
 from vdm_jax.data import batches, media, writing
 from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
-from vdm_jax.metrics import report
+from vdm_jax.metrics import distances, features, report
 from vdm_jax.metrics import tasks as task_metrics
 
 
@@ -92,6 +93,31 @@ def test_a_folder_of_videos_has_no_state_but_all_else(tmp_path, command, config)
     assert metrics["clip"]["candidates"] == 3 and metrics["clip"]["recall_at_1"] is not None
     assert len(list(out.glob("sample_*.mp4"))) == 3
     assert any("too few captions" in line for line in done.err)
+    assert metrics["distances"]["truth"]["clips"] == metrics["distances"]["samples"]["clips"] == 3
+    if features.has_packages(*distances.FRAME_PACKAGES, "cv2"):
+        assert metrics["distances"]["samples"]["frames"] == 15
+        for part in ("autoencoder", "samples"):
+            assert metrics["distances"][part]["frechet_frames_lite0"] > 0
+        assert {"av_align", "av_align_clips"} <= set(metrics["distances"]["truth"])
+        assert "EfficientNet-lite0 (no FID)" in done.out
+
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copyfile(films / "0.mp4", other / "alone.mp4")
+    options = [f"--data={other}", "--suite=reconstruction", "--count=2"]
+    done = command(evaluate, f"--workdir={run}", f"--out={out}", *options)
+    assert done.code == 0, done.err
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["distances"]["autoencoder"]["clips"] == 2 and "films" not in (out / "report.html").read_text()
+    assert (
+        "clips of the folder" in (out / "report.html").read_text() and str(other) in (out / "report.html").read_text()
+    )
+    for more, told in {
+        "--suite=copies": "--suite=copies compares with the clips of the training: leave out --data",
+        f"--fvd_network={tmp_path}/none.pt": "is no file: give a TorchScript (.pt) or an ONNX file (.onnx)",
+    }.items():
+        done = command(evaluate, f"--workdir={run}", f"--out={out}", f"--data={other}", "--count=2", more)
+        assert done.code == 2 and told in done.err[-1]
     done = command(evaluate, f"--workdir={run}", f"--out={out}", "--suite=words")
     assert done.code == 2 and done.err == [
         "error: --suite=words is for the procedural world, whose clips the tracker reads"
@@ -145,7 +171,7 @@ def test_prompts_ask_for_nothing_that_previews_show(config):
     held_out = batches.source(config, "held_out")
     prompts = evaluate.choose_prompts(config, held_out, seed=3)
     assert [len(p["objects"]) for p in prompts] == [1] * 5 + [2] * 5
-    shown = [task_metrics.objects(held_out[i]) for i in range(evaluate.PREVIEW_CLIPS)]
+    shown = [task_metrics.objects(held_out[i]) for i in range(evaluate.SHOWN_CLIPS)]
     for prompt in prompts:
         assert prompt["objects"] not in shown and prompt["objects"][::-1] not in shown
         for thing in prompt["objects"]:

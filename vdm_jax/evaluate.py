@@ -2,6 +2,7 @@
 
     python -m vdm_jax.evaluate --out=report [--workdir=DIR | --weights=DIR] [--suite=prompts] [--count=192] [--steps=32]
         [--guidance=4] [--method=dpmpp_2m] [--seed=0] [--samplers=dpmpp_2m:16,ddim:64]
+        [--data=FOLDER] [--fvd_network=FILE]
 
 Without --workdir and --weights the reference weights of this package are measured. Writes metrics.json and
 report.html (one file that can be sent on) with its pictures and clips, and prints the table.
@@ -16,7 +17,9 @@ report.html (one file that can be sent on) with its pictures and clips, and prin
                          student's, if the weights have one
 
 The same tracker reads true renders ("truth"), their reconstructions ("autoencoder") and samples of the procedural
-world. For other data the table has no outcomes, and the samples are of held-out captions.
+world. For other data the table has no outcomes, and the samples are of held-out captions. Instead their distances to
+the true clips are measured, see metrics/distances.py. --data=FOLDER takes all clips of another folder of videos as the
+true ones. --fvd_network=FILE names the network of the Fréchet video distance. It is code: see metrics/features.py.
 """
 
 import functools
@@ -31,13 +34,14 @@ from vdm_jax import sample as sample_command
 from vdm_jax import samplers
 from vdm_jax.data import batches, captions, text, writing
 from vdm_jax.errors import UserError, one_of
-from vdm_jax.metrics import copies, figures, reconstruction, report, shares, tasks, tracker
+from vdm_jax.metrics import copies, distances, figures, reconstruction, report, shares, tasks, tracker
 from vdm_jax.run import cli, storage
 from vdm_jax.run.progress import progress
 from vdm_jax.system import hard_negatives, losses
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.networks import to_float
 from vdm_jax.tasks import MAX_STEPS
+from vdm_jax.validation import SHOWN_CLIPS
 
 logger = logging.getLogger("vdm_jax")
 
@@ -46,7 +50,6 @@ SUITES = ("prompts", "words", "tasks", "copies", "reconstruction", "all")
 CANDIDATES = 64  # clips, all of different meaning, among which a text has to find its own
 NOISE_LEVELS = 8  # at which the loss is measured
 ALONE = 3  # frames: an impact with no other this near counts as isolated
-PREVIEW_CLIPS = 4  # held-out clips that previews of training show
 SHOWN = 8  # samples on the page
 
 
@@ -61,12 +64,17 @@ def main(argv):
     stages = [*AUTOENCODERS.values()] if options.suite == "reconstruction" else STAGES
     pipe = sample_command.load_pipeline(options, stages)
     config = pipe.config
+    if options.data:
+        take_folder(config, options.data)
     is_world = config.data.source == "world"
     if not is_world and {"words", "tasks"} & {*suites}:
         raise UserError(f"--suite={options.suite} is for the procedural world, whose clips the tracker reads")
     if options.count is not None:
         config.evaluate.update(clips=options.count, prompts=options.count, tasks=options.count)
-    held_out, out = batches.source(config, "held_out"), storage.make_folder(options.out)
+    if options.data and "copies" in suites:
+        raise UserError("--suite=copies compares with the clips of the training: leave out --data")
+    held_out = batches.source(config, "train" if options.data else "held_out")
+    out = storage.make_folder(options.out)
 
     items = [held_out[i] for i in range(config.evaluate.clips)]
     truth = {part: np.stack([item[part] for item in items]) for part in AUTOENCODERS}
@@ -83,6 +91,12 @@ def main(argv):
         "clip": {"recall_at_1": None},
     }
     shown = show_reconstruction(config, out, items, truth, remade)
+    compared = None
+    if not is_world or options.fvd_network:
+        data = config.data
+        compared = distances.Distances(truth, data.fps, data.sample_rate, options.fvd_network)
+        metrics["distances"] = {"truth": {"clips": len(items), **compared.align(**truth)}}
+        metrics["distances"]["autoencoder"] = compared.measure(**remade)
 
     prompts = []
     if "prompts" in suites:
@@ -91,6 +105,8 @@ def main(argv):
         prompts = choose_prompts(config, held_out, options.seed)
         video, audio, found = sample(pipe, prompts, seed=options.seed)
         metrics["samples"], counts = tracker.summarize(found), tracker.counts(found)
+        if compared:
+            metrics["distances"]["samples"] = compared.measure(video, audio)
         shown = show_samples(config, out, prompts, video, audio) + shown
         if is_world:
             others = choose_prompts(config, held_out, options.seed, wordings=True)
@@ -119,8 +135,9 @@ def main(argv):
     settings = {
         "weights": cli.weights_folder(options) or "reference",
         **({"adapters": ", ".join(options.lora)} if options.lora else {}),
-        "data": config.data.source,
-        "held-out clips" if batches.holds_out(config) else "clips of training": len(items),
+        "data": options.data or config.data.source,
+        count_name(config, options.data): len(items),
+        **({"FVD network": options.fvd_network} if options.fvd_network else {}),
         "prompts": len(prompts),
         **{key.replace("_", " "): config.sample[key] for key in ("method", "steps", "first_step_times", "rescale")},
         **{f"guidance {name.replace('_', ' ')}": weight for name, weight in config.sample.guidance.items()},
@@ -131,6 +148,20 @@ def main(argv):
     page = report.write_report(out, metrics, settings=settings, media=shown)
     print(report.format_table(metrics))
     logger.info("wrote %s in %d s", page, time.perf_counter() - began)
+
+
+def take_folder(config, path):
+    """Changes a config so that all clips of a folder of videos are measured."""
+    with config.unlocked():
+        config.data.update(source="files", path=path)
+        config.data.files = {"held_out": 0.0}
+
+
+def count_name(config, folder):
+    """What the measured clips are called on the page."""
+    if folder:
+        return "clips of the folder"
+    return "held-out clips" if batches.holds_out(config) else "clips of training"
 
 
 def read_sampler(name):
@@ -170,9 +201,9 @@ def choose_prompts(config, held_out, seed, wordings=False):
     Of the world, config.evaluate.prompts of one object, and as many of two where it has two; else held-out captions.
     wordings: of the world, in words that training did not combine.
     """
-    count, shown = config.evaluate.prompts, [held_out[i] for i in range(PREVIEW_CLIPS)]
+    count, shown = config.evaluate.prompts, [held_out[i] for i in range(SHOWN_CLIPS)]
     if config.data.source != "world":
-        texts = [held_out[PREVIEW_CLIPS + i]["caption"] for i in range(count)]
+        texts = [held_out[SHOWN_CLIPS + i]["caption"] for i in range(count)]
         fresh = [caption for caption in texts if caption not in {item["caption"] for item in shown}]
         if not fresh:
             logger.warning("too few captions: the samples here have the same captions as the previews of training")
@@ -299,9 +330,9 @@ def show_samples(config, out, prompts, video, audio):
 def show_reconstruction(config, out, items, truth, remade):
     """Held-out clips, each followed by its reconstruction: pictures, sounds and one pair of MP4s."""
     video, audio = (
-        [x for pair in zip(truth[part][:PREVIEW_CLIPS], remade[part]) for x in pair] for part in ("video", "audio")
+        [x for pair in zip(truth[part][:SHOWN_CLIPS], remade[part]) for x in pair] for part in ("video", "audio")
     )
-    labels = [label for item in items[:PREVIEW_CLIPS] for label in (item["caption"], "reconstruction")]
+    labels = [label for item in items[:SHOWN_CLIPS] for label in (item["caption"], "reconstruction")]
     figures.contact_sheet(out / "reconstruction.png", video, labels)
     figures.spectrogram(out / "spectrogram.png", np.concatenate(audio), config.data.sample_rate)
     for name, clips in (("truth", truth), ("autoencoder", remade)):
@@ -320,6 +351,8 @@ def define_flags():
     flags.DEFINE_string("out", None, "Folder for the report.")
     flags.DEFINE_enum("suite", "prompts", SUITES, "What to measure.")
     flags.DEFINE_integer("count", None, "Held-out clips, prompts of a kind, and clips of a task.", 1, 10**6)
+    flags.DEFINE_string("data", None, "Folder of videos to measure on, in place of the held-out clips.")
+    flags.DEFINE_string("fvd_network", None, "TorchScript or ONNX file for the Frechet video distance. It is code.")
     flags.DEFINE_list("samplers", [], "Also sample by each of these, such as dpmpp_2m:16,ddim:64.")
 
 

@@ -50,7 +50,7 @@ def source(config, split="train", in_bucket=False):
 
     if split == "held_out" and not holds_out(config):
         logger.warning(
-            "data.tfds.held_out is empty, so nothing is held out: previews and evaluation show training clips"
+            "data.tfds.held_out is empty, so nothing is held out: validation and evaluation show training clips"
         )
     return Tfds(data_dir=data.path, seed=config.seed, part=split, **clip, **data.tfds)
 

@@ -131,7 +131,7 @@ class Files:
         elif holding:
             held_out = f"the end of {holding} of {len(captions.of)} videos, which are too few to hold out whole ones"
         else:
-            held_out = "nothing, so previews and evaluate have no clips"
+            held_out = "nothing, so validation and evaluate have no clips"
         held_out += f" (data.files.held_out={self.held_out:g})"
         self.summary = summary.make(found, captions, held_out)
         self.summary.log()

@@ -9,6 +9,7 @@ decoded. These keys may be there, too:
   differences            {name: like M, of the same prompts, minus "samples"}
   wordings               outcomes of prompts in words that training did not combine
   unknown_words          outcomes of prompts in words that no caption has, and the number of prompts
+  distances              {"truth", "autoencoder" and "samples": what metrics/distances.py measures}
   copies                 distances to training clips
   tasks                  {task: {figure: value}}; the values of a task with "seconds" are columns of one length
 
@@ -63,6 +64,10 @@ LABELS = {  # key -> (label, unit of the value); %: the value is a share in 0..1
     "ratio": ("ratio of both; copies have less than 1", ""),
     "ratio_low": ("lower end of its 95 % interval", ""),
     "ratio_high": ("upper end of its 95 % interval", ""),
+    "frechet_frames_lite0": ("Fréchet distance of frames, EfficientNet-lite0 (no FID)", ""),
+    "frechet_video": ("Fréchet video distance, network of --fvd_network", ""),
+    "av_align": ("AV-Align", ""),
+    "av_align_clips": ("clips with onsets or motion peaks", ""),
 }
 PLACES = {"dB": 1, "ms": 1}  # decimal places of a unit; others have three
 TITLES = {
@@ -74,6 +79,7 @@ TITLES = {
     "wordings": "Prompts in words that training did not combine",
     "unknown_words": "Prompts in words that no caption has",
     "copies": "Copies of training clips",
+    "distances": "Distances to the true clips, and sound against motion",
 }
 AXES = {"log_snr": "log SNR {:+.1f}", "seconds": "after {:g} s"}  # key of a column -> label of a row
 MEDIA = {  # suffix -> element that shows a file
