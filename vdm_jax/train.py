@@ -56,6 +56,7 @@ def main(argv):
         boards.package()
     config = with_hashes(config)
     system = build(config)
+    validation.check(system)
     names = [name for name in system.stages if options.stage in ("all", name) and name not in system.parts]
     if not names:
         system.check_trained(options.stage)

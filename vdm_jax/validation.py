@@ -31,14 +31,22 @@ class Shown(NamedTuple):
     audio: Any = None  # float32 [N]
 
 
+def check(system):
+    """Raises UserError for a file in config.validation.prompts that is missing, or of no use for the denoiser."""
+    for prompt in system.config.validation.prompts:
+        for key in set(prompt) & set(PROMPT_FILES) if not isinstance(prompt, str) else ():
+            if system.published:
+                raise UserError(f"validation.prompts: the denoiser of denoiser.source takes no {key}: leave it out")
+            if not storage.is_file(storage.given(prompt[key])):
+                raise UserError(f"validation.prompts: {key} {prompt[key]} is no file: correct its path")
+
+
 def make(directory, system, name, mesh):
     """Returns validate(state, encoder_params, step) of stage `name`, or None where config.validation.every is 0.
 
     All processes call it. It returns ({name: number}, {name: file}): what Stage.validation measures, and on the
     primary process the files of directory/previews/STEP. With config.validation.raw the parameters without their
     moving average are measured and shown, too; the names of their numbers begin with "raw/".
-
-    Raises UserError for a prompt that does not fit.
     """
     config, stage = system.config, system.stages[name]
     if not config.validation.every:
@@ -50,7 +58,7 @@ def make(directory, system, name, mesh):
     if stage.shows is None:
         show = None
     elif stage.shows == "samples":
-        show = samples(system, mesh, read_prompts(config, held_out, bool(system.published)))
+        show = samples(system, mesh, read_prompts(config, held_out))
     else:
         show = reconstructions(system, name, stage.shows, [held_out[i] for i in range(SHOWN_CLIPS)])
 
@@ -89,20 +97,13 @@ def reconstructions(system, name, modality, items):
     return show
 
 
-def read_prompts(config, held_out, is_published):
+def read_prompts(config, held_out):
     """Returns config.validation.prompts as [{'text', 'seed', at most one of PROMPT_FILES}].
 
     Without prompts they are captions of held-out clips.
-    Raises UserError for a file that is missing, or that a published denoiser cannot use.
     """
     prompts = config.validation.prompts or [held_out[i]["caption"] for i in range(SHOWN_CLIPS)]
     prompts = [{"text": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
-    for prompt in prompts:
-        for key in set(prompt) & set(PROMPT_FILES):
-            if is_published:
-                raise UserError(f"validation.prompts: the denoiser of denoiser.source takes no {key}: leave it out")
-            if not storage.is_file(storage.given(prompt[key])):
-                raise UserError(f"validation.prompts: {key} {prompt[key]} is no file: correct its path")
     return [{"seed": 0, **prompt} for prompt in prompts]
 
 
