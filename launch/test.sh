@@ -9,7 +9,7 @@ usage: launch/test.sh [--no-peers] [--jax=VERSION] [pytest arguments]
 Installs the package into .venv at the top of the repository. This is quick the second time. Then runs ruff, builds the
 documentation with warnings as errors, and runs pytest on the CPU.
 
-  --no-peers   installs neither PyTorch nor diffusers, and skips the tests that compare with them
+  --no-peers   installs neither PyTorch nor diffusers, and skips the tests that need them
   --jax=0.7.2  uses this version of JAX, in .venv-jax-0.7.2 (Colab's TPU machines have 0.7.2)
   --help       shows this text
 
@@ -19,7 +19,7 @@ A certain Python:                PYTHON=python3.12 launch/test.sh
 EOF
 }
 
-extras=(test app docs peers)
+extras=(test app docs peers metrics wandb)
 arguments=()
 for argument in "$@"; do
     case "$argument" in
@@ -27,7 +27,7 @@ for argument in "$@"; do
             usage
             exit 0
             ;;
-        --no-peers) extras=(test app docs) ;;
+        --no-peers) extras=(test app docs wandb) ;;
         --jax=*) JAX_VERSION="${argument#*=}" ;;
         *) arguments+=("$argument") ;;
     esac
