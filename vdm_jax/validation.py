@@ -54,7 +54,7 @@ def make(directory, system, name, mesh):
     held_out = batches.source(config, "held_out")
     examples = batches.Examples(held_out, system.tokenize, stage.make_hard_negative)
     batch = examples.take(range(config.validation.clips))
-    measure = jax.jit(lambda *arguments: sharding.replicate(stage.validation(*arguments)))
+    measure = together(stage.validation)
     if stage.shows is None:
         show = None
     elif stage.shows == "samples":
@@ -80,10 +80,25 @@ def make(directory, system, name, mesh):
     return validate
 
 
+def together(function):
+    """Returns the function jitted, with its result on all processes, which compile it together in the first call.
+
+    Its arguments must have the same shapes in each call.
+    """
+    jitted, compiled = jax.jit(lambda *arguments: sharding.replicate(function(*arguments))), []
+
+    def call(*arguments):
+        if not compiled:
+            compiled.append(hosts.compiled(jitted, *arguments))
+        return compiled[0](*arguments)
+
+    return call
+
+
 def reconstructions(system, name, modality, items):
     """Returns show(params, encoder_params) of an autoencoder: held-out clips, each followed by its reconstruction."""
     truth = np.stack([item[modality] for item in items])
-    reconstruct = jax.jit(lambda params, x: sharding.replicate(system.reconstruct(name, {name: params}, x)))
+    reconstruct = together(lambda params, x: system.reconstruct(name, {name: params}, x))
 
     def show(params, encoder_params):
         remade = np.asarray(reconstruct(params, truth))
