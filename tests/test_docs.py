@@ -27,7 +27,7 @@ from vdm_jax.settings import flat, setting
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- not run: ([^>]+) -->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
-COMMANDS = ("train", "sample", "evaluate", "weights", "bench", "dry_run", "overview", "app")
+COMMANDS = ("train", "sample", "evaluate", "weights", "bench", "dry_run", "overview", "app", "prepare")
 CLOUD = ("tpu_vm", "queued", "slurm", "gke")
 SHELL = ("export", ".", "pip", "hf")  # first words of lines that are no command of ours
 WORDS = {  # of training: the data and the machine of a user, which the tiny run has not

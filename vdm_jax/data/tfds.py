@@ -2,6 +2,8 @@
 
 The data set must be stored as array_record: build it with `file_format="array_record"`. Its features must be Tensor,
 Scalar, Text, ClassLabel or sequences of them. The features Video, Image and Audio need TensorFlow to be decoded.
+
+A data set that `python -m vdm_jax.prepare` has made tells its rates in the file PREPARED.
 """
 
 import dataclasses
@@ -13,6 +15,9 @@ from etils import epath
 from vdm_jax.data import media
 from vdm_jax.data.files import epoch_order
 from vdm_jax.errors import UserError
+from vdm_jax.run import storage
+
+PREPARED = "prepared.json"
 
 
 def _share_examples(a, b):
@@ -21,7 +26,7 @@ def _share_examples(a, b):
     return a.splitname == b.splitname and max(a_start, b_start) < min(a_end, b_end)
 
 
-def _package():
+def package():
     try:
         import tensorflow_datasets
     except ImportError as error:
@@ -32,8 +37,8 @@ def _package():
 def open_builder(name, data_dir):
     """Returns the TFDS builder of a built data set. name, data_dir: see Tfds. TFDS has an error for each fault."""
     if epath.Path(name).is_dir():
-        return _package().builder_from_directory(name)
-    return _package().builder(name, data_dir=data_dir, try_gcs=False)
+        return package().builder_from_directory(name)
+    return package().builder(name, data_dir=data_dir, try_gcs=False)
 
 
 @dataclasses.dataclass(eq=False)
@@ -65,15 +70,13 @@ class Tfds:
     video_key: str = "video"
     audio_key: str = ""  # "" for silent clips
     caption_key: str = ""  # "" for the empty text
-    source_fps: float = 0.0  # frames per second of the data set's videos; 0 is `fps`
-    source_sample_rate: int = 0  # of the data set's sound, in Hz; 0 is `sample_rate`
+    source_fps: float = 0.0  # frames per second of the data set's videos; 0 is that of PREPARED, else `fps`
+    source_sample_rate: int = 0  # of the data set's sound, in Hz; 0 is that of PREPARED, else `sample_rate`
 
     def __post_init__(self):
-        tfds = _package()
+        tfds = package()
         if not self.name:
             raise UserError("data.tfds.name is empty: name a data set or its folder, --config.data.tfds.name=NAME")
-        self.source_fps = self.source_fps or self.fps
-        self.source_sample_rate = self.source_sample_rate or self.sample_rate
         split = self.held_out if self.part == "held_out" and self.held_out else self.split
         try:
             builder = open_builder(self.name, self.data_dir)
@@ -97,13 +100,18 @@ class Tfds:
                 raise UserError(f"data set {self.name!r} has no feature {key!r}, only {known}: name one of them")
         if not self.count:
             raise UserError(f"data set {self.name!r}: split {split!r} is empty")
-        self._read(0)  # an example that cannot be decoded ends the run now, not after an hour
+        told = {}
+        if (path := epath.Path(builder.data_dir) / PREPARED).exists():
+            told = storage.read_json(path, "prepare the data set again")
+        self.source_fps = self.source_fps or told.get("fps") or self.fps
+        self.source_sample_rate = self.source_sample_rate or told.get("sample_rate") or self.sample_rate
+        self.read(0)  # an example that cannot be decoded ends the run now, not after an hour
 
     def _fault(self, what: str, error: Exception) -> UserError:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return UserError(f"data set {self.name!r}: {what} ({reason})")
 
-    def _read(self, index: int):
+    def read(self, index: int):
         """Returns (video uint8 [T, H, W, C], audio or None, captions) of an example."""
         try:
             example = self.source[int(index)]
@@ -131,21 +139,32 @@ class Tfds:
     def __getitem__(self, i: int) -> dict:
         epoch, place = divmod(i, self.count)
         where, which = np.random.default_rng([self.seed, i]).random(2)
-        video, audio, captions = self._read(epoch_order(self.seed, epoch, self.count)[place])
-        total = int(len(video) * self.fps / self.source_fps + 1e-6)  # frames of the video at `fps`
-        start = int(where * (max(0, total - self.frames) + 1)) / self.fps  # s
-        times = start + np.arange(self.frames) / self.fps
-        picks = (times * self.source_fps + 1e-6).astype(int).clip(max=len(video) - 1)
-        video = np.repeat(video, 3 // video.shape[-1], axis=-1)
-        clip = np.stack([media.fit(video[pick], self.size) for pick in picks])
+        video, audio, captions = self.read(epoch_order(self.seed, epoch, self.count)[place])
+        start = int(where * (max(0, self.frames_at_fps(video) - self.frames) + 1)) / self.fps  # s
+        clip, sound = self.window(video, audio, start, self.frames)
+        return {"video": clip, "audio": sound, "caption": captions[int(which * len(captions))]}
 
-        sound = np.zeros(int(self.frames * self.sample_rate // self.fps), np.float32)
+    def frames_at_fps(self, video) -> int:
+        """Returns how many frames at `fps` a video has, of at least one."""
+        return max(1, int(len(video) * self.fps / self.source_fps + 1e-6))
+
+    def window(self, video, audio, start: float, frames: int):
+        """Returns frames of an example with their sound: uint8 [frames, h, w, 3], float32 [N].
+
+        video, audio: as `read` returns them
+        start: in s
+        """
+        times = start + np.arange(frames) / self.fps
+        picks = (times * self.source_fps + 1e-6).astype(int).clip(max=len(video) - 1)
+        clip = np.stack([media.fit(np.repeat(video[pick], 3 // video.shape[-1], axis=-1), self.size) for pick in picks])
+
+        sound = np.zeros(int(frames * self.sample_rate // self.fps), np.float32)
         if audio is not None:
             scale = 32768 if audio.dtype.kind == "i" else 1
             low = round(start * self.source_sample_rate)
-            high = low + int(np.ceil(self.frames / self.fps * self.source_sample_rate))
+            high = low + int(np.ceil(frames / self.fps * self.source_sample_rate))
             part = audio[low:high].astype(np.float32) / scale
             part = part.mean(axis=1) if part.ndim == 2 else part
             part = media.resample(part, self.source_sample_rate, self.sample_rate)[: len(sound)]
             sound[: len(part)] = part.clip(-1, 1)
-        return {"video": clip, "audio": sound, "caption": captions[int(which * len(captions))]}
+        return clip, sound

@@ -20,6 +20,7 @@ import base64
 import html
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 from etils import epath
@@ -176,7 +177,7 @@ _HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>vdm_jax: evaluation</title>
+<title>vdm_jax: TITLE</title>
 <style>
 :root { color-scheme: light dark; --bar: #4a90d9; --line: #d8dce1; --soft: #5b6570; }
 @media (prefers-color-scheme: dark) { :root { --bar: #4a8fd6; --line: #3a4149; --soft: #9aa5b1; } }
@@ -190,23 +191,39 @@ th[scope=col] { color: var(--soft); font-weight: 600; }
 td.share { background: linear-gradient(90deg, var(--bar) var(--share), transparent var(--share))
   left bottom / calc(100% - 6px) 5px no-repeat; }
 .settings td { width: 65%; }
+.groups td:last-child { width: 55%; text-align: left; }
 @media (max-width: 30rem) { table { font-size: .8rem; } }
 figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem; }
 .clips figure { margin: 0; }
 img, video { width: 100%; image-rendering: pixelated; border-radius: 4px; display: block; }
 </style>
-<h1>Evaluation</h1>
-<p><b>truth</b>: held-out clips. <b>autoencoder</b>: the same clips, encoded and decoded. <b>samples</b>: clips that the
-model generates from prompts. The same tracker measures all three, so the first two columns show the best that samples
-can reach. In parentheses: the 95 % interval of a share.</p>
+<h1>TITLE</h1>
 """
+_COLUMNS = """<p><b>truth</b>: held-out clips. <b>autoencoder</b>: the same clips, encoded and decoded.
+<b>samples</b>: clips that the model generates from prompts. The same tracker measures all three, so the first two
+columns show the best that samples can reach. In parentheses: the 95 % interval of a share.</p>"""
 
 
-def _html_table(title: str, columns: Sequence[str], rows: Sequence[tuple], kind: str = "numbers") -> str:
+def page(title: str, above: str, blocks: Sequence[str]) -> str:
+    """Returns a page in HTML.
+
+    above: paragraphs below the title, in HTML
+    blocks: the parts of the page, in HTML, such as those of `html_table`
+    """
+    return "\n".join([_HEAD.replace("TITLE", html.escape(title)), above, *blocks, "</html>\n"])
+
+
+def html_table(title: str, columns: Sequence[str], rows: Sequence[tuple], kind: str = "numbers") -> str:
+    """Returns a table as a part of a page.
+
+    columns, rows: as `_table` returns them
+    kind: "numbers", "settings" (one wide column) or "groups" (a number and names)
+    """
+
     def td(text):
-        share, percent, _ = text.partition(" %")
-        bar = f' class="share" style="--share:{share}%"' if percent else ""
+        share = re.match(r"(\d+) %", text)
+        bar = f' class="share" style="--share:{share[1]}%"' if share else ""
         return f"<td{bar}>{html.escape(text)}</td>"
 
     head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in ["", *columns])
@@ -240,10 +257,10 @@ def write_report(directory: epath.Path, metrics: Mapping, *, settings: Mapping, 
     plain = json.loads(json.dumps(numbers), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
     storage.replace(directory / "metrics.json", json.dumps(plain, indent=2) + "\n")
     shown = {suffix: "".join(_figure(*item) for item in media if item[1].suffix == suffix) for suffix in MEDIA}
-    first, *others = (_html_table(*table) for table in _tables(metrics))
+    first, *others = (html_table(*table) for table in _tables(metrics))
     how = [(name, [str(value)]) for name, value in settings.items()]
     samples = f'<h2>Samples</h2>\n<div class="clips">{shown[".mp4"]}</div>\n{shown[".png"]}'
-    made = _html_table("How this was made", [""], how, "settings")
-    page = directory / "report.html"
-    storage.replace(page, "\n".join([_HEAD, first, samples, *others, made, "</html>\n"]))
-    return page
+    made = html_table("How this was made", [""], how, "settings")
+    path = directory / "report.html"
+    storage.replace(path, page("Evaluation", _COLUMNS, [first, samples, *others, made]))
+    return path
