@@ -13,7 +13,9 @@ Flags after a lone -- are Apache Beam's: --runner=DataflowRunner, FlinkRunner, S
 """
 
 import contextlib
+import functools
 import hashlib
+import io
 import json
 import logging
 import os
@@ -49,7 +51,7 @@ def main(argv):
         "fps": config.data.fps,
         "sample_rate": config.data.sample_rate,
         "settings": how.facts(),
-        "sources": hashlib.sha256(json.dumps([keys, [v.split for v in videos]]).encode()).hexdigest(),
+        "sources": hashlib.sha256(json.dumps([video[:4] for video in videos]).encode()).hexdigest(),
     }
     if _is_done(out, facts):
         print(f"{out} is this data set already: nothing is done. {_usage(out)}")
@@ -67,8 +69,13 @@ def main(argv):
         logger.info("%d of %d videos were done before", len(unique) - len(todo), len(unique))
     if todo:
         with _told_in_a_line(), beam.Pipeline(options=beam_options) as pipeline:
-            made = pipeline | beam.Create(range(len(todo))) | beam.Reshuffle()
-            made | beam.Map(_write_clips, [tuple(video) for video in todo], tuple(how), os.fspath(parts))
+            write = functools.partial(prepared.write_clips_of, folder=os.fspath(parts), settings=tuple(how))
+            (
+                pipeline
+                | beam.Create([tuple(video) for video in todo])
+                | beam.Reshuffle()
+                | "WriteClips" >> beam.Map(write)
+            )
 
     chosen, numbers = _choose(videos, keys, unique, parts)
     numbers = {"found": found, **numbers, "settings": how.facts()}
@@ -79,10 +86,6 @@ def main(argv):
     storage.write_json(out / tfds.PREPARED, {**facts, "splits": [name for name, clips in chosen.items() if clips]})
     parts.rmtree()
     print(f"{numbers['clips']['kept']} clips of {len(videos)} videos are in {out}. {_usage(out)}")
-
-
-def _write_clips(number, videos, how, parts):
-    prepared.write_clips(parts, whole.Video(*videos[number]), prepared.Settings(*how))
 
 
 def _recipe(options, argv):
@@ -118,10 +121,13 @@ def _beam(words):
     logging.getLogger("apache_beam").setLevel(logging.ERROR)  # it tells about each worker
     # Beam's own default may look for a runner in Go, and download it.
     words = words if any(word.startswith("--runner") for word in words) else [*words, f"--runner={LOCAL}"]
+    options, told = apache_beam.options.pipeline_options.PipelineOptions(words), io.StringIO()
     try:
-        return apache_beam, apache_beam.options.pipeline_options.PipelineOptions(words)
-    except (SystemExit, ValueError) as error:
-        raise UserError(f"Beam cannot use its flags {' '.join(words)} ({error})") from None
+        with contextlib.redirect_stderr(told):
+            options.get_all_options()
+    except SystemExit:
+        raise UserError(f"Beam cannot use its flags: {told.getvalue().strip().splitlines()[-1]}") from None
+    return apache_beam, options
 
 
 @contextlib.contextmanager
@@ -164,7 +170,7 @@ def _is_done(out, facts):
 
 
 def _choose(videos, keys, unique, parts):
-    """Returns ({split: [(key, numbers of the stored clips to take)]}, numbers for the report)."""
+    """Returns (what prepared.merge takes as `chosen`, numbers for the report)."""
     chosen, seen, dropped, faults = {"train": [], "held_out": []}, set(), {}, {"unreadable": [], "ended early": []}
     cut, seconds, kept = 0, 0.0, dict.fromkeys(chosen, 0)
     for number in unique:
@@ -177,7 +183,7 @@ def _choose(videos, keys, unique, parts):
             if not reason and row["sha256"] in seen:
                 reason = prepared.DUPLICATE
             elif not reason:
-                numbers.append(stored)
+                numbers.append((stored, row["bytes"]))
                 seconds += row["end"] - row["start"]
             stored += not row["dropped"]
             seen |= set() if row["dropped"] else {row["sha256"]}

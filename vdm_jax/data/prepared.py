@@ -4,11 +4,10 @@ The file of a video follows from the video and the settings alone, and appears o
 follows from the files alone. So an interrupted run goes on, and gives the same bits.
 """
 
-import contextlib
-import functools
 import hashlib
-import io
+import itertools
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -25,6 +24,8 @@ from vdm_jax.run import storage
 VERSION = 1  # of what a clip is and how it is stored
 DROPS = {"still": "it stands still", "black": "it is black", "silent": "it is silent"}
 DUPLICATE = "an earlier clip has the same frames and sound"
+NAME = "clips"  # of the data set
+SHARD_BYTES = 256 << 20  # of clips before they are compressed
 SIZE_BYTES = 8  # before each clip in the file of a video
 
 
@@ -38,9 +39,10 @@ class Settings(NamedTuple):
 
     def facts(self) -> dict:
         """Returns what the clips depend on, for a hash and for messages. The videos have hashes of their own."""
-        names = ("size", "fps", "sample_rate")
+        names = ("fps", "sample_rate")
         return {
             **{name: self.data[name] for name in names},
+            "size": list(self.data["size"]),
             "scene_threshold": self.scene_threshold,
             "max_seconds": self.max_seconds,
             "drop": sorted(self.drop),
@@ -121,6 +123,8 @@ def write_clips(folder: str, video: whole.Video, settings: Settings) -> None:
 
     A video that cannot be read has a "fault" there, in place of the clips from the fault on.
     """
+    from tensorflow_datasets.proto import tf_example_pb2
+
     data, made = ConfigDict(settings.data), features(settings.data["size"])
     path, rows, faults = epath.Path(folder) / settings.key(video), [], []
 
@@ -136,7 +140,7 @@ def write_clips(folder: str, video: whole.Video, settings: Settings) -> None:
             audio = np.rint(sound.clip(-1, 1) * 32767).astype(np.int16)
             digest = hashlib.sha256(f"{frames.shape}".encode() + frames.tobytes() + audio.tobytes()).hexdigest()
             fault = _fault(frames, sound, video.is_image, settings.drop)
-            rows.append({"start": start, "end": end, "sha256": digest, "dropped": fault})
+            rows.append({"start": start, "end": end, "sha256": digest, "dropped": fault, "bytes": 0})
             if fault:
                 continue
             height, width = video.shape or (0, 0)
@@ -153,7 +157,10 @@ def write_clips(folder: str, video: whole.Video, settings: Settings) -> None:
                 "source_sha256": video.sha256,
                 "sha256": digest,
             }
-            content = made.serialize_example(example)
+            # Protocol buffers have no order of their own.
+            proto = tf_example_pb2.Example.FromString(made.serialize_example(example))
+            content = proto.SerializeToString(deterministic=True)
+            rows[-1]["bytes"] = len(content)
             file.write(len(content).to_bytes(SIZE_BYTES, "little") + content)
     storage.write_json(path.with_suffix(".json"), {"clips": rows, "fault": " ".join(faults)})
 
@@ -167,60 +174,60 @@ def read_rows(folder, key: str) -> dict | None:
         return None
 
 
-def _stored(path, made) -> Iterator[dict]:
-    """Yields the clips in the file of a video."""
+def _stored(path) -> Iterator[bytes]:
+    """Yields the clips in the file of a video, as TFDS stores them."""
     with path.open("rb") as file:
         while size := file.read(SIZE_BYTES):
-            yield made.deserialize_example_np(file.read(int.from_bytes(size, "little")))
+            yield file.read(int.from_bytes(size, "little"))
 
 
-@functools.cache
-def _builder():
-    tfds = package()
-
-    class Clips(tfds.core.GeneratorBasedBuilder):
-        """Reads `splits`, {name: function that returns an iterator of examples}."""
-
-        VERSION = tfds.core.Version("1.0.0")
-        code_path = None  # else TFDS looks for files beside this module
-
-        def __init__(self, *, size, splits, **options):
-            self.size, self.splits_of_clips = size, splits
-            super().__init__(**options)
-
-        def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=features(self.size), disable_shuffling=True)
-
-        def _split_generators(self, dl_manager):
-            return {name: self._generate_examples(examples()) for name, examples in self.splits_of_clips.items()}
-
-        def _generate_examples(self, examples):
-            yield from enumerate(examples)
-
-    return Clips
+def write_clips_of(values: tuple, folder: str, settings: tuple) -> None:
+    """Does what `write_clips` does, with the plain values that Beam hands to its workers."""
+    write_clips(folder, whole.Video(*values), Settings(*settings))
 
 
 def merge(out, parts, chosen: dict, size) -> None:
-    """Writes the data set: one split after the other, the clips in the order of `chosen`.
+    """Writes the data set. The clips of a split are in the order of `chosen`.
 
     out: folder of the data set
     parts: folder of the videos' files
-    chosen: {split: [(key of a video, numbers of the stored clips to take)]}
+    chosen: {split: [(key of a video, [(number of a stored clip, its size in bytes)])]}
     """
-    made = features(size)
-
-    def examples(videos):
-        for key, numbers in videos:
-            for number, example in enumerate(_stored(epath.Path(parts) / f"{key}.clips", made)):
-                if number in numbers:
-                    yield example
-
-    splits = {name: functools.partial(examples, videos) for name, videos in chosen.items() if videos}
-    with tempfile.TemporaryDirectory(dir=None if storage.in_bucket(parts) else parts) as scratch:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            builder = _builder()(data_dir=scratch, size=size, splits=splits, file_format="array_record")
-            builder.download_and_prepare()
-        for old in epath.Path(out).glob(f"{builder.name}-*"):  # of an interrupted run
+    in_bucket = storage.in_bucket(out)
+    with tempfile.TemporaryDirectory(dir=None if in_bucket else parts) as scratch:
+        splits = [_write_split(scratch, parts, name, videos) for name, videos in chosen.items() if videos]
+        package().folder_dataset.write_metadata(
+            data_dir=scratch, features=features(size), split_infos=splits, check_data=False, disable_shuffling=True
+        )
+        for old in epath.Path(out).glob(f"{NAME}-*"):  # of an interrupted run
             old.unlink()
-        for path in sorted(epath.Path(builder.data_dir).iterdir()):
+        for path in sorted(epath.Path(scratch).iterdir()):
             path.copy(epath.Path(out) / path.name, overwrite=True)
+
+
+def _write_split(folder, parts, name: str, videos):
+    """Writes the shards of a split, and returns the SplitInfo of TFDS."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    shards = [[]]  # of (key of a video, number of a clip)
+    total = filled = 0
+    for key, clips in videos:
+        for number, count in clips:
+            if filled + count > SHARD_BYTES and shards[-1]:
+                shards, filled = [*shards, []], 0
+            shards[-1].append((key, number))
+            total, filled = total + count, filled + count
+    template = package().core.ShardedFileTemplate(
+        data_dir=epath.Path(folder), dataset_name=NAME, split=name, filetype_suffix="array_record"
+    )
+    for index, shard in enumerate(shards):
+        path = template.sharded_filepath(shard_index=index, num_shards=len(shards))
+        writer = ArrayRecordWriter(os.fspath(path), "group_size:1")  # as TFDS does, for random access
+        for key, clips in itertools.groupby(shard, key=lambda clip: clip[0]):
+            numbers = {number for _, number in clips}
+            for number, content in enumerate(_stored(epath.Path(parts) / f"{key}.clips")):
+                if number in numbers:
+                    writer.write(content)
+        writer.close()
+    lengths = [len(shard) for shard in shards]
+    return package().core.SplitInfo(name=name, shard_lengths=lengths, num_bytes=total, filename_template=template)
