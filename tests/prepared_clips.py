@@ -1,7 +1,7 @@
 """How fast prepared clips are read, beside PyAV's bare decoding: `python -m tests.prepared_clips [--size=64]`.
 
-Both read the same films of 32 frames in this process, on one thread, in turns. Bare decoding gives all frames of a film
-at its own size in RGB, without sound. A film has the size of a prepared clip, or with --source the one given.
+Both read the same films of 32 frames in this process, on one thread, in turns. A prepared clip is read as training does
+it, for a window of 17 frames. Bare decoding gives all frames of a film at its own size in RGB. A film has the size of a prepared clip, or with --source the one given.
 """
 
 import argparse
@@ -21,7 +21,7 @@ FRAMES, FPS, RATE = 32, 8, 8000
 
 
 def write(path, size, seed):
-    """Writes a film in H.264 of colored noise of large grains that drifts, with a tone."""
+    """Writes a film in H.264 of colored noise of large grains that drifts."""
     rng = np.random.default_rng(seed)
     grain = rng.integers(0, 256, (8, 8, 3), np.uint8).repeat(-(-size // 8), 0).repeat(-(-size // 8), 1)
     grain = (grain[:size, :size] // 2 + rng.integers(0, 64, (size, size, 3), np.uint8)).astype(np.uint8)
@@ -71,9 +71,8 @@ def main():
             assert all(decode(path) == FRAMES for path in films)
             rates["PyAV"].append(len(films) / (time.process_time() - began))
     for name, found in rates.items():
-        print(
-            f"{name}: {statistics.median(found):.0f} clips a second of processor time ({min(found):.0f} to {max(found):.0f})"
-        )
+        low, middle, high = (value(found) for value in (min, statistics.median, max))
+        print(f"{name}: {middle:.0f} clips a second of processor time ({low:.0f} to {high:.0f})")
 
 
 if __name__ == "__main__":

@@ -146,3 +146,9 @@ def test_tasks_have_plain_labels(metrics):
     assert by_label["velocity change at the seam (truth)"] == ["0.125 /s"] and by_label["all objects right"] == ["–"]
     assert by_label["Task: rollout"] == ["right", "size drift"]
     assert by_label["after 2.125 s"] == ["100 %", "0 %"] and by_label["after 4.25 s"] == ["50 %", "–"]
+
+
+def test_a_share_is_a_bar_and_a_text_never_becomes_html():
+    html = report.html_table("Clips", ["number"], [("<b>", ["40 % (30–50)"]), ("name", ['"><i> %.mp4'])])
+    assert 'style="--share:40%"' in html and html.count("--share") == 1
+    assert "<i>" not in html and "<b>" not in html and "&lt;b&gt;" in html
