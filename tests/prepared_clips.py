@@ -1,7 +1,8 @@
 """How fast prepared clips are read, beside PyAV's bare decoding: `python -m tests.prepared_clips [--size=64]`.
 
 Both read the same films of 32 frames in this process, on one thread, in turns. A prepared clip is read as training does
-it, for a window of 17 frames. Bare decoding gives all frames of a film at its own size in RGB. A film has the size of a prepared clip, or with --source the one given.
+it, for a window of 17 frames. Bare decoding gives all frames of a film at its own size in RGB. A film has the size of a
+prepared clip, or with --source the one given.
 """
 
 import argparse

@@ -11,7 +11,7 @@ import pytest
 from configs import common
 from tests.helpers import ROOT, finish, start
 from vdm_jax import prepare, train
-from vdm_jax.data import batches, media, scenes
+from vdm_jax.data import batches, media, scenes, writing
 from vdm_jax.data.tfds import Tfds
 
 FPS, RATE = 8, 2000  # of tests/tiny.py
@@ -36,7 +36,7 @@ def tone(frames, hertz=200):
 
 def write(path, video, audio):
     path.parent.mkdir(parents=True, exist_ok=True)
-    media.write_mp4(path, video, audio, FPS, RATE)
+    writing.write_mp4(path, video, audio, FPS, RATE)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vdm_jax.metrics.report import LABELS, OUTCOMES, format_table, write_report
+from vdm_jax.metrics.report import LABELS, OUTCOMES, format_table, html_table, write_report
 from vdm_jax.metrics.shares import Difference, Share
 
 SETTINGS = {"prompts": 64, "weights": "<reference> & more"}
@@ -149,6 +149,6 @@ def test_tasks_have_plain_labels(metrics):
 
 
 def test_a_share_is_a_bar_and_a_text_never_becomes_html():
-    html = report.html_table("Clips", ["number"], [("<b>", ["40 % (30–50)"]), ("name", ['"><i> %.mp4'])])
+    html = html_table("Clips", ["number"], [("<b>", ["40 % (30–50)"]), ("name", ['"><i> %.mp4'])])
     assert 'style="--share:40%"' in html and html.count("--share") == 1
     assert "<i>" not in html and "<b>" not in html and "&lt;b&gt;" in html
