@@ -61,7 +61,7 @@ def get_config():
     # Shapes of clips that the denoiser is trained on in turn, such as ("17x48x64", "33x96x160"): frames x height x
     # width. Videos go to the most similar shape, see data/buckets.py. (): data.frames and data.size alone.
     data.buckets = ()
-    data.fps = 8  # frames a second
+    data.fps = 8.0  # frames a second; 29.97 is 30000/1001, see data/rates.py
     data.sample_rate = 8000  # Hz
     data.text_length = 128  # byte tokens of a caption; a longer caption is cut
     data.threads = 1  # that read clips
@@ -78,7 +78,12 @@ def get_config():
             wordings=0.0,  # chance of a caption in the many words of data/wordings.py
         )
     )
-    data.files = ConfigDict(dict(held_out=0.2))  # share of the videos that training does not see
+    data.files = ConfigDict(  # see data/files.py
+        dict(
+            held_out=0.2,  # share of the videos that training does not see
+            flip=False,  # mirror half of the windows, except where the caption tells left from right
+        )
+    )
     data.tfds = ConfigDict(  # see data/tfds.py
         dict(
             name="",  # of the data set

@@ -130,6 +130,23 @@ def test_an_epoch_of_a_folder_is_every_video_once_from_any_step(tmp_path):
     assert [int(source[i]["caption"]) for i in ids] == list(whole[12:16])
 
 
+class Named:
+    in_epochs = True
+
+    def name_of(self, number):
+        return f"{number % 10}.mp4"
+
+
+def test_a_message_names_the_files_of_a_batch():
+    order = dict(batch_size=2, seed=0, step=3)
+    examples = batches.Examples(Named(), None)
+    assert batches.sample_names([examples], [examples], [1], **order) == ["6 ('6.mp4')", "7 ('7.mp4')"]
+    encoded = Numbers(4)  # clips 0 to 3 of the training order, kept as latents
+    numbers = batches.sample_ids([encoded], [1], **order)
+    assert batches.sample_names([encoded], [examples], [1], **order) == [f"{n} ('{n}.mp4')" for n in numbers]
+    assert batches.sample_names([encoded], [batches.Examples(Numbers(4), None)], [1], **order) == numbers
+
+
 def test_a_source_without_a_path():
     config = tiny.get_config()
     config.data.source = "files"

@@ -330,3 +330,30 @@ def test_images_among_videos_are_silent_stills(folder, warnings):
     assert items["an image"]["video"].shape == items["a video"]["video"].shape
     assert any("its last frame is repeated: x.png" in line for line in warnings)
     assert [video.name for video in open_files(folder, split="held_out").videos] == ["a.mp4"]
+
+
+def test_half_of_the_windows_are_mirrored_but_none_that_tells_a_side(tmp_path):
+    video = np.zeros((FRAMES, 16, 16, 3), np.uint8)
+    video[:, :, :8] = 200
+    for name, caption in (("a", "a car"), ("b", "a car turns LEFT"), ("c", "upright")):
+        writing.write_mp4(tmp_path / f"{name}.mp4", video, None, FPS, RATE)
+        (tmp_path / f"{name}.txt").write_text(caption)
+
+    def mirrored(**settings):
+        items = [open_files(tmp_path, held_out=0.0, **settings)[i] for i in range(60)]
+        return [(item["caption"], bool(item["video"][..., :4, :].mean() < 100)) for item in items]
+
+    found = mirrored(flip=True)
+    assert found == mirrored(flip=True) and found != mirrored(flip=True, seed=1)
+    cars = [flipped for caption, flipped in found if caption == "a car"]
+    assert len(cars) == 20 and 4 < sum(cars) < 16
+    assert not any(flipped for caption, flipped in found if caption != "a car")
+    assert not any(flipped for _, flipped in mirrored())
+    plain, flipped = (open_files(tmp_path, held_out=0.0, flip=flip) for flip in (False, True))
+    for i in range(12):
+        a, b = plain[i], flipped[i]
+        assert a["caption"] == b["caption"] and any(
+            np.array_equal(a["video"], x) for x in (b["video"], b["video"][:, :, ::-1])
+        )
+    assert plain.name_of(4).removesuffix(".mp4") in "abc"
+    assert {plain.name_of(i) for i in range(3, 6)} == {"a.mp4", "b.mp4", "c.mp4"}

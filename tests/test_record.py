@@ -201,7 +201,7 @@ REFUSED = {  # options of a start in a finished run -> what the line says
     "--config.denoiser.diffusion.target=x0": "denoiser.diffusion.target='v', and what it has saved has no meaning",
     "--config.denoiser.diffusion.log_snr_max=9": "denoiser.diffusion.log_snr_max=12.0, and what it has saved",
     "--config.audio_autoencoder.model.latent_channels=8": "audio_autoencoder.model.latent_channels=4, and what it has",
-    "--config.data.fps=4": "data.fps=8, and what it has saved has no meaning with 4",
+    "--config.data.fps=4": "data.fps=8.0, and what it has saved has no meaning with 4.0",
     "--config.data.text_length=64": "data.text_length=96, and what it has saved",
     "--config.data.frames=9": "data.frames=5, and what it has saved",
     "--config.clip.optimizer=muon": "clip.optimizer='adamw', and what it has saved",

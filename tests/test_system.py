@@ -147,7 +147,10 @@ WRONG = {  # changes -> the message holds these words, and what it names works
     "small size": ({"data.size": (3, 3)}, "use (4, 4)"),
     "no size": ({"data.size": (0, 16)}, "data.size=(0, 16) must be 2 values, each a whole number of at least 1"),
     "fps": ({"data.fps": 0}, "data.fps=0"),
-    "sample rate": ({"data.sample_rate": 2001}, "not a multiple of data.fps=8: use 2000 or 2008"),
+    "sample rate": (
+        {"data.sample_rate": 2001},
+        "250.125 samples in a frame at data.fps=8, and not a whole number: use 2000 or 2008",
+    ),
     "sound tokens": ({"audio_autoencoder.model.patch": 30}, "500 samples is no multiple of the 150 samples"),
     "odd latents": ({"data.size": (16, 20)}, "4x5 places"),
     "odd tokens": (

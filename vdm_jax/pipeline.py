@@ -400,8 +400,8 @@ class Pipeline:
         need = layout.f_t * latents
         if not latents or min(len(start[0]), len(end[0])) < need:
             raise UserError(
-                f"between needs two clips of at least {need} frames at {self.config.data.fps} fps, and a new clip that "
-                "is long enough for both ends: raise seconds"
+                f"between needs two clips of at least {need} frames at {self.config.data.fps:g} fps, and a new clip "
+                "that is long enough for both ends: raise seconds"
             )
         return tasks.between(start, end, layout, latents)
 
@@ -420,7 +420,7 @@ class Pipeline:
             return video, audio[: len(video) * per_frame]
         if (clip.fps, clip.sample_rate) != (data.fps, data.sample_rate):
             raise UserError(
-                f"the clip has {clip.fps:g} fps and {clip.sample_rate} Hz, the system {data.fps} fps and "
+                f"the clip has {clip.fps:g} fps and {clip.sample_rate} Hz, the system {data.fps:g} fps and "
                 f"{data.sample_rate} Hz: save the clip, and give the file"
             )
         if not len(clip.video) or len(clip.audio) < len(clip.video) * per_frame:

@@ -127,7 +127,8 @@ TABLE = (
     Setting("mesh.*", MESH, FREE),
     # ------------------------------------------------------------------------------------------------------- data
     Setting("data.source", choice("world", "files", "tfds"), CHANGE),
-    Setting("data.frames data.fps data.sample_rate", whole(1), FIXED),
+    Setting("data.fps", number(0.1, 1000), FIXED),
+    Setting("data.frames data.sample_rate", whole(1), FIXED),
     Setting("data.size", several(whole(1), 2, 2), FIXED),
     Setting("data.buckets", several(TEXT, least=0), CHANGE),  # see buckets.parse
     Setting("data.text_length", whole(2), FIXED),
@@ -136,6 +137,7 @@ TABLE = (
     Setting("data.world.gravity data.world.occluder data.world.leave data.world.pan", number(0, 1), CHANGE),
     Setting("data.world.light data.world.undirected data.world.wordings", number(0, 1), CHANGE),
     Setting("data.files.held_out", BELOW_1, CHANGE),
+    Setting("data.files.flip", SWITCH, CHANGE),
     Setting("data.tfds.source_fps", number(0), CHANGE),
     Setting("data.tfds.source_sample_rate", whole(0), CHANGE),
     Setting("data.path data.hash data.tfds.*", TEXT, CHANGE),

@@ -134,6 +134,7 @@ def take_steps(run, name, phase, checkpoints):
         batches.Examples(run.sources[bucket], system.tokenize, stage.make_hard_negative) for bucket in phase.buckets
     ]
     weights = [own.weight for own in examples]  # of the buckets
+    sources = examples
     encoder_params = {}
     if stage.encoder_shapes:
         encoder_params, examples = latents.prepare(phase.buckets, run.workdir, examples, run.mesh, run.number)
@@ -180,7 +181,7 @@ def take_steps(run, name, phase, checkpoints):
         done=done,
         stopwatch=stopwatch,
         # Steps are counted from 1, batches from 0.
-        sample_ids=lambda number: batches.sample_ids(examples, weights, **order, step=number - 1),
+        sample_ids=lambda number: batches.sample_names(examples, sources, weights, **order, step=number - 1),
         stop_after=config.skip.stop_after,  # the run ends after this number of skipped steps in a row
         heartbeat_every=config.heartbeat_every,  # seconds between two writings of heartbeat.json, for other programs
         find_saved=lambda: folder.newest_step(run.workdir, name),

@@ -142,6 +142,22 @@ def sample_ids(items, weights, *, batch_size, seed, step):
     return [int(order[before[bucket] * batch_size + row]) for row in range(batch_size)]
 
 
+def sample_names(items, sources, weights, *, batch_size, seed, step):
+    """Returns the samples of a step's batch for a message: their numbers, and the names of the files of a folder.
+
+    items, weights: as in `in_buckets`
+    sources: for each bucket, the Examples; where `items` has other objects, these hold the Examples in training order
+    """
+    bucket, _ = buckets.schedule(weights, seed, step)
+    numbers = sample_ids(items, weights, batch_size=batch_size, seed=seed, step=step)
+    examples = sources[bucket]
+    name_of = getattr(examples.source, "name_of", None)
+    if name_of is None:
+        return numbers
+    order = range(2**62) if items[bucket] is examples else _order(examples, seed)
+    return [f"{number} ({name_of(int(order[number]))!r})" for number in numbers]
+
+
 def to_devices(batch, sharding, batch_size):
     """Returns a batch as global arrays on the devices, made of the rows that each process loaded.
 

@@ -8,14 +8,17 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from vdm_jax.data import buckets, caption_files, listing, media, summary
+from vdm_jax.data.rates import rational, sample_count
 from vdm_jax.data.shards import Part, open_file
 from vdm_jax.errors import UserError, one_of
 from vdm_jax.run import checksums
@@ -23,6 +26,7 @@ from vdm_jax.run import checksums
 logger = logging.getLogger("vdm_jax")
 
 MAX_CACHED_SECONDS = 300  # of a longer video only windows are decoded: the whole would take minutes
+SIDES = re.compile(r"left|right|clockwise|\beast|\bwest", re.IGNORECASE)  # such a caption is wrong of a mirrored clip
 HELD_OUT_FILES = 8  # whole files are held out where about this number or more are on each side
 
 
@@ -85,6 +89,7 @@ class Files:
     split: str = "train"  # or "held_out"
     held_out: float = 0.2  # share of the videos, in 0..1, that is kept from training
     buckets: tuple = ()  # of buckets.Bucket: only videos for which (frames, *size) is the nearest one are used
+    flip: bool = False  # mirror half of the training windows, except where the caption has a word of SIDES
     cache_bytes: int = 2 << 30  # for decoded videos; of videos that do not fit, only the window is decoded
 
     def __post_init__(self):
@@ -94,7 +99,8 @@ class Files:
         self.root = Path(self.path)
         if not self.root.is_dir():
             raise UserError(f"data path {os.fspath(self.path)!r} is not a folder: name the folder of videos")
-        self.samples = int(self.frames * self.sample_rate // self.fps)
+        self.rate = rational(self.fps)
+        self.samples = sample_count(self.frames, self.fps, self.sample_rate)
         self._cache = {}
         self._warned = set()
         self._locks = {}  # name: a lock
@@ -111,7 +117,7 @@ class Files:
         self.videos, short, holding = [], [], 0
         for name, texts in captions.of.items():
             part, info = found.videos[name]
-            total = max(1, int(info.duration * self.fps + 1e-6))  # frames at `fps`
+            total = max(1, int(Fraction(info.duration + 1e-6) * self.rate))  # frames at `fps`
             held = int(total * self.held_out)
             if held and total >= 2 * self.frames:
                 held = max(held, self.frames)
@@ -169,7 +175,7 @@ class Files:
     def __getitem__(self, i: int) -> dict:
         epoch, place = divmod(i, len(self.videos))
         order = epoch_order(self.seed, epoch, len(self.videos))
-        where, which = np.random.default_rng([self.seed, i]).random(2)
+        where, which, side = np.random.default_rng([self.seed, i]).random(3)
         for turn in range(len(order)):  # a file that fails is replaced by another video
             video = self.videos[order[place - turn]]
             start = video.first + int(where * (max(0, video.end - video.first - self.frames) + 1))
@@ -184,8 +190,15 @@ class Files:
             frames = np.concatenate([frames, frames[-1:].repeat(self.frames - count, axis=0)])
             audio = np.pad(audio[: self.samples], (0, max(0, self.samples - len(audio))))
             caption = caption_files.choose(video.captions, start / self.fps, (start + count) / self.fps, which)
+            if self.flip and self.split == "train" and side < 0.5 and not SIDES.search(caption):
+                frames = frames[:, :, ::-1]
             return {"video": frames, "audio": audio, "caption": caption}
         raise UserError(f"none of the videos in {os.fspath(self.root)!r} can be read any more")
+
+    def name_of(self, i: int) -> str:
+        """Returns the name of the video that item i is drawn from. A video that fails is replaced by another one."""
+        epoch, place = divmod(i, len(self.videos))
+        return self.videos[epoch_order(self.seed, epoch, len(self.videos))[place]].name
 
     def fingerprint(self, known: dict) -> dict:
         """Returns {name: [size in bytes, time in ns, CRC-32 of the content, captions]} of all videos.
@@ -215,11 +228,11 @@ class Files:
         path = self.root / video.name if video.part is None else video.part
         settings = {"fps": self.fps, "size": self.size, "sample_rate": self.sample_rate}
         if not video.cached:
-            return media.read_video(path, start=start / self.fps, frames=frames, **settings)
+            return media.read_video(path, start=start / self.rate, frames=frames, **settings)
         with self._locks.setdefault(video.name, threading.Lock()):  # threads that want the same video decode it once
             if path not in self._cache:
                 self._cache[path] = media.read_video(path, frames=video.total, **settings)
             images, audio = self._cache[path]
-        rate = self.sample_rate / self.fps  # samples per frame
-        low = round(start * rate)
-        return images[start : start + frames], audio[low : low + int(frames * rate)]
+        low = round(start * self.sample_rate / self.rate)
+        samples = sample_count(frames, self.fps, self.sample_rate)
+        return images[start : start + frames], audio[low : low + samples]

@@ -21,6 +21,7 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
 from vdm_jax.data import color, shards
+from vdm_jax.data.rates import rational
 from vdm_jax.data.shards import Part
 from vdm_jax.errors import UserError
 
@@ -357,7 +358,7 @@ def read_video(path, *, fps, size, sample_rate, start=0.0, frames=None) -> tuple
     Raises UserError if the file cannot be read, ends before `start` or is over a limit.
     """
     height, width = pair(size)
-    rate = Fraction(fps).limit_denominator(1_001_000)
+    rate = rational(fps)
     begin = Fraction(start).limit_denominator(1_000_000_000)
     max_frames = MAX_OUTPUT_BYTES // (height * width * 3)
     too_long = f"it gives over {max_frames} frames of {height}x{width} at {float(rate):g} fps, ask for fewer"

@@ -14,6 +14,7 @@ from etils import epath
 
 from vdm_jax.data import media
 from vdm_jax.data.files import epoch_order
+from vdm_jax.data.rates import sample_count
 from vdm_jax.errors import UserError
 from vdm_jax.run import storage
 
@@ -158,7 +159,7 @@ class Tfds:
         picks = (times * self.source_fps + 1e-6).astype(int).clip(max=len(video) - 1)
         clip = np.stack([media.fit(np.repeat(video[pick], 3 // video.shape[-1], axis=-1), self.size) for pick in picks])
 
-        sound = np.zeros(int(frames * self.sample_rate // self.fps), np.float32)
+        sound = np.zeros(sample_count(frames, self.fps, self.sample_rate), np.float32)
         if audio is not None:
             scale = 32768 if audio.dtype.kind == "i" else 1
             low = round(start * self.source_sample_rate)

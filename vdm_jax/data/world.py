@@ -15,6 +15,7 @@ import math
 import numpy as np
 
 from vdm_jax.data.captions import COLORS, MATERIALS, SHAPES, caption
+from vdm_jax.data.rates import sample_count
 from vdm_jax.errors import UserError
 
 PALETTE = {  # name -> RGB; the hues are about 60 degrees apart
@@ -206,7 +207,7 @@ class World:
 
     def _sound(self, episode, events):
         """Returns the sum of all tones, softly clipped: float32 [N]."""
-        audio = np.zeros(int(self.frames * self.sample_rate // self.fps), np.float32)
+        audio = np.zeros(sample_count(self.frames, self.fps, self.sample_rate), np.float32)
         for event in events:
             if event["kind"] == "turn":
                 continue

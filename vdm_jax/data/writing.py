@@ -18,6 +18,7 @@ from etils import epath
 from PIL import Image
 
 from vdm_jax.data import media
+from vdm_jax.data.rates import rational
 from vdm_jax.errors import UserError
 from vdm_jax.run import storage
 
@@ -88,7 +89,7 @@ def _encoded_picture(out, video, fps) -> Callable[[], None]:
         raise ValueError(f"video must be uint8 [F, H, W, 3], not {video.dtype} {video.shape}")
     upscale = math.ceil(256 / min(video.shape[1:3]))
     height, width = (upscale * n for n in video.shape[1:3])
-    rate = Fraction(fps).limit_denominator(1_001_000)
+    rate = rational(fps)
     # Without B-frames the first frame has time 0, even in players that ignore edit lists.
     stream = out.add_stream("libx264", rate=rate, options={"crf": "16", "bf": "0"})
     stream.width, stream.height = width + width % 2, height + height % 2

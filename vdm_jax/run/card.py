@@ -55,7 +55,7 @@ def finetuned(config, step, sha256, changes=(), license=""):
         ("hash of its denoiser", _code(denoiser.hash or "unknown")),
         ("trained", trained),
         ("training steps", f"{step:,} of {denoiser.steps:,}"),
-        ("clips in training", f"{config.data.frames} frames of {height} x {width}, at {config.data.fps} a second"),
+        ("clips in training", f"{config.data.frames} frames of {height} x {width}, at {config.data.fps:g} a second"),
         ("`unet/diffusion_pytorch_model.safetensors`, SHA-256", _code(sha256)),
     ]
     blocks = [
@@ -96,7 +96,7 @@ def _clips(data):
     height, width = data.size
     rows = [
         ("size", f"{height} x {width} pixels (height x width)"),
-        ("frames", f"{data.frames}, at {data.fps} frames a second: {data.frames / data.fps:.1f} s"),
+        ("frames", f"{data.frames}, at {data.fps:g} frames a second: {data.frames / data.fps:.1f} s"),
         ("sound", f"one channel, {data.sample_rate:,} Hz"),
         ("text", f"up to {data.text_length} tokens"),
     ]

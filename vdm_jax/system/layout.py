@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from vdm_jax import settings
 from vdm_jax.data import buckets
+from vdm_jax.data.rates import rational
 from vdm_jax.errors import UserError
 from vdm_jax.settings import STAGES
 from vdm_jax.system.networks import make_encoders
@@ -56,25 +57,28 @@ def layout(config, parts=None):
     buckets.parse_all(data.get("buckets", ()))  # older weights have none
     for stage in STAGES:
         _check_lengths(f"{stage}.model", config[stage].model)
-    if data.sample_rate % data.fps:
-        low = max(1, data.sample_rate // data.fps) * data.fps
+    fps = rational(data.fps)
+    per_frame = data.sample_rate / fps
+    if per_frame.denominator > 1:
+        step = fps.numerator
+        low = max(1, data.sample_rate // step) * step
         raise UserError(
-            f"data.sample_rate={data.sample_rate} is not a multiple of data.fps={data.fps}: use {low} or "
-            f"{low + data.fps}"
+            f"data.sample_rate={data.sample_rate} has {float(per_frame):g} samples in a frame at data.fps={fps}, and "
+            f"not a whole number: use {low} or {low + step}"
         )
+    per_frame = int(per_frame)
 
     encoders = make_encoders(config, parts)
     video, audio = encoders["video_autoencoder"], encoders.get("audio_autoencoder")
     f_t = video.f_t  # video frames per latent frame
     f_s = video.f_s  # pixels per latent, in height and in width
-    per_frame = data.sample_rate // data.fps
     if any(side % f_s for side in data.size):
         fits = tuple(side // f_s * f_s or f_s for side in data.size)
         raise UserError(f"data.size={data.size} is not a multiple of {f_s}: use {fits}")
     if audio and per_frame * f_t % audio.hop:
         raise UserError(
             f"a latent frame of {per_frame * f_t} samples is no multiple of the {audio.hop} samples of a sound token: "
-            f"set data.sample_rate to {_near_rates(data.sample_rate, data.fps, f_t, audio.hop)} Hz"
+            f"set data.sample_rate to {_near_rates(data.sample_rate, fps, f_t, audio.hop)} Hz"
             + ("" if "audio_autoencoder" in parts else ", or change audio_autoencoder.model.patch or strides")
         )
     if "clip" not in parts and any(side % config.clip.model.video.patch for side in data.size):
@@ -89,7 +93,7 @@ def layout(config, parts=None):
         samples_per_frame=per_frame,
         f_t=f_t,
         latent_frames=1,
-        latent_fps=data.fps / f_t,
+        latent_fps=float(fps / f_t),
         video=(height, width, video.latent_channels),
         audio=sound,
     ).with_frames(data.frames)
@@ -102,7 +106,7 @@ def layout(config, parts=None):
 def _near_rates(rate, fps, f_t, hop):
     """Returns the sample rates next to `rate` at which a latent frame has a whole number of sound tokens."""
     # A frame has a whole number of samples, and f_t frames have a whole number of tokens.
-    step = fps * hop // math.gcd(hop, f_t)
+    step = fps.numerator * hop // math.gcd(hop, fps.denominator * f_t)
     return f"{rate // step * step} or {rate // step * step + step}" if rate >= step else f"{step}"
 
 
