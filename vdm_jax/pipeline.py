@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from vdm_jax import sharding, tasks
-from vdm_jax.data import captions, media, writing
+from vdm_jax.data import append, captions, media, writing
 from vdm_jax.errors import UserError
 from vdm_jax.run import folder
 from vdm_jax.run.progress import progress
@@ -44,6 +44,8 @@ class Clip:
     prompt: str = ""
     picture_from: str | None = None  # a file that `video` was read from: an MP4 gets its picture as it is
     sound_from: str | None = None  # a file that `audio` was read from: an MP4 gets its sound as it is
+    starts_from: str | None = None  # a file that the beginning was read from: an MP4 begins with its packets
+    start_frames: int = 0  # frames of that beginning
 
     @property
     def seconds(self):
@@ -59,6 +61,10 @@ class Clip:
             raise UserError(f"{path} must end in {' or '.join(ENDINGS)}")
         if ending == ".png":
             writing.write_images(path, self.video)
+        elif ending == ".mp4" and self.starts_from and self._goes_on():
+            samples = round(self.start_frames * self.sample_rate / self.fps)
+            new = self.video[self.start_frames :], self.audio[samples:]
+            append.write_mp4(path, self.starts_from, *new, self.fps, self.sample_rate)
         elif ending == ".mp4":
             given = dict(picture_from=self.picture_from, sound_from=self.sound_from)
             writing.write_mp4(path, self.video, self.audio, self.fps, self.sample_rate, **given)
@@ -66,6 +72,13 @@ class Clip:
             raise UserError(f"cannot write {path}: the clip has no sound")
         else:
             writing.write_wav(path, self.audio, self.sample_rate)
+
+    def _goes_on(self):
+        """Whether new frames can follow in the file of the beginning. Warns if not."""
+        fault = append.fault(self.starts_from)
+        if fault:
+            logger.warning("%s is encoded anew, at the model's size: %s", self.starts_from, fault)
+        return fault is None
 
     def _repr_html_(self):
         with tempfile.TemporaryDirectory() as scratch:
@@ -191,12 +204,13 @@ class Pipeline:
             raise UserError(f"give only one of {', '.join(given)}")
         if seconds is not None and {"video", "audio"} & {*given}:
             raise UserError(f"the clip is as long as the given {', '.join(given)}: leave out seconds")
-        return self._clips(
-            prompt, prepare, options, picture_from=_file(video, "picture_from"), sound_from=_file(audio, "sound_from")
-        )
+        kept = {"picture_from": _file(video, "picture_from"), "sound_from": _file(audio, "sound_from")}
+        return self._clips(prompt, prepare, options, kept)
 
     def extend(self, clip, prompt, *, seconds=None, seed=0, **options):
         """A Clip that begins with `clip` and goes on for `seconds`; a list of them for a list of prompts.
+
+        An MP4 of it begins with the packets of the file, if they are H.264, and the new frames have the file's size.
 
         clip: a Clip, or a file.
         prompt: a text, or a list of texts.
@@ -204,13 +218,16 @@ class Pipeline:
         seed, options: as in a call.
         """
 
+        kept = {"starts_from": _file(clip, "starts_from"), "start_frames": getattr(clip, "start_frames", 0)}
+
         def prepare(maker, prompts):
             video, audio = maker._read(clip)
+            kept["start_frames"] = kept["start_frames"] or len(video)
             frames = len(video) + (maker.config.data.frames if seconds is None else maker.frames_of(seconds))
             start = tuple(np.repeat(part[None], len(prompts), 0) for part in (video, audio))
             return functools.partial(maker.rollout, prompts, frames, seed=seed, start=start, **options)
 
-        return self._clips(prompt, prepare, options)
+        return self._clips(prompt, prepare, options, kept)
 
     # --------------------------------------------------------------------------------------------- arrays in and out
 
@@ -367,12 +384,12 @@ class Pipeline:
             raise UserError("the sound has no samples")
         return {"audio": audio}
 
-    def _clips(self, prompt, prepare, options, **sources):
+    def _clips(self, prompt, prepare, options, sources):
         """A Clip of a prompt, or a list of them. Warns of words that no caption in training had.
 
         prepare: (this Pipeline or its student, prompts) -> make, with make() -> (video, audio). It checks its inputs.
         options: of a call; `student` is taken out. Raises UserError where they are wrong.
-        sources: `picture_from` and `sound_from` of the Clip.
+        sources: fields of the Clips that tell the files that were given.
         """
         maker = self.for_steps(options.get("steps"), options.pop("student", None))
         resolve(maker.config.sample, options)

@@ -17,7 +17,7 @@ The codecs and the text encoder of a run may come from folders. --video_codec.so
 --image     becomes the first frame of the clip
 --video     gets a sound, whatever its length; the output has its picture as it is
 --audio     gets a picture, whatever its length; the output has its sound as it is
---continue  goes on for --seconds after its end; the output begins with the clip itself, at the model's size and rates
+--continue  goes on for --seconds after its end; the output begins with the clip as it is, if that is H.264
 --between   gives a clip that leads from the end of the first file to the beginning of the second
 
 A clip longer than the clips of training is made window by window. Each window gets the end of the window before as

@@ -218,7 +218,7 @@ def probe(path) -> dict:
             if frame is None:
                 raise UserError("none of its frames can be decoded")
             size = frame.height, round(frame.width * float(stream.sample_aspect_ratio or 1))
-            size = size[::-1] if _orientation(frame)[0] else size
+            size = size[::-1] if orientation(frame)[0] else size
             has_audio = _first_that_decodes(path, container.streams.audio, 1) is not None
             duration = _length(path, stream.index, container.duration or 0)
             fps = float(1 / _step(stream))
@@ -253,7 +253,7 @@ def _length(path, index: int, stated: int) -> Fraction:
     return end - origin or Fraction(1, 25)
 
 
-def _orientation(frame) -> tuple[bool, int, int]:
+def orientation(frame) -> tuple[bool, int, int]:
     """Returns how a frame is shown upright: whether x and y are exchanged, and the steps +1 or -1 in y and in x.
 
     Cameras store a display matrix beside the frames: the pixel (x, y) is shown at (a x + c y, b x + d y).
@@ -268,7 +268,7 @@ def _orientation(frame) -> tuple[bool, int, int]:
     return turned, 1 if down >= 0 else -1, 1 if right >= 0 else -1
 
 
-def _colorspace(frame):
+def matrix_of(frame):
     """Returns the matrix from Y'CbCr to RGB of a frame that names none, or None.
 
     As in players: BT.2020 for HDR, BT.709 for high definition, else BT.601.
@@ -282,7 +282,7 @@ def _colorspace(frame):
 
 def _picture(frame, size, pixel_aspect: float, scaler: VideoReformatter) -> np.ndarray:
     """Returns a frame as `fit` gives it, upright and in SDR: uint8 [h, w, 3]. swscale scales it before it is RGB."""
-    turned, down, right = _orientation(frame)
+    turned, down, right = orientation(frame)
     height, width = pair(size)[::-1] if turned else pair(size)
     ratio = max(height / frame.height, width / (frame.width * pixel_aspect))  # target pixels per source pixel
     # The whole frame at the target's scale, with an even number of pixels to crop in each direction
@@ -296,7 +296,7 @@ def _picture(frame, size, pixel_aspect: float, scaler: VideoReformatter) -> np.n
         # As in `fit`, an average undoes the upscaling of write_mp4.
         method = Interpolation.POINT if same else Interpolation.AREA if 1 / ratio % 1 == 0 else Interpolation.LANCZOS
         format = ("rgba" if has_alpha else "rgb24") if sdr else "rgb48le"
-        matrix = _colorspace(frame)
+        matrix = matrix_of(frame)
         image = scaler.reformat(frame, w, h, format, matrix, matrix, method | TO_RGB, threads=1).to_ndarray()
         if not sdr:
             parts = np.array_split(image, 1 + image.size // 3_000_000)  # each needs 20 times its memory

@@ -177,12 +177,18 @@ def _copied_sound(opened, out, path) -> Callable[[], None]:
 
 def _copy(out, stream, path, container, source) -> None:
     """Writes the packets of a stream of an open file. It begins at 0."""
+    for packet in copied_packets(stream, path, container, source):
+        out.mux(packet)
+
+
+def copied_packets(stream, path, container, source) -> Iterator[av.Packet]:
+    """Yields the packets of a stream of an open file for a stream that begins at 0."""
     start = media.origin_stamp(source)
     for packet in _timed(_packets(path, container, source)):
         packet.pts = packet.dts if packet.pts is None else packet.pts
         packet.pts, packet.dts = packet.pts - start, packet.dts - start
         packet.stream = stream
-        out.mux(packet)
+        yield packet
 
 
 def _packets(path, container, source) -> Iterator[av.Packet]:
