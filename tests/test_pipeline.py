@@ -1,6 +1,7 @@
 """One compiled program for each shape, noise that belongs to a prompt, and context that stays; then the public API."""
 
 import base64
+import dataclasses
 import functools
 import re
 
@@ -317,6 +318,8 @@ def test_context_is_read_at_the_size_and_rates_of_the_system(pipe, tmp_path):
     assert pipe.context(5).video is None
     clip = vdm_jax.Clip(video[:, :16, :24], np.zeros(9 * 250, np.float32), 8, 2000)
     np.testing.assert_array_equal(pipe("a red circle", video=clip, steps=1).video, clip.video)
+    silent = dataclasses.replace(clip, audio=None, sample_rate=0)
+    np.testing.assert_array_equal(pipe("a red circle", video=silent, steps=1).video, clip.video)
     with pytest.raises(UserError, match="the clip has 8 fps and 4000 Hz, the system 8 fps and 2000 Hz"):
         pipe("a red circle", video=vdm_jax.Clip(video, np.zeros(4500, np.float32), 8, 4000))
 

@@ -435,6 +435,9 @@ class Pipeline:
             self._tell_fit(clip, media.probe(clip)["size"])
             video, audio = media.read_video(clip, fps=data.fps, size=data.size, sample_rate=data.sample_rate)
             return video, audio[: len(video) * per_frame]
+        if clip.audio is None:
+            silence = np.zeros(len(clip.video) * per_frame, np.float32)
+            clip = dataclasses.replace(clip, audio=silence, sample_rate=data.sample_rate)
         if (clip.fps, clip.sample_rate) != (data.fps, data.sample_rate):
             raise UserError(
                 f"the clip has {clip.fps:g} fps and {clip.sample_rate} Hz, the system {data.fps:g} fps and "

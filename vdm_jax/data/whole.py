@@ -13,6 +13,7 @@ import numpy as np
 
 from vdm_jax.data import caption_files, content, listing, media, summary
 from vdm_jax.data.files import held_out_files
+from vdm_jax.data.rates import rational
 from vdm_jax.data.shards import Part, open_file
 from vdm_jax.errors import UserError
 
@@ -121,10 +122,12 @@ def pieces(video: Video, data) -> Iterator[tuple[np.ndarray, np.ndarray, list]]:
         film, audio, captions = source.read(video.place)
         yield *source.window(film, audio, 0.0, source.frames_at_fps(film)), captions
         return
-    for done in range(0, video.frames, PIECE_SECONDS * data.fps):
-        count = min(PIECE_SECONDS * data.fps, video.frames - done)
+    fps = rational(data.fps)
+    piece = max(1, round(PIECE_SECONDS * fps))
+    for done in range(0, video.frames, piece):
+        count = min(piece, video.frames - done)
         options = dict(fps=data.fps, size=tuple(data.size), sample_rate=data.sample_rate)
-        yield *media.read_video(video.place, start=done / data.fps, frames=count, **options), video.captions
+        yield *media.read_video(video.place, start=done / fps, frames=count, **options), video.captions
 
 
 def captions_of(captions: list, start: float, end: float) -> list[str]:
