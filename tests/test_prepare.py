@@ -215,6 +215,7 @@ def test_clips_that_come_twice_and_long_scenes(beam, tmp_path, monkeypatch, comm
         (["--source=world"], "data.source='world' has none"),
         (["--source=tfds:absent"], "'absent'.*cannot be opened"),
         (["--source=gs://bucket/films"], "is in a bucket"),
+        (["--source=DATA", "--out=gs://bucket/clips"], "is in a bucket"),
         (["--source=EMPTY"], "no clip is left of 0 videos"),
         (["--source=DATA", "--drop=dull"], "no --drop 'dull': did you mean"),
         (["--source=DATA", "--scene_threshold=2"], "scene_threshold"),
@@ -254,19 +255,3 @@ def test_changes_are_zero_for_motion_in_a_quarter_and_the_difference_of_levels_f
     assert not scenes.is_still(video[2:]) and scenes.is_still(video[[2, 2]])
     assert scenes.is_black(video[2:]) and not scenes.is_black(video[2:] + np.uint8(20))
     assert scenes.is_silent(np.zeros(4)) and not scenes.is_silent(np.array([0, 0.01]))
-
-
-IN_A_BUCKET = """
-from vdm_jax.data.tfds import Tfds
-source = Tfds("gs://bucket/clips", frames=5, size=(16, 24), fps=8, sample_rate=2000, seed=0, split="train")
-print(source.count, source[0]["video"].shape)
-"""
-
-
-def test_the_data_set_may_be_in_a_bucket(beam, films, bucket):
-    asked = "-m", "vdm_jax.prepare", CONFIG, f"--source={films}", "--out=gs://bucket/clips"
-    for told in ("6 clips of 5 videos are in gs://bucket/clips", "nothing is done"):
-        code, printed, err = finish(start(*asked, **bucket))
-        assert code == 0 and told in printed, err
-    code, printed, err = finish(start("-c", IN_A_BUCKET, **bucket))
-    assert code == 0 and printed.strip() == "6 (5, 16, 24, 3)", err

@@ -93,6 +93,8 @@ def _recipe(options, argv):
     config = cli.recipe(argv[:1])
     if options.out is None:
         raise UserError("--out=DIR is missing: name the folder of the data set")
+    if storage.in_bucket(options.out):
+        raise UserError(f"{options.out} is in a bucket: give a folder on a disk, and copy the data set afterwards")
     for name in options.drop:
         one_of("--drop", name, tuple(prepared.DROPS))
     if options.source in ("world", "doom"):
@@ -248,7 +250,7 @@ def _usage(out):
 def define_flags():
     cli.define_config()
     flags.DEFINE_string("source", None, "Folder of videos, or tfds:NAME; default: that of the recipe.")
-    flags.DEFINE_string("out", None, "Folder of the data set, on a disk or in a bucket.")
+    flags.DEFINE_string("out", None, "Folder of the data set, on a disk.")
     flags.DEFINE_list("drop", [], f"What to leave out: some of {','.join(prepared.DROPS)}.")
     flags.DEFINE_float("scene_threshold", 0.08, "Change from frame to frame that begins a clip, in 0..1.", 0, 1)
     flags.DEFINE_float("max_seconds", 10.0, "Longest clip; a longer scene becomes several.", 0.01, 3600)
