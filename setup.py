@@ -41,7 +41,7 @@ setup(
             "opencv-python-headless",
             "torch",
         ],
-        "wandb": ["wandb"],  # Weights & Biases, by config.wandb.project
+        "wandb": ["wandb<0.30"],  # Weights & Biases, by config.wandb.project; 0.31 needs a package that is in beta
         "tpu": ["jax[tpu]", "gcsfs"],
         "cuda": ["jax[cuda12]"],
         "gcs": ["gcsfs"],  # runs and data in buckets of Google Cloud Storage, gs://...
