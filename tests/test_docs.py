@@ -98,7 +98,7 @@ def desk(tiny_run, tmp_path_factory):
     shutil.copytree(tiny_run, folder / "run")
     size, fps, rate, frames = (tiny.get_config().data[key] for key in ("size", "fps", "sample_rate", "frames"))
     video = np.random.default_rng(0).integers(0, 256, (2 * frames, *size, 3), np.uint8)
-    audio = np.zeros(2 * frames * rate // fps, np.float32)
+    audio = np.zeros(int(2 * frames * rate / fps), np.float32)
     for name in ("old.mp4", "a.mp4", "b.mp4", "silent.mp4"):
         writing.write_mp4(folder / name, video, audio, fps, rate)
     (folder / "films").mkdir()
