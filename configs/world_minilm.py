@@ -8,7 +8,8 @@
 
 Only the denoiser is trained, with the first two phases of configs/world_words.py on clips of one object: 144,000 single
 frames and 48,000 clips of 9 frames, as many as the 2,000 steps of configs/speed_run.py. Both have the same clips,
-captions, noise, codecs and network. Our own text encoder was trained on captions in the same words. Not yet run.
+captions, noise, codecs and network. Our own text encoder was trained on captions in the same words. Figures:
+docs/published.md. MiniLM 12 % (9 to 18) of colors and shapes right, ours 5 % (3 to 8), chance 6 %.
 """
 
 import importlib.util
