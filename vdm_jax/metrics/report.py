@@ -191,7 +191,8 @@ th[scope=col] { color: var(--soft); font-weight: 600; }
 td.share { background: linear-gradient(90deg, var(--bar) var(--share), transparent var(--share))
   left bottom / calc(100% - 6px) 5px no-repeat; }
 .settings td { width: 65%; }
-.groups td:last-child { width: 55%; text-align: left; }
+.groups th:nth-child(2) { width: 12%; }
+.groups th:last-child, .groups td:last-child { width: 55%; text-align: left; }
 @media (max-width: 30rem) { table { font-size: .8rem; } }
 figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem; }
