@@ -57,6 +57,7 @@ setup(
             # The TPU compiler, for tests of dry_run; it needs no TPU.
             "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
+        "doom": ["vizdoom"],  # an engine with free levels; its sound needs the system's OpenAL, see docs/data.md
         "prepare": ["apache-beam"],  # python -m vdm_jax.prepare
         # Text for published encoders. sentencepiece 0.2.3 asks for protobuf 7, and apache-beam has 6.
         "published": ["tokenizers", "sentencepiece<0.2.3"],

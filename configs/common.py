@@ -53,7 +53,7 @@ def get_config():
 
     # ------------------------------------------------------------------------------------------------------- data
     data = config.data = ConfigDict()
-    data.source = "world"  # "world", "files" or "tfds"
+    data.source = "world"  # "world", "files", "tfds" or "doom"
     data.path = ""  # files: the folder of videos; tfds: the data_dir
     data.hash = ""  # of the videos and captions; a run writes it down when it starts
     data.frames = 17  # video frames a clip: 1 + f_t * n, where f_t is the number of frames per latent frame
@@ -64,6 +64,8 @@ def get_config():
     data.fps = 8.0  # frames a second; 29.97 is 30000/1001, see data/rates.py
     data.sample_rate = 8000  # Hz
     data.text_length = 128  # byte tokens of a caption; a longer caption is cut
+    # Names of the buttons that clips come with, frame by frame; doom: CONTROL of data/doom.py. (): clips without control.
+    data.control = ()
     data.threads = 1  # that read clips
     data.prefetch = 4  # batches that are read ahead
     data.world = ConfigDict(  # see World in data/world.py
@@ -82,6 +84,12 @@ def get_config():
         dict(
             held_out=0.2,  # share of the videos that training does not see
             flip=False,  # mirror half of the windows, except where the caption tells left from right
+        )
+    )
+    data.doom = ConfigDict(  # see data/doom.py
+        dict(
+            held_out=("MAP04", "MAP11", "MAP19", "MAP26"),  # levels of Freedoom 2 that training does not see
+            episodes=0,  # episodes that are recorded, and then seen again and again; 0: each is new
         )
     )
     data.tfds = ConfigDict(  # see data/tfds.py
@@ -183,6 +191,7 @@ def get_config():
     denoiser.source = ""
     denoiser.hash = ""  # of its weights and of its noise schedule; a run writes it down when it starts
     denoiser.text_dropout = 0.1  # share of clips that are trained without their caption
+    denoiser.control_dropout = 0.1  # share of clips that are trained without their control, half of them without text
     denoiser.cached_clips = 0  # clips that are encoded once, before training; 0 encodes each batch when it is used
     denoiser.statistics_clips = 256  # clips whose latents are measured, to scale latents to unit variance
     denoiser.hard_negatives = ConfigDict(  # system/hard_negatives.py

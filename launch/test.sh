@@ -19,7 +19,7 @@ A certain Python:                PYTHON=python3.12 launch/test.sh
 EOF
 }
 
-extras=(test app docs peers metrics prepare wandb)
+extras=(test app docs doom peers metrics prepare wandb)
 arguments=()
 for argument in "$@"; do
     case "$argument" in
@@ -27,7 +27,7 @@ for argument in "$@"; do
             usage
             exit 0
             ;;
-        --no-peers) extras=(test app docs prepare wandb) ;;
+        --no-peers) extras=(test app docs doom prepare wandb) ;;
         --jax=*) JAX_VERSION="${argument#*=}" ;;
         *) arguments+=("$argument") ;;
     esac

@@ -88,7 +88,7 @@ def test_every_key_has_allowed_values(group):
         ("denoiser.diffusion.target", "eps", "noise, x0 or v"),
         ("clip.optimizer", "adam", "adamw or muon"),
         ("compute_dtype", "bf16", "float32 or bfloat16"),
-        ("data.source", "wrld", "world, files or tfds"),
+        ("data.source", "wrld", "world, files, tfds or doom"),
         ("data.world.objects", (0.5, 0.2, 0.2, 0.1), "1 to 3 values, each a finite number from 0 to 1"),
         ("data.files.held_out", 1.0, "a number of at least 0 and below 1"),
         (

@@ -13,6 +13,7 @@ import pytest
 from configs import (
     choices,
     common,
+    doom,
     files,
     speed_run,
     t2v_300m,
@@ -127,7 +128,7 @@ def test_world_minilm_reads_the_states_of_minilm(monkeypatch):
 
 @pytest.mark.parametrize(
     "recipe",
-    [common, files, speed_run, t2v_300m, t2v_pod, world, world_tiny, world_tiny_4step, world_words, tiny],
+    [common, doom, files, speed_run, t2v_300m, t2v_pod, world, world_tiny, world_tiny_4step, world_words, tiny],
     ids=lambda r: r.__name__,
 )
 def test_every_recipe_fits_together(recipe):

@@ -12,7 +12,7 @@ from vdm_jax.data import text
 from vdm_jax.models.clip import TextEncoder
 from vdm_jax.models.ops import backend
 from vdm_jax.models.unet import CrossModalAttention, NoiseEmbedding, SpaceTimeAttention, TextRefiner, UNet
-from vdm_jax.system.losses import drop_text
+from vdm_jax.system.losses import drop_conditions
 
 SETTINGS = dict(
     patch=1,
@@ -117,8 +117,8 @@ def test_dropped_text_is_the_null_text(denoise):
         return {"states": states, "pooled": pooled, "mask": text.mask(tokens)}
 
     words, null = encode(tokens), encode(text.encode([text.NULL_TEXT], LENGTH))
-    dropped = drop_text(jax.random.key(0), words, null, 1.0)
-    kept = drop_text(jax.random.key(0), words, null, 0.0)
+    dropped = drop_conditions(jax.random.key(0), words, null, 1.0)
+    kept = drop_conditions(jax.random.key(0), words, null, 0.0)
     cond = {k: np.concatenate([dropped[k], kept[k]]) for k in words}
     z, log_snr, _ = inputs(batch=8)
     out, _ = denoise(z, log_snr, cond)

@@ -5,13 +5,15 @@
     python -m vdm_jax.train --config=tests/tiny.py:phases --workdir=DIR
     python -m vdm_jax.train --config=tests/tiny.py:student --workdir=DIR
     python -m vdm_jax.train --config=tests/tiny.py:small --workdir=DIR
+    python -m vdm_jax.train --config=tests/tiny.py:doom --workdir=DIR
 
 In the second the denoiser has hard negatives, too. In the third it has two phases. In the fourth it is a student. In
-the third and the fifth it has one resolution and compiles faster, for tests of what happens around it.
+the third and the fifth it has one resolution and compiles faster, for tests of what happens around it. The sixth is of
+Doom, with control.
 """
 
 from configs import common
-from vdm_jax.data import captions
+from vdm_jax.data import captions, doom
 
 
 def get_config(more=None):
@@ -23,6 +25,10 @@ def get_config(more=None):
     data = config.data
     data.update(frames=5, size=(16, 24), sample_rate=2000, text_length=96)  # 250 samples a frame; f_t = 2, so T = 3
     data.world = dict(objects=(1.0,), gravity=0.0, occluder=0.0, leave=0.0, pan=0.0, light=0.0)
+
+    if more == "doom":
+        data.update(source="doom", control=doom.CONTROL)
+        data.doom.episodes = 1
 
     tiny = dict(optimizer="adamw", steps=8, batch_size=4, warmup_steps=2)  # adamw compiles faster
     vae = config.video_autoencoder

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import html
 import logging
+import os
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from vdm_jax import sharding, tasks
 from vdm_jax.data import append, captions, media, writing
+from vdm_jax.data import control as control_files
 from vdm_jax.errors import UserError
 from vdm_jax.run import folder
 from vdm_jax.run.progress import progress
@@ -164,7 +166,18 @@ class Pipeline:
         return self.sized[size]
 
     def __call__(
-        self, prompt, *, seed=0, seconds=None, size=None, image=None, video=None, audio=None, between=None, **options
+        self,
+        prompt,
+        *,
+        seed=0,
+        seconds=None,
+        size=None,
+        image=None,
+        video=None,
+        audio=None,
+        between=None,
+        control=None,
+        **options,
     ):
         """A Clip of a prompt, or a list of Clips of a list of prompts.
 
@@ -177,6 +190,8 @@ class Pipeline:
         video: a clip of any length that gets a sound; a file, a Clip, or uint8 [F, h, w, 3] at the system's frame rate.
         audio: a sound of any length that gets a picture; a file, a Clip, or float32 [N] at the system's sample rate.
         between: two clips; the new clip leads from the end of the first to the beginning of the second.
+        control: the buttons held in each frame; a CSV file as in data/control.py, or numbers from 0 to 1 [F, A] for the
+            names in config.data.control.
         What is given comes back as it is, at the system's size and rates. An MP4 of the Clip has the streams of the
         file.
 
@@ -192,11 +207,12 @@ class Pipeline:
             maker = maker.for_size(size)
             if video is not None or audio is not None:
                 whole = maker._whole(video, audio)
-                return functools.partial(maker.complete, prompts, **whole, seed=seed, **options)
+                held = maker._control(control, maker._frames_in(**whole))
+                return functools.partial(maker.complete, prompts, **whole, seed=seed, control=held, **options)
             frames = maker.config.data.frames if seconds is None else maker.frames_of(seconds)
             given = dict(image=image, between=between, context_frames=options.get("context_frames"))
-            context = maker.context(frames, **given)
-            return functools.partial(maker.rollout, prompts, frames, seed=seed, context=context, **options)
+            context, held = maker.context(frames, **given), maker._control(control, frames)
+            return functools.partial(maker.rollout, prompts, frames, seed=seed, context=context, control=held, **options)
 
         given = dict(image=image, video=video, audio=audio, between=between)
         given = {name: value for name, value in given.items() if value is not None}
@@ -207,7 +223,7 @@ class Pipeline:
         kept = {"picture_from": _file(video, "picture_from"), "sound_from": _file(audio, "sound_from")}
         return self._clips(prompt, prepare, options, kept)
 
-    def extend(self, clip, prompt, *, seconds=None, seed=0, **options):
+    def extend(self, clip, prompt, *, seconds=None, seed=0, control=None, **options):
         """A Clip that begins with `clip` and goes on for `seconds`; a list of them for a list of prompts.
 
         An MP4 of it begins with the packets of the file, if they are H.264, and the new frames have the file's size.
@@ -215,6 +231,7 @@ class Pipeline:
         clip: a Clip, or a file.
         prompt: a text, or a list of texts.
         seconds: length of what is added; None: the length of a clip in training.
+        control: as in a call, for the frames that are added. The frames of `clip` get that of the first added frame.
         seed, options: as in a call.
         """
 
@@ -223,9 +240,11 @@ class Pipeline:
         def prepare(maker, prompts):
             video, audio = maker._read(clip)
             kept["start_frames"] = kept["start_frames"] or len(video)
-            frames = len(video) + (maker.config.data.frames if seconds is None else maker.frames_of(seconds))
+            added = maker.config.data.frames if seconds is None else maker.frames_of(seconds)
+            frames, held = len(video) + added, maker._control(control, added)
+            held = None if held is None else np.pad(held, ((0, 0), (len(video), 0), (0, 0)), "edge")
             start = tuple(np.repeat(part[None], len(prompts), 0) for part in (video, audio))
-            return functools.partial(maker.rollout, prompts, frames, seed=seed, start=start, **options)
+            return functools.partial(maker.rollout, prompts, frames, seed=seed, start=start, control=held, **options)
 
         return self._clips(prompt, prepare, options, kept)
 
@@ -236,7 +255,7 @@ class Pipeline:
         with jax.set_mesh(self.mesh):
             return self.sampler(self.params, prompts, **arguments)
 
-    def rollout(self, prompts, frames, *, seed=0, context=None, start=None, **options):
+    def rollout(self, prompts, frames, *, seed=0, context=None, start=None, control=None, **options):
         """Like `sample`, for clips of any length: window after window, each with the end of the one before as context.
 
         prompts: P texts.
@@ -244,32 +263,38 @@ class Pipeline:
         context: tasks.Context of the first window; None: no context. Not used with start. It comes back as it is.
         start: (video uint8 [P, n, H, W, 3], audio float32 [P, n * samples_per_frame]) that the clips begin with;
             None: the first window is sampled.
+        control: of the whole, float [P or 1, frames, A]; None: not known.
         options: as in Sampler.__call__. A window gets `context_frames` latent frames of the window before, or fewer
             where there are fewer.
         """
         per_frame = self.system.layout.samples_per_frame
         plan = self.plan(frames, None if start is None else start[0].shape[1], options.get("context_frames"))
-        video, audio = self._first_window(prompts, frames, seed, context, options) if start is None else start
+        if start is None:
+            video, audio = self._first_window(prompts, frames, seed, context, control, options)
+        else:
+            video, audio = start
         with progress("sampling", len(plan), "window") as advance:
             for window, past in enumerate(plan, 1):
                 context = tasks.continue_(video[:, -past:], audio[:, -past * per_frame :], self.system.layout)
-                next_video, next_audio = self.sample(prompts, seed=seed, window=window, context=context, **options)
+                held = _window(control, video.shape[1] - past, self.system.layout.frames)
+                own = dict(seed=seed, window=window, context=context, control=held)
+                next_video, next_audio = self.sample(prompts, **own, **options)
                 video = np.concatenate([video, next_video[:, past:]], 1)
                 audio = crossfade(audio, next_audio, past * per_frame, self._fade)
                 advance(1)
         return video[:, :frames], audio[:, : frames * per_frame]
 
-    def complete(self, prompts, *, video=None, audio=None, seed=0, **options):
+    def complete(self, prompts, *, video=None, audio=None, seed=0, control=None, **options):
         """-> (video, audio) as `sample`, for clips of any length of which one modality is given whole and comes back.
 
         prompts: P texts.
         video: uint8 [F, H, W, 3], which gets a sound; or
         audio: float32 [N], which gets a picture. After its end there is silence, up to the end of a frame.
-        options: as in `rollout`.
+        control, options: as in `rollout`.
         """
         layout = self.system.layout
         per_frame = layout.samples_per_frame
-        frames = -(-len(audio) // per_frame) if video is None else len(video)
+        frames = self._frames_in(video, audio)
         filled = 1 + layout.f_t * -(-(frames - 1) // layout.f_t)  # frames, so that latent frames are whole
         plan = self.plan(filled, context_frames=options.get("context_frames"))
         layout = layout.with_frames(min(filled, layout.frames))
@@ -281,7 +306,7 @@ class Pipeline:
             whole = np.pad(video, ((0, end - frames), (0, 0), (0, 0), (0, 0)), "edge")
             context = tasks.foley(whole[: layout.frames], layout)
         whole = np.broadcast_to(whole, (len(prompts), *whole.shape))
-        made, sound = self._first_window(prompts, filled, seed, context, options)
+        made, sound = self._first_window(prompts, filled, seed, context, control, options)
         start = 0  # frame of the window
         with progress("sampling", len(plan), "window") as advance:
             for window, past in enumerate(plan, 1):
@@ -291,18 +316,24 @@ class Pipeline:
                     context = tasks.begun(made[:, start:], whole[:, samples], layout)
                 else:
                     context = tasks.begun(whole[:, start : start + layout.frames], sound[:, samples], layout)
-                next_video, next_audio = self.sample(prompts, seed=seed, window=window, context=context, **options)
+                own = dict(seed=seed, window=window, context=context, control=_window(control, start, layout.frames))
+                next_video, next_audio = self.sample(prompts, **own, **options)
                 made = np.concatenate([made, next_video[:, past:]], 1)
                 sound = crossfade(sound, next_audio, past * per_frame, self._fade)
                 advance(1)
         made, sound = (made, whole) if video is None else (whole, sound)
         return made[:, :frames], sound[:, : frames * per_frame]
 
-    def _first_window(self, prompts, frames, seed, context, options):
+    def _first_window(self, prompts, frames, seed, context, control, options):
         """As `sample`, for the first window of clips of so many frames. What is context comes back as it was given."""
         layout = self.system.layout.with_frames(min(frames, self.config.data.frames))
-        made = self.sample(prompts, seed=seed, frames=layout.frames, context=context, **options)
+        own = dict(seed=seed, frames=layout.frames, context=context, control=_window(control, 0, layout.frames))
+        made = self.sample(prompts, **own, **options)
         return tasks.restored(context, *made, layout, self._fade)
+
+    def _frames_in(self, video=None, audio=None):
+        """The video frames of a clip whose picture or sound is given whole."""
+        return -(-len(audio) // self.system.layout.samples_per_frame) if video is None else len(video)
 
     @property
     def _fade(self):
@@ -469,6 +500,13 @@ def _file(given, field):
     if isinstance(given, Clip):
         return getattr(given, field)
     return None if given is None or isinstance(given, np.ndarray) else str(given)
+
+
+def _window(control, first, frames):
+    """The control of frames `first` to first + frames - 1, where there is any. After its end it is that of its end."""
+    if control is None:
+        return None
+    return control[:, np.minimum(np.arange(first, first + frames), control.shape[1] - 1)]
 
 
 def crossfade(audio, following, overlap, fade):

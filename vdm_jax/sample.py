@@ -4,7 +4,7 @@
         [--seconds=2 --steps=32 --guidance=4 --seed=0 --method=dpmpp_2m]
         [--image=x.png | --video=x.mp4 | --audio=x.wav | --continue=x.mp4 | --between=x.mp4,y.mp4]
         [--guidance.history=1.5 --guidance.modality=1.5 --guidance.text_continue=1 --guidance.text_cross_modal=2.5]
-        [--history_noise=0 --context_noise=0.02 --lag=0] [--lora=FILE:SCALE]
+        [--history_noise=0 --context_noise=0.02 --lag=0] [--lora=FILE:SCALE] [--control=FILE.csv]
     python -m vdm_jax.sample --prompts=file.txt --out=FOLDER
 
 Without --workdir and --weights the reference weights of this package are used. Where the weights have a student, it
@@ -19,6 +19,9 @@ The codecs and the text encoder of a run may come from folders. --video_codec.so
 --audio     gets a picture, whatever its length; the output has its sound as it is
 --continue  goes on for --seconds after its end; the output begins with the clip as it is, if that is H.264
 --between   gives a clip that leads from the end of the first file to the beginning of the second
+
+--control   says which buttons are held: a CSV file whose first row names them, with one row for each frame that is made,
+            for weights that were trained with control
 
 A clip longer than the clips of training is made window by window. Each window gets the end of the window before as
 context.
@@ -48,7 +51,7 @@ CONTEXT = ("image", "video", "audio", "between")  # flags that are arguments of 
 SAMPLER = ("method", "steps", "history_noise", "context_noise", "lag")  # flags that change config.sample
 GUIDANCE = {"guidance": "text"}  # flags that change config.sample.guidance
 GUIDANCE |= {f"guidance.{key}": key for key in ("text_continue", "text_cross_modal", "history", "modality")}
-NOT_PUBLISHED = {*CONTEXT, "continue", "student", "teacher", *SAMPLER, *GUIDANCE} - {"steps", "method", "guidance"}
+NOT_PUBLISHED = {*CONTEXT, "continue", "control", "student", "teacher", *SAMPLER, *GUIDANCE} - {"steps", "method", "guidance"}
 NOT_PUBLISHED |= {f"{key}.source" for key in PARTS}
 
 
@@ -74,12 +77,13 @@ def main(argv):
     is_published = source and (published.is_pipeline(source) or finetuned.is_run(source))
     pipe = load_published(options) if is_published else load_pipeline(options)
     storage.make_folder(out if many else out.parent)
+    arguments = dict(seconds=options.seconds, seed=options.seed, control=options.control, student=False)
     if is_published:
         clips = pipe(prompts)
     elif start:
-        clips = pipe.extend(start, prompts, seconds=options.seconds, seed=options.seed, student=False)
+        clips = pipe.extend(start, prompts, **arguments)
     else:
-        clips = pipe(prompts, seconds=options.seconds, seed=options.seed, student=False, **context)
+        clips = pipe(prompts, **arguments, **context)
     if not hosts.is_primary():
         return
     # File names are numbers: a prompt must not become a path.
@@ -155,6 +159,7 @@ def define_flags():
     flags.DEFINE_string("prompts", None, "Text file with one prompt a line.")
     flags.DEFINE_string("out", None, "File to write: .mp4, .wav, or .png for numbered frames. With --prompts a folder.")
     flags.DEFINE_float("seconds", None, "Length of what is made; default: as in training.")
+    flags.DEFINE_string("control", None, "CSV file of the buttons that are held, one row for each frame.")
     flags.DEFINE_string("image", None, "Image to start from.")
     flags.DEFINE_string("video", None, "Video that gets a sound.")
     flags.DEFINE_string("audio", None, "Sound that gets a video.")

@@ -115,11 +115,15 @@ def reconstructions(system, name, modality, items):
 def read_prompts(config, held_out):
     """Returns config.validation.prompts as [{'text', 'seed', at most one of PROMPT_FILES}].
 
-    Without prompts they are captions of held-out clips.
+    Without prompts they are captions of held-out clips, with the control of the clips where they have any.
     """
-    prompts = config.validation.prompts or [held_out[i]["caption"] for i in range(SHOWN_CLIPS)]
+    prompts = config.validation.prompts or [_prompt_of(held_out[i]) for i in range(SHOWN_CLIPS)]
     prompts = [{"text": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
     return [{"seed": 0, **prompt} for prompt in prompts]
+
+
+def _prompt_of(item):
+    return {"text": item["caption"]} | {name: item[name] for name in ("control",) if name in item}
 
 
 def samples(system, mesh, prompts):

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from vdm_jax.data import buckets
+from vdm_jax.data.doom import CONTROL, Doom
 from vdm_jax.data.files import Files
 from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
@@ -28,17 +29,22 @@ absl.logging.set_verbosity(_verbosity)
 
 logger = logging.getLogger("vdm_jax")
 
+CLIP = ("video", "audio", "control")  # arrays of an item; the last one is not in every source
 HELD_OUT_SEED = 1_000_003  # added to the seed of the procedural world for clips that training never sees
 
 
 def source(config, split="train", in_bucket=False):
-    """Returns the data source of config.data, split "train" or "held_out"; its items are {'video', 'audio', 'caption'}.
+    """Returns the data source of config.data, split "train" or "held_out"; its items are {'video', 'audio', 'caption'}
+    and with config.data.control {'control'}.
 
     in_bucket: only the videos of the bucket with data.frames and data.size, see data/buckets.py
     Raises UserError if the source cannot be opened.
     """
     data = config.data
     clip = dict(frames=data.frames, size=data.size, fps=data.fps, sample_rate=data.sample_rate)
+    control = tuple(data.get("control", ()))  # older weights have none
+    if control and control != (known := CONTROL if data.source == "doom" else ()):
+        raise UserError(f"data.source={data.source} has no control {control}: set data.control={known}")
     if data.source == "world":
         return World(config.seed + (HELD_OUT_SEED if split == "held_out" else 0), **clip, **data.world)
     if data.source == "files":
@@ -46,6 +52,8 @@ def source(config, split="train", in_bucket=False):
             raise UserError("data.path is empty: name the folder of videos, --config.data.path=FOLDER")
         shapes = buckets.parse_all(data.get("buckets", ())) if in_bucket else ()
         return Files(data.path, split=split, seed=config.seed, buckets=shapes, **clip, **data.files)
+    if data.source == "doom":
+        return Doom(config.seed, split, with_control=bool(control), **clip, **data.doom)
     from vdm_jax.data.tfds import Tfds  # imports tensorflow_datasets, which few runs need
 
     if split == "held_out" and not holds_out(config):
@@ -84,11 +92,12 @@ class Examples:
     def take(self, numbers):
         """Returns a batch of the items of these numbers.
 
-        It is {'video', 'audio', 'tokens' int32 [B, L]}; with hard negatives it also has 'hard_negative' int32 [B, L].
+        It is {'video', 'audio', 'tokens' int32 [B, L]}; with hard negatives it also has 'hard_negative' int32 [B, L],
+        and where the source has control, 'control' float32 [B, F, A].
         """
         items = [self.source[number] for number in numbers]
         captions = [item["caption"] for item in items]
-        batch = {part: np.stack([item[part] for item in items]) for part in ("video", "audio")}
+        batch = {part: np.stack([item[part] for item in items]) for part in CLIP if part in items[0]}
         batch["tokens"] = self.tokenize(captions)
         if self.hard_negative:
             batch["hard_negative"] = self.tokenize([self.hard_negative(caption) for caption in captions])

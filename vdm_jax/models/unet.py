@@ -17,20 +17,21 @@ KERNEL_SIZE = {"video": (1, 3, 3), "audio": (3,)}  # of the first and last convo
 
 
 class NoiseEmbedding(layers.Layer):
-    """The embedding of noise level, seconds since the start, and text: [B, T, E], for the frames of one modality.
+    """The embedding of noise level, seconds since the start, text and control: [B, T, E], for one modality's frames.
 
     Every residual block reads it.
 
     log_snr: [B, T]
     pooled: [B, D_text], the text in one vector
     next_log_snr: [B, T], the noise level that a step goes to; None for a network that does not read it
+    control: [B, T, A], the buttons held in each frame; None for a network without control
     """
 
     features: int  # E
     latent_fps: float  # latent frames per second
 
     @nn.compact
-    def __call__(self, log_snr, pooled, next_log_snr=None):
+    def __call__(self, log_snr, pooled, next_log_snr=None, control=None):
         dense = functools.partial(layers.Dense, self.features, **self.common)
         # log_snr is in about [-12, 12]; times are in seconds. With the factor 10 a difference of 0.01 turns the fastest
         # sinusoid by 0.1 radians, enough for the network to notice.
@@ -42,6 +43,8 @@ class NoiseEmbedding(layers.Layer):
         x = dense(name="noise_out")(x) + time[None]
         if next_log_snr is not None:
             x = x + dense(name="next_noise", zero=True)(features(next_log_snr * 10.0))
+        if control is not None:
+            x = x + dense(name="control_out", zero=True)(nn.silu(dense(name="control_in")(control)))
         return nn.silu(x + dense(name="text")(pooled)[:, None])
 
 
@@ -128,7 +131,8 @@ class UNet(layers.Layer):
     z: {'video': [B, T, h, w, C], 'audio': [B, K*T, D]}
     log_snr: {'video': [B, T], 'audio': [B, T]}, noise levels
     cond: {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]}, the text; with `student` also
-        'next_log_snr', a dict like log_snr: the noise level that the step goes to
+        'next_log_snr', a dict like log_snr: the noise level that the step goes to; with `control` also 'control'
+        [B, T, A], the buttons held in each latent frame, in 0..1, or -1 where they are not known
 
     Tuples have one value for each resolution i, the highest first; time_strides has one value fewer. From one
     resolution to the next, height, width and the number of sound tokens halve. The lowest resolution has a bottleneck,
@@ -150,19 +154,23 @@ class UNet(layers.Layer):
     latent_fps: float  # latent frames per second
     places: tuple[int, int]  # h, w of the latents that the parameters are made for; others may be given
     student: bool = False  # whether cond has 'next_log_snr', see system/distillation.py
+    control: int = 0  # A, buttons of cond['control']; 0: cond has no control
     remat: tuple[str, ...] = ()  # a mode of layers.apply_remat per resolution, or (); the bottleneck has the last one
 
     @nn.compact
     def __call__(self, z, log_snr, cond):
         output_length = {m: z[m].shape[1] for m in z}  # T, and K*T
         after = cond["next_log_snr"] if self.student else {m: None for m in z}
-        z, log_snr, after = _pad_frames((z, log_snr, after), math.prod(self.time_strides))
+        control = cond["control"] if self.control else None
+        z, log_snr, after, control = _pad_frames((z, log_snr, after, control), math.prod(self.time_strides))
         frames = z["video"].shape[1]
         channels = {"video": self.channels, "audio": self.audio_channels or self.channels}
         refine = TextRefiner(self.text_layers, self.head_dim, **self.common, name="text")
         cond = {**cond, "states": refine(cond["states"], cond["mask"])}
         embed = functools.partial(NoiseEmbedding, self.embedding, self.latent_fps, **self.common)
-        embedding = {m: embed(name=f"embedding_{m}")(log_snr[m], cond["pooled"], after[m]) for m in ("video", "audio")}
+        embedding = {
+            m: embed(name=f"embedding_{m}")(log_snr[m], cond["pooled"], after[m], control) for m in ("video", "audio")
+        }
         block = dict(factorized=self.factorized, groups=self.groups, **self.common)
         conv = functools.partial(layers.Conv, **self.common)
 

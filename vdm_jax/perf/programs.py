@@ -61,7 +61,7 @@ def sampling(system, sampler, mesh, rows):
     params = system.param_shapes | {"statistics": system.stages["denoiser"].encoder_shapes["statistics"]}
     arrays, static = sampler.arguments(params)
     tokens = np.zeros((rows, system.config.data.text_length), np.int32)
-    arrays = [arrays[name] for name in ("clean", "masks", "levels", "weights")]
+    arrays = [arrays[name] for name in ("clean", "control", "masks", "levels", "weights")]
     arguments = (params, jax.random.key(0), np.arange(rows), tokens, *arrays)
     shardings = (sharding.state_shardings(params, mesh), *[sharding.replicated(mesh)] * (len(arguments) - 1))
     lower, function = (functools.partial(f, **static) for f in (sampler.program.lower, sampler.program.__wrapped__))
@@ -77,7 +77,7 @@ def encoding(system, mesh, rows):
     encoders = system.stages["denoiser"].encoder_shapes
     params = {name: encoders[name] for name in encoders if name not in ("teacher", "base")}
     clips = system.stages["video_autoencoder"].batch
-    clips = {name: x.update(shape=(rows, *x.shape[1:])) for name, x in clips.items()}
+    clips = {name: clips[name].update(shape=(rows, *clips[name].shape[1:])) for name in ("video", "audio", "tokens")}
 
     def encode(params, clips):
         z = system.encode(params, clips["video"], clips["audio"])

@@ -143,6 +143,22 @@ class System:
         """The encoded null text, of batch size 1, as `encode_text` gives it."""
         return self.encode_text(params, self.tokenize([text.NULL_TEXT]))
 
+    def pool_control(self, control):
+        """Control of video frames [B, F, A] -> of latent frames [B, T, A]: the mean over the frames of each.
+
+        The first latent frame holds one video frame.
+        """
+        f_t = self.layout.f_t
+        control = jnp.concatenate([jnp.repeat(control[:, :1], f_t - 1, 1), control], 1)  # [B, T * f_t, A]
+        return control.reshape(len(control), -1, f_t, control.shape[-1]).mean(2)
+
+    def unknown_control(self, latent_frames):
+        """The control of a clip whose buttons are not known, {'control': [1, T, A]}; {} for a denoiser without control.
+
+        It is part of `cond`, see models/unet.py. Training drops the control of some clips to it.
+        """
+        return {"control": jnp.full((1, latent_frames, self.layout.control), -1.0)} if self.layout.control else {}
+
     def codec_audio(self, audio):
         """[B, N] -> what the audio codec encodes: padded, and as [B, N, channels] for a codec of several channels."""
         channels, audio = getattr(self.models["audio_autoencoder"], "audio_channels", None), self.pad_audio(audio)

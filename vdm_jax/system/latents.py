@@ -288,7 +288,8 @@ def _mark(fingerprint):
 def _fingerprint(config, params, parts):
     """Returns hashes of the parameters that encode, and of the settings that decide what is encoded."""
     denoiser, data = config.denoiser, config.data.to_dict()
-    unused = {"hash", "threads", "prefetch", "world", "files", "tfds"} - {data["source"]}
+    unused = {"hash", "threads", "prefetch", "world", "files", "tfds", "doom"} - {data["source"]}
+    unused |= set() if data.get("control") else {"control"}
     unused |= {"path"} if data["source"] == "files" else set()  # a folder that only moved is the same data
     data = {key: value for key, value in data.items() if key not in unused}
     settings = [CLIPS_PER_FILE, config.seed, denoiser.cached_clips, denoiser.hard_negatives.words, data]

@@ -26,6 +26,7 @@ class Layout(NamedTuple):
     latent_fps: float  # latent frames per second
     video: tuple[int, int, int]  # h, w, C: height, width and channels of a video latent frame
     audio: tuple[int, int] | None  # K, D: sound tokens per latent frame, and their channels; None: no sound
+    control: int = 0  # A, buttons of the control of a frame; 0: no control
 
     @property
     def latent_shapes(self):
@@ -85,6 +86,8 @@ def layout(config, parts=None):
         raise UserError(f"data.size={data.size} is not a multiple of clip.model.video.patch")
     height, width = (side // f_s for side in data.size)
     sound = (per_frame * f_t // audio.hop, audio.latent_channels) if audio else None
+    if is_finetuned(config) and data.get("control"):
+        raise UserError("a published denoiser has no control: set data.control=()")
     if not is_finetuned(config):
         _check_halvings(config.denoiser.model, (height, width), sound[0])
     sizes = Layout(
@@ -96,6 +99,7 @@ def layout(config, parts=None):
         latent_fps=float(fps / f_t),
         video=(height, width, video.latent_channels),
         audio=sound,
+        control=len(data.get("control", ())),  # older weights have none
     ).with_frames(data.frames)
     padded = sizes.latent_frames * f_t * per_frame  # see System.pad_audio
     if audio and "audio_autoencoder" not in parts and max(config.audio_autoencoder.stft_windows) > padded:

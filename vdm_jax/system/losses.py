@@ -69,6 +69,8 @@ def make_stages(system):
             "audio": jax.ShapeDtypeStruct((rows, layout.samples), jnp.float32),
             "tokens": jax.ShapeDtypeStruct((rows, config.data.text_length), jnp.int32),
         }
+        if layout.control:
+            batch["control"] = jax.ShapeDtypeStruct((rows, layout.frames, layout.control), jnp.float32)
         negatives = settings.get("hard_negatives", {})
         word_groups = negatives.get("words", ())
         swap_words = functools.partial(hard_negatives.swap_words, groups=word_groups)
@@ -178,25 +180,42 @@ def clip_loss(system, params, key, batch, encoder_params):
     return loss, {"loss": loss, **metrics}
 
 
-def drop_text(key, encoded_text, null, share):
-    """Replaces the text by the null text in a share of the rows: text guidance needs a network trained with both."""
-    dropped = jax.random.uniform(key, encoded_text["pooled"].shape[:1]) < share  # [B]
+def drop_conditions(key, cond, null, text_share, control_share=0.0):
+    """Replaces text and control by those of `null` in shares of the rows: guidance needs a network trained with both.
 
-    def choose(empty, full):
-        return jnp.where(dropped.reshape(-1, *(1,) * (full.ndim - 1)), empty, full)
+    Half of the rows without text also lose their control, and the other half keep it (as in arXiv:2211.09800, 3.2.1).
 
-    return jax.tree.map(choose, null, encoded_text)
+    cond, null: {'states', 'mask', 'pooled'}, and 'control' where the clips have control
+    """
+    draw = jax.random.uniform(key, cond["pooled"].shape[:1])  # [B]
+    dropped = dict.fromkeys(cond, draw < text_share)
+    if "control" in cond:
+        dropped["control"] = (draw - text_share / 2) % 1 < control_share
+
+    def choose(name):
+        rows = dropped[name].reshape(-1, *(1,) * (cond[name].ndim - 1))
+        return jnp.where(rows, null[name], cond[name])
+
+    return {name: choose(name) for name in cond}
 
 
 def encode_batch(system, encoder_params, batch):
     """Encodes a batch of clips for the denoiser -> {'z': latents, 'text': text}.
 
-    If the batch has hard negatives, their text is added under BATCH_KEY.
+    If the batch has hard negatives, their text is added under BATCH_KEY. If it has control, that of the latent frames is
+    added as 'control'.
     """
     encoded = {"text": system.encode_text(encoder_params, batch["tokens"])}
+    if "control" in batch:
+        encoded["control"] = system.pool_control(batch["control"])
     if hard_negatives.BATCH_KEY in batch:
         encoded[hard_negatives.BATCH_KEY] = system.encode_text(encoder_params, batch[hard_negatives.BATCH_KEY])
     return encoded | {"z": system.encode(encoder_params, batch["video"], batch["audio"])}
+
+
+def conditions(encoded, text="text"):
+    """The `cond` of the denoiser in an encoded batch: its text, or the one under another name, and its control."""
+    return encoded[text] | {name: encoded[name] for name in ("control",) if name in encoded}
 
 
 def denoiser_loss(system, params, key, batch, encoder_params):
@@ -209,24 +228,24 @@ def denoiser_loss(system, params, key, batch, encoder_params):
         batch = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32), batch)
     else:
         batch = jax.lax.stop_gradient(encode_batch(system, encoder_params, batch))
-    z, encoded_text = batch["z"], batch["text"]
+    z, cond = batch["z"], conditions(batch)
     drop_key, key, pair_key = jax.random.split(key, 3)
-    null = system.encode_null_text(encoder_params)
+    null = system.encode_null_text(encoder_params) | system.unknown_control(z["video"].shape[1])
     denoise_fn = system.denoise_fn(params, encoder_params)
     if "teacher" in encoder_params:
         teacher_fn = functools.partial(system.apply, "teacher", encoder_params)
-        loss, metrics = distillation.loss(denoise_fn, teacher_fn, key, z, encoded_text, null, settings)
+        loss, metrics = distillation.loss(denoise_fn, teacher_fn, key, z, cond, null, settings)
         return loss, {"loss": loss, **metrics}
-    cond = drop_text(drop_key, encoded_text, null, settings.text_dropout)
+    dropped = drop_conditions(drop_key, cond, null, settings.text_dropout, settings.get("control_dropout", 0.0))
     if hard_negatives.BATCH_KEY not in batch:
-        loss, metrics = diffusion.loss(denoise_fn, key, z, cond, levels)
+        loss, metrics = diffusion.loss(denoise_fn, key, z, dropped, levels)
         return loss, {"loss": loss, **metrics}
 
-    wrong, target = batch[hard_negatives.BATCH_KEY], levels["target"]
-    pairs = hard_negatives.make_pairs(pair_key, z, encoded_text, wrong, target, settings.hard_negatives)
+    wrong, target = conditions(batch, hard_negatives.BATCH_KEY), levels["target"]
+    pairs = hard_negatives.make_pairs(pair_key, z, cond, wrong, target, settings.hard_negatives)
     noised = diffusion.corrupt(key, z, levels)
     prediction, pair_prediction = hard_negatives.call_together(
-        denoise_fn, (noised.z_t, noised.log_snr, cond), (pairs.z_t, pairs.log_snr, pairs.cond)
+        denoise_fn, (noised.z_t, noised.log_snr, dropped), (pairs.z_t, pairs.log_snr, pairs.cond)
     )
     denoising_loss, metrics = diffusion.weighted_error(prediction, noised, levels)
     pair_loss, pair_metrics = hard_negatives.classification_loss(pair_prediction, pairs, settings.hard_negatives)
@@ -251,10 +270,11 @@ def denoiser_errors(system, params, batch, encoder_params):
 
     The clips have the same noise in each call.
     """
-    encoded = encode_batch(system, encoder_params, {name: batch[name] for name in ("video", "audio", "tokens")})
+    clips = {name: x for name, x in batch.items() if name != hard_negatives.BATCH_KEY}
+    encoded = encode_batch(system, encoder_params, clips)
     z, levels = encoded["z"], noise_levels(system, system.config.validation.noise_levels)
     eps = diffusion.noise_like(jax.random.key(0), z)
-    found = errors_per_noise_level(system, system.denoise_fn(params, encoder_params), z, encoded["text"], eps, levels)
+    found = errors_per_noise_level(system, system.denoise_fn(params, encoder_params), z, conditions(encoded), eps, levels)
     means = {f"{name}/mean": x.mean() for name, x in found.items()}
     return means | {
         f"{name}/log_snr_{level:+.1f}": error for name, x in found.items() for level, error in zip(levels, x.mean(0))

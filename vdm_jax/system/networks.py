@@ -42,7 +42,7 @@ def make_models(config, layout, parts=None, denoiser=None):
     modes = remat_modes(config, "denoiser")
     # A single remat mode is for the whole model: System.apply_fn applies it. If there are several, each is for one
     # resolution, and the U-Net applies it.
-    sizes = dict(latent_fps=layout.latent_fps, places=layout.video[:2])
+    sizes = dict(latent_fps=layout.latent_fps, places=layout.video[:2], control=layout.control)
     unet = dict(config.denoiser.model, remat=modes if len(modes) > 1 else (), **sizes)
     models = make_encoders(config, parts) | {"denoiser": UNet(**unet, dtype=dtype)}
     if models["denoiser"].student:
@@ -74,6 +74,7 @@ def init_fns(models, config, layout):
     log_snr = {name: jnp.zeros((1, layout.latent_frames)) for name in latents}
     states, pooled = jnp.zeros((1, text_length, text_width)), jnp.zeros((1, text_width))
     cond = {"states": states, "mask": jnp.ones((1, text_length), bool), "pooled": pooled, "next_log_snr": log_snr}
+    cond["control"] = jnp.zeros((1, layout.latent_frames, layout.control))
     arguments = {
         "video_autoencoder": (video, jax.random.key(0)),
         "audio_autoencoder": (sound, jax.random.key(0)),

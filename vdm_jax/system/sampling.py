@@ -34,7 +34,7 @@ class Sampler:
         self._compiled = {}  # {shapes and static arguments: compiled program}
         self._encode = jax.jit(lambda params, v, a: sharding.replicate(system.encode(params, v, a)))
 
-    def __call__(self, params, prompts, *, seed=0, window=0, frames=None, context=None, **options):
+    def __call__(self, params, prompts, *, seed=0, window=0, frames=None, context=None, control=None, **options):
         """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]) for P prompts, as NumPy arrays.
 
         Prompt i draws its noise from (seed, window, i), whatever the batch.
@@ -43,11 +43,12 @@ class Sampler:
         frames: video frames, 1 + f_t * n; None: as in training.
         context: tasks.Context of clips of that length; None: no context. Context frames in the result are the
             autoencoder's reconstruction, not the original pixels.
+        control: buttons held in each frame, float [P or 1, F, A]; None: not known. Not for a denoiser without control.
         options: settings of config.sample (steps, method, guidance, ...); None leaves a setting as it is.
         Raises UserError where these do not fit.
         """
-        arrays, static = self.arguments(params, frames=frames, context=context, **options)
-        clean = arrays.pop("clean")
+        arrays, static = self.arguments(params, frames=frames, context=context, control=control, **options)
+        clean, control = arrays.pop("clean"), arrays.pop("control")
         tokens = self.system.tokenize(prompts)
         key = jax.random.fold_in(jax.random.key(seed), window)
         batch = min(BATCH, len(prompts))
@@ -55,8 +56,8 @@ class Sampler:
         def rows(start):
             # The last prompt is repeated until the last batch is full.
             numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
-            own = {name: x[numbers] if len(x) > 1 else x for name, x in clean.items()}
-            return dict(key=key, numbers=numbers, tokens=tokens[numbers], clean=own, **arrays)
+            own, held = jax.tree.map(lambda x: x[numbers] if len(x) > 1 else x, (clean, control))
+            return dict(key=key, numbers=numbers, tokens=tokens[numbers], clean=own, control=held, **arrays)
 
         program = self._compile(params, rows(0), static)
         made = []
@@ -80,7 +81,7 @@ class Sampler:
                 self._compiled[kind] = hosts.compiled(self.program, params, **arrays, **static)
         return self._compiled[kind]
 
-    def arguments(self, params, *, frames=None, context=None, **options):
+    def arguments(self, params, *, frames=None, context=None, control=None, **options):
         """-> (arrays, static arguments) of `program`, except params, key, numbers and tokens. Raises UserError."""
         system = self.system
         layout = system.layout if frames is None else system.layout.with_frames(frames)
@@ -104,7 +105,12 @@ class Sampler:
             first_step_times=settings["first_step_times"] if continued else (),
             **{name: settings[name] for name in ("lag", "spacing", "context_noise")},
         )
-        arrays = dict(clean=clean, masks=masks, levels=levels, weights=weights)
+        cond = system.unknown_control(layout.latent_frames)
+        if control is not None:
+            if not cond or control.ndim != 3 or control.shape[1:] != (layout.frames, layout.control):
+                raise UserError(f"control of shape {control.shape} does not fit {layout.frames} frames")
+            cond = {"control": system.pool_control(control)}
+        arrays = dict(clean=clean, masks=masks, levels=levels, weights=weights, control=jax.device_get(cond))
         has_context = any(mask.any() for mask in masks.values())
         return arrays, dict(
             method=settings["method"],
@@ -147,12 +153,27 @@ def resolve(defaults, options):
 
 
 def sample(
-    system, params, key, numbers, tokens, clean, masks, levels, weights, *, method, interval, guides, history_noise
+    system,
+    params,
+    key,
+    numbers,
+    tokens,
+    clean,
+    control,
+    masks,
+    levels,
+    weights,
+    *,
+    method,
+    interval,
+    guides,
+    history_noise,
 ):
     """-> (video uint8 [B, F, H, W, 3], audio float32 [B, N]). Pure; to be jitted.
 
     numbers: int [B]; the noise of row i is drawn from (key, numbers[i]).
     clean: latents of the context frames, {modality: [B or 1, ...]}.
+    control: {'control': [B or 1, T, A]}, the buttons held in each latent frame; {} for a denoiser without control.
     masks, levels: bool [T] and log_snr [S+1, T] per modality; see tasks.py.
     weights: of guidance, {'text', 'history', 'modality'}, and 'rescale'.
     guides: three bools: whether to use text, history and modality guidance.
@@ -176,6 +197,7 @@ def sample(
     model = system.models["denoiser"]
     denoise_fn = functools.partial(model.apply, {"params": sharding.all_gather_params(params["denoiser"], model.dtype)})
     cond = system.encode_text(params, tokens)
+    cond |= {name: jnp.broadcast_to(x, (len(numbers), *x.shape[1:])) for name, x in control.items()}
     if model.student:
         student_fn = denoise_fn
 
@@ -184,7 +206,8 @@ def sample(
 
     terms = []
     if guides[0]:
-        terms += samplers.text_guidance(weights["text"], system.encode_null_text(params))
+        null = system.encode_null_text(params) | system.unknown_control(levels["video"].shape[1])
+        terms += samplers.text_guidance(weights["text"], null)
     if guides[1]:
         terms += samplers.history_guidance(weights["history"], masks, guidance_noise, settings, history_noise)
     if guides[2]:
