@@ -64,7 +64,7 @@ def get_config():
     data.fps = 8.0  # frames a second; 29.97 is 30000/1001, see data/rates.py
     data.sample_rate = 8000  # Hz
     data.text_length = 128  # byte tokens of a caption; a longer caption is cut
-    # Names of the buttons that clips come with, frame by frame; doom: CONTROL of data/doom.py. (): clips without control.
+    # Names of the buttons that clips come with, frame by frame: () for none. For "doom": CONTROL of data/doom.py.
     data.control = ()
     data.threads = 1  # that read clips
     data.prefetch = 4  # batches that are read ahead

@@ -1,4 +1,4 @@
-"""Control: what a file of buttons says, that it reaches the output, and that it changes nothing before it is trained."""
+"""Control: what a file of buttons says, that it reaches the output, and that it changes nothing at initialization."""
 
 import jax
 import jax.numpy as jnp

@@ -20,8 +20,8 @@ The codecs and the text encoder of a run may come from folders. --video_codec.so
 --continue  goes on for --seconds after its end; the output begins with the clip as it is, if that is H.264
 --between   gives a clip that leads from the end of the first file to the beginning of the second
 
---control   says which buttons are held: a CSV file whose first row names them, with one row for each frame that is made,
-            for weights that were trained with control
+--control   says which buttons are held: a CSV file whose first row names them, with one more row for each frame that
+            is made; for weights that were trained with control
 
 A clip longer than the clips of training is made window by window. Each window gets the end of the window before as
 context.
@@ -51,7 +51,8 @@ CONTEXT = ("image", "video", "audio", "between")  # flags that are arguments of 
 SAMPLER = ("method", "steps", "history_noise", "context_noise", "lag")  # flags that change config.sample
 GUIDANCE = {"guidance": "text"}  # flags that change config.sample.guidance
 GUIDANCE |= {f"guidance.{key}": key for key in ("text_continue", "text_cross_modal", "history", "modality")}
-NOT_PUBLISHED = {*CONTEXT, "continue", "control", "student", "teacher", *SAMPLER, *GUIDANCE} - {"steps", "method", "guidance"}
+NOT_PUBLISHED = {*CONTEXT, "continue", "control", "student", "teacher", *SAMPLER, *GUIDANCE}
+NOT_PUBLISHED -= {"steps", "method", "guidance"}
 NOT_PUBLISHED |= {f"{key}.source" for key in PARTS}
 
 

@@ -1,8 +1,8 @@
 """Control of a clip: which buttons are held in each frame. A CSV file with one column a button and one row a frame.
 
-    turn_left,fire
-    1,0
-    0.5,1
+turn_left,fire
+1,0
+0.5,1
 """
 
 import csv
@@ -18,8 +18,8 @@ from vdm_jax.errors import UserError, one_of
 def read(path: str | os.PathLike, names: tuple) -> np.ndarray:
     """Returns the control in a CSV file, float32 [F, A], with the columns in the order of `names`.
 
-    A value is 1 for a button that is held in a frame, 0 for one that is not, and between them for a part of the frame. A
-    button without a column is not held.
+    A value is 1 for a button that is held in a frame, 0 for one that is not, and between them for a part of the frame.
+    A button without a column is not held.
 
     path: of the file. Its first row names the buttons of its columns.
     names: A buttons that the model knows

@@ -145,7 +145,9 @@ class Doom:
                     timeout=SECONDS,
                 )
             except subprocess.TimeoutExpired as error:
-                raise UserError(f"Doom's engine took more than {SECONDS} s for episode {number}: start again") from error
+                raise UserError(
+                    f"Doom's engine took more than {SECONDS} s for episode {number}: start again"
+                ) from error
             if ended.returncode:
                 told = ended.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {ended.returncode}"]
                 raise UserError(f"Doom's engine failed in episode {number}: {told[-1][:300]}")

@@ -1,4 +1,4 @@
-"""A clip of Doom as an English sentence: what the player does, what it fires at, what happens, what else is in sight."""
+"""A clip of Doom as an English sentence: what the player does, what it fires at, what happens, what is in sight."""
 
 import collections
 

@@ -5,8 +5,8 @@
 The engine handles signals itself and may crash, so the process that trains never loads it. One process records one
 episode: nothing of an episode before it can change the next one. `Doom` in doom.py starts these processes.
 
-Time is counted in tics of the engine, 1/35 s. Frame k shows tic floor(35 k / fps). Its buttons are held from this tic to
-that of the next frame, and the sound of [k / fps, (k + 1) / fps) belongs to it.
+Time is counted in tics of the engine, 1/35 s. Frame k shows tic floor(35 k / fps). Its buttons are held from this tic
+to that of the next frame, and the sound of [k / fps, (k + 1) / fps) belongs to it.
 """
 
 import dataclasses

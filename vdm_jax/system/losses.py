@@ -202,8 +202,8 @@ def drop_conditions(key, cond, null, text_share, control_share=0.0):
 def encode_batch(system, encoder_params, batch):
     """Encodes a batch of clips for the denoiser -> {'z': latents, 'text': text}.
 
-    If the batch has hard negatives, their text is added under BATCH_KEY. If it has control, that of the latent frames is
-    added as 'control'.
+    If the batch has hard negatives, their text is added under BATCH_KEY. If it has control, that of the latent frames
+    is added as 'control'.
     """
     encoded = {"text": system.encode_text(encoder_params, batch["tokens"])}
     if "control" in batch:
