@@ -179,11 +179,11 @@ def test_the_source_gives_control_where_the_config_asks_for_it():
 
 
 def test_each_stage_trains_a_step_on_it(tmp_path, command):
-    options = [f"--config={ROOT}/tests/tiny.py:doom", f"--workdir={tmp_path}/run", "--config.preview_every=1"]
+    options = [f"--config={ROOT}/tests/tiny.py:doom", f"--workdir={tmp_path}/run", "--config.validation.every=1"]
     options += [f"--config.{stage}.steps=1" for stage in ("video_autoencoder", "audio_autoencoder", "clip", "denoiser")]
     done = command(train, *options)
     assert done.code == 0, done.err
-    assert (tmp_path / "run" / "denoiser" / "previews" / "1.mp4").exists()
+    assert (tmp_path / "run" / "denoiser" / "previews" / "1" / "000.mp4").exists()
 
 
 def test_a_frame_shows_the_tic_of_its_time():

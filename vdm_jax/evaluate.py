@@ -306,7 +306,7 @@ def loss_per_noise_level(pipe, items, truth, seed):
 
     def errors(params, clips, tokens, eps):
         z, cond = system.encode(params, **clips), system.encode_text(params, tokens)
-        cond |= jax.tree.map(lambda x: jnp.repeat(x, len(tokens), 0), system.unknown_control(z["video"].shape[1]))
+        cond |= system.unknown_control(z["video"].shape[1], len(tokens))
         denoise_fn = functools.partial(system.apply, "denoiser", params)
         return losses.errors_per_noise_level(system, denoise_fn, z, cond, eps, levels)
 

@@ -212,7 +212,9 @@ class Pipeline:
             frames = maker.config.data.frames if seconds is None else maker.frames_of(seconds)
             given = dict(image=image, between=between, context_frames=options.get("context_frames"))
             context, held = maker.context(frames, **given), maker._control(control, frames)
-            return functools.partial(maker.rollout, prompts, frames, seed=seed, context=context, control=held, **options)
+            return functools.partial(
+                maker.rollout, prompts, frames, seed=seed, context=context, control=held, **options
+            )
 
         given = dict(image=image, video=video, audio=audio, between=between)
         given = {name: value for name, value in given.items() if value is not None}
@@ -330,6 +332,17 @@ class Pipeline:
         own = dict(seed=seed, frames=layout.frames, context=context, control=_window(control, 0, layout.frames))
         made = self.sample(prompts, **own, **options)
         return tasks.restored(context, *made, layout, self._fade)
+
+    def _control(self, control, frames):
+        """-> float32 [1, frames, A] of a file or an array; None for None. Raises UserError where it does not fit."""
+        names = tuple(self.config.data.get("control", ()))  # older weights have none
+        if control is None:
+            return None
+        if not names:
+            raise UserError("these weights were trained without control: leave out control")
+        if isinstance(control, str | os.PathLike):
+            control = control_files.read(control, names)
+        return control_files.check(control, names, frames)[None]
 
     def _frames_in(self, video=None, audio=None):
         """The video frames of a clip whose picture or sound is given whole."""

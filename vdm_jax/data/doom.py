@@ -20,6 +20,7 @@ import numpy as np
 from vdm_jax.data import doom_captions
 from vdm_jax.data.doom_engine import BUTTONS, EPISODE, VARIABLES
 from vdm_jax.data.media import pair
+from vdm_jax.data.rates import sample_count
 from vdm_jax.errors import UserError, one_of
 
 LEVELS = tuple(f"MAP{n:02d}" for n in range(1, 31))
@@ -50,7 +51,7 @@ class Doom:
     split: str = "train"  # or "held_out"
     frames: int = 17  # F
     size: tuple = (48, 64)  # height and width of a frame, in pixels
-    fps: int = 8  # frames per second
+    fps: float = 8  # frames per second
     sample_rate: int = 16000  # of the sound, in Hz
     held_out: tuple = ("MAP04", "MAP11", "MAP19", "MAP26")  # levels that training never sees
     with_control: bool = True  # False leaves `control` out of the items
@@ -81,13 +82,13 @@ class Doom:
         recorded = self._episode(episode)
         first = clip * self.frames
         span = slice(first, first + self.frames)
-        per_frame = self.sample_rate // self.fps
+        begin, end = (sample_count(n, self.fps, self.sample_rate) for n in (first, first + self.frames))
         state = {name: recorded[name][span] for name in ("shots", *VARIABLES, "objects")}
         state["level"] = recorded["level"]
         control = recorded["control"][span]
         item = {
             "video": recorded["video"][span],
-            "audio": recorded["audio"][first * per_frame : (first + self.frames) * per_frame],
+            "audio": recorded["audio"][begin:end],
             "caption": doom_captions.caption(state, dict(zip(BUTTONS, control.T))),
             "state": state,
         }
@@ -115,8 +116,8 @@ class Doom:
             with self._lock:
                 self._cache[number] = recorded
                 height, width = pair(self.size)
-                frame_bytes = height * width * 3 + 4 * self.sample_rate // self.fps
-                kept = max(GROUP, self.cache_bytes // (SCENES * CLIPS * self.frames * frame_bytes))
+                frame_bytes = height * width * 3 + 4 * self.sample_rate / self.fps
+                kept = max(GROUP, self.cache_bytes / (SCENES * CLIPS * self.frames * frame_bytes))
                 while len(self._cache) > kept:
                     del self._locks[self._cache.popitem(last=False)[0]]
             return recorded

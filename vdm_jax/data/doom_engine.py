@@ -18,6 +18,7 @@ import numpy as np
 
 from vdm_jax.data import media
 from vdm_jax.data.doom_captions import MONSTERS
+from vdm_jax.data.rates import rational, sample_count
 from vdm_jax.errors import UserError
 
 EPISODE = "episode.npz"
@@ -70,13 +71,13 @@ class Request:
     scenes: int  # an episode has so many scenes, each in a place of its own
     frames: int  # of a scene
     size: tuple  # height and width of a frame, in pixels
-    fps: int  # frames a second
+    fps: float  # frames a second
     sample_rate: int  # of the sound, in Hz
 
 
 def tic_of(frame, fps):
     """Returns the tic that a frame shows."""
-    return frame * TICS // fps
+    return int(frame * TICS / rational(fps))
 
 
 def open_game(level, seed):
@@ -151,7 +152,7 @@ def record(request):
     """Returns an episode, a dict of arrays; L is scenes * frames, and A the number of BUTTONS:
 
     video    uint8 [L, H, W, 3]
-    audio    float32 [L * sample_rate // fps], in [-1, 1]
+    audio    float32 [samples of L frames], in [-1, 1]
     control  float32 [L, A], 1 where a button is held
     shots    float32 [L], fired in a frame; none with the chainsaw
     health, weapon, ammo, hits, hits_taken, kills, x, y, z, angle   float32 [L], when the frame is shown
@@ -238,7 +239,9 @@ def record_scene(game, request, rng):
     # The last frame may end within a tic.
     sounds.append(hold(set(), 1).audio_buffer[-SAMPLES_PER_TIC:].copy())
     sound = np.concatenate(sounds).astype(np.float32).mean(1) / 32768
-    sound = media.resample(sound, RATE, request.sample_rate)[: request.frames * request.sample_rate // request.fps]
+    sound = media.resample(sound, RATE, request.sample_rate)[
+        : sample_count(request.frames, request.fps, request.sample_rate)
+    ]
     sound = sound.clip(-1, 1)
     scene = {name: np.array(frames[name], np.float32) for name in ("control", "shots", *VARIABLES)}
     return scene | {"video": np.stack(frames["video"]), "audio": sound, "objects": frames["objects"]}

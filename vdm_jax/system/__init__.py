@@ -152,12 +152,12 @@ class System:
         control = jnp.concatenate([jnp.repeat(control[:, :1], f_t - 1, 1), control], 1)  # [B, T * f_t, A]
         return control.reshape(len(control), -1, f_t, control.shape[-1]).mean(2)
 
-    def unknown_control(self, latent_frames):
-        """The control of a clip whose buttons are not known, {'control': [1, T, A]}; {} for a denoiser without control.
+    def unknown_control(self, latent_frames, clips=1):
+        """The control of clips whose buttons are not known, {'control': [B, T, A]}; {} for a denoiser without control.
 
         It is part of `cond`, see models/unet.py. Training drops the control of some clips to it.
         """
-        return {"control": jnp.full((1, latent_frames, self.layout.control), -1.0)} if self.layout.control else {}
+        return {"control": jnp.full((clips, latent_frames, self.layout.control), -1.0)} if self.layout.control else {}
 
     def codec_audio(self, audio):
         """[B, N] -> what the audio codec encodes: padded, and as [B, N, channels] for a codec of several channels."""

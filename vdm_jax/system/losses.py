@@ -274,7 +274,9 @@ def denoiser_errors(system, params, batch, encoder_params):
     encoded = encode_batch(system, encoder_params, clips)
     z, levels = encoded["z"], noise_levels(system, system.config.validation.noise_levels)
     eps = diffusion.noise_like(jax.random.key(0), z)
-    found = errors_per_noise_level(system, system.denoise_fn(params, encoder_params), z, conditions(encoded), eps, levels)
+    found = errors_per_noise_level(
+        system, system.denoise_fn(params, encoder_params), z, conditions(encoded), eps, levels
+    )
     means = {f"{name}/mean": x.mean() for name, x in found.items()}
     return means | {
         f"{name}/log_snr_{level:+.1f}": error for name, x in found.items() for level, error in zip(levels, x.mean(0))
