@@ -158,10 +158,10 @@ def test_faults_are_one_clear_line(monkeypatch):
     with pytest.raises(UserError, match="must name some levels, but not all"):
         Doom(held_out=())
     broken = Doom(size=(0, 64))
-    with pytest.raises(UserError, match="Doom's engine failed in episode 0: "):
+    with pytest.raises(UserError, match="Doom's engine failed in episode "):
         broken[0]
     monkeypatch.setattr(doom, "SECONDS", 0.01)
-    with pytest.raises(UserError, match="more than 0.01 s for episode 0"):
+    with pytest.raises(UserError, match="more than 0.01 s for episode"):
         Doom()[0]
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
     with pytest.raises(UserError, match="apt-get install libopenal1"):

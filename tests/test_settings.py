@@ -24,7 +24,7 @@ FREE = (
     *(f"{part}.source" for part in ("video_codec", "audio_codec", "text_encoder", "denoiser")),
 )
 FIXED = (
-    *"data.frames data.size data.fps data.sample_rate data.text_length".split(),
+    *"data.frames data.size data.fps data.sample_rate data.text_length data.control".split(),
     *(f"denoiser.diffusion.{key}" for key in ("schedule", "log_snr_", "shift", "target")),
     *(f"denoiser.lora.{key}" for key in ("rank", "alpha", "layers")),
     *(f"{part}.hash" for part in ("video_codec", "audio_codec", "text_encoder", "denoiser")),
