@@ -222,6 +222,14 @@ def get_config():
             base="",  # what the adapters change: folder of a run or of exported weights, or "reference"
         )
     )
+    # Regular expression: only parameters in whose paths it is found are trained; "" for all.
+    denoiser.trained = ""
+    denoiser.memory = ConfigDict(  # training of a memory, see vdm_jax/system/memory.py
+        dict(
+            windows=1,  # consecutive windows of a training clip, over which the memory is unrolled; 1: no memory
+            cuts=0.25,  # share of clips in which a window of another clip lies between
+        )
+    )
     denoiser.diffusion = ConfigDict(  # see vdm_jax/diffusion.py
         dict(
             schedule="cosine",  # or "sigmoid" or "linear_beta"; "published": that of denoiser.source
@@ -264,6 +272,9 @@ def get_config():
             student=False,  # whether the network reads where a step goes, as a student does; see distillation
             use_bias=True,  # False leaves out most biases, for faster steps and a shorter compilation
             groups=8,  # of group normalization
+            memory=0,  # memory tokens, which carry a scene from window to window; 0: no memory
+            memory_width=64,  # channels of a memory token
+            memory_past=2,  # windows before the context that a memory also keeps as latents, the older the coarser
         )
     )
 

@@ -235,7 +235,7 @@ def test_the_weight_of_the_text_follows_from_the_task(pipe, clip):
 def test_a_rollout_continues_from_its_own_end(pipe, clip):
     data, layout = pipe.config.data, pipe.system.layout
     frames, prompts = 3 * layout.frames, ["a red circle", "a blue square"]
-    video, audio = pipe.rollout(prompts, frames, context_frames=2, steps=2)
+    video, audio, _ = pipe.rollout(prompts, frames, context_frames=2, steps=2)
     assert video.shape[:2] == (2, frames) and audio.shape == (2, frames * layout.samples_per_frame)
     first = pipe.sample(prompts, steps=2)
     np.testing.assert_array_equal(video[:, : layout.frames], first[0])
@@ -249,7 +249,7 @@ def test_a_rollout_continues_from_its_own_end(pipe, clip):
     assert differ(video[:, :new], video[:, layout.frames : layout.frames + new])
 
     start = clip["video"][None, :4], clip["audio"][None, : 4 * layout.samples_per_frame]  # 3 of 4 fill latent frames
-    video, audio = pipe.rollout(["a red circle"], 7, start=start, steps=2)
+    video, audio, _ = pipe.rollout(["a red circle"], 7, start=start, steps=2)
     np.testing.assert_array_equal(video[:, :4], start[0])
     assert video.shape[1] == 7 and audio.shape == (1, 7 * layout.samples_per_frame)
     with pytest.raises(UserError, match="sample.context_frames=9 must be from 1 to"):

@@ -29,7 +29,7 @@ class Oracle:
     def rollout(self, prompts, frames, *, seed):
         source = dataclasses.replace(self.films, frames=frames)
         films = [source[i] for i in range(len(prompts))]
-        return tuple(np.stack([film[part] for film in films]) for part in ("video", "audio"))
+        return *(np.stack([film[part] for film in films]) for part in ("video", "audio")), None
 
 
 class Still(Oracle):

@@ -6,10 +6,11 @@
     python -m vdm_jax.train --config=tests/tiny.py:student --workdir=DIR
     python -m vdm_jax.train --config=tests/tiny.py:small --workdir=DIR
     python -m vdm_jax.train --config=tests/tiny.py:doom --workdir=DIR
+    python -m vdm_jax.train --config=tests/tiny.py:memory --workdir=DIR
 
 In the second the denoiser has hard negatives, too. In the third it has two phases. In the fourth it is a student. In
-the third and the fifth it has one resolution and compiles faster, for tests of what happens around it. The sixth is of
-Doom, with control.
+the third, the fifth and the seventh it has one resolution and compiles faster, for tests of what happens around it. The
+sixth is of Doom, with control. The seventh has a memory.
 """
 
 from configs import common
@@ -74,7 +75,11 @@ def get_config(more=None):
         channels=(16, 16), blocks=(1, 0), attention=(False, False), cross_modal=(False, False), time_strides=(2,)
     )
     denoiser.model.update(head_dim=8, embedding=16)
-    if more in ("phases", "small"):
+    if more == "memory":
+        denoiser.model.update(memory=3, memory_width=8)
+        denoiser.memory.update(windows=3, cuts=0.5)
+        denoiser.update(cached_clips=0)
+    if more in ("phases", "small", "memory"):
         denoiser.model.update(channels=(16,), blocks=(0,), attention=(False,), cross_modal=(False,), time_strides=())
 
     config.sample.update(steps=4, context_frames=2)

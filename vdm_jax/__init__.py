@@ -2,7 +2,7 @@
 
 import importlib
 
-__all__ = ["Clip", "Pipeline", "load"]
+__all__ = ["Clip", "Pipeline", "Scene", "load"]
 
 
 def __getattr__(name):  # JAX is loaded when one of these names is asked for: reading data must start quickly

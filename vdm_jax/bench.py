@@ -74,7 +74,9 @@ def data(system, name):
     """Returns the figures of the pipeline that loads clips for stage `name`. The batches stay on the host."""
     config = system.config
     rows = config[name].batch_size
-    examples = batches.Examples(batches.source(config), system.tokenize, system.stages[name].make_hard_negative)
+    stage = system.stages[name]
+    source = batches.source(config, frames=stage.clip_frames)
+    examples = batches.Examples(source, system.tokenize, stage.make_hard_negative)
     loaded = batches.batches(examples, batch_size=rows, seed=config.seed, start=0, data=config.data)
     for _ in range(1 + config.data.prefetch):  # the first starts the threads, which load the others meanwhile
         next(loaded)

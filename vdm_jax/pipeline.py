@@ -12,13 +12,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vdm_jax import scene as scenes
 from vdm_jax import sharding, tasks
 from vdm_jax.data import append, captions, media, writing
 from vdm_jax.data import control as control_files
 from vdm_jax.errors import UserError
 from vdm_jax.run import folder
 from vdm_jax.run.progress import progress
-from vdm_jax.system import adapters, build
+from vdm_jax.scene import Scene
+from vdm_jax.system import adapters, build, memory
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.sampling import Sampler, resolve
 
@@ -48,6 +50,7 @@ class Clip:
     sound_from: str | None = None  # a file that `audio` was read from: an MP4 gets its sound as it is
     starts_from: str | None = None  # a file that the beginning was read from: an MP4 begins with its packets
     start_frames: int = 0  # frames of that beginning
+    scene: Scene | None = None  # what the clip needs to go on, see Pipeline.extend
 
     @property
     def seconds(self):
@@ -133,6 +136,11 @@ class Pipeline:
     @property
     def config(self):
         return self.system.config
+
+    @functools.cached_property
+    def weights_hash(self):
+        """A hash of the parameters. A Scene in a file is of weights with this hash."""
+        return folder.weights_hash(jax.device_get(self.params))
 
     def for_steps(self, steps=None, student=None):
         """The Pipeline that makes clips in this number of steps: this one, or its student.
@@ -225,40 +233,97 @@ class Pipeline:
         kept = {"picture_from": _file(video, "picture_from"), "sound_from": _file(audio, "sound_from")}
         return self._clips(prompt, prepare, options, kept)
 
-    def extend(self, clip, prompt, *, seconds=None, seed=0, control=None, **options):
+    def extend(self, clip, prompt, *, seconds=None, seed=None, control=None, cut=False, **options):
         """A Clip that begins with `clip` and goes on for `seconds`; a list of them for a list of prompts.
 
         An MP4 of it begins with the packets of the file, if they are H.264, and the new frames have the file's size.
+        A Clip from this Pipeline has a scene: what its weights remember of it goes on, too.
 
-        clip: a Clip, or a file.
+        clip: a Clip, a file, or the Scene of a clip, with one clip for each prompt. A Scene has no earlier frames: then
+            the result is what is added.
         prompt: a text, or a list of texts.
         seconds: length of what is added; None: the length of a clip in training.
+        seed: as in a call; None: that of the scene, or 0.
         control: as in a call, for the frames that are added. The frames of `clip` get that of the first added frame.
-        seed, options: as in a call.
+        cut: whether the first new frame follows after a cut, and not from the last frames of `clip`.
+        options: as in a call.
         """
-
+        scene = clip if isinstance(clip, Scene) else getattr(clip, "scene", None)
         kept = {"starts_from": _file(clip, "starts_from"), "start_frames": getattr(clip, "start_frames", 0)}
 
         def prepare(maker, prompts):
-            video, audio = maker._read(clip)
-            kept["start_frames"] = kept["start_frames"] or len(video)
+            if clip is scene:
+                start = maker._check_scene(scene, prompts)
+            else:
+                start = tuple(np.repeat(part[None], len(prompts), 0) for part in maker._read(clip))
+            length = start[0].shape[1]
+            kept["start_frames"] = kept["start_frames"] or length
             added = maker.config.data.frames if seconds is None else maker.frames_of(seconds)
-            frames, held = len(video) + added, maker._control(control, added)
-            held = None if held is None else np.pad(held, ((0, 0), (len(video), 0), (0, 0)), "edge")
-            start = tuple(np.repeat(part[None], len(prompts), 0) for part in (video, audio))
-            return functools.partial(maker.rollout, prompts, frames, seed=seed, start=start, control=held, **options)
+            held = maker._control(control, added)
+            held = None if held is None else np.pad(held, ((0, 0), (length, 0), (0, 0)), "edge")
+            own = dict(seed=(scene.seed if scene else 0) if seed is None else seed, scene=scene, cut=cut)
+            make = functools.partial(
+                maker.rollout, prompts, length + added, start=start, control=held, **own, **options
+            )
+            return make if clip is not scene else functools.partial(_without_start, make, length)
 
-        return self._clips(prompt, prepare, options, kept)
+        return self._clips(prompt, prepare, options, {} if clip is scene else kept)
+
+    def save_scene(self, path, clips):
+        """Writes the scenes of Clips to a file, from which `read_scene` reads them in another process."""
+        parts = [clip.scene for clip in clips]
+        if None in parts:
+            raise UserError("a clip of which the picture or the sound was given has no scene to go on with")
+        arrays = jax.tree.map(lambda *rows: np.concatenate(rows), *[part.arrays for part in parts])
+        scenes.save(path, parts[0]._replace(**arrays), self.weights_hash)
+
+    def read_scene(self, path, clips=1):
+        """Returns the Scene of so many clips in a file of `save_scene`. Raises UserError where it is another one."""
+        layout, context = self.system.layout, self._context_frames
+        expected = {
+            "video": np.empty((clips, context, *self.config.data.size, 3), np.uint8),
+            "audio": np.empty((clips, context * layout.samples_per_frame), np.float32),
+            "memory": memory.empty(self.config.denoiser.model, layout, clips) if self._remembers else {},
+        }
+        return scenes.read(path, expected, self.weights_hash)
+
+    @property
+    def _remembers(self):
+        return bool(self.config.denoiser.model.get("memory"))  # older weights have no such setting
+
+    @property
+    def _context_frames(self):
+        """Video frames that a window gets from the window before."""
+        return 1 + self.system.layout.f_t * (self.config.sample.context_frames - 1)
+
+    def _check_scene(self, scene, prompts):
+        """The last frames and sounds of a Scene, as `rollout` takes them. Raises UserError where they do not fit."""
+        size = scene.video.shape[2:4]
+        if size != tuple(self.config.data.size) or len(scene.video) != len(prompts):
+            raise UserError(
+                f"the scene has {len(scene.video)} clips of {size[0]}x{size[1]} pixels: give as many prompts, and "
+                "this --size"
+            )
+        return scene.video, scene.audio
 
     # --------------------------------------------------------------------------------------------- arrays in and out
 
     def sample(self, prompts, **arguments):
-        """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]) of P prompts; arguments as in Sampler.__call__."""
-        with jax.set_mesh(self.mesh):
-            return self.sampler(self.params, prompts, **arguments)
+        """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]) of P prompts; arguments as in Sampler.window."""
+        return self.window(prompts, **arguments)[:2]
 
-    def rollout(self, prompts, frames, *, seed=0, context=None, start=None, control=None, **options):
-        """Like `sample`, for clips of any length: window after window, each with the end of the one before as context.
+    def window(self, prompts, **arguments):
+        """-> (video, audio, memory) of P prompts; arguments as in Sampler.window."""
+        with jax.set_mesh(self.mesh):
+            return self.sampler.window(self.params, prompts, **arguments)
+
+    def rollout(
+        self, prompts, frames, *, seed=0, context=None, start=None, control=None, scene=None, cut=False, **options
+    ):
+        """-> (video, audio, Scene), like `sample`, for clips of any length.
+
+        They are made window after window. Each window gets the end of the one before as context, and the memory of all
+        windows before it where the weights have a memory.
 
         prompts: P texts.
         frames: video frames of the whole, 1 + f_t * n.
@@ -266,25 +331,41 @@ class Pipeline:
         start: (video uint8 [P, n, H, W, 3], audio float32 [P, n * samples_per_frame]) that the clips begin with;
             None: the first window is sampled.
         control: of the whole, float [P or 1, frames, A]; None: not known.
-        options: as in Sampler.__call__. A window gets `context_frames` latent frames of the window before, or fewer
+        scene: of `start`: its memory, and the number of the next window; None: nothing is remembered.
+        cut: whether the first window after `start` gets no context.
+        options: as in Sampler.window. A window gets `context_frames` latent frames of the window before, or fewer
             where there are fewer.
         """
-        per_frame = self.system.layout.samples_per_frame
-        plan = self.plan(frames, None if start is None else start[0].shape[1], options.get("context_frames"))
+        layout = self.system.layout
+        per_frame = layout.samples_per_frame
+        number, remembered = (scene.window, scene.memory) if scene else (1, None)
+        begin = None if start is None else start[0].shape[1]
         if start is None:
-            video, audio = self._first_window(prompts, frames, seed, context, control, options)
+            video, audio, remembered = self._first_window(prompts, frames, seed, context, control, options)
         else:
             video, audio = start
+        if cut:
+            plan = [0, *self.plan(frames, begin + layout.frames, options.get("context_frames"))]
+        else:
+            plan = self.plan(frames, begin, options.get("context_frames"))
         with progress("sampling", len(plan), "window") as advance:
-            for window, past in enumerate(plan, 1):
-                context = tasks.continue_(video[:, -past:], audio[:, -past * per_frame :], self.system.layout)
-                held = _window(control, video.shape[1] - past, self.system.layout.frames)
-                own = dict(seed=seed, window=window, context=context, control=held)
-                next_video, next_audio = self.sample(prompts, **own, **options)
+            for past in plan:
+                context = None
+                if past:
+                    context = tasks.continue_(video[:, -past:], audio[:, -past * per_frame :], layout)
+                held = _window(control, video.shape[1] - past, layout.frames)
+                own = dict(seed=seed, window=number, context=context, control=held, memory=remembered)
+                next_video, next_audio, remembered = self.window(prompts, **own, **options)
                 video = np.concatenate([video, next_video[:, past:]], 1)
-                audio = crossfade(audio, next_audio, past * per_frame, self._fade)
+                if past:
+                    audio = crossfade(audio, next_audio, past * per_frame, self._fade)
+                else:
+                    audio = np.concatenate([audio, next_audio], 1)
+                number += 1
                 advance(1)
-        return video[:, :frames], audio[:, : frames * per_frame]
+        video, audio = video[:, :frames], audio[:, : frames * per_frame]
+        kept = self._context_frames
+        return video, audio, Scene(video[:, -kept:], audio[:, -kept * per_frame :], remembered, number, seed)
 
     def complete(self, prompts, *, video=None, audio=None, seed=0, control=None, **options):
         """-> (video, audio) as `sample`, for clips of any length of which one modality is given whole and comes back.
@@ -308,7 +389,7 @@ class Pipeline:
             whole = np.pad(video, ((0, end - frames), (0, 0), (0, 0), (0, 0)), "edge")
             context = tasks.foley(whole[: layout.frames], layout)
         whole = np.broadcast_to(whole, (len(prompts), *whole.shape))
-        made, sound = self._first_window(prompts, filled, seed, context, control, options)
+        made, sound, _ = self._first_window(prompts, filled, seed, context, control, options)
         start = 0  # frame of the window
         with progress("sampling", len(plan), "window") as advance:
             for window, past in enumerate(plan, 1):
@@ -327,11 +408,11 @@ class Pipeline:
         return made[:, :frames], sound[:, : frames * per_frame]
 
     def _first_window(self, prompts, frames, seed, context, control, options):
-        """As `sample`, for the first window of clips of so many frames. What is context comes back as it was given."""
+        """As `window`, for the first window of clips of so many frames. What is context comes back as it was given."""
         layout = self.system.layout.with_frames(min(frames, self.config.data.frames))
         own = dict(seed=seed, frames=layout.frames, context=context, control=_window(control, 0, layout.frames))
-        made = self.sample(prompts, **own, **options)
-        return tasks.restored(context, *made, layout, self._fade)
+        video, audio, remembered = self.window(prompts, **own, **options)
+        return *tasks.restored(context, video, audio, layout, self._fade), remembered
 
     def _control(self, control, frames):
         """-> float32 [1, frames, A] of a file or an array; None for None. Raises UserError where it does not fit."""
@@ -431,7 +512,8 @@ class Pipeline:
     def _clips(self, prompt, prepare, options, sources):
         """A Clip of a prompt, or a list of them. Warns of words that no caption in training had.
 
-        prepare: (this Pipeline or its student, prompts) -> make, with make() -> (video, audio). It checks its inputs.
+        prepare: (this Pipeline or its student, prompts) -> make. It checks its inputs. make() -> (video, audio), or
+            (video, audio, Scene).
         options: of a call; `student` is taken out. Raises UserError where they are wrong.
         sources: fields of the Clips that tell the files that were given.
         """
@@ -448,8 +530,11 @@ class Pipeline:
                 words = [f"{word[:30]!r}" + (f" (nearest: {near!r})" if near else "") for word, near in unknown.items()]
                 words = ", ".join(words[:10]) + (f" and {len(words) - 10} more" if len(words) > 10 else "")
                 logger.warning("training had no caption with the words %s: the model may ignore them", words)
-        made = zip(*make(), prompts, strict=True)
-        clips = [Clip(video, audio, data.fps, data.sample_rate, text, **sources) for video, audio, text in made]
+        video, audio, *scene = make()
+        clips = []
+        for i, text in enumerate(prompts):
+            own = {"scene": scene[0].of_clip(i)} if scene else {}
+            clips.append(Clip(video[i], audio[i], data.fps, data.sample_rate, text, **sources, **own))
         return clips[0] if isinstance(prompt, str) else clips
 
     def _between(self, clips, layout, context_frames):
@@ -513,6 +598,13 @@ def _file(given, field):
     if isinstance(given, Clip):
         return getattr(given, field)
     return None if given is None or isinstance(given, np.ndarray) else str(given)
+
+
+def _without_start(make, frames):
+    """As make() -> (video, audio, scene), without the first frames and their sound."""
+    video, audio, scene = make()
+    samples = audio.shape[1] // video.shape[1] * frames
+    return video[:, frames:], audio[:, samples:], scene
 
 
 def _window(control, first, frames):

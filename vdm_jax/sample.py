@@ -5,6 +5,7 @@
         [--image=x.png | --video=x.mp4 | --audio=x.wav | --continue=x.mp4 | --between=x.mp4,y.mp4]
         [--guidance.history=1.5 --guidance.modality=1.5 --guidance.text_continue=1 --guidance.text_cross_modal=2.5]
         [--history_noise=0 --context_noise=0.02 --lag=0] [--lora=FILE:SCALE] [--control=FILE.csv]
+        [--save-state=scene.state] [--resume-state=scene.state [--cut]]
     python -m vdm_jax.sample --prompts=file.txt --out=FOLDER
 
 Without --workdir and --weights the reference weights of this package are used. Where the weights have a student, it
@@ -22,6 +23,10 @@ The codecs and the text encoder of a run may come from folders. --video_codec.so
 
 --control   says which buttons are held: a CSV file whose first row names them, with one more row for each frame that
             is made; for weights that were trained with control
+
+--save-state    writes what the clips need to go on: their last frames, and the memory of weights that have one
+--resume-state  goes on from there, with the same weights, in another process too; the output is what is added
+--cut           the first new frame follows after a cut
 
 A clip longer than the clips of training is made window by window. Each window gets the end of the window before as
 context.
@@ -51,7 +56,8 @@ CONTEXT = ("image", "video", "audio", "between")  # flags that are arguments of 
 SAMPLER = ("method", "steps", "history_noise", "context_noise", "lag")  # flags that change config.sample
 GUIDANCE = {"guidance": "text"}  # flags that change config.sample.guidance
 GUIDANCE |= {f"guidance.{key}": key for key in ("text_continue", "text_cross_modal", "history", "modality")}
-NOT_PUBLISHED = {*CONTEXT, "continue", "control", "student", "teacher", *SAMPLER, *GUIDANCE}
+SCENE = ("continue", "save-state", "resume-state", "cut")  # flags of what a clip goes on from
+NOT_PUBLISHED = {*CONTEXT, *SCENE, "control", "student", "teacher", *SAMPLER, *GUIDANCE}
 NOT_PUBLISHED -= {"steps", "method", "guidance"}
 NOT_PUBLISHED |= {f"{key}.source" for key in PARTS}
 
@@ -70,8 +76,12 @@ def main(argv):
         raise UserError(f"--out={options.out} must end in {' or '.join(ENDINGS)}")
     context = {flag: options[flag].value for flag in CONTEXT if options[flag].value}
     start = options["continue"].value
-    if start and context:
-        raise UserError(f"give only one of continue, {', '.join(context)}")
+    resumed = options["resume-state"].value
+    given = [name for name, value in (("continue", start), ("resume-state", resumed)) if value]
+    if given and len(given) + len(context) > 1:
+        raise UserError(f"give only one of {', '.join([*given, *context])}")
+    if options.cut and not given:
+        raise UserError("--cut goes on after a cut: give also --continue or --resume-state")
 
     hosts.initialize(options)
     source = cli.weights_folder(options)
@@ -81,12 +91,18 @@ def main(argv):
     arguments = dict(seconds=options.seconds, seed=options.seed, control=options.control, student=False)
     if is_published:
         clips = pipe(prompts)
-    elif start:
-        clips = pipe.extend(start, prompts, **arguments)
+    elif given:
+        if resumed:
+            start = pipe.read_scene(resumed, len(prompts))
+            arguments["seed"] = options.seed if options["seed"].present else None
+        clips = pipe.extend(start, prompts, cut=options.cut, **arguments)
     else:
         clips = pipe(prompts, **arguments, **context)
     if not hosts.is_primary():
         return
+    if options["save-state"].value:
+        pipe.save_scene(options["save-state"].value, clips)
+        logger.info("wrote %s", options["save-state"].value)
     # File names are numbers: a prompt must not become a path.
     paths = [out / f"{i:03d}.mp4" for i in range(len(prompts))] if many else [out]
     for path, clip in zip(paths, clips, strict=True):
@@ -165,6 +181,9 @@ def define_flags():
     flags.DEFINE_string("video", None, "Video that gets a sound.")
     flags.DEFINE_string("audio", None, "Sound that gets a video.")
     flags.DEFINE_string("continue", None, "Video to continue.")
+    flags.DEFINE_string("save-state", None, "File to write, from which --resume-state goes on.")
+    flags.DEFINE_string("resume-state", None, "File of --save-state to go on from.")
+    flags.DEFINE_bool("cut", False, "Go on after a cut, without the last frames as context.")
     flags.DEFINE_list("between", None, "Two videos to join.")
 
 

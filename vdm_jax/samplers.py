@@ -223,12 +223,13 @@ def guided(denoise_fn, terms, rescale=0.0, interval=(-jnp.inf, jnp.inf)):
 # Arguments of the three functions below:
 # weight: 1 adds nothing. Above 1 the text, the context or the other modality has more influence than in training.
 # noise: standard normal, like z.
-# null_cond: the encoded null text, with unknown control where cond has control; with batch size B or 1.
+# null_cond: the encoded null text, with unknown control where cond has control; with batch size B or 1. What only cond
+#     has stays.
 
 
 def text_guidance(weight, null_cond):
     """Returns Terms: classifier-free guidance by text and control, arXiv:2207.12598, eq. 6, whose w is weight - 1."""
-    return [Term(weight - 1, None, lambda z, log_snr, cond: (z, log_snr, null_cond))]
+    return [Term(weight - 1, None, lambda z, log_snr, cond: (z, log_snr, cond | null_cond))]
 
 
 def history_guidance(weight, masks, noise, config, history_noise=0.0):

@@ -35,7 +35,7 @@ class Run(NamedTuple):
     number: int  # names the run in its files
     mesh: jax.sharding.Mesh
     plan: dict  # {stage: its Phases}
-    sources: dict  # {System that a phase is trained on: data source of its training clips}
+    sources: dict  # {(System that a phase is trained on, video frames of a clip): data source of its training clips}
     stop: preemption.Stop  # stop.is_due(step) -> whether a signal asks the run to end
     report_progress: Any  # report_progress(what) tells the watchdog what was done last; report_progress(None) stops it
     trace_span: tuple | None  # first and last step to trace
@@ -65,10 +65,11 @@ def main(argv):
     mesh = sharding.make_mesh(config.mesh)
     check(mesh, plan)
     sources = {
-        system: batches.source(system.config, in_bucket=system is not phase.system)
-        for stage in plan.values()
+        (system, frames): batches.source(system.config, in_bucket=system is not phase.system, frames=frames)
+        for name, stage in plan.items()
         for phase in stage
         for system in phase.buckets
+        for frames in [system.stages[name].clip_frames]
     }
     report_progress = hosts.watchdog(config.watchdog_seconds)
     with folder.exclusive_lock(workdir), jax.set_mesh(mesh), hosts.exit_on_lost_peer(), preemption.watching() as stop:
@@ -131,7 +132,10 @@ def take_steps(run, name, phase, checkpoints):
         return True
     # 3. Data: clips. For the denoiser, the models of the earlier stages encode them, now or in each batch.
     examples = [
-        batches.Examples(run.sources[bucket], system.tokenize, stage.make_hard_negative) for bucket in phase.buckets
+        batches.Examples(
+            run.sources[bucket, bucket.stages[name].clip_frames], system.tokenize, stage.make_hard_negative
+        )
+        for bucket in phase.buckets
     ]
     weights = [own.weight for own in examples]  # of the buckets
     sources = examples

@@ -33,15 +33,16 @@ CLIP = ("video", "audio", "control")  # arrays of an item; the last one is not i
 HELD_OUT_SEED = 1_000_003  # added to the seed of the procedural world for clips that training never sees
 
 
-def source(config, split="train", in_bucket=False):
+def source(config, split="train", in_bucket=False, frames=None):
     """Returns the data source of config.data, split "train" or "held_out"; its items are {'video', 'audio', 'caption'}
     and with config.data.control {'control'}.
 
     in_bucket: only the videos of the bucket with data.frames and data.size, see data/buckets.py
+    frames: of a clip; None: data.frames
     Raises UserError if the source cannot be opened.
     """
     data = config.data
-    clip = dict(frames=data.frames, size=data.size, fps=data.fps, sample_rate=data.sample_rate)
+    clip = dict(frames=frames or data.frames, size=data.size, fps=data.fps, sample_rate=data.sample_rate)
     control = tuple(data.get("control", ()))  # older weights have none
     if control and control != (known := CONTROL if data.source == "doom" else ()):
         raise UserError(f"data.source={data.source} has no control {control}: set data.control={known}")

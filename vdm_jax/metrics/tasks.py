@@ -145,7 +145,7 @@ def audio(run):
 def rollout(run):
     """Outcomes of clips WINDOWS times as long as in training, one value for each length of a training clip."""
     frames, per_frame = run.layout.frames, run.layout.samples_per_frame
-    video, audio = run.pipe.rollout(run.prompts, WINDOWS * frames, seed=run.seed)
+    video, audio, _ = run.pipe.rollout(run.prompts, WINDOWS * frames, seed=run.seed)
     curve = {"seconds": [], "right": [], "permanence": [], "size_drift": []}
     for start in range(0, WINDOWS * frames, frames):
         end = start + frames

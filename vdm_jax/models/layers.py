@@ -88,7 +88,6 @@ class Conv(Layer):
     time_padding: str = "same"  # as in all other dimensions, or "causal", with all padding before the first frame
     padding: tuple[tuple[int, int], ...] | None = None  # (before, after) for each size of the window; None keeps sizes
     zero: bool = False
-    padding: tuple[tuple[int, int], ...] | None = None  # (before, after) for each size of the window; None keeps sizes
 
     @nn.compact
     def __call__(self, x):

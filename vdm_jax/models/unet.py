@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vdm_jax.models import layers
+from vdm_jax.models.memory import MemoryContext, MemoryReader
 
 KERNEL_SIZE = {"video": (1, 3, 3), "audio": (3,)}  # of the first and last convolutions, and of those after upsampling
 
@@ -132,7 +133,8 @@ class UNet(layers.Layer):
     log_snr: {'video': [B, T], 'audio': [B, T]}, noise levels
     cond: {'states': [B, L, D_text], 'mask': bool [B, L], 'pooled': [B, D_text]}, the text; with `student` also
         'next_log_snr', a dict like log_snr: the noise level that the step goes to; with `control` also 'control'
-        [B, T, A], the buttons held in each latent frame, in 0..1, or -1 where they are not known
+        [B, T, A], the buttons held in each latent frame, in 0..1, or -1 where they are not known; with `memory` it may
+        have 'memory', see MemoryContext
 
     Tuples have one value for each resolution i, the highest first; time_strides has one value fewer. From one
     resolution to the next, height, width and the number of sound tokens halve. The lowest resolution has a bottleneck,
@@ -155,6 +157,9 @@ class UNet(layers.Layer):
     places: tuple[int, int]  # h, w of the latents that the parameters are made for; others may be given
     student: bool = False  # whether cond has 'next_log_snr', see system/distillation.py
     control: int = 0  # A, buttons of cond['control']; 0: cond has no control
+    memory: int = 0  # M, memory tokens of cond['memory']; 0: the network has no memory
+    memory_width: int = 0  # D, channels of a memory token
+    memory_past: int = 0  # windows before the context that the memory keeps as latents
     remat: tuple[str, ...] = ()  # a mode of layers.apply_remat per resolution, or (); the bottleneck has the last one
 
     @nn.compact
@@ -167,6 +172,9 @@ class UNet(layers.Layer):
         channels = {"video": self.channels, "audio": self.audio_channels or self.channels}
         refine = TextRefiner(self.text_layers, self.head_dim, **self.common, name="text")
         cond = {**cond, "states": refine(cond["states"], cond["mask"])}
+        memory = cond.get("memory") if self.memory else None
+        if memory is not None:
+            memory = MemoryContext(**self.common, name="memory")(memory)
         embed = functools.partial(NoiseEmbedding, self.embedding, self.latent_fps, **self.common)
         embedding = {
             m: embed(name=f"embedding_{m}")(log_snr[m], cond["pooled"], after[m], control) for m in ("video", "audio")
@@ -198,6 +206,9 @@ class UNet(layers.Layer):
                 module = with_remat(SpaceTimeAttention, resolution)
                 module = functools.partial(module, self.head_dim, places, **self.common)
                 x = {m: module(name=f"{name}_attention_{m}")(x[m], time[m], cond) for m in x}
+                if memory is not None:
+                    reader = functools.partial(MemoryReader, self.head_dim, **self.common)
+                    x = {m: reader(name=f"{name}_memory_{m}")(x[m], memory) for m in x}
             if cross_modal:
                 module = functools.partial(with_remat(CrossModalAttention, resolution), self.head_dim, **self.common)
                 video, audio = module(name=f"{name}_cross_modal")(x["video"], x["audio"], time["video"], time["audio"])

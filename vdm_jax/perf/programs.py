@@ -61,7 +61,7 @@ def sampling(system, sampler, mesh, rows):
     params = system.param_shapes | {"statistics": system.stages["denoiser"].encoder_shapes["statistics"]}
     arrays, static = sampler.arguments(params)
     tokens = np.zeros((rows, system.config.data.text_length), np.int32)
-    arrays = [arrays[name] for name in ("clean", "control", "masks", "levels", "weights")]
+    arrays = [arrays[name] for name in ("clean", "control", "memory", "masks", "levels", "weights")]
     arguments = (params, jax.random.key(0), np.arange(rows), tokens, *arrays)
     shardings = (sharding.state_shardings(params, mesh), *[sharding.replicated(mesh)] * (len(arguments) - 1))
     lower, function = (functools.partial(f, **static) for f in (sampler.program.lower, sampler.program.__wrapped__))

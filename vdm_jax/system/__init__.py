@@ -159,6 +159,15 @@ class System:
         """
         return {"control": jnp.full((clips, latent_frames, self.layout.control), -1.0)} if self.layout.control else {}
 
+    def write_memory(self, params, tokens, z):
+        """The memory tokens [B, M, D] after a window with clean latents z; see system/memory.py.
+
+        params: the denoiser's.
+        """
+        writer = self.models["memory_writer"]
+        gathered = sharding.all_gather_params(params["memory_writer"], writer.dtype)
+        return writer.apply({"params": gathered}, tokens, z)
+
     def codec_audio(self, audio):
         """[B, N] -> what the audio codec encodes: padded, and as [B, N, channels] for a codec of several channels."""
         channels, audio = getattr(self.models["audio_autoencoder"], "audio_channels", None), self.pad_audio(audio)

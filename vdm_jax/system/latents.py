@@ -293,6 +293,8 @@ def _fingerprint(config, params, parts):
     unused |= {"path"} if data["source"] == "files" else set()  # a folder that only moved is the same data
     data = {key: value for key, value in data.items() if key not in unused}
     settings = [CLIPS_PER_FILE, config.seed, denoiser.cached_clips, denoiser.hard_negatives.words, data]
+    if denoiser.memory.windows > 1:
+        settings += [denoiser.memory.windows, config.sample.context_frames]
     digest = hashlib.sha256()
     for name in sorted(params):
         if name in parts:

@@ -1,6 +1,7 @@
 """What each stage trains: one record per stage, one function per loss."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,9 @@ import optax
 
 from vdm_jax import diffusion, lora
 from vdm_jax.data import text
-from vdm_jax.system import distillation, hard_negatives
+from vdm_jax.errors import UserError
+from vdm_jax.sharding import named_leaves, path_name
+from vdm_jax.system import distillation, hard_negatives, memory
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.networks import init_fns, remat_modes, to_float
 
@@ -35,6 +38,7 @@ class Stage(NamedTuple):
     make_hard_negative: Callable | None = None  # caption -> wrong caption; None for a stage without hard negatives
     # The loss uses one hard negative per group of this many consecutive clips. A group must share a device.
     clips_per_negative: int = 1
+    clip_frames: int = 0  # video frames of a training clip
     any_shape: bool = False  # whether the model takes clips of any length, height and width, see data/buckets.py
 
 
@@ -57,6 +61,8 @@ def make_stages(system):
         encoders["teacher"] = params["teacher"]
     if adapters:
         encoders["base"] = jax.tree.map(lambda x: x.update(dtype=jnp.float16), base) if system.published else base
+    memory.check(config, layout)
+    check_trained_layers(config.denoiser, params["denoiser"])
     channels = {m: jax.ShapeDtypeStruct(shape[-1:], jnp.float32) for m, shape in layout.latent_shapes.items()}
     encoders["statistics"] = {m: {"mean": x, "std": x} for m, x in channels.items()}
 
@@ -64,13 +70,14 @@ def make_stages(system):
         settings = config[name]
         remat_modes(config, name)  # raises for a wrong setting
         rows = settings.batch_size
+        frames = memory.clip_frames(config, layout) if encoder_shapes else layout.frames
         batch = {
-            "video": jax.ShapeDtypeStruct((rows, layout.frames, *config.data.size, 3), jnp.uint8),
-            "audio": jax.ShapeDtypeStruct((rows, layout.samples), jnp.float32),
+            "video": jax.ShapeDtypeStruct((rows, frames, *config.data.size, 3), jnp.uint8),
+            "audio": jax.ShapeDtypeStruct((rows, frames * layout.samples_per_frame), jnp.float32),
             "tokens": jax.ShapeDtypeStruct((rows, config.data.text_length), jnp.int32),
         }
         if layout.control:
-            batch["control"] = jax.ShapeDtypeStruct((rows, layout.frames, layout.control), jnp.float32)
+            batch["control"] = jax.ShapeDtypeStruct((rows, frames, layout.control), jnp.float32)
         negatives = settings.get("hard_negatives", {})
         word_groups = negatives.get("words", ())
         swap_words = functools.partial(hard_negatives.swap_words, groups=word_groups)
@@ -92,6 +99,7 @@ def make_stages(system):
             sequence_sizes=sequence_sizes,
             make_hard_negative=swap_words if word_groups else None,
             clips_per_negative=negatives.get("every", 1) if word_groups else 1,
+            clip_frames=frames,
             any_shape=bool(encoder_shapes),
         )
 
@@ -180,12 +188,35 @@ def clip_loss(system, params, key, batch, encoder_params):
     return loss, {"loss": loss, **metrics}
 
 
+def check_trained_layers(denoiser, params):
+    """Raises UserError where denoiser.trained is no regular expression, or is found in no path of a parameter."""
+    layers = denoiser.get("trained", "")  # older weights have no such setting
+    try:
+        found = any(re.search(layers, path) for path in named_leaves(params))
+    except re.error as error:
+        raise UserError(f"denoiser.trained={layers!r} is no regular expression: {error}") from None
+    if not found:
+        raise UserError(
+            f"denoiser.trained={layers!r} is found in no path of a parameter, such as {min(named_leaves(params))}"
+        )
+
+
+def train_only(params, layers):
+    """Returns the parameters. Those without the regular expression `layers` in their path get no gradient."""
+
+    def leaf(path, x):
+        return x if re.search(layers, path_name(path)) else jax.lax.stop_gradient(x)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
 def drop_conditions(key, cond, null, text_share, control_share=0.0):
     """Replaces text and control by those of `null` in shares of the rows: guidance needs a network trained with both.
 
     Half of the rows without text also lose their control, and the other half keep it (as in arXiv:2211.09800, 3.2.1).
 
-    cond, null: {'states', 'mask', 'pooled'}, and 'control' where the clips have control
+    cond, null: {'states', 'mask', 'pooled'}, and 'control' where the clips have control. `null` may be of one row. What
+        only `cond` has, such as a memory, stays as it is.
     """
     draw = jax.random.uniform(key, cond["pooled"].shape[:1])  # [B]
     dropped = dict.fromkeys(cond, draw < text_share)
@@ -196,21 +227,29 @@ def drop_conditions(key, cond, null, text_share, control_share=0.0):
         rows = dropped[name].reshape(-1, *(1,) * (cond[name].ndim - 1))
         return jnp.where(rows, null[name], cond[name])
 
-    return {name: choose(name) for name in cond}
+    return cond | {name: choose(name) for name in null}
 
 
 def encode_batch(system, encoder_params, batch):
     """Encodes a batch of clips for the denoiser -> {'z': latents, 'text': text}.
 
     If the batch has hard negatives, their text is added under BATCH_KEY. If it has control, that of the latent frames
-    is added as 'control'.
+    is added as 'control'. For longer clips than those of the layout, latents and control are those of its windows,
+    [B, W, ...], see memory.py.
     """
     encoded = {"text": system.encode_text(encoder_params, batch["tokens"])}
-    if "control" in batch:
-        encoded["control"] = system.pool_control(batch["control"])
     if hard_negatives.BATCH_KEY in batch:
         encoded[hard_negatives.BATCH_KEY] = system.encode_text(encoder_params, batch[hard_negatives.BATCH_KEY])
-    return encoded | {"z": system.encode(encoder_params, batch["video"], batch["audio"])}
+    clips = {name: batch[name] for name in ("video", "audio", "control") if name in batch}
+    is_long = clips["video"].shape[1] > system.layout.frames
+    if is_long:
+        clips = memory.windows(system, clips)
+    latents = {"z": system.encode(encoder_params, clips["video"], clips["audio"])}
+    if "control" in clips:
+        latents["control"] = system.pool_control(clips["control"])
+    if is_long:
+        latents = jax.tree.map(lambda x: x.reshape(len(batch["video"]), -1, *x.shape[1:]), latents)  # [B, W, ...]
+    return encoded | latents
 
 
 def conditions(encoded, text="text"):
@@ -229,7 +268,10 @@ def denoiser_loss(system, params, key, batch, encoder_params):
     else:
         batch = jax.lax.stop_gradient(encode_batch(system, encoder_params, batch))
     z, cond = batch["z"], conditions(batch)
+    params = train_only(params, settings.get("trained", ""))  # older weights have no such setting
     drop_key, key, pair_key = jax.random.split(key, 3)
+    if z["video"].ndim == 6:  # [B, W, T, h, w, C]
+        z, cond = memory.training_rows(system, params, jax.random.fold_in(drop_key, 1), z, cond)
     null = system.encode_null_text(encoder_params) | system.unknown_control(z["video"].shape[1])
     denoise_fn = system.denoise_fn(params, encoder_params)
     if "teacher" in encoder_params:

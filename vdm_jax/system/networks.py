@@ -1,5 +1,7 @@
 """The networks of a config, how their parameters are initialized, and pixels as the networks read them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -8,8 +10,10 @@ from vdm_jax.errors import UserError, one_of
 from vdm_jax.models.audio_autoencoder import AudioAutoencoder
 from vdm_jax.models.clip import Clip
 from vdm_jax.models.layers import REMAT
+from vdm_jax.models.memory import MemoryWriter
 from vdm_jax.models.unet import UNet
 from vdm_jax.models.video_autoencoder import VideoAutoencoder
+from vdm_jax.system import memory
 from vdm_jax.system.parts import is_finetuned
 
 
@@ -32,7 +36,7 @@ def make_encoders(config, parts=None):
 
 
 def make_models(config, layout, parts=None, denoiser=None):
-    """{stage: Flax module} of a config, and the "teacher" of a student. Raises UserError for wrong settings.
+    """{stage: Flax module} of a config; maybe a "teacher" and a "memory_writer". Raises UserError for wrong settings.
 
     denoiser: a published one, see parts.open_denoiser; None for our own
     """
@@ -47,6 +51,8 @@ def make_models(config, layout, parts=None, denoiser=None):
     models = make_encoders(config, parts) | {"denoiser": UNet(**unet, dtype=dtype)}
     if models["denoiser"].student:
         models["teacher"] = UNet(**{**unet, "student": False}, dtype=dtype)
+    if models["denoiser"].memory:
+        models["memory_writer"] = MemoryWriter(config.denoiser.model.head_dim, dtype=dtype)
     return models
 
 
@@ -75,6 +81,8 @@ def init_fns(models, config, layout):
     states, pooled = jnp.zeros((1, text_length, text_width)), jnp.zeros((1, text_width))
     cond = {"states": states, "mask": jnp.ones((1, text_length), bool), "pooled": pooled, "next_log_snr": log_snr}
     cond["control"] = jnp.zeros((1, layout.latent_frames, layout.control))
+    if "memory_writer" in models:
+        cond["memory"] = memory.empty(config.denoiser.model, layout, 1)
     arguments = {
         "video_autoencoder": (video, jax.random.key(0)),
         "audio_autoencoder": (sound, jax.random.key(0)),
@@ -82,7 +90,15 @@ def init_fns(models, config, layout):
         "denoiser": (latents, log_snr, cond),
         "teacher": (latents, log_snr, cond),
     }
-    return {name: lambda key, name=name: models[name].init(key, *arguments[name])["params"] for name in models}
+
+    def init(name, key):
+        params = models[name].init(key, *arguments[name])["params"]
+        if name == "denoiser" and "memory_writer" in models:
+            key, tokens = jax.random.fold_in(key, 1), cond["memory"]["tokens"]
+            params["memory_writer"] = models["memory_writer"].init(key, tokens, latents)["params"]
+        return params
+
+    return {name: functools.partial(init, name) for name in arguments if name in models}
 
 
 def to_float(video):

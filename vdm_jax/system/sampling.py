@@ -15,6 +15,7 @@ from vdm_jax.run.progress import progress
 from vdm_jax.settings import check
 from vdm_jax.sharding import constrain
 from vdm_jax.system import distillation
+from vdm_jax.system import memory as scenes
 
 BATCH = 8  # prompts sampled at once
 
@@ -34,8 +35,14 @@ class Sampler:
         self._compiled = {}  # {shapes and static arguments: compiled program}
         self._encode = jax.jit(lambda params, v, a: sharding.replicate(system.encode(params, v, a)))
 
-    def __call__(self, params, prompts, *, seed=0, window=0, frames=None, context=None, control=None, **options):
-        """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]) for P prompts, as NumPy arrays.
+    def __call__(self, params, prompts, **arguments):
+        """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N]) for P prompts, as NumPy arrays; see `window`."""
+        return self.window(params, prompts, **arguments)[:2]
+
+    def window(
+        self, params, prompts, *, seed=0, window=0, frames=None, context=None, control=None, memory=None, **options
+    ):
+        """-> (video uint8 [P, F, H, W, 3], audio float32 [P, N], memory) for P prompts, as NumPy arrays.
 
         Prompt i draws its noise from (seed, window, i), whatever the batch.
 
@@ -44,11 +51,13 @@ class Sampler:
         context: tasks.Context of clips of that length; None: no context. Context frames in the result are the
             autoencoder's reconstruction, not the original pixels.
         control: buttons held in each frame, float [P or 1, F, A]; None: not known. Not for a denoiser without control.
+        memory: of the P scenes, as the window before has returned it; None: it is empty. {} for a denoiser without one.
         options: settings of config.sample (steps, method, guidance, ...); None leaves a setting as it is.
         Raises UserError where these do not fit.
         """
         arrays, static = self.arguments(params, frames=frames, context=context, control=control, **options)
-        clean, control = arrays.pop("clean"), arrays.pop("control")
+        arrays["memory"] = memory or {}
+        per_clip = {name: arrays.pop(name) for name in ("clean", "control", "memory")}
         tokens = self.system.tokenize(prompts)
         key = jax.random.fold_in(jax.random.key(seed), window)
         batch = min(BATCH, len(prompts))
@@ -56,8 +65,8 @@ class Sampler:
         def rows(start):
             # The last prompt is repeated until the last batch is full.
             numbers = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
-            own, held = jax.tree.map(lambda x: x[numbers] if len(x) > 1 else x, (clean, control))
-            return dict(key=key, numbers=numbers, tokens=tokens[numbers], clean=own, control=held, **arrays)
+            own = jax.tree.map(lambda x: x[numbers] if len(x) > 1 else x, per_clip)
+            return dict(key=key, numbers=numbers, tokens=tokens[numbers], **own, **arrays)
 
         program = self._compile(params, rows(0), static)
         made = []
@@ -65,7 +74,7 @@ class Sampler:
             for start in range(0, len(prompts), batch):
                 made.append(jax.tree.map(np.asarray, program(params, **rows(start))))
                 advance(min(batch, len(prompts) - start))
-        return tuple(np.concatenate(parts)[: len(prompts)] for parts in zip(*made, strict=True))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(prompts)], *made)
 
     def _compile(self, params, arrays, static):
         """`program`, compiled for these shapes and static arguments, or the compiled program of an earlier call."""
@@ -110,7 +119,7 @@ class Sampler:
             if not cond or control.ndim != 3 or control.shape[1:] != (layout.frames, layout.control):
                 raise UserError(f"control of shape {control.shape} does not fit {layout.frames} frames")
             cond = {"control": system.pool_control(control)}
-        arrays = dict(clean=clean, masks=masks, levels=levels, weights=weights, control=jax.device_get(cond))
+        arrays = dict(clean=clean, control=jax.device_get(cond), memory={}, masks=masks, levels=levels, weights=weights)
         has_context = any(mask.any() for mask in masks.values())
         return arrays, dict(
             method=settings["method"],
@@ -160,6 +169,7 @@ def sample(
     tokens,
     clean,
     control,
+    memory,
     masks,
     levels,
     weights,
@@ -169,11 +179,12 @@ def sample(
     guides,
     history_noise,
 ):
-    """-> (video uint8 [B, F, H, W, 3], audio float32 [B, N]). Pure; to be jitted.
+    """-> (video uint8 [B, F, H, W, 3], audio float32 [B, N], memory after these clips). Pure; to be jitted.
 
     numbers: int [B]; the noise of row i is drawn from (key, numbers[i]).
     clean: latents of the context frames, {modality: [B or 1, ...]}.
     control: {'control': [B or 1, T, A]}, the buttons held in each latent frame; {} for a denoiser without control.
+    memory: of the scenes, see system/memory.py; {} where it is empty, or for a denoiser without memory.
     masks, levels: bool [T] and log_snr [S+1, T] per modality; see tasks.py.
     weights: of guidance, {'text', 'history', 'modality'}, and 'rescale'.
     guides: three bools: whether to use text, history and modality guidance.
@@ -198,6 +209,8 @@ def sample(
     denoise_fn = functools.partial(model.apply, {"params": sharding.all_gather_params(params["denoiser"], model.dtype)})
     cond = system.encode_text(params, tokens)
     cond |= {name: jnp.broadcast_to(x, (len(numbers), *x.shape[1:])) for name, x in control.items()}
+    if memory:
+        cond |= {"memory": memory}
     if model.student:
         student_fn = denoise_fn
 
@@ -221,7 +234,10 @@ def sample(
     sampler_key = jax.random.fold_in(sampler_key, numbers[0])
     z = samplers.sample(denoise_fn, sampler_key, z, cond, levels, method, settings)
     z = where(is_context, clean, z)  # the context may be noised until here
-    return sharding.replicate(system.decode(params, z))
+    if model.memory:
+        before = memory or scenes.empty(system.config.denoiser.model, system.layout, len(numbers))
+        memory = scenes.write(system, params["denoiser"], before, z)
+    return sharding.replicate((*system.decode(params, z), memory))
 
 
 def draw_noise(key, numbers, shapes, which):
