@@ -339,13 +339,13 @@ def test_what_is_given_whole_comes_back_at_any_length(pipe, frames):
 
 
 def test_the_windows_of_a_long_sound_see_the_sound_and_what_was_made(pipe, monkeypatch):
-    seen, sample = [], pipe.sample
+    seen, window = [], pipe.window
 
     def watched(prompts, *, context, **options):
-        seen.append((context, sample(prompts, context=context, **options)))
+        seen.append((context, window(prompts, context=context, **options)))
         return seen[-1][1]
 
-    monkeypatch.setattr(pipe, "sample", watched)
+    monkeypatch.setattr(pipe, "window", watched)
     video = np.random.default_rng(0).integers(0, 256, (12, 16, 24, 3), np.uint8)
     made = pipe("a red circle", video=video, steps=2).audio
     layout, plan = pipe.system.layout, pipe.plan(13)
