@@ -193,6 +193,7 @@ def get_config():
     denoiser.text_dropout = 0.1  # share of clips that are trained without their caption
     denoiser.control_dropout = 0.1  # share of clips that are trained without their control, half of them without text
     denoiser.cached_clips = 0  # clips that are encoded once, before training; 0 encodes each batch when it is used
+    denoiser.latents = ""  # folder of these encoded clips, from `prepare --latents`; "": the run encodes them itself
     denoiser.statistics_clips = 256  # clips whose latents are measured, to scale latents to unit variance
     denoiser.hard_negatives = ConfigDict(  # system/hard_negatives.py
         dict(

@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 BLOCK = re.compile(r"^(?:<!-- not run: ([^>]+) -->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
 COMMANDS = ("train", "sample", "evaluate", "weights", "bench", "dry_run", "overview", "app", "prepare")
 CLOUD = ("tpu_vm", "queued", "slurm", "gke")
-SHELL = ("export", ".", "pip", "hf")  # first words of lines that are no command of ours
+SHELL = ("export", ".", "pip", "hf", "apt-get")  # first words of lines that are no command of ours
 WORDS = {  # of training: the data and the machine of a user, which the tiny run has not
     "--config.denoiser.steps", "--config.denoiser.batch_size", "--config.data.size", "--config.data.buckets",
     "--profile",

@@ -1,5 +1,6 @@
 """Latents are scaled to unit variance, and encoded once."""
 
+import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,8 @@ import pytest
 from etils import epath
 
 from tests import tiny
-from tests.helpers import weights
-from vdm_jax import sharding
+from tests.helpers import ROOT, weights
+from vdm_jax import prepare, sharding, train
 from vdm_jax.data import batches, writing
 from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
@@ -59,7 +60,7 @@ def test_processes_encode_files_of_their_own_and_go_on_where_they_were_ended(con
     def cached(folder, process=0, processes=1):
         monkeypatch.setattr(jax, "process_index", lambda: process)
         monkeypatch.setattr(jax, "process_count", lambda: processes)
-        return latents._cached(system, params, examples(system), epath.Path(tmp_path / folder))
+        return latents._cached(system, params, examples(system), epath.Path(tmp_path / folder), latents._make_current)
 
     whole = cached("one").take(list(range(80)))
     monkeypatch.setattr(latents, "CLIPS_PER_FILE", 32)
@@ -276,3 +277,65 @@ def test_clips_are_encoded_once_and_again_when_anything_changed(config, tiny_run
     assert set(prepare()[1].take([0])) == {"z", "text"} and len(encoded) == 1
     config.denoiser.cached_clips = 0
     assert isinstance(prepare()[1], batches.Examples)
+
+
+def test_stored_latents_train_as_those_of_the_run(tiny_run, tmp_path, command):
+    recipe = f"--config={ROOT / 'tests' / 'tiny.py'}"
+    for name in ("own", "given"):
+        shutil.copytree(tiny_run, tmp_path / name)
+    out = tmp_path / "latents"
+
+    def store(*more):
+        return command(prepare, recipe, "--latents", f"--workdir={tmp_path / 'given'}", f"--out={out}", *more)
+
+    def denoise(name, *more):
+        more = ("--stage=denoiser", "--config.denoiser.steps=12", *more)
+        return command(train, recipe, f"--workdir={tmp_path / name}", *more)
+
+    told = denoise("given", f"--config.denoiser.latents={out}")
+    assert told.code == 2 and f"{out} holds no latents" in told.err[-1]
+    assert store().code == 0
+    written = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert store().code == 0 and {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == written
+    told = store("--config.denoiser.cached_clips=16")
+    assert told.code == 2 and "latents of other settings" in told.err[-1]
+
+    assert denoise("own").code == denoise("given", f"--config.denoiser.latents={out}").code == 0
+    assert not (tmp_path / "given" / "denoiser" / "latents").exists()
+    rows = [(tmp_path / name / "denoiser" / "metrics.jsonl").read_text().splitlines()[-4:] for name in ("own", "given")]
+    losses_of = [[json.loads(row)["loss"] for row in run] for run in rows]
+    assert losses_of[0] == losses_of[1] and len(losses_of[0]) == 4
+
+    (out / "clips_00000.npy").unlink()
+    told = denoise("given", f"--config.denoiser.latents={out}", "--config.denoiser.steps=16")
+    assert told.code == 2 and "lacks 1 of 1 files" in told.err[-1] and "goes on there" in told.err[-1]
+    told = denoise("given", f"--config.denoiser.latents={tmp_path}", "--config.denoiser.steps=16")
+    assert told.code == 2 and "holds no latents" in told.err[-1]
+
+
+def test_stored_latents_of_something_else_are_refused(config, tmp_path):
+    folder, params = epath.Path(tmp_path / "latents"), {"weights": np.zeros(3)}
+    config.data.update(source="tfds", hash="one")
+    source = SimpleNamespace()
+
+    def fingerprint():
+        return latents._fingerprint(config, params, {})
+
+    latents._begin_stored(folder, fingerprint(), source)
+    latents._begin_stored(folder, fingerprint(), source)
+    (folder / "clips_00000.npy").touch()
+    latents._check_stored(folder, fingerprint(), source)
+    config.data.tfds.name = "/moved"
+    latents._check_stored(folder, fingerprint(), source)
+    for change, told in (
+        (lambda: config.data.update(hash="two"), "other videos or captions"),
+        (lambda: params.update(weights=np.ones(3)), "other encoders or statistics and other videos"),
+        (lambda: config.update(seed=1), "other settings"),
+    ):
+        change()
+        with pytest.raises(UserError, match=told):
+            latents._check_stored(folder, fingerprint(), source)
+        with pytest.raises(UserError, match=told):
+            latents._begin_stored(folder, fingerprint(), source)
+    with pytest.raises(UserError, match="holds something else than latents"):
+        latents._begin_stored(epath.Path(tmp_path), fingerprint(), source)

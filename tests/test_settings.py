@@ -20,7 +20,7 @@ FREE = (
     *"checkpoint_every log_every keep. validation. wandb. heartbeat_every skip.stop_after compilation_cache".split(),
     *"watchdog_seconds mesh. data.threads data.prefetch sample. evaluate.".split(),
     *(f"{stage}.{key}" for stage in STAGES for key in ("remat", "steps")),  # more steps
-    "denoiser.lora.base",
+    *("denoiser.lora.base", "denoiser.latents"),
     *(f"{part}.source" for part in ("video_codec", "audio_codec", "text_encoder", "denoiser")),
 )
 FIXED = (

@@ -4,10 +4,15 @@
     python -m vdm_jax.prepare --config=configs/files.py --source=tfds:NAME --out=DIR
     python -m vdm_jax.prepare --config=configs/files.py --source=FOLDER --out=DIR -- --direct_num_workers=2 \\
         --direct_running_mode=multi_processing
+    python -m vdm_jax.prepare --config=configs/files.py --latents --workdir=RUN --out=DIR [--source=FOLDER]
 
 The recipe's data.size, data.fps and data.sample_rate are those of the clips. A new clip begins where the scene changes.
 Clips that come twice are left out. What was done with each file is told by DIR/report.json and DIR/report.html. A run
 that was interrupted goes on, and a finished one is not done again.
+
+With --latents the clips of a training are encoded instead: denoiser.cached_clips windows of the source, with the codecs
+and the text encoder of the run. Train with --config.denoiser.latents=DIR. A training refuses latents of other encoders,
+of other data or of other settings, and says which.
 
 Flags after a lone -- are Apache Beam's: --runner=DataflowRunner, FlinkRunner, SparkRunner and their own.
 """
@@ -21,13 +26,16 @@ import logging
 import os
 import re
 
+import jax
 from absl import flags
 
-from vdm_jax import settings
-from vdm_jax.data import prepared, summary, tfds, whole
+from vdm_jax import settings, sharding
+from vdm_jax.data import batches, prepared, summary, tfds, whole
 from vdm_jax.errors import UserError, one_of
 from vdm_jax.metrics import report
-from vdm_jax.run import cli, storage
+from vdm_jax.run import cli, folder, storage
+from vdm_jax.system import build, latents
+from vdm_jax.system.parts import with_hashes
 
 logger = logging.getLogger("vdm_jax")
 
@@ -41,6 +49,9 @@ FIX = "give another --out, or remove this folder"
 def main(argv):
     options = flags.FLAGS
     config = _recipe(options, argv)
+    if options.latents:
+        store_latents(options, config)
+        return
     beam, beam_options = _beam(argv[1:])
     how = prepared.Settings(config.data.to_dict(), options.scene_threshold, options.max_seconds, tuple(options.drop))
     out = storage.make_folder(options.out)
@@ -86,6 +97,33 @@ def main(argv):
     storage.write_json(out / tfds.PREPARED, {**facts, "splits": [name for name, clips in chosen.items() if clips]})
     parts.rmtree()
     print(f"{numbers['clips']['kept']} clips of {len(videos)} videos are in {out}. {_usage(out)}")
+
+
+def store_latents(options, config):
+    """Encodes the clips on which the denoiser of a run will be trained. Goes on where it was ended."""
+    if not options.workdir:
+        raise UserError("--workdir=RUN is missing: name the run whose codecs and text encoder encode the clips")
+    if config.denoiser.phases or not config.denoiser.cached_clips:
+        raise UserError(
+            "--latents wants a recipe without denoiser.phases, and a number of clips, such as "
+            "--config.denoiser.cached_clips=4096"
+        )
+    config.denoiser.latents = options.out
+    cli.use_cache(config)
+    system = build(with_hashes(config))
+    systems, workdir = system.in_buckets("denoiser"), storage.given(options.workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    examples = []
+    for own in systems:
+        stage = own.stages["denoiser"]
+        source = batches.source(own.config, in_bucket=own is not system, frames=stage.clip_frames)
+        examples.append(batches.Examples(source, own.tokenize, stage.make_hard_negative))
+    with folder.exclusive_lock(workdir), jax.set_mesh(mesh):
+        run = folder.write_config(workdir, system.config, ["denoiser"], False, False)
+        latents.prepare(systems, workdir, examples, mesh, run, store=True)
+    print(
+        f"{config.denoiser.cached_clips} clips are in {options.out}. Train with --config.denoiser.latents={options.out}"
+    )
 
 
 def _recipe(options, argv):
@@ -251,6 +289,8 @@ def define_flags():
     cli.define_config()
     flags.DEFINE_string("source", None, "Folder of videos, or tfds:NAME; default: that of the recipe.")
     flags.DEFINE_string("out", None, "Folder of the data set, on a disk.")
+    flags.DEFINE_bool("latents", False, "Encode the clips of a training, with the encoders of --workdir.")
+    flags.DEFINE_string("workdir", None, "Folder of the run whose encoders encode, with --latents.")
     flags.DEFINE_list("drop", [], f"What to leave out: some of {','.join(prepared.DROPS)}.")
     flags.DEFINE_float("scene_threshold", 0.08, "Change from frame to frame that begins a clip, in 0..1.", 0, 1)
     flags.DEFINE_float("max_seconds", 10.0, "Longest clip; a longer scene becomes several.", 0.01, 3600)

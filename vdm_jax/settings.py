@@ -164,6 +164,7 @@ TABLE = (
     Setting("STAGE.model.blocks", several(whole(0, 1000)), FIXED),
     Setting("denoiser.model.memory denoiser.model.memory_past", whole(0, 1000), FIXED),
     Setting("denoiser.trained", TEXT, CHANGE),
+    Setting("denoiser.latents", TEXT, FREE),  # latents.prepare compares its content
     Setting("denoiser.memory.windows", whole(1, 1000), CHANGE),
     Setting("denoiser.memory.cuts", number(0, 1), CHANGE),
     Setting("STAGE.model.middle_blocks STAGE.model.*layers", whole(0, 1000), FIXED),

@@ -25,11 +25,17 @@ CLIPS_PER_FILE = 64 * ENCODE_BATCH
 OPEN_FILES = 512  # at a time
 ENCODING_SECONDS = 24 * 3600  # longest wait for the slowest process to encode its share
 FINGERPRINT = "fingerprint.json"  # what the cached clips were encoded from, in
-PARTS = ("weights", "data", "settings")
+MEANING = {  # {part of a fingerprint: what it stands for}
+    "weights": "encoders or statistics",
+    "data": "videos or captions",
+    "settings": "settings (seed, data, cached_clips, hard negatives or memory)",
+}
+PARTS = tuple(MEANING)
+MAKE = "make them with python -m vdm_jax.prepare --latents"
 CRC = "crc32"  # first field of a cached clip
 
 
-def prepare(systems, workdir, examples, mesh, run):
+def prepare(systems, workdir, examples, mesh, run, store=False):
     """Returns (encoder_params on the mesh, examples) for training the denoiser.
 
     systems: one for each bucket, see System.in_buckets. The first one measures the statistics of the latents.
@@ -37,10 +43,13 @@ def prepare(systems, workdir, examples, mesh, run):
 
     The encoders are rounded to the precision of exported weights, so that training has the same encoders as sampling.
     With config.denoiser.cached_clips = 0 the given data/batches.Examples are returned. With n > 0 they are encoded
-    once, and the result is n Encoded clips of each bucket, in the folder of the run.
+    once, and the result is n Encoded clips of each bucket, in the folder of the run. They may be in the folder
+    denoiser.latents already.
 
     run: the number of the run
-    Raises UserError where an earlier stage has no checkpoint, a student has no teacher, or adapters have no base.
+    store: whether clips that are missing in denoiser.latents are encoded now
+    Raises UserError where denoiser.latents has clips of something else, an earlier stage has no checkpoint, a student
+        has no teacher, or adapters have no base.
     """
     system = systems[0]
     trained = [name for name in STAGES[:3] if name in system.stages and name not in system.parts]
@@ -52,9 +61,13 @@ def prepare(systems, workdir, examples, mesh, run):
     params["statistics"] = known or _statistics(system, params, examples[0], path, run)
     if system.config.denoiser.cached_clips:
         shapes = [f"_{'x'.join(map(str, (own.layout.frames, *own.config.data.size)))}" for own in systems]
-        names = [f"latents{shape}" for shape in (shapes if len(systems) > 1 else [""])]
-        folders = [workdir / "denoiser" / name for name in names]
-        examples = [_cached(*parts) for parts in zip(systems, [params] * len(systems), examples, folders)]
+        given = system.config.denoiser.latents
+        parent = storage.given(given) if given else workdir / "denoiser" / "latents"
+        folders = [parent.with_name(f"{parent.name}{shape}") for shape in shapes] if len(systems) > 1 else [parent]
+        ready = (_begin_stored if store else _check_stored) if given else _make_current
+        examples = [
+            _cached(own, params, items, directory, ready) for own, items, directory in zip(systems, examples, folders)
+        ]
     if "teacher" in system.models:
         teacher = system.config.denoiser.distillation.teacher
         if not teacher:
@@ -208,18 +221,20 @@ def _record(abstract_batch):
     return np.dtype([(CRC, "<u4"), *((name, leaf.dtype, leaf.shape[1:]) for name, leaf in leaves.items())])
 
 
-def _cached(system, params, examples, directory):
-    """Returns the Encoded clips in `directory`. They are made again when weights, data or settings have changed.
+def _cached(system, params, examples, directory, ready):
+    """Returns the Encoded clips in `directory`.
+
+    ready: (directory, fingerprint) -> None, which prepares or checks the folder: `_make_current` or `_check_stored`
 
     Each process makes some of the files. A file gets its final name only when it is complete. After an
     interruption, the next run makes the missing files.
     """
     if hosts.is_primary():
-        _make_current(directory, _fingerprint(system.config, params, system.parts), examples.source)
+        ready(directory, _fingerprint(system.config, params, system.parts), examples.source)
     hosts.barrier("folder", ENCODING_SECONDS)
     mark = _mark(storage.read_json(directory / FINGERPRINT, "start the training again"))
     count, abstract_batch = system.config.denoiser.cached_clips, system.stages["denoiser"].batch
-    paths = [directory / f"clips_{part:05d}.npy" for part in range(-(-count // CLIPS_PER_FILE))]
+    paths = [_clips_file(directory, part) for part in range(-(-count // CLIPS_PER_FILE))]
     missing = [part for part, path in enumerate(paths) if not path.exists()]
     hosts.barrier("looked", ENCODING_SECONDS)  # no process writes before all have listed the missing files
     if missing:
@@ -235,6 +250,10 @@ def _cached(system, params, examples, directory):
                 advance(clips)
     hosts.barrier("encoded", ENCODING_SECONDS)
     return Encoded(paths, abstract_batch, count, mark)
+
+
+def _clips_file(directory, part):
+    return directory / f"clips_{part:05d}.npy"
 
 
 def _write(path, encoded_batches, record, first, count, mark):
@@ -258,17 +277,9 @@ def _write(path, encoded_batches, record, first, count, mark):
 
 def _make_current(directory, fingerprint, source):
     """Empties the folder of encoded clips, if they have another fingerprint or their data differs from `source`."""
-    path, stored, fault = directory / FINGERPRINT, {}, ""
     begun = directory.exists()
-    if begun:
-        try:
-            stored = storage.read_json(path, "it tells what the clips were encoded from")
-        except UserError as error:
-            fault = str(error)
-    files = source.fingerprint(stored.get("files", {})) if hasattr(source, "fingerprint") else {}
-    # The time of a file is not part of the data: a copy of the folder is the same data.
-    data = [[name, size, crc, captions] for name, (size, _, crc, captions) in sorted(files.items())]
-    fingerprint = {**fingerprint, "data": _hash(data), "files": files}
+    stored, fault = _stored(directory)
+    fingerprint = _with_data(fingerprint, stored, source)
     changed = [part for part in PARTS if stored.get(part) != fingerprint[part]]
     if changed:
         if begun:
@@ -277,7 +288,58 @@ def _make_current(directory, fingerprint, source):
         for old in list(directory.iterdir()):
             old.rmtree() if old.is_dir() else old.unlink()
     if stored != fingerprint:
-        storage.write_json(path, fingerprint)
+        storage.write_json(directory / FINGERPRINT, fingerprint)
+
+
+def _begin_stored(directory, fingerprint, source):
+    """Makes the folder of denoiser.latents. Raises UserError where it holds something else than these clips."""
+    stored, fault = _stored(directory)
+    if stored:
+        _check_same(directory, fingerprint, stored, source)
+    elif directory.exists() and any(directory.iterdir()):
+        raise UserError(f"{directory} holds something else than latents{fault and f' ({fault})'}: give another --out")
+    else:
+        storage.make_folder(directory)
+        storage.write_json(directory / FINGERPRINT, _with_data(fingerprint, {}, source))
+
+
+def _check_stored(directory, fingerprint, source):
+    """Raises UserError unless the folder of denoiser.latents holds all clips that this training asks for."""
+    stored, fault = _stored(directory)
+    if not stored:
+        raise UserError(f"{directory} holds no latents{fault and f' ({fault})'}: {MAKE}, or leave out denoiser.latents")
+    _check_same(directory, fingerprint, stored, source)
+    files = -(-fingerprint["clips"] // CLIPS_PER_FILE)
+    lacking = sum(not _clips_file(directory, part).exists() for part in range(files))
+    if lacking:
+        raise UserError(f"{directory} lacks {lacking} of {files} files: {MAKE}, which goes on there")
+
+
+def _check_same(directory, fingerprint, stored, source):
+    """Raises UserError where the clips in a folder were encoded from something else."""
+    fingerprint = _with_data(fingerprint, stored, source)
+    changed = [f"other {MEANING[part]}" for part in PARTS if stored.get(part) != fingerprint[part]]
+    if changed:
+        raise UserError(f"{directory} has the latents of {' and '.join(changed)}: {MAKE} --out=NEW")
+
+
+def _stored(directory):
+    """Returns (the fingerprint of a folder of encoded clips, {} without a good one; what is wrong with it)."""
+    if not directory.exists():
+        return {}, ""
+    try:
+        return storage.read_json(directory / FINGERPRINT, "it tells what the clips were encoded from"), ""
+    except UserError as error:
+        return {}, str(error)
+
+
+def _with_data(fingerprint, stored, source):
+    """Returns a fingerprint with the hash of the data. Files that `stored` knows are not read again."""
+    files = source.fingerprint(stored.get("files", {})) if hasattr(source, "fingerprint") else {}
+    # The time of a file is not part of the data: a copy of the folder is the same data.
+    data = [[name, size, crc, captions] for name, (size, _, crc, captions) in sorted(files.items())]
+    data += [fingerprint["data"]] if fingerprint["data"] else []
+    return {**fingerprint, "data": _hash(data), "files": files}
 
 
 def _mark(fingerprint):
@@ -286,8 +348,11 @@ def _mark(fingerprint):
 
 
 def _fingerprint(config, params, parts):
-    """Returns hashes of the parameters that encode, and of the settings that decide what is encoded."""
+    """Returns hashes of the parameters that encode, of a data set, and of the settings that decide what is encoded."""
     denoiser, data = config.denoiser, config.data.to_dict()
+    of_data = data["hash"] if data["source"] == "tfds" else ""  # for a folder of videos, see `_with_data`
+    if of_data:  # a data set that only moved is the same data
+        del data["path"], data["tfds"]["name"]
     unused = {"hash", "threads", "prefetch", "world", "files", "tfds", "doom"} - {data["source"]}
     unused |= set() if data.get("control") else {"control"}
     unused |= {"path"} if data["source"] == "files" else set()  # a folder that only moved is the same data
@@ -302,7 +367,7 @@ def _fingerprint(config, params, parts):
         else:
             for leaf in jax.tree.leaves(params[name]):
                 digest.update(np.asarray(leaf).tobytes())
-    return {"weights": digest.hexdigest(), "settings": _hash(settings)}
+    return {"weights": digest.hexdigest(), "data": of_data, "settings": _hash(settings), "clips": denoiser.cached_clips}
 
 
 def _hash(values):
