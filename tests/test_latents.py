@@ -286,7 +286,8 @@ def test_stored_latents_train_as_those_of_the_run(tiny_run, tmp_path, command):
     out = tmp_path / "latents"
 
     def store(*more):
-        return command(prepare, recipe, "--latents", f"--workdir={tmp_path / 'given'}", f"--out={out}", *more)
+        more = (f"--workdir={tmp_path / 'given'}", f"--out={out}", "--config.denoiser.steps=12", *more)
+        return command(prepare, recipe, "--latents", *more)
 
     def denoise(name, *more):
         more = ("--stage=denoiser", "--config.denoiser.steps=12", *more)
@@ -298,7 +299,7 @@ def test_stored_latents_train_as_those_of_the_run(tiny_run, tmp_path, command):
     written = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert store().code == 0 and {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == written
     told = store("--config.denoiser.cached_clips=16")
-    assert told.code == 2 and "latents of other settings" in told.err[-1]
+    assert told.code == 2 and "was trained with other settings (denoiser.cached_clips=32, now 16)" in told.err[-1]
 
     assert denoise("own").code == denoise("given", f"--config.denoiser.latents={out}").code == 0
     assert not (tmp_path / "given" / "denoiser" / "latents").exists()
