@@ -11,6 +11,8 @@ report.html (one file that can be sent on) with its pictures and clips, and prin
 --suite=prompts          the same, retrieval, the loss by noise level, and samples of held-out prompts
 --suite=words            the same as reconstruction, and samples of prompts in words that no caption has
 --suite=tasks            the same as reconstruction, and held-out clips that are completed in each task
+--suite=coherence        the same as reconstruction, and films of --lengths clips that begin with true frames; --count
+                         films, the true film on the left of each video; see metrics/coherence.py
 --suite=copies           samples compared with the clips of the training
 --suite=all              everything
 --samplers               samples the same prompts again by each method and number of steps; few steps are the
@@ -34,7 +36,18 @@ from vdm_jax import sample as sample_command
 from vdm_jax import samplers
 from vdm_jax.data import batches, captions, text, writing
 from vdm_jax.errors import UserError, one_of
-from vdm_jax.metrics import copies, distances, figures, reconstruction, report, shares, tasks, tracker
+from vdm_jax.metrics import (
+    coherence,
+    copies,
+    distances,
+    episodes,
+    figures,
+    reconstruction,
+    report,
+    shares,
+    tasks,
+    tracker,
+)
 from vdm_jax.run import cli, storage
 from vdm_jax.run.progress import progress
 from vdm_jax.system import hard_negatives, losses
@@ -46,11 +59,13 @@ from vdm_jax.validation import SHOWN_CLIPS
 logger = logging.getLogger("vdm_jax")
 
 AUTOENCODERS = {"video": "video_autoencoder", "audio": "audio_autoencoder"}
-SUITES = ("prompts", "words", "tasks", "copies", "reconstruction", "all")
+SUITES = ("prompts", "words", "tasks", "copies", "reconstruction", "coherence", "all")
 CANDIDATES = 64  # clips, all of different meaning, among which a text has to find its own
 NOISE_LEVELS = 8  # at which the loss is measured
 ALONE = 3  # frames: an impact with no other this near counts as isolated
 SHOWN = 8  # samples on the page
+EPISODES = 32  # films of the suite `coherence`
+MAX_LENGTH = 1000  # of them, in clips of training
 
 
 def main(argv):
@@ -61,13 +76,14 @@ def main(argv):
     began = time.perf_counter()
     suites = SUITES if options.suite == "all" else (options.suite,)
     methods = [read_sampler(name) for name in options.samplers]
+    lengths = read_lengths(options.lengths)
     stages = [*AUTOENCODERS.values()] if options.suite == "reconstruction" else STAGES
     pipe = sample_command.load_pipeline(options, stages)
     config = pipe.config
     if options.data:
         take_folder(config, options.data)
     is_world = config.data.source == "world"
-    if not is_world and {"words", "tasks"} & {*suites}:
+    if not is_world and {"words", "tasks", "coherence"} & {*suites}:
         raise UserError(f"--suite={options.suite} is for the procedural world, whose clips the tracker reads")
     if options.count is not None:
         config.evaluate.update(clips=options.count, prompts=options.count, tasks=options.count)
@@ -132,6 +148,11 @@ def main(argv):
         video, _ = pipe.sample([item["caption"] for item in items], seed=options.seed)
         metrics["copies"] = copies.measure(pipe, video, truth["video"], config.evaluate.copies)
 
+    if "coherence" in suites:
+        count = options.count or EPISODES
+        metrics["coherence"], found = episodes.measure(pipe, held_out, count, lengths, options.seed, batched)
+        shown = show_films(config, out, found) + shown
+
     settings = {
         "weights": cli.weights_folder(options) or "reference",
         **({"adapters": ", ".join(options.lora)} if options.lora else {}),
@@ -171,6 +192,13 @@ def read_sampler(name):
     if not steps.isdecimal() or not 0 < int(steps) <= MAX_STEPS:
         raise UserError(f"--samplers={name}: want a method and a number of steps, such as {method}:16")
     return method, int(steps)
+
+
+def read_lengths(texts):
+    """['1', '4'] -> (1, 4), lengths in clips of training. Raises UserError."""
+    if not all(text.isdecimal() and 0 < int(text) <= MAX_LENGTH for text in texts) or not texts:
+        raise UserError(f"--lengths={','.join(texts)}: want whole numbers from 1 to {MAX_LENGTH}, such as 1,2,4")
+    return tuple(sorted({int(text) for text in texts}))
 
 
 def batched(what, function, pipe, *arrays):
@@ -328,6 +356,15 @@ def show_samples(config, out, prompts, video, audio):
     return [("Samples", out / "samples.png"), *zip(captions, paths)]
 
 
+def show_films(config, out, films):
+    """MP4s of films, the true one on the left and the model's on the right with its sound -> [(caption, file)]."""
+    pairs = np.concatenate([films["truth"], films["samples"]], 3)  # side by side
+    paths = [out / f"film_{i:03d}.mp4" for i in range(min(SHOWN, len(pairs)))]
+    for path, video, audio in zip(paths, pairs, films["sound"]):
+        writing.write_mp4(path, video, audio, config.data.fps, config.data.sample_rate)
+    return [("left: the true film, right: the model's", path) for path in paths]
+
+
 def show_reconstruction(config, out, items, truth, remade):
     """Held-out clips, each followed by its reconstruction: pictures, sounds and one pair of MP4s."""
     video, audio = (
@@ -351,7 +388,8 @@ def define_flags():
     sample_command.define_run_flags()
     flags.DEFINE_string("out", None, "Folder for the report.")
     flags.DEFINE_enum("suite", "prompts", SUITES, "What to measure.")
-    flags.DEFINE_integer("count", None, "Held-out clips, prompts of a kind, and clips of a task.", 1, 10**6)
+    flags.DEFINE_integer("count", None, "Held-out clips, prompts of a kind, clips of a task, and films.", 1, 10**6)
+    flags.DEFINE_list("lengths", [*map(str, coherence.LENGTHS)], "Lengths of films of --suite=coherence, in clips.")
     flags.DEFINE_string("data", None, "Folder of videos to measure on, in place of the held-out clips.")
     flags.DEFINE_string("fvd_network", None, "TorchScript or ONNX file for the Frechet video distance. It is code.")
     flags.DEFINE_list("samplers", [], "Also sample by each of these, such as dpmpp_2m:16,ddim:64.")

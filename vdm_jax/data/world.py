@@ -66,6 +66,7 @@ class World:
       camera     float32 [F, 2], in frame heights
       light      float32 [F], a factor on the brightness
       gravity    float, in frame heights per second^2
+      open       bool, whether objects may leave at the sides
       occluder   float32 [F, 2], left and right edge in frame heights, or None
       events     list of {'time': s, 'objects': indices, the faster one first, 'kind': 'wall' | 'object' | 'turn',
                  'speed': of the impact, in frame heights per second, 'position': (x, y) of the contact}; in a 'turn' an
@@ -91,6 +92,7 @@ class World:
     radius: tuple = (0.10, 0.19)  # range, in frame heights
     undirected: float = 0.0  # chance in 0..1 of a caption that may leave directions out, each with a chance of 3 in 4
     wordings: float = 0.0  # chance in 0..1 of a caption in the many words of wordings.py
+    outside: float = OUTSIDE  # centers go this far past the frame where the side walls are open, in frame heights
 
     def __post_init__(self):
         objects, speed, radius = self.objects, self.speed, self.radius
@@ -116,7 +118,14 @@ class World:
         return 2**31 - 1
 
     def __getitem__(self, i):
-        episode = self._episode(np.random.default_rng([self.seed, int(i)]))
+        return self.show(i, self.episode(i))
+
+    def episode(self, i):
+        """Returns all that decides clip i: a dict of lists with one value for each object, and of numbers."""
+        return self._episode(np.random.default_rng([self.seed, int(i)]))
+
+    def show(self, i, episode):
+        """Returns clip i with another episode, say one in which an object is missing."""
         times = np.arange(self.frames) / self.fps
         starts, motion, events = simulate(episode, self.frames / self.fps)
         current = np.searchsorted(starts, times, side="right") - 1  # [F]: the segment of each frame
@@ -139,6 +148,7 @@ class World:
             "light": light.astype(np.float32),
             "occluder": None if bar is None else (np.array(bar) - camera[:, :1]).astype(np.float32),
             "gravity": g,
+            "open": episode["open"],
         }
         video, state["visible"] = render(state, self.size, episode["open"])
         cameras = camera_at(episode, np.array([event["time"] for event in events]))[0]
@@ -155,6 +165,7 @@ class World:
         gravity, occluder, leave, pan, light = (rng.random() < chance for chance in chances)
         count = int(np.searchsorted(np.cumsum(self.objects), _uniform(rng, 0, 0.999999), side="right")) + 1
         episode = {"g": _uniform(rng, 0.4, 0.7) if gravity else 0.0, "open": leave, "wide": wide}
+        episode["outside"] = self.outside
         left = _uniform(rng, 0.33, 0.4)
         right = left + _uniform(rng, 0.26, 0.33)
         episode["bar"] = (left * wide, right * wide) if occluder else None
@@ -277,7 +288,7 @@ def simulate(episode, end):
     """
     x, y, vx, vy = motion = [list(episode[k]) for k in ("x", "y", "vx", "vy")]
     r, g, wide, open_sides = (episode[k] for k in ("r", "g", "wide", "open"))
-    low = [-OUTSIDE if open_sides else a for a in r]
+    low = [-episode["outside"] if open_sides else a for a in r]
     now, events = 0.0, []
     starts, motions = [now], [np.array(motion)]
     while True:

@@ -12,6 +12,7 @@ decoded. These keys may be there, too:
   distances              {"truth", "autoencoder" and "samples": what metrics/distances.py measures}
   copies                 distances to training clips
   tasks                  {task: {figure: value}}; the values of a task with "seconds" are columns of one length
+  coherence              what metrics/episodes.py measures
 
 A shares.Share is shown with its 95 % interval; metrics.json has the intervals apart, under "intervals".
 """
@@ -69,6 +70,20 @@ LABELS = {  # key -> (label, unit of the value); %: the value is a share in 0..1
     "frechet_video": ("Fréchet video distance, network of --fvd_network", ""),
     "av_align": ("AV-Align", ""),
     "av_align_clips": ("clips with onsets or motion peaks", ""),
+}
+COHERENCE = {  # score of metrics/coherence.py -> label
+    "identity": "identity: things as at the beginning",
+    "permanence": "permanence: things come back as themselves",
+    "place": "place: they come back where they should",
+    "velocity": "velocity: constant between impacts",
+    "bounce": "bounce: the speed after an impact on a wall",
+    "gravity": "gravity: things fall as they should",
+    "cause": "cause: each change of motion has one",
+    "effect": "effect: at a wall the motion changes",
+    "heard": "heard: changes of motion with a sound",
+    "explained": "explained: sounds with a change of motion",
+    "light": "light: as in the frame before",
+    "camera": "camera: as in the frame before",
 }
 PLACES = {"dB": 1, "ms": 1}  # decimal places of a unit; others have three
 TITLES = {
@@ -156,7 +171,25 @@ def _tables(metrics: Mapping) -> list[tuple]:
     """Returns all that the page and the terminal show, as `_table` returns it."""
     tables = [_table("Clips compared with their prompts", {source: metrics[source] for source in SOURCES})]
     tables += [_table(title, metrics[key]) for key, title in TITLES.items() if key in metrics]
-    return tables + [_table(f"Task: {task}", figures) for task, figures in metrics.get("tasks", {}).items()]
+    tables += [_table(f"Task: {task}", figures) for task, figures in metrics.get("tasks", {}).items()]
+    return tables + (_coherence_tables(metrics["coherence"]) if "coherence" in metrics else [])
+
+
+def _coherence_tables(figures: Mapping) -> list[tuple]:
+    """Returns the tables of coherence: a row for each score, a column for each length."""
+
+    def by_length(rows):
+        named = {n: {COHERENCE[name]: value for name, value in row.items()} for n, row in rows.items()}
+        return {f"{n} clip" + "s" * (n > 1): row for n, row in named.items()}
+
+    films = {"samples": "the model", "truth": "true films", "autoencoder": "the autoencoders", "chance": "chance"}
+    tables = [_table(f"Coherence of {title}, by length", by_length(figures[name])) for name, title in films.items()]
+    tables.append(_table("Share of the model's films with the event", by_length(figures["gates"]["samples"])))
+    absences = {f"away {absence:g} clips": row for absence, row in figures["absences"].items()}
+    tables.append(_table("Things that come back as themselves", absences))
+    reached = {COHERENCE[name]: length for name, length in figures["half_life"].items() if length is not None}
+    tables.append(_table("Half-life in clips, where it is reached", reached or {"none is reached": None}))
+    return tables + [_table("Counterfactuals: one thing is changed", figures["counterfactual"])]
 
 
 def format_table(metrics: Mapping) -> str:
