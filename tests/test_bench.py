@@ -65,3 +65,13 @@ def test_wrong_input_is_one_clear_line(command, options, message):
     done = command(bench, *options)
     assert done.code == 2 and len(done.err) == 1
     assert done.err[0].startswith("error: ") and message in done.err[0]
+
+
+def test_a_scene_goes_on_with_the_programs_of_its_first_windows(command, tmp_path):
+    out = tmp_path / "bench.json"
+    options = ["--part=rollout", "--windows=9", "--config.sample.steps=1", f"--out={out}"]
+    done = command(bench, "--config=tests/tiny.py:memory", *options)
+    assert done.code == 0, done.err
+    result = json.loads(out.read_text())
+    assert result["compilations"] == 0
+    assert result["early_ms"] > 0 < result["late_ms"] and result["late_bytes"] >= result["early_bytes"] > 1e8

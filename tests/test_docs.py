@@ -136,7 +136,7 @@ def at_tiny_setting(name, arguments, desk):
     if name == "sample" and "--seconds" in given:
         given["--seconds"] = "1"
     if name == "evaluate":
-        given |= {"--suite": given.get("--suite", "prompts"), "--count": "2"}
+        given |= {"--suite": given.get("--suite", "prompts"), "--count": "2", "--lengths": "1,2"}
     if name == "weights" and words[0] == "import":
         given["--workdir"] = str(desk / "imported")
         shutil.rmtree(desk / "imported", ignore_errors=True)

@@ -16,7 +16,7 @@ from vdm_jax import evaluate, load
 from vdm_jax.data import batches, media, writing
 from vdm_jax.data.world import World
 from vdm_jax.errors import UserError
-from vdm_jax.metrics import distances, features, report
+from vdm_jax.metrics import coherence, distances, episodes, features, report
 from vdm_jax.metrics import tasks as task_metrics
 
 
@@ -31,7 +31,7 @@ def clips_of(items):
 
 def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     out = tmp_path / "new" / "report"
-    counts = ["--count=3", "--steps=4", "--suite=all", "--samplers=ddim:2"]
+    counts = ["--count=3", "--steps=4", "--suite=all", "--samplers=ddim:2", "--lengths=1,2"]
     done = command(evaluate, f"--workdir={tiny_run}", f"--out={out}", *counts)
     assert done.code == 0, done.err
     metrics = json.loads((out / "metrics.json").read_text())
@@ -52,12 +52,17 @@ def test_a_run_is_evaluated(tiny_run, tmp_path, command):
     assert found["one_object"] == 0 and found["direction"] < 1 and 0 <= found["empty"] <= 1 and found["prompts"] == 3
     assert set(metrics["intervals"]["unknown_words"]) == {"one_object", "direction", "empty"}
     assert "Prompts in words that no caption has" in done.out
+    found = metrics["coherence"]
+    assert set(found) == {*episodes.FILMS, "gates", "half_life", "absences", "counterfactual"}
+    assert set(found["samples"]) == {"1", "2"} and set(found["samples"]["1"]) == set(coherence.SCORES)
+    assert found["truth"]["1"]["light"] == found["gates"]["truth"]["1"]["light"] == 1
+    assert set(metrics["intervals"]["coherence"]["truth"]["1"]) >= {"light", "camera"}
     levels = metrics["loss_per_noise_level"]
     assert levels["log_snr"] == [-10.5, -7.5, -4.5, -1.5, 1.5, 4.5, 7.5, 10.5]
     assert all(len(levels[m]) == 8 and min(levels[m]) > 0 for m in ("video", "audio"))
     assert "text ranks its own video first" in done.out and "100 %" in done.out
     page = (out / "report.html").read_text()
-    assert page.count("data:video/mp4") == 5 and page.count("data:image/png") == 3
+    assert page.count("data:video/mp4") == 5 + 3 and page.count("data:image/png") == 3
     video, audio = media.read_video(out / "sample_002.mp4", fps=8, size=(16, 24), sample_rate=2000)
     assert video.shape == (5, 16, 24, 3) and np.abs(audio).max() > 0.01
 
@@ -131,6 +136,7 @@ def test_a_folder_of_videos_has_no_state_but_all_else(tmp_path, command, config)
         (["--out={tmp}/r", "--workdir={tmp}/none"], "there is no folder"),
         (["--out={tmp}/r", "--workdir={tmp}/a", "--weights={tmp}/b"], "only one of --workdir and --weights"),
         (["--out={tmp}/r", "--suite=samples"], "--suite"),
+        (["--out={tmp}/r", "--lengths=1,0"], "--lengths=1,0: want whole numbers from 1 to 1000"),
         (["--out={tmp}/r", "--samplers=ddim"], "--samplers=ddim"),
         (["--out={tmp}/r", "--samplers=dpm:4"], "dpmpp_2m"),
         (["--out={tmp}/r", "--count=0"], "--count"),

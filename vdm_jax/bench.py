@@ -1,11 +1,12 @@
 """Measures the speed of a recipe on this machine: time and FLOPs of a step, compile time, peak memory.
 
-    python -m vdm_jax.bench --config=configs/world.py [--part=train|sample|encode|data] [--stage=denoiser]
-        [--repeats=10] [--steps=N] [--method=NAME] [--out=bench.json]
+    python -m vdm_jax.bench --config=configs/world.py [--part=train|sample|encode|data|rollout]
+        [--stage=denoiser] [--repeats=10] [--steps=N] [--method=NAME] [--windows=64] [--out=bench.json]
 
---part is one optimizer step of --stage, the sampler on 8 prompts, the encoders of clips and captions, or the data
-pipeline of --stage on the host. If examples_per_s of --part=data are fewer than those of --part=train, the device waits
-for data. The other parts load no clips: weights and clips are random, and prompts are empty.
+--part is one optimizer step of --stage, the sampler on 8 prompts, the encoders of clips and captions, the data pipeline
+of --stage on the host, or a scene that goes on for --windows windows. If examples_per_s of --part=data are fewer than
+those of --part=train, the device waits for data. The other parts load no clips: weights and clips are random, and
+prompts are empty.
 
 step_ms            median time of --repeats calls in milliseconds; the program waits for the end of each call
 step_ms_range      the shortest and the longest call
@@ -15,9 +16,13 @@ peak_memory_bytes  the most memory that the device had in use; a device that doe
                    compiled program needs
 examples_per_s     training examples, prompts or clips a second
 denoise_ms         with --part=sample: step_ms over the number of denoising steps
+early_ms, late_ms  with --part=rollout: median time of the windows 2 to 9, and of the last eight
+early_bytes, late_bytes   with --part=rollout: the most memory that the process had after the same windows, medians
+compilations       with --part=rollout: programs that were compiled after the first two windows
 """
 
 import json
+import resource
 import statistics
 import time
 
@@ -29,8 +34,9 @@ from vdm_jax.data import batches
 from vdm_jax.models.ops import backend
 from vdm_jax.perf import programs, table
 from vdm_jax.perf.flops import peak
+from vdm_jax.pipeline import Pipeline
 from vdm_jax.run import cli, storage
-from vdm_jax.system import build
+from vdm_jax.system import build, memory
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.sampling import BATCH, Sampler
 
@@ -61,6 +67,8 @@ def main(argv):
     elif options.part == "encode":
         system.check_batch(mesh, "denoiser")
         result = measure(programs.encoding(system, mesh, config.denoiser.batch_size), mesh, options.repeats)
+    elif options.part == "rollout":
+        result = rollout(system, mesh, options.windows)
     else:
         result = data(system, options.stage)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -86,6 +94,29 @@ def data(system, name):
         steps += 1
     seconds = (time.perf_counter() - began) / steps
     return {"step_ms": 1e3 * seconds, "examples_per_s": rows / seconds}
+
+
+def rollout(system, mesh, windows):
+    """Returns the figures of a scene that goes on, window after window, from its state alone. Weights are random."""
+    shapes = system.param_shapes | {"statistics": system.stages["denoiser"].encoder_shapes["statistics"]}
+    pipe = Pipeline(system, *programs.fill((shapes,), (sharding.replicated(mesh),)), mesh)
+    _, _, scene = pipe.rollout([""], system.layout.frames)
+    pipe.rollout([""], _next(scene, pipe), start=(scene.video, scene.audio), scene=scene)  # compiles
+    compiled, times, sizes = pipe.sampler.compilations, [], []
+    for _ in range(windows):
+        began = time.perf_counter()
+        *_, scene = pipe.rollout([""], _next(scene, pipe), start=(scene.video, scene.audio), scene=scene)
+        times.append(time.perf_counter() - began)
+        sizes.append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # Linux counts KiB
+    figures = {"step_ms": 1e3 * statistics.median(times), "compilations": pipe.sampler.compilations - compiled}
+    for name, part in (("early", slice(1, 9)), ("late", slice(-8, None))):
+        figures |= {f"{name}_ms": 1e3 * statistics.median(times[part]), f"{name}_bytes": statistics.median(sizes[part])}
+    return figures
+
+
+def _next(scene, pipe):
+    """Video frames of a scene's context and of one window after it."""
+    return scene.video.shape[1] + memory.window_step(pipe.config, pipe.system.layout)
 
 
 def measure(program, mesh, repeats):
@@ -125,7 +156,8 @@ def measure(program, mesh, repeats):
 
 def define_flags():
     cli.define_config()
-    flags.DEFINE_enum("part", "train", ("train", "sample", "encode", "data"), "What to measure.")
+    flags.DEFINE_enum("part", "train", ("train", "sample", "encode", "data", "rollout"), "What to measure.")
+    flags.DEFINE_integer("windows", 64, "Windows of a scene, with --part=rollout.", 9, 10**6)
     flags.DEFINE_enum("stage", "denoiser", STAGES, "Stage, with --part=train and --part=data.")
     flags.DEFINE_integer("repeats", 10, "Number of calls; the figures are of the median.", 1, 10**6)
     flags.DEFINE_integer("steps", None, "Number of denoising steps, with --part=sample.", lower_bound=1)

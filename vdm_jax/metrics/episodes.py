@@ -12,6 +12,7 @@ import numpy as np
 from vdm_jax.data.captions import COLORS
 from vdm_jax.metrics import coherence, tracker
 
+FILMS = ("truth", "autoencoder", "samples", "chance")
 CHANGED = 16  # pairs of films in which one thing is removed, or has another color
 # What an episode has, on purpose, so that its events take place; everything else is off. The features are chances of
 # the world. "far" sends things so far outside that they are away for about two clips.

@@ -189,7 +189,8 @@ def _coherence_tables(figures: Mapping) -> list[tuple]:
     tables.append(_table("Things that come back as themselves", absences))
     reached = {COHERENCE[name]: length for name, length in figures["half_life"].items() if length is not None}
     tables.append(_table("Half-life in clips, where it is reached", reached or {"none is reached": None}))
-    return tables + [_table("Counterfactuals: one thing is changed", figures["counterfactual"])]
+    changed = figures["counterfactual"]  # nothing where the world has clips of one thing only
+    return tables + ([_table("Counterfactuals: one thing is changed", changed)] if changed else [])
 
 
 def format_table(metrics: Mapping) -> str:

@@ -76,6 +76,11 @@ class Sampler:
                 advance(min(batch, len(prompts) - start))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(prompts)], *made)
 
+    @property
+    def compilations(self):
+        """The number of programs that were compiled so far."""
+        return len(self._compiled)
+
     def _compile(self, params, arrays, static):
         """`program`, compiled for these shapes and static arguments, or the compiled program of an earlier call."""
         shapes = [(np.shape(x), getattr(x, "sharding", None)) for x in jax.tree.leaves((params, arrays))]
