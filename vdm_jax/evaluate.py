@@ -45,6 +45,7 @@ from vdm_jax.metrics import (
     reconstruction,
     report,
     shares,
+    sound,
     tasks,
     tracker,
 )
@@ -256,13 +257,14 @@ def known_things(config):
 
 
 def compare(config, items, truth, remade):
-    """PSNR (dB) and SSIM over all frames, the median SI-SDR (dB) of clips that sound, and `onset_errors`."""
+    """PSNR (dB) and SSIM over all frames, the median SI-SDR (dB) of clips that sound, `sound.measure`, `onset_errors`."""
     ratios = reconstruction.si_sdr(truth["audio"], remade["audio"])
     ratios = ratios[~np.isnan(ratios)]  # nan: silence
     metrics = {
         "psnr": reconstruction.psnr(truth["video"], remade["video"]),
         "ssim": float(np.mean([reconstruction.ssim(a, b) for a, b in zip(truth["video"], remade["video"])])),
         "si_sdr": float(np.median(ratios)) if len(ratios) else None,
+        **sound.measure(truth["audio"], remade["audio"], config.data.fps, config.data.sample_rate),
         "onset_within_half_frame": None,
     }
     if config.data.source == "world":
@@ -277,9 +279,9 @@ def onset_errors(config, items, audio):
     Of all impacts, and of those with no other within ALONE frames; and the median error of the times, in ms.
     """
     fps, errors, counts = config.data.fps, [], []
-    for item, sound in zip(items, audio, strict=True):
+    for item, waveform in zip(items, audio, strict=True):
         impacts = np.array([e["time"] for e in item["state"]["events"] if e["kind"] != "turn"])  # a turn is silent
-        heard = tracker.onsets(sound, config.data.sample_rate)
+        heard = tracker.onsets(waveform, config.data.sample_rate)
         apart = np.abs(impacts[:, None] - impacts) + np.where(np.eye(len(impacts)), np.inf, 0)
         alone = impacts[apart.min(1, initial=np.inf) > ALONE / fps]
         paired, paired_alone = (reconstruction.onset_errors(times, heard, 0.5 / fps) for times in (impacts, alone))
