@@ -160,8 +160,13 @@ def get_config():
 
     audio = config.audio_autoencoder = optimizer()
     audio.kl_weight = 1e-4  # on the KL divergence per sample
-    audio.stft_weight = 0.1  # on the distance of spectra
+    audio.wave_weight = 1.0  # on the error of the waveform
+    audio.stft_weight = 0.1  # on the distance of spectra; 0: none
     audio.stft_windows = (64, 256, 1024)  # samples
+    # On the distance of levels of mel bands; 0: none. With it, sound of many kinds keeps its color and its onsets.
+    audio.mel_weight = 0.0
+    audio.mel_wave_weight = 0.0  # on the error of the waveform in mel bands, relative to the level of each
+    audio.mel_windows = (4, 8, 16, 32, 64)  # ms
     audio.model = ConfigDict(
         dict(
             patch=10,  # samples that become one place
@@ -169,7 +174,8 @@ def get_config():
             strides=(5, 5),  # how time shrinks between resolutions
             blocks=(1, 1, 1),  # residual blocks at each resolution, in either direction
             latent_channels=16,
-            groups=8,  # of group normalization
+            groups=8,  # of group normalization; 0: none, and snake activations, for sound of many loudnesses
+            overlap=False,  # whether the windows of resampling are two strides long, or one
         )
     )
 

@@ -73,8 +73,11 @@ def test_video_latents_are_causal(strides):
     assert decode(image).shape == (1, 1, 16, 24, 3)
 
 
-def test_sound_tokens_are_causal():
-    model = AudioAutoencoder(patch=5, channels=(8, 8), strides=(4,), blocks=(1, 1), latent_channels=3, groups=1)
+@pytest.mark.parametrize("overlap, groups", [(False, 1), (True, 1), (True, 0)])
+def test_sound_tokens_are_causal(overlap, groups):
+    model = AudioAutoencoder(
+        patch=5, channels=(8, 8), strides=(4,), blocks=(1, 1), latent_channels=3, groups=groups, overlap=overlap
+    )
     sound = np.random.default_rng(0).normal(size=(1, 6 * 20)).astype(np.float32)
     params = init_weights(model, sound, jax.random.key(0))
     encode = jax.jit(lambda x: model.apply({"params": params}, x, method="encode")[0])
@@ -85,6 +88,21 @@ def test_sound_tokens_are_causal():
     out = np.asarray(decode(variants(z[:1], range(6))))
     assert out.shape == (7, 120)
     assert first_change(out) == [0, 20, 40, 60, 80, 100]
+
+
+def test_without_norms_a_quiet_sound_stays_quiet():
+    """Small inputs pass in proportion, and GroupNorm makes all of one size."""
+    sound = np.random.default_rng(0).normal(size=(1, 400)).astype(np.float32)
+    ratios = []
+    for groups in (0, 4):
+        model = AudioAutoencoder(
+            patch=5, channels=(8, 8), strides=(4,), blocks=(1, 1), latent_channels=3, groups=groups, overlap=True
+        )
+        params = init_weights(model, sound, jax.random.key(0))
+        params = jax.tree.map_with_path(lambda path, x: 0 * x if path[-1].key == "bias" else x, params)
+        encode = jax.jit(lambda x, model=model, params=params: model.apply({"params": params}, x, method="encode")[0])
+        ratios.append(np.linalg.norm(encode(1e-3 * sound)) / np.linalg.norm(encode(2e-3 * sound)))
+    assert ratios[0] == pytest.approx(0.5, rel=0.02) and ratios[1] > 0.8
 
 
 @pytest.mark.parametrize("name", ["video_autoencoder", "audio_autoencoder"])

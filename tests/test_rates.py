@@ -52,3 +52,15 @@ def test_a_clip_of_such_a_rate_has_a_layout(fps, sample_rate, per_frame):
 def test_a_rate_that_does_not_fit_names_those_that_do(fps, sample_rate, words):
     with pytest.raises(UserError, match=words):
         layout(config(fps, sample_rate))
+
+
+@pytest.mark.parametrize("fps, sample_rate, hop, words", [
+    (30, 22_050, (50, 5), "1470 samples is no multiple of the 250 .* times the product of strides 245 or 294"),
+    (24, 48_000, (49, 5), "4000 samples is no multiple of the 245 .* times the product of strides 200 or 250"),
+    (25, 44_100, (50, 5), "3528 samples is no multiple of the 250 .* times the product of strides 196 or 252"),
+])  # fmt: skip
+def test_a_token_that_does_not_fit_names_those_that_do(fps, sample_rate, hop, words):
+    made = config(fps, sample_rate)
+    made.audio_autoencoder.model.update(patch=hop[0], strides=(hop[1],))
+    with pytest.raises(UserError, match=words):
+        layout(made)

@@ -257,7 +257,9 @@ def known_things(config):
 
 
 def compare(config, items, truth, remade):
-    """PSNR (dB) and SSIM over all frames, the median SI-SDR (dB) of clips that sound, `sound.measure`, `onset_errors`."""
+    """PSNR (dB) and SSIM over all frames, the median SI-SDR (dB) of clips that sound, `sound.measure`, and of the world
+    `onset_errors`.
+    """
     ratios = reconstruction.si_sdr(truth["audio"], remade["audio"])
     ratios = ratios[~np.isnan(ratios)]  # nan: silence
     metrics = {

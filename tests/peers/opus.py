@@ -3,8 +3,9 @@
     python -m tests.peers.opus --config=configs/doom.py [--count=64] [--kilobits=12] [--out=opus.json]
     python -m vdm_jax.evaluate --workdir=runs/doom --suite=reconstruction --count=64 --out=report
 
-The first command encodes held-out windows with libopus, decodes them, and prints the metrics of vdm_jax/metrics/sound.py
-and the rate of the encoded files, with their headers. The second command prints the same metrics of the autoencoder.
+The first command encodes held-out windows with libopus, decodes them, and prints the metrics of
+vdm_jax/metrics/sound.py and the rate of the encoded files, with their headers. The second command prints the same
+metrics of the autoencoder.
 The sample rate must be one of Opus: 8, 12, 16, 24 or 48 kHz.
 """
 

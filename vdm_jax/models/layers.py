@@ -195,6 +195,16 @@ class GroupNorm(Layer):
         return ops.current().norm_act(coefficients, self.activation, self.dtype, x, parameters).reshape(shape)
 
 
+class Snake(Layer):
+    """x + sin^2(a x) / a with a factor a for each channel, 1 at first (arXiv:2006.08195, eq. 3)."""
+
+    @nn.compact
+    def __call__(self, x):
+        a = jnp.exp(self.param("log_factor", nn.initializers.zeros, x.shape[-1:]))
+        x = x.astype(jnp.float32)
+        return (x + jnp.square(jnp.sin(a * x)) / a).astype(self.activation_dtype)
+
+
 class LayerNorm(Layer):
     """Layer normalization (arXiv:1607.06450) of the last dimension."""
 

@@ -80,7 +80,7 @@ def layout(config, parts=None):
         raise UserError(
             f"a latent frame of {per_frame * f_t} samples is no multiple of the {audio.hop} samples of a sound token: "
             f"set data.sample_rate to {_near_rates(data.sample_rate, fps, f_t, audio.hop)} Hz"
-            + ("" if "audio_autoencoder" in parts else ", or change audio_autoencoder.model.patch or strides")
+            + ("" if "audio_autoencoder" in parts else f", or {_near_hops(per_frame * f_t, audio.hop)}")
         )
     if "clip" not in parts and any(side % config.clip.model.video.patch for side in data.size):
         raise UserError(f"data.size={data.size} is not a multiple of clip.model.video.patch")
@@ -102,8 +102,8 @@ def layout(config, parts=None):
         control=len(data.get("control", ())),  # older weights have none
     ).with_frames(data.frames)
     padded = sizes.latent_frames * f_t * per_frame  # see System.pad_audio
-    if audio and "audio_autoencoder" not in parts and max(config.audio_autoencoder.stft_windows) > padded:
-        raise UserError(f"audio_autoencoder.stft_windows go past the {padded} samples of a clip")
+    if audio and "audio_autoencoder" not in parts:
+        _check_windows(config.audio_autoencoder, padded, data.sample_rate)
     return sizes
 
 
@@ -112,6 +112,22 @@ def _near_rates(rate, fps, f_t, hop):
     # A frame has a whole number of samples, and f_t frames have a whole number of tokens.
     step = fps.numerator * hop // math.gcd(hop, fps.denominator * f_t)
     return f"{rate // step * step} or {rate // step * step + step}" if rate >= step else f"{step}"
+
+
+def _check_windows(settings, samples, sample_rate):
+    """Raises UserError where a window of the audio autoencoder's loss is longer than the padded clip."""
+    if max(settings.stft_windows) > samples:
+        raise UserError(f"audio_autoencoder.stft_windows go past the {samples} samples of a clip")
+    longest = 1000 * samples / sample_rate  # ms
+    if settings.get("mel_weight") and max(settings.mel_windows) > longest:
+        raise UserError(f"audio_autoencoder.mel_windows go past the {longest:.0f} ms of a clip")
+
+
+def _near_hops(samples, hop):
+    """Returns the samples of a sound token, next to `hop`, that divide a latent frame of `samples` samples."""
+    divisors = [n for n in range(1, samples + 1) if samples % n == 0]
+    near = [*[n for n in divisors if n < hop][-1:], *[n for n in divisors if n > hop][:1]]
+    return f"make audio_autoencoder.model.patch times the product of strides {' or '.join(map(str, near))}"
 
 
 def _check_lengths(name, model):

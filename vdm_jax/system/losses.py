@@ -14,7 +14,7 @@ from vdm_jax import diffusion, lora
 from vdm_jax.data import text
 from vdm_jax.errors import UserError
 from vdm_jax.sharding import named_leaves, path_name
-from vdm_jax.system import distillation, hard_negatives, memory
+from vdm_jax.system import distillation, hard_negatives, memory, spectra
 from vdm_jax.system.layout import STAGES
 from vdm_jax.system.networks import init_fns, remat_modes, to_float
 
@@ -124,44 +124,32 @@ def video_autoencoder_loss(system, params, key, batch, encoder_params):
 
 
 def audio_autoencoder_loss(system, params, key, batch, encoder_params):
-    """Error of the waveform and of its spectra, plus the KL divergence of the latents. -> (scalar, metrics)."""
-    settings = system.config.audio_autoencoder
+    """Error of the waveform and of its spectra, plus the KL divergence of the latents. -> (scalar, metrics).
+
+    A distance is computed where its weight is not 0.
+    """
+    settings, rate = system.config.audio_autoencoder, system.config.data.sample_rate
     audio = system.pad_audio(batch["audio"])
     out, mean, log_variance = system.apply_fn("audio_autoencoder")(params, audio, key)
     wave = jnp.mean(jnp.abs(out - audio)) + 10 * jnp.mean(jnp.square(out - audio))
-    stft = sum(stft_distance(out, audio, window) for window in settings.stft_windows)
     kl = kl_divergence(mean, log_variance) / audio.shape[1]  # per sample
-    loss = wave + settings.stft_weight * stft / len(settings.stft_windows) + settings.kl_weight * kl
-    return loss, {"loss": loss, "wave": wave, "stft": stft, "kl": kl}
+    loss = settings.get("wave_weight", 1.0) * wave + settings.kl_weight * kl  # older weights have no wave_weight
+    metrics = {"wave": wave, "kl": kl}
+    if settings.stft_weight:
+        metrics["stft"] = sum(spectra.stft_distance(out, audio, window) for window in settings.stft_windows)
+        loss += settings.stft_weight * metrics["stft"] / len(settings.stft_windows)
+    if settings.get("mel_weight"):
+        windows = [spectra.window_samples(ms, rate) for ms in settings.mel_windows]
+        distances = [spectra.mel_distance(out, audio, window, rate) for window in windows]
+        metrics["mel"], metrics["mel_wave"] = (sum(found) / len(windows) for found in zip(*distances))
+        loss += settings.mel_weight * metrics["mel"] + settings.mel_wave_weight * metrics["mel_wave"]
+    return loss, {"loss": loss, **metrics}
 
 
 def kl_divergence(mean, log_variance):
     """KL of N(mean, exp(log_variance)) to N(0, 1), summed over a clip, batch mean (arXiv:1312.6114, appendix B)."""
     kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
     return kl.sum() / mean.shape[0]
-
-
-def stft_distance(a, b, window):
-    """Spectral convergence plus L1 of log magnitudes (arXiv:1910.11480, eq. 4 and 5), hops of window / 4 samples.
-
-    a, b: sounds [B, N]; b is the true one.
-    """
-    a, b = _magnitudes(a, window), _magnitudes(b, window)
-    floor = 1e-7 * b.size  # a mean power of 1e-7 (-70 dB), so that silence does not make the divisor zero
-    convergence = jnp.sqrt(jnp.sum(jnp.square(a - b)) / (jnp.sum(jnp.square(b)) + floor) + 1e-8)
-    return convergence + jnp.mean(jnp.abs(jnp.log(a + 1e-3) - jnp.log(b + 1e-3)))
-
-
-def _magnitudes(audio, window):
-    """Magnitudes of the short-time Fourier transform of audio [B, N], [B, frames, window/2 + 1]."""
-    hop = window // 4
-    blocks = audio[:, : audio.shape[1] // hop * hop].reshape(audio.shape[0], -1, hop)  # [B, N / hop, hop]
-    frames = blocks.shape[1] - 3
-    windows = jnp.concatenate([blocks[:, i : i + frames] for i in range(4)], -1)  # [B, frames, window]
-    hann = jnp.hanning(window)
-    spectrum = jnp.fft.rfft(windows * hann)  # [B, frames, window/2 + 1]
-    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    return jnp.sqrt(power + 1e-12) * (2 / hann.sum())  # a sine of full scale has magnitude 1
 
 
 def clip_loss(system, params, key, batch, encoder_params):
