@@ -31,7 +31,11 @@ def get_config():
     audio = config.audio_autoencoder
     audio.update(steps=6000, batch_size=8, learning_rate=3e-3)
     # Two video frames to a latent frame are 4000 samples: 16 tokens of 250.
-    audio.model.update(patch=50, channels=(64, 128), strides=(5,), blocks=(1, 2))
+    audio.model.update(
+        patch=50, channels=(64, 128), strides=(5,), blocks=(1, 2), latent_channels=32, groups=0, overlap=True
+    )
+    # The waveform keeps the tones below 1 kHz, mel bands keep the rest; see docs/data.md.
+    audio.update(wave_weight=3.0, stft_weight=0.0, mel_weight=1.0, mel_wave_weight=0.5)
 
     clip = config.clip
     clip.update(steps=1500, batch_size=64)

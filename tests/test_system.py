@@ -160,8 +160,8 @@ WRONG = {  # changes -> the message holds these words, and what it names works
     ),
     "clip patch": ({"clip.model.video.patch": 5}, "clip.model.video.patch"),
     "mel windows": (
-        {"audio_autoencoder.mel_windows": (16, 3001), "audio_autoencoder.mel_weight": 1.0},
-        "mel_windows go past the 3000 ms of a clip",
+        {"audio_autoencoder.mel_windows": (16, 800), "audio_autoencoder.mel_weight": 1.0},
+        "mel_windows go past the 750 ms of a clip",
     ),
     "stft windows": ({"audio_autoencoder.stft_windows": (64, 2048)}, "stft_windows"),
     "patch": (
