@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 
+from configs import doom
 from tests import tiny
 from vdm_jax.data.rates import rational, sample_count
 from vdm_jax.errors import UserError
@@ -64,3 +65,13 @@ def test_a_token_that_does_not_fit_names_those_that_do(fps, sample_rate, hop, wo
     made.audio_autoencoder.model.update(patch=hop[0], strides=(hop[1],))
     with pytest.raises(UserError, match=words):
         layout(made)
+
+
+@pytest.mark.parametrize("sample_rate, patch", [(16_000, 50), (24_000, 75), (48_000, 150), (22_050, 49), (44_100, 147)])
+def test_the_recipe_of_doom_takes_the_usual_sample_rates(sample_rate, patch):
+    made = doom.get_config()
+    with made.unlocked():
+        made.data.update(sample_rate=sample_rate, fps=7.5 if sample_rate % 8 else 8)
+        made.audio_autoencoder.model.patch = patch
+    tokens, channels = layout(made).audio
+    assert channels == 32 and tokens * 5 * patch == 2 * sample_rate / made.data.fps

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
+from tests import tiny
 from tests.peers import opus
+from tests.peers import sound as budget
 from vdm_jax.errors import UserError
 from vdm_jax.metrics import sound
+from vdm_jax.system import build
 
 RATE = 16_000  # Hz
 TIME = np.arange(2 * RATE) / RATE  # s
@@ -93,3 +96,17 @@ def test_opus_keeps_more_at_a_higher_rate():
     assert decoded.shape == x[0].shape and np.argmax(np.correlate(decoded[200:8200], x[0][:8400], "valid")) == 200
     with pytest.raises(UserError, match="22050 is none of Opus: use one of"):
         opus.through_opus(x[0], 22_050, 12_000)
+
+
+def test_a_recipe_is_trained_for_a_budget(tmp_path):
+    config = tiny.get_config()
+    with config.unlocked():
+        config.audio_autoencoder.update(steps=2, mel_weight=1.0, mel_wave_weight=0.5, mel_windows=(16, 64))
+    system = build(config)
+    clips = budget.recorded(config, tmp_path / "clips.npz", {"train": 4, "held_out": 2})
+    again = budget.recorded(config, tmp_path / "clips.npz", {"train": 4, "held_out": 2})
+    assert clips["train"].shape == (4, 1250) and np.array_equal(clips["held_out"], again["held_out"])
+    assert budget.step_flops(system) > 1e6
+    params = budget.trained(system, clips["train"], steps=2)
+    found = budget.reconstructed(system, params, clips["held_out"])
+    assert found.shape == clips["held_out"].shape and np.isfinite(found).all()
