@@ -1,5 +1,6 @@
 """The page to try tasks: what a filled form means, and the page itself in a browser."""
 
+import dataclasses
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from vdm_jax.errors import UserError
 CONFIG = tiny.get_config()
 RATES = dict(fps=8, size=(16, 24), sample_rate=2000)  # of CONFIG; a clip in training has 5 frames, 0.625 s
 FORM = dict.fromkeys(app.FIELDS) | dict(task="text", prompt="a red circle", seconds=0.625, seed=3, steps=4, guidance=4)
+LAST = vdm_jax.Clip(np.zeros((5, 16, 24, 3), np.uint8), None, 8, 2000, scene="the state of a scene")
 
 
 # -------------------------------------------------------------------------------------------- what a form means
@@ -35,7 +37,7 @@ def test_words_become_arguments_and_a_command():
     assert arguments == dict(prompt="a red circle", seconds=0.625, seed=3, steps=4, guidance={"text": 4.0})
     assert command == (
         "python -m vdm_jax.sample --workdir='my runs/tiny' --prompt='a red circle' "
-        "--seconds=0.625 --seed=3 --steps=4 --guidance=4.0 --out=clip.mp4"
+        "--seconds=0.625 --seed=3 --steps=4 --guidance=4.0 --save-state=scene.state --out=clip.mp4"
     )
 
 
@@ -71,7 +73,7 @@ def test_the_command_of_every_task_has_flags_that_sample_knows(command):
     """vdm_jax.sample refuses a command line only because of the file that is missing."""
     for task in app.TASKS:
         form = FORM | {field: f"/nowhere/{field}" for field in app.FILES} | {"task": task, "seconds": 1.5}
-        words = shlex.split(app.request(form, CONFIG, {"workdir": "/nowhere"})[1])
+        words = shlex.split(app.request(form, CONFIG, {"workdir": "/nowhere"}, LAST)[1])
         done = command(sample, *words[3:])
         assert done.code == 2 and "/nowhere" in done.err[-1] and "flag" not in done.err[-1], done.err
 
@@ -87,6 +89,7 @@ def test_the_command_of_every_task_has_flags_that_sample_knows(command):
         ({"steps": 0}, "steps is 0"),
         ({"guidance": 21}, "guidance is 21"),
         ({"task": "rollout"}, "a long clip has more than 0.625 s: enter more, or choose 'A clip from words'"),
+        ({"task": "go_on"}, "there is no result to go on with: make a clip first"),
         ({"task": "image"}, "the picture is missing: choose a file"),
         ({"task": "between", "clip": "a.mp4"}, "the second clip is missing: choose a file"),
     ],
@@ -97,11 +100,11 @@ def test_wrong_forms(change, message):
 
 
 def test_every_task_begins_with_a_form_that_is_right():
-    assert tuple(app.TASKS) == ("text", "image", "continue", "between", "foley", "audio", "rollout")
+    assert tuple(app.TASKS) == ("text", "image", "continue", "between", "foley", "audio", "rollout", "go_on")
     for task in app.TASKS:
         seconds, guidance = app.defaults(task, CONFIG)
         files = {field: "x" for field in app.TASKS[task].files}
-        app.request(FORM | files | {"task": task, "seconds": seconds, "guidance": guidance}, CONFIG, {})
+        app.request(FORM | files | {"task": task, "seconds": seconds, "guidance": guidance}, CONFIG, {}, LAST)
     assert app.defaults("text", CONFIG) == (0.625, 4.0) and app.defaults("continue", CONFIG) == (0.625, 1.0)
 
 
@@ -116,13 +119,13 @@ def pipe(tiny_run):
 def test_a_long_clip_is_watched(pipe, monkeypatch):
     """Windows are counted, the levels are of the last window, and its context frames are light from the start."""
     shares = []
-    inner = type(pipe.sampler).__call__
+    inner = type(pipe.sampler).window
 
     def sampled(self, *arguments, **options):
         shares.append((pipe.message, pipe.share()))
         return inner(self, *arguments, **options)
 
-    monkeypatch.setattr(type(pipe.sampler), "__call__", sampled)
+    monkeypatch.setattr(type(pipe.sampler), "window", sampled)
     arguments = app.request(FORM | {"task": "rollout", "seconds": 1.0}, CONFIG, {})[0]
     pipe.begin()
     clip = pipe.make(arguments)
@@ -134,6 +137,18 @@ def test_a_long_clip_is_watched(pipe, monkeypatch):
     assert pipe.levels["video"][0, 0] > 0 > pipe.levels["video"][0, 2]
     assert "seconds=1 rounded to 1.125 s" in pipe.notes[0]
     assert pipe.handler not in app.logger.handlers
+
+
+def test_the_page_goes_on_with_its_newest_clip(pipe):
+    pipe.begin()
+    first = pipe.make(app.request(FORM, CONFIG, {})[0])
+    arguments, command = app.request(FORM | {"task": "go_on"}, CONFIG, {}, first)
+    pipe.begin()
+    whole = pipe.make(arguments)
+    np.testing.assert_array_equal(whole.video[:5], first.video)
+    assert len(whole.video) == 10 and "--resume-state=scene.state" in command
+    without = dataclasses.replace(first, scene=None)  # as a clip has it whose sound was given
+    assert "--continue=clip.mp4" in app.request(FORM | {"task": "go_on"}, CONFIG, {}, without)[1]
 
 
 def test_a_clip_that_is_too_long(pipe, tmp_path, monkeypatch):

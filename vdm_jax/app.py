@@ -26,7 +26,7 @@ from absl import flags
 from vdm_jax.data import media
 from vdm_jax.errors import UserError, one_of
 from vdm_jax.metrics import figures
-from vdm_jax.pipeline import Pipeline, load
+from vdm_jax.pipeline import Clip, Pipeline, load
 from vdm_jax.run import cli
 from vdm_jax.settings import PARTS
 
@@ -53,7 +53,9 @@ TASKS = {
     "foley": Task("Give a silent clip its sound", {"clip": "Silent clip"}, "video", "text_cross_modal", True),
     "audio": Task("Give a sound its pictures", {"sound": "Sound"}, "audio", "text_cross_modal", True),
     "rollout": Task("A long clip from words"),
+    "go_on": Task("Go on with the result", weight="text_continue"),
 }
+STATE = "scene.state"  # file of the command line, from which a clip goes on
 FILES = ("picture", "clip", "second_clip", "sound")
 FIELDS = ("task", "prompt", *FILES, "seconds", "seed", "steps", "guidance")
 ABOUT_LEVELS = """**Noise levels.** Each row is a step. Time in the clip goes from left to right. Dark is noise, and
@@ -95,7 +97,7 @@ def main(argv):
         demo.block_thread()
 
 
-def request(form, config, source):
+def request(form, config, source, last=None):
     """Returns (arguments, command line) of a filled form.
 
     The arguments are keywords of Pipeline.extend if `clip` is one of them, and of Pipeline.__call__ if not.
@@ -103,6 +105,7 @@ def request(form, config, source):
     form: {field: value} for each of FIELDS; an upload is the path of a file, or None.
     config: of the Pipeline.
     source: {flag: value} that names the weights, with a list of values for a repeated flag; {}: the reference weights.
+    last: the newest Clip of the page, or None.
     Raises UserError where a value is missing or out of range.
     """
     task = TASKS[one_of("task", form["task"], tuple(TASKS))]
@@ -122,11 +125,17 @@ def request(form, config, source):
     weights = {name: float(form["guidance"]) for name in sorted({"text", task.weight})}
     arguments = {"prompt": form["prompt"] or "", **numbers, "guidance": weights}
     options = {**source, "prompt": arguments["prompt"]}
+    if form["task"] == "go_on":
+        if last is None:
+            raise UserError("there is no result to go on with: make a clip first")
+        arguments["clip"] = last
+        options |= {"resume-state": STATE} if last.scene else {"continue": "clip.mp4"}
     if files := [form[field] for field in task.files]:
         arguments["clip" if task.flag == "continue" else task.flag] = files if len(files) > 1 else files[0]
         names = [Path(file).name for file in files]
         options[task.flag] = ",".join(f'"{name}"' for name in names) if len(names) > 1 else names[0]
     options |= numbers | {"guidance" if name == "text" else f"guidance.{name}": weights[name] for name in weights}
+    options |= {} if task.is_whole else {"save-state": STATE}
     pairs = [(name, x) for name, value in options.items() for x in (value if isinstance(value, list) else [value])]
     words = [f"--{name}={shlex.quote(str(value))}" for name, value in pairs]
     return arguments, " ".join(["python -m vdm_jax.sample", *words, "--out=clip.mp4"])
@@ -134,7 +143,8 @@ def request(form, config, source):
 
 def videos_of(arguments):
     """Returns the paths of the videos among arguments, as `request` returns them."""
-    return [*(arguments[name] for name in ("clip", "video") if name in arguments), *arguments.get("between", ())]
+    given = [*(arguments[name] for name in ("clip", "video") if name in arguments), *arguments.get("between", ())]
+    return [path for path in given if not isinstance(path, Clip)]
 
 
 def defaults(task, config):
@@ -189,15 +199,16 @@ class WatchedPipeline(Pipeline):
         finally:
             logger.removeHandler(self.handler)
 
-    def sample(self, prompts, *, seed=0, window=0, context=None, **arguments):
-        """As Pipeline.sample."""
+    def window(self, prompts, *, context=None, **arguments):
+        """As Pipeline.window."""
         masks = context and context._replace(video=None, audio=None)  # the levels depend on nothing else
-        arrays, static = self.sampler.arguments(self.params, context=masks, **arguments)
+        options = {name: x for name, x in arguments.items() if name not in ("seed", "window", "memory")}
+        arrays, static = self.sampler.arguments(self.params, context=masks, **options)
         self.levels = arrays["levels"]
         program = str((self.levels["video"].shape, static))
         self.message = "generating" if self.windows == 1 else f"generating part {self.done + 1} of {self.windows}"
         self.expected, self.began = self.durations.get(program), time.monotonic()
-        made = super().sample(prompts, seed=seed, window=window, context=context, **arguments)
+        made = super().window(prompts, context=context, **arguments)
         self.durations[program] = time.monotonic() - self.began
         self.done, self.expected = self.done + 1, None
         return made
@@ -219,12 +230,13 @@ def page(pipe, folder, source):
 
     config = (pipe.student or pipe).config  # of the first settings that the form shows
     worker = concurrent.futures.ThreadPoolExecutor(1)
+    last = {}  # {"clip": the newest Clip}
 
     def generate(*values, progress=gr.Progress()):  # noqa: B008, gradio finds its progress bar by this default
         try:
             form = dict(zip(FIELDS, values, strict=True))
             form |= {field: form[field] and form[field]["path"] for field in FILES}
-            arguments, command = request(form, config, source)
+            arguments, command = request(form, config, source, last.get("clip"))
             maker = pipe.for_steps(arguments["steps"])
             maker.begin()
             job = worker.submit(maker.make, arguments)
@@ -235,6 +247,7 @@ def page(pipe, folder, source):
             return None, None, "", f'<p class="error" role="alert">Error: {html.escape(str(error))}</p>'
         path = Path(tempfile.mkdtemp(dir=folder)) / "clip.mp4"
         clip.save(path)
+        last["clip"] = clip
         rows, frames = maker.levels["video"].shape
         matrix = figures.scheduling_matrix(maker.levels, (max(2, min(22, 200 // frames)), max(3, min(10, 330 // rows))))
         text = " ".join([f"{clip.seconds:g} s, {len(clip.video)} frames.", *(f"Note: {note}." for note in maker.notes)])

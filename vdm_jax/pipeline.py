@@ -340,14 +340,14 @@ class Pipeline:
         per_frame = layout.samples_per_frame
         number, remembered = (scene.window, scene.memory) if scene else (1, None)
         begin = None if start is None else start[0].shape[1]
-        if start is None:
-            video, audio, remembered = self._first_window(prompts, frames, seed, context, control, options)
-        else:
-            video, audio = start
         if cut:
             plan = [0, *self.plan(frames, begin + layout.frames, options.get("context_frames"))]
         else:
             plan = self.plan(frames, begin, options.get("context_frames"))
+        if start is None:
+            video, audio, remembered = self._first_window(prompts, frames, seed, context, control, options)
+        else:
+            video, audio = start
         with progress("sampling", len(plan), "window") as advance:
             for past in plan:
                 context = None
