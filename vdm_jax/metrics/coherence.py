@@ -117,7 +117,7 @@ def _background(video, scene):
         scaled = gray * value / light[:, None]
         error = (gray @ (empty**2).T) - 2 * scaled @ empty.T  # [F, grid], without what all offsets share
         best = error.argmin(1)
-        light = (gray * value).sum(1) / np.maximum((gray * empty[best]).sum(1), 1e-6)
+        light = np.maximum((gray * value).sum(1) / np.maximum((gray * empty[best]).sum(1), 1), 1e-3)
     seen = number > 0.1 * gray.shape[1]
     return {"light": np.where(seen, light, np.nan), "camera": np.where(seen[:, None], offsets[best], np.nan)}
 
