@@ -157,7 +157,9 @@ def _masks(pixels, color, frame, body):
     inner = ndimage.binary_erosion(solid & (body | near), _PLANE, border_value=1)
     mask = np.where(inner, 1, mask).astype(np.float32)
     weight = (~foreign & ~pixels.occluder[frame]) | inner
-    beside = ndimage.binary_dilation(pixels.occluder, _PLANE, border_value=1)[frame]  # the outside is like an occluder
+    # The outside is like an occluder. A pixel on the edge of an occluder shows a mixture, and is neither.
+    edge = ndimage.binary_dilation(np.zeros_like(pixels.occluder), _PLANE, border_value=1)
+    beside = (ndimage.binary_dilation(pixels.occluder, _PLANE, iterations=2) | edge)[frame]
     return mask, weight.astype(np.float32), (beside & body).any((1, 2)), strength
 
 
