@@ -163,9 +163,7 @@ def get_config():
     audio.wave_weight = 1.0  # on the error of the waveform
     audio.stft_weight = 0.1  # on the distance of spectra; 0: none
     audio.stft_windows = (64, 256, 1024)  # samples
-    # On the distance of levels of mel bands; 0: none. With it, sound of many kinds keeps its color and its onsets.
-    audio.mel_weight = 0.0
-    audio.mel_wave_weight = 0.0  # on the error of the waveform in mel bands, relative to the level of each
+    audio.mel_weight = 0.0  # on the distance of levels of mel bands, for sounds of many kinds; 0: none
     audio.mel_windows = (4, 8, 16, 32, 64)  # ms
     audio.model = ConfigDict(
         dict(

@@ -35,7 +35,7 @@ def get_config():
         patch=50, channels=(64, 128), strides=(5,), blocks=(1, 2), latent_channels=32, groups=0, overlap=True
     )
     # The waveform keeps the tones below 1 kHz, mel bands keep the rest; see docs/data.md.
-    audio.update(wave_weight=3.0, stft_weight=0.0, mel_weight=1.0, mel_wave_weight=0.5)
+    audio.update(wave_weight=3.0, stft_weight=0.0, mel_weight=1.0)
 
     clip = config.clip
     clip.update(steps=1500, batch_size=64)

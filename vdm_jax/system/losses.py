@@ -140,9 +140,8 @@ def audio_autoencoder_loss(system, params, key, batch, encoder_params):
         loss += settings.stft_weight * metrics["stft"] / len(settings.stft_windows)
     if settings.get("mel_weight"):
         windows = [spectra.window_samples(ms, rate) for ms in settings.mel_windows]
-        distances = [spectra.mel_distance(out, audio, window, rate) for window in windows]
-        metrics["mel"], metrics["mel_wave"] = (sum(found) / len(windows) for found in zip(*distances))
-        loss += settings.mel_weight * metrics["mel"] + settings.mel_wave_weight * metrics["mel_wave"]
+        metrics["mel"] = sum(spectra.mel_distance(out, audio, window, rate) for window in windows) / len(windows)
+        loss += settings.mel_weight * metrics["mel"]
     return loss, {"loss": loss, **metrics}
 
 
