@@ -7,7 +7,7 @@
 17 frames of 48 x 64 pixels at 8 frames a second, sound at 16,000 Hz. 192 episodes of 16 clips are recorded while the
 first stage trains. Four levels are held out.
 
-Not yet run. It is made for two CPU cores.
+Not yet run as a whole. It is made for two CPU cores. docs/data.md has figures of the sound after a fifth of its training.
 """
 
 from configs import common
@@ -34,7 +34,7 @@ def get_config():
     audio.model.update(
         patch=50, channels=(64, 128), strides=(5,), blocks=(1, 2), latent_channels=32, groups=0, overlap=True
     )
-    # The waveform keeps the tones below 1 kHz, mel bands keep the rest; see docs/data.md.
+    # The waveform keeps the strongest tones, mel bands keep the rest; see docs/data.md.
     audio.update(wave_weight=3.0, stft_weight=0.0, mel_weight=1.0)
 
     clip = config.clip

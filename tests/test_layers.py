@@ -346,3 +346,11 @@ def test_attention_module_reads_the_context_at_its_time():
     np.testing.assert_allclose(run(context, mask, times[0] + 3, times[1] + 3), out, atol=1e-4)
     hidden = context + 9 * ~mask[..., None]
     np.testing.assert_array_equal(run(hidden, mask, *times), out)
+
+
+def test_snake_is_of_its_paper():
+    x = np.linspace(-3, 3, 14, dtype=np.float32).reshape(1, 7, 2)
+    factors = np.float32([0.5, 4.0])
+    y = layers.Snake().apply({"params": {"log_factor": np.log(factors)}}, x)
+    np.testing.assert_allclose(y, x + np.sin(factors * x) ** 2 / factors, rtol=1e-5, atol=1e-6)
+    assert (np.diff(y, axis=1) >= 0).all()  # its slope is 1 + sin(2 a x), never below 0
