@@ -7,7 +7,8 @@
 17 frames of 48 x 64 pixels at 8 frames a second, sound at 16,000 Hz. 192 episodes of 16 clips are recorded while the
 first stage trains. Four levels are held out.
 
-Not yet run as a whole. It is made for two CPU cores. docs/data.md has figures of the sound after a fifth of its training.
+Not yet run as a whole. It is made for two CPU cores. docs/data.md has figures of the sound after a fifth of its
+training.
 """
 
 from configs import common

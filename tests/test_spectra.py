@@ -59,5 +59,5 @@ def test_quiet_bands_count_as_much_as_loud_ones():
     is_low = np.arange(spectrum.shape[1]) < spectrum.shape[1] * 0.1
     low, high = (np.fft.irfft(spectrum * part).astype(np.float32) for part in (is_low, 0.03 * ~is_low))
     softer = [spectra.mel_distance(x, low + high, 512, RATE) for x in (low + 0.5 * high, 0.5 * low + high)]
-    assert softer[0] > softer[1] > 0.2  # more mel bands are high
+    assert 0.5 < softer[0] / softer[1] < 2
     assert np.square(high).mean() < 0.01 * np.square(low).mean()
