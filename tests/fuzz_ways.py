@@ -19,12 +19,13 @@ import pyarrow
 import pyarrow.parquet
 import safetensors.numpy
 from absl import flags
+from etils import epath
 from PIL import Image
 
 from tests import tiny
 from tests.conftest import write_run
 from vdm_jax import sharding, train
-from vdm_jax.data import caption_files, index, listing, media, text
+from vdm_jax.data import batches, caption_files, content, index, listing, media, prepared, text, tfds, whole
 from vdm_jax.data.files import Files
 from vdm_jax.errors import UserError
 from vdm_jax.run import checkpoint, checksums, cli, storage
@@ -484,6 +485,58 @@ def spoil(draw, settings):
         )
 
 
+@functools.cache
+def prepared_files():
+    """Returns {name: bytes} of a data set of two clips, as prepare makes it."""
+    with tempfile.TemporaryDirectory() as made:
+        made = epath.Path(made)
+        (made / "films").mkdir()
+        (made / "films" / "a.mp4").write_bytes(movie("plain"))
+        (made / "films" / "b.webm").write_bytes(movie("webm"))
+        config = data_config(made / "films")
+        config.data.source, config.data.path = "files", str(made / "films")
+        how = prepared.Settings(config.data.to_dict(), 1.0, 10.0, ())
+        chosen, parts, out = [], storage.make_folder(made / "parts"), storage.make_folder(made / "out")
+        for video in whole.read(config, {})[0]:
+            prepared.write_clips(str(parts), video, how)
+            (row,) = prepared.read_rows(parts, how.key(video))["clips"]
+            chosen.append((how.key(video), [(0, row["bytes"])]))
+        prepared.merge(out, parts, {"train": chosen}, tuple(config.data.size))
+        storage.write_json(out / tfds.PREPARED, {"fps": 8, "sample_rate": 2000, "splits": ["train"]})
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def data_config(path):
+    """Returns a recipe that reads the prepared data set of a folder."""
+    config = tiny.get_config()
+    config.data.update(source="tfds")
+    config.data.tfds.update(name=str(path), held_out="", audio_key="audio", caption_key="caption")
+    return config
+
+
+def prepared_clips(draw, folder):
+    """Prepared clips with a changed file, or with a changed value in a file of JSON."""
+    files = prepared_files()
+    victim = draw.choice(sorted(files))
+    for name, data in files.items():
+        (folder / name).write_bytes(mutate(draw, data) if name == victim else data)
+    if victim.endswith(".json") and draw.random() < 0.5:
+        settings = json.loads(files[victim])
+        spoil(draw, settings)
+        sealed = {name: value for name, value in settings.items() if name != storage.CHECKSUM}
+        (folder / victim).write_text(json.dumps(storage.seal(sealed) if victim == tfds.PREPARED else settings))
+    elif draw.random() < 0.1:
+        (folder / victim).unlink()
+    config = data_config(folder)
+    content.digest(config)
+    source = batches.source(config)
+    for number in range(4):
+        item = source[number]
+        assert item["video"].shape == (5, 16, 24, 3) and np.abs(item["audio"]).max() <= 1
+    for video in whole.read(config, {})[0]:
+        list(whole.pieces(video, config.data))
+
+
 def command_line(draw, folder):
     """Flags as a user types them, checked up to the point where a run would begin."""
     config = tiny.get_config().to_dict()
@@ -566,5 +619,6 @@ WAYS = {
     "mp4": mp4, "more mp4": mp4, "playlist": playlist, "image": image, "sound": sound, "prompts": prompts,
     "captions": captions, "metadata": metadata, "table": table,
     "archive": archive, "index": index_of_a_folder, "safetensors": tensors, "checkpoint": stored, "exported": exported,
+    "prepared": prepared_clips,
     "command line": command_line, "mesh": meshes, "metrics.jsonl": metrics,
 }  # fmt: skip

@@ -187,7 +187,8 @@ class Files:
                     self._warned.add(video.name)
                     logger.warning("%s; another video is used in its place", error)
                 continue
-            frames = np.concatenate([frames, frames[-1:].repeat(self.frames - count, axis=0)])
+            if count < self.frames:
+                frames = np.concatenate([frames, frames[-1:].repeat(self.frames - count, axis=0)])
             audio = np.pad(audio[: self.samples], (0, max(0, self.samples - len(audio))))
             caption = caption_files.choose(video.captions, start / self.fps, (start + count) / self.fps, which)
             if self.flip and self.split == "train" and side < 0.5 and not SIDES.search(caption):
@@ -235,4 +236,4 @@ class Files:
             images, audio = self._cache[path]
         low = round(start * self.sample_rate / self.rate)
         samples = sample_count(frames, self.fps, self.sample_rate)
-        return images[start : start + frames], audio[low : low + samples]
+        return images[start : start + frames].copy(), audio[low : low + samples]  # a caller may change its clip

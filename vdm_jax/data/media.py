@@ -167,6 +167,8 @@ def fit(image: np.ndarray, size, pixel_aspect: float = 1.0) -> np.ndarray:
     pixel_aspect: width / height of a pixel of `image`
     """
     (height, width), (full_h, full_w) = pair(size), image.shape[:2]
+    if (height, width, pixel_aspect) == (full_h, full_w, 1):
+        return image.copy()  # it may be the buffer of an engine
     ratio = min(full_h / height, full_w * pixel_aspect / width)  # source pixels per target pixel
     crop_h, crop_w = min(height * ratio, full_h), min(width * ratio / pixel_aspect, full_w)
     top, left = (full_h - crop_h) / 2, (full_w - crop_w) / 2
@@ -371,7 +373,7 @@ def read_video(path, *, fps, size, sample_rate, start=0.0, frames=None) -> tuple
             return np.stack(images), np.zeros(int(len(images) * sample_rate / rate), np.float32)
         with open_file(path) as container:
             stream = video_stream(container, path)
-            origin, scaler = _origin(stream), VideoReformatter()
+            origin, scaler, has_sound = _origin(stream), VideoReformatter(), bool(container.streams.audio)
             for frame, end in _shown_frames(path, container, stream, begin):
                 due = math.ceil((end - TIME_TOLERANCE - begin) * rate)  # frames of the clip that begin before `end`
                 due = due if frames is None else min(due, frames)
@@ -387,6 +389,8 @@ def read_video(path, *, fps, size, sample_rate, start=0.0, frames=None) -> tuple
         if frames is not None:
             images += images[-1:] * (frames - len(images))
         audio = np.zeros(int(len(images) * sample_rate / rate), np.float32)
+        if not has_sound:
+            return np.stack(images), audio
         # The file is opened again: a seek for the sound would move the picture, too.
         with open_file(path) as container:
             try:

@@ -157,7 +157,8 @@ class Tfds:
         """
         times = start + np.arange(frames) / self.fps
         picks = (times * self.source_fps + 1e-6).astype(int).clip(max=len(video) - 1)
-        clip = np.stack([media.fit(np.repeat(video[pick], 3 // video.shape[-1], axis=-1), self.size) for pick in picks])
+        video = np.broadcast_to(video, (*video.shape[:3], 3))  # of 1 or 3 channels
+        clip = np.stack([media.fit(video[pick], self.size) for pick in picks])
 
         sound = np.zeros(sample_count(frames, self.fps, self.sample_rate), np.float32)
         if audio is not None:
