@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import signal
 import sys
 import time
@@ -9,10 +10,16 @@ import numpy as np
 import pytest
 
 from configs import common
+from tests import tiny
+from tests.conftest import write_run
 from tests.helpers import ROOT, finish, start
 from vdm_jax import prepare, train
 from vdm_jax.data import batches, media, scenes, writing
 from vdm_jax.data.tfds import Tfds
+from vdm_jax.errors import UserError
+from vdm_jax.run import storage
+from vdm_jax.system.layout import STAGES
+from vdm_jax.system.parts import with_hashes
 
 FPS, RATE = 8, 2000  # of tests/tiny.py
 CONFIG = f"--config={ROOT / 'tests' / 'tiny.py'}"
@@ -175,6 +182,9 @@ def test_its_rates_are_known(beam, films, tmp_path, command):
     slow = opened(out, fps=4, sample_rate=1000)
     assert (slow.source_fps, slow.source_sample_rate) == (FPS, RATE)
     assert slow[0]["audio"].shape == (5 * 250,)
+    storage.write_json(out / "prepared.json", {"fps": "8", "sample_rate": RATE})
+    with pytest.raises(UserError, match="fps='8' is not a finite number"):
+        opened(out)
 
 
 def test_whole_files_are_held_out_and_a_prepared_data_set_is_a_source(beam, put, tmp_path, command):
@@ -195,6 +205,46 @@ def test_whole_files_are_held_out_and_a_prepared_data_set_is_a_source(beam, put,
     for split in ("train", "held_out"):
         before, after = (opened(path, split=split).source for path in (first, second))
         assert [x["sha256"] for x in before] == [x["sha256"] for x in after]
+
+
+def test_latents_of_prepared_clips_train_a_run_elsewhere_and_other_data_are_refused(beam, films, tmp_path, command):
+    recipe, clips, other, out = f"{CONFIG}:small", tmp_path / "clips", tmp_path / "other", tmp_path / "latents"
+    assert command(prepare, CONFIG, f"--source={films}", f"--out={clips}").code == 0
+    (films / "film.txt").write_text("another caption")
+    assert command(prepare, CONFIG, f"--source={films}", f"--out={other}").code == 0
+    config = tiny.get_config("small")
+    config.data.update(source="tfds")
+    config.data.tfds.update(name=str(clips), audio_key="audio", caption_key="caption")
+    write_run(tmp_path / "encoders", with_hashes(config), STAGES[:3])
+    for name in ("here", "elsewhere", "third"):
+        shutil.copytree(tmp_path / "encoders", tmp_path / name)
+
+    def options(name, data=clips):
+        tfds = {"source": "tfds", "tfds.name": data, "tfds.audio_key": "audio", "tfds.caption_key": "caption"}
+        return recipe, f"--workdir={tmp_path / name}", *(f"--config.data.{key}={value}" for key, value in tfds.items())
+
+    def losses(name, *more):
+        done = command(train, *options(name), "--stage=denoiser", *more)
+        assert done.code == 0, done.err
+        rows = (tmp_path / name / "denoiser" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(row)["loss"] for row in rows], "\n".join(done.err)
+
+    made = command(prepare, *options("here"), "--latents", f"--out={out}")
+    assert made.code == 0, made.err
+    written = content(out)
+    assert set(written) == {"clips_00000.npy", "fingerprint.json", "statistics.json"}
+    own, said = losses("third")
+    assert "measuring latent statistics" in said
+    given, said = losses("elsewhere", f"--config.denoiser.latents={out}")
+    assert "measuring latent statistics" not in said and "encoding" not in said
+    np.testing.assert_allclose(given, own, rtol=1e-3)
+
+    (out / "clips_00000.npy").unlink()  # as after a kill
+    assert command(prepare, *options("here"), "--latents", f"--out={out}").code == 0
+    assert content(out) == written
+    shutil.copytree(tmp_path / "encoders", tmp_path / "fourth")
+    told = command(train, *options("fourth", other), "--stage=denoiser", "--change", f"--config.denoiser.latents={out}")
+    assert told.code == 2 and f"{out} has the latents of other videos or captions: make them" in told.err[-1]
 
 
 def test_clips_that_come_twice_and_long_scenes(beam, tmp_path, monkeypatch, command):

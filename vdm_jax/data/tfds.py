@@ -17,6 +17,7 @@ from vdm_jax.data.files import epoch_order
 from vdm_jax.data.rates import sample_count
 from vdm_jax.errors import UserError
 from vdm_jax.run import storage
+from vdm_jax.settings import setting
 
 PREPARED = "prepared.json"
 
@@ -104,6 +105,10 @@ class Tfds:
         told = {}
         if (path := epath.Path(builder.data_dir) / PREPARED).exists():
             told = storage.read_json(path, "prepare the data set again")
+        for key in ("fps", "sample_rate"):
+            allowed = setting(f"data.{key}").allowed
+            if key in told and not allowed.fits(told[key]):
+                raise UserError(f"{path}: {key}={told[key]!r} is not {allowed.words}: prepare the data set again")
         self.source_fps = self.source_fps or told.get("fps") or self.fps
         self.source_sample_rate = self.source_sample_rate or told.get("sample_rate") or self.sample_rate
         self.read(0)  # an example that cannot be decoded ends the run now, not after an hour

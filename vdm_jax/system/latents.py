@@ -24,7 +24,8 @@ ENCODE_BATCH = 32  # clips
 CLIPS_PER_FILE = 64 * ENCODE_BATCH
 OPEN_FILES = 512  # at a time
 ENCODING_SECONDS = 24 * 3600  # longest wait for the slowest process to encode its share
-FINGERPRINT = "fingerprint.json"  # what the cached clips were encoded from, in
+FINGERPRINT = "fingerprint.json"  # what the cached clips were encoded from, in their folder
+STATISTICS = "statistics.json"  # what the latents of denoiser.latents were scaled by, in their folder
 MEANING = {  # {part of a fingerprint: what it stands for}
     "weights": "encoders or statistics",
     "data": "videos or captions",
@@ -57,17 +58,19 @@ def prepare(systems, workdir, examples, mesh, run, store=False):
     params = folder.as_exported(params)
     for name, part in system.parts.items():
         params[name] = part.read(mesh)
-    known, path = system.known_statistics, workdir / folder.STATISTICS
-    params["statistics"] = known or _statistics(system, params, examples[0], path, run)
+    given = system.config.denoiser.cached_clips and system.config.denoiser.latents
+    parent = storage.given(given) if given else workdir / "denoiser" / "latents"
+    shapes = [f"_{'x'.join(map(str, (own.layout.frames, *own.config.data.size)))}" for own in systems]
+    folders = [parent.with_name(f"{parent.name}{shape}") for shape in shapes] if len(systems) > 1 else [parent]
+    known, path, beside = system.known_statistics, workdir / folder.STATISTICS, folders[0] / STATISTICS
+    params["statistics"] = known or _statistics(system, params, examples[0], path, run, beside if given else None)
     if system.config.denoiser.cached_clips:
-        shapes = [f"_{'x'.join(map(str, (own.layout.frames, *own.config.data.size)))}" for own in systems]
-        given = system.config.denoiser.latents
-        parent = storage.given(given) if given else workdir / "denoiser" / "latents"
-        folders = [parent.with_name(f"{parent.name}{shape}") for shape in shapes] if len(systems) > 1 else [parent]
         ready = (_begin_stored if store else _check_stored) if given else _make_current
         examples = [
             _cached(own, params, items, directory, ready) for own, items, directory in zip(systems, examples, folders)
         ]
+        if store and not known and hosts.is_primary() and not beside.exists():
+            folder.write_statistics(beside, params["statistics"], params, parts=system.parts)
     if "teacher" in system.models:
         teacher = system.config.denoiser.distillation.teacher
         if not teacher:
@@ -83,18 +86,25 @@ def prepare(systems, workdir, examples, mesh, run, store=False):
     return jax.device_put(params, sharding.state_shardings(params, mesh)), examples
 
 
-def _statistics(system, params, examples, path, run):
-    """Returns the statistics in a file. They are measured when it is missing or is of other weights."""
+def _statistics(system, params, examples, path, run, beside=None):
+    """Returns the statistics in a file. They are measured when it is missing or is of other weights.
+
+    beside: file beside stored latents, for a run without any. Another machine would measure others, in the last bits.
+    """
     shapes = system.stages["denoiser"].encoder_shapes["statistics"]
     encoders, stored, of = folder.encoders_hash(params, system.parts), None, None
-    if path.exists():
+    is_own = path.exists()
+    if is_own:
         stored, of = folder.read_statistics(path, shapes, run)
+    elif beside is not None and beside.exists():
+        stored, of = folder.read_statistics(beside, shapes)
     current = stored is not None and of in (None, encoders)
     if stored is not None and not current:
-        logger.info("%s is of other codecs or another text encoder: it is measured again", path)
+        logger.info("%s is of other codecs or another text encoder: it is measured again", path if is_own else beside)
     current = hosts.broadcast_from_primary(current)
     statistics = stored if current else measure(system, params, examples)
-    if hosts.is_primary() and of != encoders:
+    if hosts.is_primary() and not (is_own and of == encoders):
+        storage.make_folder(path.parent)
         folder.write_statistics(path, statistics, params, run, system.parts)
     hosts.barrier("statistics", ENCODING_SECONDS)
     return folder.read_statistics(path, shapes, run)[0]
