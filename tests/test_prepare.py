@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import shutil
@@ -149,6 +150,26 @@ def test_two_workers_make_the_same_shards_as_one(beam, films, tmp_path, command)
     assert content(one) == content(two)
 
 
+IN_A_BUCKET = """
+import hashlib, json
+from etils import epath
+files = epath.Path("gs://bucket/clips").iterdir()
+print(json.dumps({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}))
+"""
+
+
+def test_a_bucket_gets_the_files_that_a_disk_gets(beam, films, tmp_path, command, bucket):
+    assert command(prepare, CONFIG, f"--source={films}", f"--out={tmp_path / 'out'}").code == 0
+    for said in ("clips of 5 videos are in gs://bucket/clips", "nothing is done"):
+        to = CONFIG, f"--source={films}", "--out=gs://bucket/clips"
+        code, printed, err = finish(start("-m", "vdm_jax.prepare", *to, **bucket))
+        assert code == 0 and said in printed, "\n".join(err)
+    code, printed, err = finish(start("-c", IN_A_BUCKET, **bucket))
+    assert code == 0, err
+    expected = {name: hashlib.sha256(data).hexdigest() for name, data in content(tmp_path / "out").items()}
+    assert json.loads(printed) == expected
+
+
 WITHOUT_TENSORFLOW = """
 import sys
 from importlib.machinery import PathFinder
@@ -265,7 +286,7 @@ def test_clips_that_come_twice_and_long_scenes(beam, tmp_path, monkeypatch, comm
         (["--source=world"], "data.source='world' has none"),
         (["--source=tfds:absent"], "'absent'.*cannot be opened"),
         (["--source=gs://bucket/films"], "is in a bucket"),
-        (["--source=DATA", "--out=gs://bucket/clips"], "is in a bucket"),
+        (["--source=DATA", "--out=floppy://a/b"], "Protocol not known: floppy"),
         (["--source=EMPTY"], "no clip is left of 0 videos"),
         (["--source=DATA", "--drop=dull"], "no --drop 'dull': did you mean"),
         (["--source=DATA", "--scene_threshold=2"], "scene_threshold"),

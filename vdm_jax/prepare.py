@@ -131,8 +131,6 @@ def _recipe(options, argv):
     config = cli.recipe(argv[:1])
     if options.out is None:
         raise UserError("--out=DIR is missing: name the folder of the data set")
-    if storage.in_bucket(options.out):
-        raise UserError(f"{options.out} is in a bucket: give a folder on a disk, and copy the data set afterwards")
     for name in options.drop:
         one_of("--drop", name, tuple(prepared.DROPS))
     if options.source in ("world", "doom"):
@@ -188,7 +186,8 @@ def _known(out):
     """Returns the hashes of an earlier run. Raises UserError where the folder holds something else."""
     path = out / HASHES
     if not path.exists():
-        if other := next((each.name for each in out.iterdir() if not each.name.endswith(".tmp")), None):
+        files = out.iterdir() if out.exists() else ()  # a bucket has no empty folders
+        if other := next((each.name for each in files if not each.name.endswith(".tmp")), None):
             raise UserError(f"{out} holds {other!r}, which is no data set of prepare: give another --out")
         return {}
     try:
@@ -288,7 +287,7 @@ def _usage(out):
 def define_flags():
     cli.define_config()
     flags.DEFINE_string("source", None, "Folder of videos, or tfds:NAME; default: that of the recipe.")
-    flags.DEFINE_string("out", None, "Folder of the data set, on a disk.")
+    flags.DEFINE_string("out", None, "Folder of the data set, on a disk or in a bucket.")
     flags.DEFINE_bool("latents", False, "Encode the clips of a training, with the encoders of --workdir.")
     flags.DEFINE_string("workdir", None, "Folder of the run whose encoders encode, with --latents.")
     flags.DEFINE_list("drop", [], f"What to leave out: some of {','.join(prepared.DROPS)}.")
