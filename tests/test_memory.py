@@ -168,6 +168,8 @@ def test_a_scene_goes_on_from_a_file_bit_for_bit(pipe, tmp_path):
 
     forgot = pipe.extend(read._replace(memory=None), "a red circle moving right", seconds=1)
     assert (forgot.video != resumed.video).any()
+    elsewhere = pipe.extend(read._replace(maker="another system"), "a red circle moving right", seconds=1)
+    np.testing.assert_array_equal(elsewhere.video, forgot.video)
     after_cut = pipe.extend(read, "a red circle moving right", seconds=1, cut=True)
     assert (after_cut.video[:1] != resumed.video[:1]).any()
 

@@ -261,7 +261,8 @@ class Pipeline:
             added = maker.config.data.frames if seconds is None else maker.frames_of(seconds)
             held = maker._control(control, added)
             held = None if held is None else np.pad(held, ((0, 0), (length, 0), (0, 0)), "edge")
-            own = dict(seed=(scene.seed if scene else 0) if seed is None else seed, scene=scene, cut=cut)
+            known = scene and (scene if scene.maker is maker.system else scene._replace(memory=None))
+            own = dict(seed=(scene.seed if scene else 0) if seed is None else seed, scene=known, cut=cut)
             make = functools.partial(
                 maker.rollout, prompts, length + added, start=start, control=held, **own, **options
             )
@@ -285,7 +286,7 @@ class Pipeline:
             "audio": np.empty((clips, context * layout.samples_per_frame), np.float32),
             "memory": memory.empty(self.config.denoiser.model, layout, clips) if self._remembers else {},
         }
-        return scenes.read(path, expected, self.weights_hash)
+        return scenes.read(path, expected, self.weights_hash)._replace(maker=self.system)
 
     @property
     def _remembers(self):
@@ -365,7 +366,8 @@ class Pipeline:
                 advance(1)
         video, audio = video[:, :frames], audio[:, : frames * per_frame]
         kept = self._context_frames
-        return video, audio, Scene(video[:, -kept:], audio[:, -kept * per_frame :], remembered, number, seed)
+        end = video[:, -kept:], audio[:, -kept * per_frame :]
+        return video, audio, Scene(*end, remembered, number, seed, self.system)
 
     def complete(self, prompts, *, video=None, audio=None, seed=0, control=None, **options):
         """-> (video, audio) as `sample`, for clips of any length of which one modality is given whole and comes back.

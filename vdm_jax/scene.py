@@ -29,6 +29,7 @@ class Scene(NamedTuple):
     memory: Any  # see system/memory.py; {} for weights without memory
     window: int  # number of the next window; with the seed it decides the noise
     seed: int
+    maker: Any = None  # the System that made it: to another one its memory means nothing
 
     @property
     def arrays(self):
