@@ -67,7 +67,7 @@ def config_of(seed):
 
 
 def fingerprint(seed):
-    return {"weights": str(seed), "settings": "settings"}
+    return {"weights": str(seed), "data": "", "settings": "settings"}
 
 
 def make(folder, seed):

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from etils import epath
@@ -224,7 +225,7 @@ class WithoutModels:
 
     def __init__(self, config):
         self.config, self.layout, self.parts = config, layout(config), {}
-        self.stages = dict.fromkeys(STAGES)
+        self.stages = dict.fromkeys(STAGES, SimpleNamespace(clip_frames=config.data.frames))
 
     def in_buckets(self, name):
         return [self]

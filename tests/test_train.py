@@ -275,7 +275,7 @@ WRONG = {  # options -> what the line says
     ),
     "too many layers": ((CONFIG, "--workdir=DIR", "--config.clip.model.text.layers=9999"), "from 0 to 1000"),
     "no stride": ((CONFIG, "--workdir=DIR", "--config.video_autoencoder.model.time_strides=(0,)"), "from 1 to 1000000"),
-    "no such data": ((CONFIG, "--workdir=DIR", "--config.data.source=wrld"), "must be world, files or tfds"),
+    "no such data": ((CONFIG, "--workdir=DIR", "--config.data.source=wrld"), "must be world, files, tfds or doom"),
     "a file for a folder": ((CONFIG, "--workdir=EMPTY"), "cannot write to --workdir"),
     "denoiser first": ((CONFIG, "--workdir=DIR", "--stage=denoiser"), "stage video_autoencoder has no checkpoint"),
 }

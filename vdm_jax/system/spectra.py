@@ -19,7 +19,8 @@ def stft_distance(a, b, window):
 
     a, b: sounds [B, N]; b is the true one.
     """
-    a, b = (jnp.sqrt(_power(_spectrum(x, window)) + 1e-12) for x in (a, b))
+    least = 1e-12 * (2 / jnp.hanning(window).sum()) ** 2  # so that the root has a slope in silence
+    a, b = (jnp.sqrt(_power(_spectrum(x, window)) + least) for x in (a, b))
     floor = SILENCE * b.size  # so that silence does not make the divisor zero
     convergence = jnp.sqrt(jnp.sum(jnp.square(a - b)) / (jnp.sum(jnp.square(b)) + floor) + 1e-8)
     return convergence + jnp.mean(jnp.abs(jnp.log(a + 1e-3) - jnp.log(b + 1e-3)))
