@@ -105,6 +105,57 @@ def test_without_norms_a_quiet_sound_stays_quiet():
     assert ratios[0] == pytest.approx(0.5, rel=0.02) and ratios[1] > 0.8
 
 
+def in_chunks(model, params, method, x, ends):
+    """What `stream` gives for the parts of x [B, N, ...] that end at `ends`, in one array or tree of arrays."""
+    parts, cache, begin = [], None, 0
+    for end in ends:
+        out, cache = model.stream(params, method, x[:, begin:end], cache)
+        parts.append(out)
+        begin = end
+    return jax.tree.map(lambda *parts: np.concatenate(parts, 1), *parts)
+
+
+def assert_all_close(found, wanted):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, wanted)
+
+
+@pytest.mark.parametrize("strides", VIDEO.values(), ids=VIDEO)
+def test_a_video_in_chunks_is_the_video_at_once(strides):
+    model = small(*strides)
+    f_t = model.f_t
+    video = np.random.default_rng(0).normal(size=(2, 1 + f_t * 6, 16, 24, 3)).astype(np.float32)
+    params = init_weights(model, video, jax.random.key(0))
+    latent = model.apply({"params": params}, video, method="encode")
+    ends = [1, 2, 5, 7]  # of latent frames
+    assert_all_close(in_chunks(model, params, "encode", video, [1 + f_t * (end - 1) for end in ends]), latent)
+    wanted = model.apply({"params": params}, latent[0], method="decode")
+    assert wanted.shape == video.shape
+    for parts in (ends, [3, 7], [7], range(1, 8)):
+        assert_all_close(in_chunks(model, params, "decode", latent[0], parts), wanted)
+
+
+@pytest.mark.parametrize("settings", [dict(groups=1), dict(groups=0, overlap=True)])
+def test_a_sound_in_chunks_is_the_sound_at_once(settings):
+    model = AudioAutoencoder(patch=5, channels=(8, 8), strides=(4,), blocks=(1, 1), latent_channels=3, **settings)
+    sound = np.random.default_rng(0).normal(size=(2, 9 * 20)).astype(np.float32)
+    params = init_weights(model, sound, jax.random.key(0))
+    latent = model.apply({"params": params}, sound, method="encode")
+    ends = np.array([1, 2, 6, 9])  # of tokens
+    assert_all_close(in_chunks(model, params, "encode", sound, 20 * ends), latent)
+    wanted = model.apply({"params": params}, latent[0], method="decode")
+    assert_all_close(in_chunks(model, params, "decode", latent[0], ends), wanted)
+
+
+def test_the_state_between_chunks_keeps_its_size():
+    model = small((1,), (2,))
+    z = np.zeros((1, 4, 8, 12, 3), np.float32)
+    params = init_weights(model, np.zeros((1, 3, 16, 24, 3)), jax.random.key(0))
+    _, first = model.stream(params, "decode", z[:, :1])
+    for chunk in (z[:, :1], z):
+        assert names(model.stream(params, "decode", chunk, first)[1]) == names(first)
+    assert {shape[1] for shape in names(first).values()} == {2}  # frames that a convolution of width 3 looks back
+
+
 @pytest.mark.parametrize("name", ["video_autoencoder", "audio_autoencoder"])
 def test_training_samples_the_latent(name):
     config = tiny.get_config()

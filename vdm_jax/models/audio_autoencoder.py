@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vdm_jax.models import layers
 
 
-class AudioAutoencoder(layers.Autoencoder):
+class AudioAutoencoder(layers.CausalAutoencoder):
     """Waveform autoencoder like SoundStream (arXiv:2107.03312), but variational and without quantization.
 
     Audio [B, N] in [-1, 1] <-> latents [B, N / hop, latent_channels], where hop = patch * product of strides. A token

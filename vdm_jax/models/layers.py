@@ -85,9 +85,13 @@ class Conv(Layer):
     features: int  # output channels
     window: tuple[int, ...]  # one size for each space dimension; (3, 3) for a video is 3 x 3 in each frame
     strides: tuple[int, ...] | None = None  # one for each size of the window; None is 1 everywhere
-    time_padding: str = "same"  # as in all other dimensions, or "causal", with all padding before the first frame
+    time_padding: str = "same"  # as in all other dimensions, or "causal": the window ends at the current frame
     padding: tuple[tuple[int, int], ...] | None = None  # (before, after) for each size of the window; None keeps sizes
     zero: bool = False
+
+    def is_first_chunk(self):
+        """Whether x begins a clip; see `CausalAutoencoder.stream`."""
+        return not self.has_variable("cache", "past")
 
     @nn.compact
     def __call__(self, x):
@@ -99,10 +103,25 @@ class Conv(Layer):
         strides = frames + tuple(self.strides or (1,) * len(self.window))
         padding = [(0, 0) for _ in frames] + list(self.padding or [((k - 1) // 2, k // 2) for k in self.window])
         if self.time_padding == "causal":
-            padding[0] = (kernel.shape[0] - 1, 0)
+            before = kernel.shape[0] - 1  # frames of zeros before the first frame of a clip
+            padding[0] = (before, 0)
+            if before and self.is_mutable_collection("cache") and not self.is_initializing():
+                padding[0] = (0, 0)
+                x = self._after_past(x, before, before + 1 - strides[0])
         x = checkpoint_name(ops.current().conv(x, kernel, bias, strides, tuple(padding), self.dtype), PRODUCT)
         # Strides make dimensions smaller, so that the mesh may split them over fewer devices.
         return constrain_activation(x) if self.strides else x
+
+    def _after_past(self, x, before, kept):
+        """The frames before this chunk, and x. The cache keeps the last `kept` frames for the next chunk.
+
+        before: frames of zeros before the first chunk
+        """
+        first = self.is_first_chunk()
+        past = jnp.zeros((x.shape[0], before, *x.shape[2:]), x.dtype) if first else self.get_variable("cache", "past")
+        x = jnp.concatenate([past, x], 1)
+        self.put_variable("cache", "past", x[:, x.shape[1] - kept :])
+        return x
 
 
 class FactorizedConv(Layer):
@@ -346,3 +365,25 @@ class Autoencoder(Layer):
         """[..., 2 C] -> (mean, log variance), float32. The log variance starts at -8: training has almost no noise."""
         mean, log_variance = jnp.split(x.astype(jnp.float32), 2, -1)
         return mean, jnp.clip(log_variance + -8.0, -20.0, 10.0)
+
+
+class CausalAutoencoder(Autoencoder):
+    """An autoencoder whose time is causal, so that it can process a clip of any length chunk by chunk.
+
+    Each causal convolution keeps the last frames of its input in Flax's collection `cache`, for the next chunk.
+    """
+
+    @nn.nowrap
+    def stream(self, params, method, x, cache=None):
+        """One chunk of a clip -> (what the method returns for it, cache for the next chunk).
+
+        The outputs of the chunks, one after the other, are the output for the whole clip. The cache is a tree of arrays
+        whose shapes stay the same, so that `jax.lax.scan` can carry it from chunk to chunk.
+
+        method: "encode" or "decode"
+        x: the argument of the method. To encode a video, the first chunk has 1 + f_t*n frames, and a later one f_t*n.
+        cache: None for the first chunk
+        """
+        variables = {"params": params} if cache is None else {"params": params, "cache": cache}
+        out, state = self.apply(variables, x, method=method, mutable="cache")
+        return out, state["cache"]

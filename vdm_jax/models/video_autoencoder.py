@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from vdm_jax.models import layers
 
 
-class VideoAutoencoder(layers.Autoencoder):
+class VideoAutoencoder(layers.CausalAutoencoder):
     """Variational autoencoder (arXiv:1312.6114) with causal time, as in MAGVIT-v2 (arXiv:2310.05737).
 
     Video [B, 1 + f_t*(T-1), H, W, 3] in [-1, 1] <-> latents [B, T, h, w, latent_channels], where f_t is the product of
@@ -71,6 +71,7 @@ class VideoAutoencoder(layers.Autoencoder):
 
     def decode(self, z):
         """Latents [B, T, h, w, latent_channels] -> video [B, 1 + f_t*(T-1), H, W, 3] float32, about [-1, 1]."""
+        is_first = "from_latent" not in self.variables.get("cache", {})  # whether z begins a clip, see `stream`
         x = self.from_latent(z)
         for block in self.middle_up:
             x = block(x)
@@ -80,5 +81,6 @@ class VideoAutoencoder(layers.Autoencoder):
             if i:
                 t, s = self.time_strides[i - 1], self.space_strides[i - 1]
                 x = layers.depth_to_space(self.upsample[i - 1](x), s, t)
-                x = layers.constrain_activation(x[:, t - 1 :])  # the first latent frame holds one frame, not t
+                x = x[:, t - 1 :] if is_first else x  # the first latent frame holds one frame, not t
+                x = layers.constrain_activation(x)
         return layers.depth_to_space(self.to_pixels(x), self.patch).astype(jnp.float32)

@@ -3,8 +3,6 @@
 Time is causal. The first latent frame holds frame 0 alone, and each later one holds f_t = 4 frames. `encode` and
 `decode` process a clip at once. `AutoencoderKLWan.in_chunks` and `stream` process one part after the other and give the
 same values. A long clip needs them, because their memory does not grow with its length.
-
-Each causal convolution keeps the last frames of its input in Flax's collection `cache`, for the next chunk.
 """
 
 import functools
@@ -20,28 +18,9 @@ from vdm_jax.errors import UserError
 from vdm_jax.models import layers, ops
 
 
-class CausalConv(layers.Conv):
-    """A convolution whose window ends at the current frame. There are zeros before the first frame of a clip."""
-
-    def is_first_chunk(self):
-        return not self.has_variable("cache", "past")
-
-    def __call__(self, x):
-        frames = self.window[0] - (self.strides[0] if self.strides else 1)  # that the next chunk needs
-        if self.is_first_chunk():
-            past = jnp.zeros((x.shape[0], self.window[0] - 1, *x.shape[2:]), x.dtype)
-        else:
-            past = self.get_variable("cache", "past")
-        x = jnp.concatenate([past, x], 1)
-        if self.is_mutable_collection("cache"):
-            self.put_variable("cache", "past", x[:, x.shape[1] - frames :])
-        return super().__call__(x)
-
-
 def causal_conv(features, window=(3, 3, 3), **settings):
-    """A CausalConv which keeps height and width."""
-    padding = ((0, 0), *((k // 2, k // 2) for k in window[1:]))
-    return CausalConv(features, window, padding=padding, **settings)
+    """A layers.Conv which keeps height and width, and whose window ends at the current frame."""
+    return layers.Conv(features, window, time_padding="causal", **settings)
 
 
 class Norm(layers.Layer):
@@ -241,7 +220,7 @@ class Decoder(layers.Layer):
         return causal_conv(self.features, dtype=self.dtype, name="conv_out")(x)
 
 
-class AutoencoderKLWan(layers.Autoencoder):
+class AutoencoderKLWan(layers.CausalAutoencoder):
     """Video [B, 1 + f_t*n, H, W, 3] in [-1, 1] <-> latents [B, 1 + n, H/f_s, W/f_s, z_dim].
 
     f_t = 4 and f_s = 8 with the default settings, which are those of Wan 2.1. Denoisers see the latents normalized, as
@@ -331,21 +310,6 @@ class AutoencoderKLWan(layers.Autoencoder):
         """Latents [B, T, h, w, z_dim] -> video [B, F, H, W, 3] float32 in [-1, 1]."""
         x = self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
         return jnp.clip(_from_patches(x, self.patch_size or 1), -1.0, 1.0)
-
-    @nn.nowrap
-    def stream(self, params, method, x, cache=None):
-        """One chunk of a clip -> (what the method returns for it, cache for the next chunk).
-
-        The outputs of the chunks, one after the other, are the output for the whole clip. The cache is a tree of arrays
-        whose shapes stay the same, so that `jax.lax.scan` can carry it from chunk to chunk.
-
-        method: "encode" or "decode"
-        x: the argument of the method. To encode, the first chunk has 1 + f_t*n frames, and a later one f_t*n.
-        cache: None for the first chunk
-        """
-        variables = {"params": params} if cache is None else {"params": params, "cache": cache}
-        out, state = self.apply(variables, x, method=method, mutable="cache")
-        return out, state["cache"]
 
     @nn.nowrap
     def in_chunks(self, params, method, x):
