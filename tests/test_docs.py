@@ -130,12 +130,12 @@ def at_tiny_setting(name, arguments, desk):
     if name == "train":  # the stage that compiles fastest takes one step more than the run has
         given |= {"--workdir": str(desk / "run"), "--stage": "audio_autoencoder", "--config.validation.every": "0"}
         given["--config.audio_autoencoder.steps"] = "9"
-    if name in ("sample", "evaluate"):
+    if name in ("sample", "evaluate") and "--films" not in given:
         given |= {"--workdir": str(desk / "run"), "--steps": "2"}
         given.pop("--weights", None)
     if name == "sample" and "--seconds" in given:
         given["--seconds"] = "1"
-    if name == "evaluate":
+    if name == "evaluate" and "--films" not in given:
         given |= {"--suite": given.get("--suite", "prompts"), "--count": "2", "--lengths": "1,2"}
     if name == "weights" and words[0] == "import":
         given["--workdir"] = str(desk / "imported")

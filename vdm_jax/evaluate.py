@@ -3,6 +3,7 @@
     python -m vdm_jax.evaluate --out=report [--workdir=DIR | --weights=DIR] [--suite=prompts] [--count=192] [--steps=32]
         [--guidance=4] [--method=dpmpp_2m] [--seed=0] [--samplers=dpmpp_2m:16,ddim:64]
         [--data=FOLDER] [--fvd_network=FILE]
+    python -m vdm_jax.evaluate --films=FOLDER --out=report
 
 Without --workdir and --weights the reference weights of this package are measured. Writes metrics.json and
 report.html (one file that can be sent on) with its pictures and clips, and prints the table.
@@ -22,6 +23,8 @@ The same tracker reads true renders ("truth"), their reconstructions ("autoencod
 world. For other data the table has no outcomes, and the samples are of held-out captions. Instead their distances to
 the true clips are measured, see metrics/distances.py. --data=FOLDER takes all clips of another folder of videos as the
 true ones. --fvd_network=FILE names the network of the Fréchet video distance. It is code: see metrics/features.py.
+
+--films=FOLDER measures the films of a folder, whoever made them, without a model: see metrics/films.py.
 """
 
 import functools
@@ -42,6 +45,7 @@ from vdm_jax.metrics import (
     distances,
     episodes,
     figures,
+    films,
     reconstruction,
     report,
     shares,
@@ -61,10 +65,11 @@ logger = logging.getLogger("vdm_jax")
 
 AUTOENCODERS = {"video": "video_autoencoder", "audio": "audio_autoencoder"}
 SUITES = ("prompts", "words", "tasks", "copies", "reconstruction", "coherence", "all")
+NOT_FOR_FILMS = ("workdir", "weights", "lora", "data", "suite", "count", "samplers", "lengths", "fvd_network", "steps")
 CANDIDATES = 64  # clips, all of different meaning, among which a text has to find its own
 NOISE_LEVELS = 8  # at which the loss is measured
 ALONE = 3  # frames: an impact with no other this near counts as isolated
-SHOWN = 8  # samples on the page
+SHOWN = 8  # samples, or curves of films, on the page
 EPISODES = 32  # films of the suite `coherence`
 MAX_LENGTH = 1000  # of them, in clips of training
 
@@ -75,6 +80,9 @@ def main(argv):
     if not options.out:
         raise UserError("--out is missing: the folder for the report")
     began = time.perf_counter()
+    if options.films:
+        measure_films(options, began)
+        return
     suites = SUITES if options.suite == "all" else (options.suite,)
     methods = [read_sampler(name) for name in options.samplers]
     lengths = read_lengths(options.lengths)
@@ -169,6 +177,30 @@ def main(argv):
     }
     page = report.write_report(out, metrics, settings=settings, media=shown)
     print(report.format_table(metrics))
+    logger.info("wrote %s in %d s", page, time.perf_counter() - began)
+
+
+def measure_films(options, began):
+    """Measures the films of --films. Raises UserError for another flag, and where there is no film."""
+    for name in NOT_FOR_FILMS:
+        if options[name].present:
+            raise UserError(f"--{name} is not for --films, which needs no model: leave it out")
+    measured = films.measure_folder(options.films, progress)
+    out = storage.make_folder(options.out)
+    titles = {key: f"{report.LABELS[key][0]} ({films.AXES[key]})" for key in films.SCORES}
+    shown = [("Mean of all films", out / "films.png", measured["curves"])]
+    for number, (name, film) in enumerate([*measured["films"].items()][:SHOWN]):
+        shown.append((name, out / f"film_{number:03d}.png", film["curves"]))
+    for _, path, curves in shown:
+        drawn = {titles[key]: (curves[key]["seconds"], curves[key]["value"]) for key in films.SCORES if key in curves}
+        figures.curves(path, drawn)
+    settings = {
+        "folder": options.films,
+        "films": len(measured["films"]),
+        "seconds": round(time.perf_counter() - began),
+    }
+    page = report.write_films(out, measured, settings=settings, media=[item[:2] for item in shown])
+    print(report.format_tables(report.film_tables(measured)))
     logger.info("wrote %s in %d s", page, time.perf_counter() - began)
 
 
@@ -395,6 +427,7 @@ def define_flags():
     flags.DEFINE_integer("count", None, "Held-out clips, prompts of a kind, clips of a task, and films.", 1, 10**6)
     flags.DEFINE_list("lengths", [*map(str, coherence.LENGTHS)], "Lengths of films of --suite=coherence, in clips.")
     flags.DEFINE_string("data", None, "Folder of videos to measure on, in place of the held-out clips.")
+    flags.DEFINE_string("films", None, "Folder of films to measure without a model.")
     flags.DEFINE_string("fvd_network", None, "TorchScript or ONNX file for the Frechet video distance. It is code.")
     flags.DEFINE_list("samplers", [], "Also sample by each of these, such as dpmpp_2m:16,ddim:64.")
 

@@ -122,12 +122,22 @@ def pieces(video: Video, data) -> Iterator[tuple[np.ndarray, np.ndarray, list]]:
         film, audio, captions = source.read(video.place)
         yield *source.window(film, audio, 0.0, source.frames_at_fps(film)), captions
         return
-    fps = rational(data.fps)
-    piece = max(1, round(PIECE_SECONDS * fps))
-    for done in range(0, video.frames, piece):
-        count = min(piece, video.frames - done)
-        options = dict(fps=data.fps, size=tuple(data.size), sample_rate=data.sample_rate)
-        yield *media.read_video(video.place, start=done / fps, frames=count, **options), video.captions
+    for frames, audio in read_film(video.place, video.frames, data.fps, tuple(data.size), data.sample_rate):
+        yield frames, audio, video.captions
+
+
+def read_film(place, frames: int, fps: float, size, sample_rate: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (frames uint8 [F, h, w, 3], sound float32 [N]) of a file, PIECE_SECONDS at a time.
+
+    place: path or Part
+    frames: of the whole, at `fps`
+    Raises UserError if the file cannot be read.
+    """
+    rate = rational(fps)
+    piece = max(1, round(PIECE_SECONDS * rate))
+    for done in range(0, frames, piece):
+        count = min(piece, frames - done)
+        yield media.read_video(place, start=done / rate, frames=count, fps=fps, size=size, sample_rate=sample_rate)
 
 
 def captions_of(captions: list, start: float, end: float) -> list[str]:

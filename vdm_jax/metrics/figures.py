@@ -1,4 +1,4 @@
-"""Pictures of clips, sounds and tasks: contact sheets, spectrograms and scheduling matrices, drawn with Pillow.
+"""Pictures of clips, sounds and tasks, drawn with Pillow: contact sheets, spectrograms, curves, scheduling matrices.
 
 A file that cannot be written raises a UserError.
 """
@@ -68,6 +68,39 @@ def spectrogram(path, audio: np.ndarray, sample_rate: int) -> None:
         text((left - 6, y), f"{sample_rate / 2000 * share:.1f}", anchor="rm")
     text((left + plot.width / 2, sheet.height - 1), "time (s)", anchor="mb")
     text((2, top + 16), "kHz")
+    _save(path, sheet)
+
+
+def curves(path, shown: Mapping[str, tuple[Sequence[float], Sequence[float | None]]]) -> None:
+    """Writes a PNG with a panel for each curve, from its start to its end, and from 0 or less to its largest value.
+
+    shown: {title: (seconds, values)}; a value of None leaves a gap
+    """
+    width, height, left, gap = 480, 72, 56, 40  # of a panel, and its margins, in pixels
+    sheet = Image.new("RGB", (left + width + 16, len(shown) * (height + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    text = functools.partial(draw.text, fill="black", font=ImageFont.load_default(size=11))
+    for row, (title, (seconds, values)) in enumerate(shown.items()):
+        top = row * (height + gap) + 18
+        known = [value for value in values if value is not None]
+        low, high = min([0, *known]), max([1e-3, *known])
+        start, end = (seconds[0], seconds[-1]) if len(seconds) else (0, 0)
+        text((left, top - 3), title, anchor="lb")
+        draw.rectangle([left, top, left + width, top + height], outline="gray")
+        text((left - 6, top), f"{high:.3g}", anchor="rt")
+        text((left - 6, top + height), f"{low:.3g}", anchor="rb")
+        text((left, top + height + 3), f"{start:g}", anchor="lt")
+        text((left + width, top + height + 3), f"{end:g} s", anchor="rt")
+        last = None
+        for x, y in zip(seconds, values):
+            if y is None:
+                last = None
+                continue
+            share = (x - start) / (end - start) if end > start else 0.5
+            point = left + width * share, top + height * (high - y) / (high - low)
+            draw.line([last or point, point], fill=(40, 90, 170), width=2)
+            draw.ellipse([point[0] - 1, point[1] - 1, point[0] + 1, point[1] + 1], fill=(40, 90, 170))
+            last = point
     _save(path, sheet)
 
 

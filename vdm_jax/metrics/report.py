@@ -74,6 +74,12 @@ LABELS = {  # key -> (label, unit of the value); %: the value is a share in 0..1
     "frechet_video": ("Fréchet video distance, network of --fvd_network", ""),
     "av_align": ("AV-Align", ""),
     "av_align_clips": ("clips with onsets or motion peaks", ""),
+    "feature_drift": ("drift of features", ""),
+    "histogram_drift": ("drift of color histograms", ""),
+    "cuts": ("cuts", "/min"),
+    "flicker": ("flicker", "levels"),
+    "frozen": ("frozen frames", "%"),
+    "loudness_steps": ("loudness steps", "/min"),
 }
 COHERENCE = {  # score of metrics/coherence.py -> label
     "identity": "identity: things as at the beginning",
@@ -89,7 +95,7 @@ COHERENCE = {  # score of metrics/coherence.py -> label
     "light": "light: as in the frame before",
     "camera": "camera: as in the frame before",
 }
-PLACES = {"dB": 1, "ms": 1}  # decimal places of a unit; others have three
+PLACES = {"dB": 1, "ms": 1, "/min": 1}  # decimal places of a unit; others have three
 TITLES = {
     "reconstruction": "Autoencoders, on held-out clips",
     "clip": "Text encoder, on held-out clips",
@@ -199,7 +205,11 @@ def _coherence_tables(figures: Mapping) -> list[tuple]:
 
 def format_table(metrics: Mapping) -> str:
     """Returns the tables as plain text for a terminal; a missing value is a dash."""
-    tables = _tables(metrics)
+    return format_tables(_tables(metrics))
+
+
+def format_tables(tables: Sequence[tuple]) -> str:
+    """As `format_table`, of tables as `_table` returns them."""
     width = max(len(text) for title, _, rows in tables for text in [title, *(label for label, _ in rows)])
 
     blocks = []
@@ -209,6 +219,20 @@ def format_table(metrics: Mapping) -> str:
         texts = [f"{label:<{width}}" + "".join(f" {text:>{cell}}" for text in cells) for label, cells in lines]
         blocks.append("\n".join(text.rstrip() for text in texts))
     return "\n\n".join(blocks)
+
+
+def film_tables(measured: Mapping) -> list[tuple]:
+    """Returns the tables of films, as `_table` returns one. measured: as films.measure_folder returns it."""
+    films, folder, left_out = measured["films"], measured["folder"], measured["left_out"]
+    rows = [(name, [_cell(*pair) for pair in film["scores"].items()]) for name, film in films.items()]
+    tables = [("Films", [_label(key)[0] for key in folder], rows)]
+    counts = {key: sum(film["scores"][key] is not None for film in films.values()) for key in folder}
+    means = [(_label(key)[0], [_cell(key, folder[key]), str(counts[key])]) for key in folder]
+    tables.append(("All films", ["mean", "films"], means))
+    if left_out:
+        names = [(reason, [str(files["count"]), ", ".join(files["first"])]) for reason, files in left_out.items()]
+        tables.append(("Left out", ["files", "the first"], names))
+    return tables
 
 
 _HEAD = """<!doctype html>
@@ -229,6 +253,8 @@ th[scope=col] { color: var(--soft); font-weight: 600; }
 td.share { background: linear-gradient(90deg, var(--bar) var(--share), transparent var(--share))
   left bottom / calc(100% - 6px) 5px no-repeat; }
 .settings td { width: 65%; }
+.films { table-layout: auto; font-size: .85rem; } .films th:first-child, .films td { overflow-wrap: anywhere; }
+.films th:not(:first-child), .films td { width: auto; }
 .groups th:nth-child(2) { width: 12%; }
 .groups th:last-child, .groups td:last-child { width: 55%; text-align: left; }
 @media (max-width: 30rem) { table { font-size: .8rem; } }
@@ -242,6 +268,10 @@ img, video { width: 100%; image-rendering: pixelated; border-radius: 4px; displa
 _COLUMNS = """<p><b>truth</b>: held-out clips. <b>autoencoder</b>: the same clips, encoded and decoded.
 <b>samples</b>: clips that the model generates from prompts. The same tracker measures all three, so the first two
 columns show the best that samples can reach. In parentheses: the 95 % interval of a share.</p>"""
+
+_SCORES = """<p>No model and no true clips are needed for these scores. <b>Drift</b>: distance to the first second, mean
+over all lags; less is steadier. <b>AV-Align</b>: share of onsets and peaks of motion that have a partner. A cut, a
+freeze or a step of loudness may be meant: compare films of one kind.</p>"""
 
 
 def page(title: str, above: str, blocks: Sequence[str]) -> str:
@@ -257,7 +287,7 @@ def html_table(title: str, columns: Sequence[str], rows: Sequence[tuple], kind: 
     """Returns a table as a part of a page.
 
     columns, rows: as `_table` returns them
-    kind: "numbers", "settings" (one wide column) or "groups" (a number and names)
+    kind: "numbers", "films" (many columns), "settings" (one wide column) or "groups" (a number and names)
     """
 
     def td(text):
@@ -284,6 +314,18 @@ def _intervals(metrics):
     if isinstance(metrics, list):
         return [_intervals(value) for value in metrics] if any(map(_intervals, metrics)) else None
     return [metrics.low, metrics.high] if isinstance(metrics, Share | Difference) else None
+
+
+def write_films(directory: epath.Path, measured: Mapping, *, settings: Mapping, media: Sequence) -> epath.Path:
+    """As `write_report`, for films. measured: as films.measure_folder returns it."""
+    storage.replace(directory / "metrics.json", json.dumps(measured, indent=2) + "\n")
+    pictures = "<h2>Curves</h2>\n" + "".join(_figure(*item) for item in media)
+    how = [(name, [str(value)]) for name, value in settings.items()]
+    blocks = [*(html_table(*table, "films") for table in film_tables(measured)), pictures]
+    path = directory / "report.html"
+    made = html_table("How this was made", [""], how, "settings")
+    storage.replace(path, page("Films", _SCORES, [*blocks, made]))
+    return path
 
 
 def write_report(directory: epath.Path, metrics: Mapping, *, settings: Mapping, media: Sequence = ()) -> epath.Path:
