@@ -2,6 +2,7 @@
 
 Each film is read in pieces, so that memory does not grow with its length. The same file has the same numbers on any
 machine: sizes and times are fixed, the picture is counted in whole numbers, and results are rounded to three places.
+Rounding hides that floating-point arithmetic differs by machine, unless a value lies just at a limit.
 """
 
 import logging
