@@ -253,8 +253,8 @@ th[scope=col] { color: var(--soft); font-weight: 600; }
 td.share { background: linear-gradient(90deg, var(--bar) var(--share), transparent var(--share))
   left bottom / calc(100% - 6px) 5px no-repeat; }
 .settings td { width: 65%; }
-.films { table-layout: auto; font-size: .85rem; } .films th:first-child, .films td { overflow-wrap: anywhere; }
-.films th:not(:first-child), .films td { width: auto; }
+.many { table-layout: auto; font-size: .85rem; } .many th:first-child, .many td { overflow-wrap: anywhere; }
+.many th:not(:first-child), .many td { width: auto; }
 .groups th:nth-child(2) { width: 12%; }
 .groups th:last-child, .groups td:last-child { width: 55%; text-align: left; }
 @media (max-width: 30rem) { table { font-size: .8rem; } }
@@ -287,7 +287,7 @@ def html_table(title: str, columns: Sequence[str], rows: Sequence[tuple], kind: 
     """Returns a table as a part of a page.
 
     columns, rows: as `_table` returns them
-    kind: "numbers", "films" (many columns), "settings" (one wide column) or "groups" (a number and names)
+    kind: "numbers", "many" (many columns), "settings" (one wide column) or "groups" (a number and names)
     """
 
     def td(text):
@@ -321,7 +321,7 @@ def write_films(directory: epath.Path, measured: Mapping, *, settings: Mapping, 
     storage.replace(directory / "metrics.json", json.dumps(measured, indent=2) + "\n")
     pictures = "<h2>Curves</h2>\n" + "".join(_figure(*item) for item in media)
     how = [(name, [str(value)]) for name, value in settings.items()]
-    blocks = [*(html_table(*table, "films") for table in film_tables(measured)), pictures]
+    blocks = [*(html_table(*table, "many") for table in film_tables(measured)), pictures]
     path = directory / "report.html"
     made = html_table("How this was made", [""], how, "settings")
     storage.replace(path, page("Films", _SCORES, [*blocks, made]))
